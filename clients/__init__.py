@@ -1,0 +1,1 @@
+"""A plain Flower client application in PyTorch: data, partitions, models, training."""

@@ -1,0 +1,50 @@
+"""What can go wrong, as one small tree of exceptions.
+
+    FlGradcodeError
+    ├── InvalidCode         (ValueError)    a code, worker or survivor set that makes no sense
+    │   └── NotDecodable    (ValueError)    these survivors do not determine the sum
+    ├── IncompatibleStrategy (TypeError)    a Flower strategy that cannot work on a decoded reply
+    ├── UnsuitableApp       (RuntimeError)  the clients' app breaks the contract, or lacks the mod
+    ├── InvalidSetting      (ValueError)    an option or a path that cannot be used
+    └── RoundFailed         (RuntimeError)  a round that must decode did not, or the nodes do not fit
+
+Each is also the builtin type that a caller would expect.
+"""
+
+__all__ = [
+    "FlGradcodeError",
+    "IncompatibleStrategy",
+    "InvalidCode",
+    "InvalidSetting",
+    "NotDecodable",
+    "RoundFailed",
+    "UnsuitableApp",
+]
+
+
+class FlGradcodeError(Exception):
+    """Any error that this library raises on purpose."""
+
+
+class InvalidCode(FlGradcodeError, ValueError):
+    """A code, a worker number or a survivor set that makes no sense."""
+
+
+class NotDecodable(InvalidCode):
+    """The survivors' replies do not determine the sum over all shards."""
+
+
+class IncompatibleStrategy(FlGradcodeError, TypeError):
+    """The wrapped Flower strategy cannot work on one decoded reply."""
+
+
+class UnsuitableApp(FlGradcodeError, RuntimeError):
+    """The clients' app breaks the contract that coding relies on, or lacks the mod."""
+
+
+class InvalidSetting(FlGradcodeError, ValueError):
+    """An option or a path that cannot be used."""
+
+
+class RoundFailed(FlGradcodeError, RuntimeError):
+    """A round that must decode did not, or the nodes that are there do not fit the code."""

@@ -1,0 +1,301 @@
+"""EarlyStopGrid: a Flower grid that stops waiting when enough is in, and never overloads a slow node.
+
+Flower's own `send_and_receive` waits for every reply, and a node works off whatever it was ever sent, oldest
+first. Here a *stop rule* is asked after each arrival, and a node that still owes a reply is sent nothing: the
+newest message is held back until its late reply is in, then sent at once if that round is still open.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from .arrivals import Arrival, ArrivalSource, ForwardingGrid, PollingArrivals
+from .errors import InvalidSetting
+from .wire import content_bytes
+
+__all__ = ["CountRule", "EarlyStopGrid", "StopRule", "Wait"]
+
+
+@dataclass
+class Wait:
+    """What happened while replies were waited for. Seconds are the arrival source's.
+
+    Attributes:
+        asked: Nodes that were sent a message, in order; those held back first are among them once sent.
+        held_back: Nodes that still owed a reply when the phase began.
+        never_sent: Nodes that were held back to the end.
+        unread: Nodes whose reply was in, but was not needed. Real engines bring replies with their arrival:
+            there everything is read.
+        late: (node, label of the phase it answers) of replies to earlier phases that came in meanwhile.
+        lapsed: Nodes whose debt was given up on.
+        bytes_down, bytes_up: Payload sent, and payload of the replies that were read.
+        seconds: From the first message to the end of waiting.
+        ended: "decoded", "hopeless", "answered" (nobody is left) or "timed out".
+    """
+
+    asked: list[int] = field(default_factory=list)
+    held_back: list[int] = field(default_factory=list)
+    never_sent: list[int] = field(default_factory=list)
+    unread: list[int] = field(default_factory=list)
+    late: list[tuple[int, str]] = field(default_factory=list)
+    lapsed: list[int] = field(default_factory=list)
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: float = 0.0
+    ended: str = "answered"
+
+
+class StopRule(Protocol):
+    """Decides when a phase has what it needs."""
+
+    label: str
+
+    @property
+    def decided(self) -> bool:
+        """Whether the replies read so far suffice."""
+
+    def choose(self, nodes: Sequence[int], *, final: bool) -> list[int]:
+        """Which of `nodes`, whose replies are in but not read yet, to read now.
+
+        None of them while they do not suffice; those that are needed once they do. At the end of waiting
+        (`final`) those that are of use although they do not suffice.
+        """
+
+    def hopeless(self, nodes: Sequence[int]) -> bool:
+        """Whether they would not suffice even with those of `nodes`, all that may still come."""
+
+    def offer(self, node: int, reply: Message | None, failure: str, at: float) -> None:
+        """Read a reply, `at` seconds after the phase began; None with the reason why there is none."""
+
+    def finish(self, wait: Wait) -> list[Message]:
+        """Waiting is over: what `send_and_receive` returns."""
+
+
+class CountRule:
+    """Stop after a number of good replies: what dropping the slowest clients means."""
+
+    def __init__(self, enough: int | None, *, label: str = "") -> None:
+        self.label = label
+        self._enough = enough
+        self._replies: list[Message] = []
+        self._good = 0
+        self.wait = Wait()
+
+    @property
+    def decided(self) -> bool:
+        """Whether enough good replies are in."""
+        return self._enough is not None and self._good >= self._enough
+
+    def choose(self, nodes: Sequence[int], *, final: bool) -> list[int]:
+        """The first that are enough, if all are good."""
+        missing = len(nodes) if self._enough is None else self._enough - self._good
+        return list(nodes[:missing]) if final or len(nodes) >= missing else []
+
+    def hopeless(self, nodes: Sequence[int]) -> bool:
+        """Never: fewer replies than wished are still worth having."""
+        return False
+
+    def offer(self, node: int, reply: Message | None, failure: str, at: float) -> None:
+        """Keep the reply; errors do not count."""
+        if reply is not None:
+            self._replies.append(reply)
+            self._good += not reply.has_error()
+
+    def finish(self, wait: Wait) -> list[Message]:
+        """All replies that were read, errors too, as Flower's grids return them."""
+        self.wait = wait
+        return self._replies
+
+
+@dataclass
+class _Debt:
+    """A reply that a node owes."""
+
+    token: str
+    rule: StopRule
+    lapses: float
+
+
+class EarlyStopGrid(ForwardingGrid):
+    """A grid that stops waiting as soon as enough replies are in.
+
+    `GradientCoding` makes one by itself. On its own it gives any Flower strategy the same waiting: with
+    `stop_after=8` the round ends at the eighth good reply, and whoever is slower is dropped.
+
+        FedAvg().start(EarlyStopGrid(grid, stop_after=8), arrays, num_rounds=10)
+
+    Args:
+        grid: The engine's grid, or a `VirtualGrid`.
+        stop_after: Good replies after which a round ends; None waits for all of them. A `StopRule` announced
+            through `expect` takes precedence.
+        poll_interval: Seconds between two pulls for one message.
+        clock: Seconds; for tests.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        stop_after: int | None = None,
+        poll_interval: float = 0.25,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(grid)
+        if stop_after is not None and stop_after < 1:
+            raise InvalidSetting(f"stop_after={stop_after}: a round needs at least 1 reply.")
+        self.stop_after = stop_after
+        self.source: ArrivalSource = (
+            grid
+            if isinstance(grid, ArrivalSource)
+            else PollingArrivals(grid, poll_interval=poll_interval, clock=clock)
+        )
+        #: Called with (node, label, reply or None) for each reply that came after its phase had ended.
+        self.on_late: Callable[[int, str, Message | None], None] | None = None
+        self._debts: dict[int, _Debt] = {}
+        self._announced: StopRule | None = None
+
+    def expect(self, rule: StopRule) -> None:
+        """The next `send_and_receive` stops by this rule."""
+        self._announced = rule
+
+    def close(self) -> None:
+        """End the polling threads."""
+        self.source.close()
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Send, wait until the rule is decided, hopeless or `timeout` seconds are over, return the replies."""
+        batch = list(messages)  # configure_train() may be lazy: it announces the rule when it runs
+        rule, self._announced = self._announced or CountRule(self.stop_after), None
+        phase = _Waiting(self.source, self._debts, rule, timeout, self.on_late)
+        return rule.finish(phase.run(batch))
+
+
+class _Waiting:
+    """One phase: from the first message to the end of waiting."""
+
+    def __init__(
+        self,
+        source: ArrivalSource,
+        debts: dict[int, _Debt],
+        rule: StopRule,
+        timeout: float | None,
+        on_late: Callable[[int, str, Message | None], None] | None,
+    ) -> None:
+        self.source, self.debts, self.rule, self.on_late = source, debts, rule, on_late
+        self.start = source.now()
+        self.deadline = None if timeout is None else self.start + timeout
+        # Nothing can be cancelled in Flower; a node that never answers is trusted again after this long.
+        self.patience = float("inf") if timeout is None else 3 * timeout
+        self.wait = Wait()
+        self.held: dict[int, Message] = {}
+        self.unread: list[Arrival] = []
+
+    def run(self, messages: Sequence[Message]) -> Wait:
+        self._lapse()
+        for message in messages:
+            node = message.metadata.dst_node_id
+            if node in self.debts:
+                self.held[node] = message
+                self.wait.held_back.append(node)
+        self._push([m for m in messages if m.metadata.dst_node_id not in self.held])
+        self.wait.ended = self._loop()
+        if not self.rule.decided:
+            self._read(final=True)
+            if self.rule.decided:
+                self.wait.ended = "decoded"
+        self.wait.seconds = self.source.now() - self.start
+        self.wait.never_sent = list(self.held)
+        self.wait.unread = [arrival.node for arrival in self.unread]
+        for arrival in self.unread:
+            self.source.forget(arrival.token)
+        self.source.abandon([debt.token for debt in self.debts.values() if debt.rule is self.rule])
+        return self.wait
+
+    def _loop(self) -> str:
+        lost = True  # whether a reply that might have come is known not to
+        while True:
+            if self.rule.decided:
+                return "decoded"
+            outstanding = self._outstanding()
+            if self.unread and self._read(final=not outstanding):
+                lost = True
+                continue
+            coming = outstanding + [arrival.node for arrival in self.unread]
+            if lost and self.rule.hopeless(coming):
+                return "hopeless"
+            if not coming:
+                return "answered"
+            lost = False
+            arrival = self.source.next_arrival(self._next_deadline())
+            if arrival is not None:
+                self._arrived(arrival)
+            elif self.deadline is not None and self.source.now() >= self.deadline:
+                return "timed out"
+            elif not self._lapse():
+                return "timed out"  # nothing is under way any more, and there is no deadline to wait for
+
+    def _outstanding(self) -> list[int]:
+        """Nodes whose reply to this phase may still come."""
+        return [node for node, debt in self.debts.items() if debt.rule is self.rule] + list(self.held)
+
+    def _next_deadline(self) -> float | None:
+        lapses = [self.debts[node].lapses for node in self.held if node in self.debts]
+        moments = [t for t in [self.deadline, *lapses] if t is not None and t != float("inf")]
+        return min(moments) if moments else None
+
+    def _arrived(self, arrival: Arrival) -> None:
+        debt = self.debts.get(arrival.node)
+        if debt is None or debt.token != arrival.token:
+            return  # its debt lapsed: the node has been given other work since
+        del self.debts[arrival.node]
+        if debt.rule is self.rule:
+            self.unread.append(arrival)
+        else:
+            self.wait.late.append((arrival.node, debt.rule.label))
+            if self.on_late is not None:
+                self.on_late(arrival.node, debt.rule.label, arrival.reply)
+        self._release(arrival.node)
+
+    def _release(self, node: int) -> None:
+        message = self.held.pop(node, None)
+        if message is not None:
+            self._push([message])
+
+    def _lapse(self) -> bool:
+        """Give up on debts that are too old; whether there was one."""
+        now = self.source.now()
+        old = [node for node, debt in self.debts.items() if debt.lapses <= now and debt.rule is not self.rule]
+        for node in old:
+            self.source.forget(self.debts.pop(node).token)
+            self.wait.lapsed.append(node)
+            self._release(node)
+        return bool(old)
+
+    def _push(self, messages: list[Message]) -> None:
+        now = self.source.now()
+        for message, token in zip(messages, self.source.push(messages), strict=True):
+            node = message.metadata.dst_node_id
+            self.wait.asked.append(node)
+            self.wait.bytes_down += content_bytes(message.content)
+            if token is None:
+                self.rule.offer(node, None, "the SuperLink refused the message", now - self.start)
+            else:
+                self.debts[node] = _Debt(token, self.rule, now + self.patience)
+
+    def _read(self, *, final: bool) -> bool:
+        """Read what is needed of what is in; whether anything was."""
+        nodes = [arrival.node for arrival in self.unread]
+        wanted = set(nodes if self.source.immediate else self.rule.choose(nodes, final=final))
+        arrivals = [arrival for arrival in self.unread if arrival.node in wanted]
+        self.unread = [arrival for arrival in self.unread if arrival.node not in wanted]
+        for arrival, reply in zip(arrivals, self.source.fetch(arrivals), strict=True):
+            if reply is not None and reply.has_content():
+                self.wait.bytes_up += content_bytes(reply.content)
+            self.rule.offer(arrival.node, reply, arrival.failure, arrival.at - self.start)
+        return bool(arrivals)

@@ -1,0 +1,96 @@
+"""The ledger: one row a round, so that nothing is silent.
+
+A row is a dict that JSON can hold: what was asked, held back, answered, used, late, rejected and why; when the
+round became decodable; how exact it is; bytes and seconds. `docs/ledger.md` explains every field.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from .errors import InvalidSetting
+
+__all__ = ["Ledger"]
+
+_log = logging.getLogger(__name__)
+
+
+class Ledger:
+    """Rows of a run, in memory and, if a path is named, as JSON lines in a file.
+
+    Args:
+        path: File to append to; its folder is made. It must be absolute, since inside an app the working
+            folder is the engine's. None keeps the rows in memory only.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.path = None if path is None else Path(path)
+        if self.path is not None:
+            if not self.path.is_absolute():
+                raise InvalidSetting(
+                    f"The ledger's path {str(path)!r} is relative; inside an app the working folder is the "
+                    "engine's, not yours. Give an absolute path."
+                )
+            if self.path.is_dir():
+                raise InvalidSetting(f"The ledger's path {str(path)!r} is a folder; name a file in it.")
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.path.open("a").close()
+            except OSError as error:
+                raise InvalidSetting(f"The ledger {str(path)!r} cannot be written: {error.strerror}.") from error
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Keep a row, write it, and log it as one readable line for each phase."""
+        self.rows.append(row)
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row, allow_nan=False, default=_finite) + "\n")
+        for kind in ("train", "evaluate"):
+            if row.get(kind):
+                _log.info("%s", _readable(row, kind))
+
+    @staticmethod
+    def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+        """The rows of a ledger file.
+
+        Raises:
+            InvalidSetting: There is no such file, or a line is not JSON.
+        """
+        try:
+            lines = Path(path).read_text().splitlines()
+        except OSError as error:
+            raise InvalidSetting(f"The ledger {str(path)!r} cannot be read: {error.strerror}.") from error
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise InvalidSetting(f"Line {number} of the ledger {str(path)!r} is not JSON: {error}.") from error
+        return rows
+
+
+def _finite(value: Any) -> Any:
+    raise TypeError(f"{value!r} cannot stand in a ledger row")
+
+
+def _readable(row: dict[str, Any], kind: str) -> str:
+    phase = row[kind]
+    parts = [
+        f"round {row['round']} {kind}: {phase['outcome']} after {phase['seconds']['waiting']:.2f} s from "
+        f"{len(phase['used'])} of {phase['workers']} workers"
+    ]
+    for name, title in (("stragglers", "stragglers"), ("held-back", "held back")):
+        if phase[name]:
+            parts.append(f"{title} {', '.join(map(str, phase[name]))}")
+    if phase["late"]:
+        parts.append("late " + ", ".join(f"{one['worker']} ({one['from']})" for one in phase["late"]))
+    for one in phase["rejected"]:
+        parts.append(f"worker {one['worker']} rejected: {one['reason']}")
+    if phase["outcome"] == "approximate":
+        parts.append(f"decoding error {phase['decoding-error']:.3g}")
+    return "; ".join(parts)

@@ -1,0 +1,288 @@
+"""The client half: one Flower mod that turns a plain `train()` into a coded reply.
+
+For each shard of this worker's row the mod seeds the generators, calls the user's function with
+`partition-id` = shard, and adds the weighted update, times its coefficient, to one vector.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
+
+from . import pack
+from .errors import UnsuitableApp
+from .wire import ARRAYS, METRICS, NUM_PARTITIONS, PARTITION_ID, UPDATE, Plan, Reply, is_probe
+
+__all__ = ["gradient_coding_mod"]
+
+_log = logging.getLogger(__name__)
+_STATE = "fl-gradcode.state"
+
+_Call = Callable[[Message, Context], Message]
+
+
+def gradient_coding_mod(message: Message, context: Context, call_next: _Call) -> Message:
+    """Flower mod for the clients of a `GradientCoding` strategy.
+
+    Add it to the app and leave `train()` and `evaluate()` as they are:
+
+        app = ClientApp(mods=[gradient_coding_mod])
+
+    The functions are called once for each shard that this node holds. They choose their data by
+    `context.node_config["partition-id"]`, and their result may depend on nothing but the message, the shard
+    and the seeded generators, since all holders of a shard must compute the same update. `context.state` is
+    the shard's own. A message without a plan, as plain strategies send it, passes through unchanged.
+
+    Mods that change the model arrays of a reply (`fixedclipping_mod`, `adaptiveclipping_mod`, `LocalDpMod`) do
+    not combine with coding: listed before this mod they fail, since a coded reply has no model arrays; listed
+    after it, `LocalDpMod` would draw other noise on each holder of a shard.
+
+    Raises:
+        UnsuitableApp: This node has no `partition-id`, or one that the plan does not know, or the function's
+            reply cannot be coded. Flower sends it to the server as an error reply.
+    """
+    if not message.has_content():
+        return call_next(message, context)
+    if is_probe(message.content):
+        who = Reply("", 0, "probe", _worker_of(context), "idle")
+        return Message(who.content(), reply_to=message)
+    plan = Plan.find_in(message.content)
+    if plan is None:
+        return call_next(message, context)
+    with _generators_restored():
+        return _CodedCall(plan, Plan.remove_from(message.content), message, context, call_next).run()
+
+
+class _CodedCall:
+    """One message, worked off shard by shard."""
+
+    def __init__(
+        self, plan: Plan, content: RecordDict, message: Message, context: Context, call_next: _Call
+    ) -> None:
+        self.plan, self.content, self.message, self.context, self.call_next = (
+            plan,
+            content,
+            message,
+            context,
+            call_next,
+        )
+        self.worker = _worker_of(context)
+        if self.worker not in plan.rows:
+            raise UnsuitableApp(
+                f"This node reports partition-id {self.worker}, but the code has workers 0..{plan.n - 1}. Start "
+                f"{plan.n} nodes with partition-id 0..{plan.n - 1}, or build the code for more workers."
+                if self.worker >= plan.n or self.worker < 0
+                else f"This node reports partition-id {self.worker}, but the server took it for another worker."
+            )
+        self.layout: pack.Layout | None = None
+        self.metrics_layout: pack.MetricsLayout | None = None
+        self.names = ("", "")
+        self.update: NDArray[np.floating] | None = None
+        self.metrics: NDArray[np.floating] | None = None
+        self.sketches: list[tuple[float, ...]] = []
+        self.seconds: list[float] = []
+        self.stateful = False
+
+    def run(self) -> Message:
+        row = self.plan.rows[self.worker]
+        if not row.shards:
+            return self._answer("idle")
+        started = time.monotonic()
+        for shard, coefficients in zip(row.shards, row.coefficients, strict=True):
+            if self.seconds and 0 < self.plan.give_up_after < time.monotonic() - started:
+                return self._answer("gave-up")
+            reply, read_partition = self._call_user(shard)
+            if reply.has_error():
+                return Message(reply.error, reply_to=self.message)
+            if not read_partition and not self.plan.allow_fixed_data:
+                return self._answer("fixed-data")
+            try:
+                self._add(reply.content, coefficients)
+            except ValueError as error:
+                raise UnsuitableApp(f"Shard {shard}, {self.plan.label}: {error}.") from error
+        return self._answer("coded", row.shards)
+
+    def _call_user(self, shard: int) -> tuple[Message, bool]:
+        node_config = _WatchedConfig(
+            {**self.context.node_config, PARTITION_ID: shard, NUM_PARTITIONS: self.plan.k}
+        )
+        state = _take_state(self.context.state, shard)
+        context = Context(
+            self.context.run_id,
+            self.context.node_id,
+            node_config,
+            state,
+            self.context.run_config,
+            self.context.series_id,
+        )
+        message = copy(self.message)
+        # The user's function may change what it is given: the next shard needs it as it came.
+        message.content = RecordDict({key: copy(record) for key, record in self.content.items()})
+        started = time.perf_counter()
+        _seed(self.plan.seed, self.plan.round, shard)
+        reply = self.call_next(message, context)
+        self.seconds.append(time.perf_counter() - started)
+        self.stateful |= bool(context.state)
+        _put_state(self.context.state, shard, context.state)
+        return reply, node_config.was_read
+
+    def _add(self, content: RecordDict, coefficients: tuple[float, ...]) -> None:
+        metric_records, array_records = dict(content.metric_records), dict(content.array_records)
+        if len(metric_records) != 1:
+            raise ValueError(f"a reply needs exactly one MetricRecord, not {len(metric_records)}")
+        if content.config_records:
+            _log.warning("ConfigRecords in a reply cannot be coded; %s dropped.", list(content.config_records))
+        metrics_name, metrics = next(iter(metric_records.items()))
+        metrics_layout, metrics_vector = pack.flatten_metrics(metrics, self.plan.weight_key)
+        layout: pack.Layout = ()
+        update: NDArray[np.floating] = np.zeros(0, np.float32)
+        arrays_name = ""
+        if self.plan.arrays_key:
+            if len(array_records) != 1:
+                raise ValueError(f"a reply needs exactly one ArrayRecord, not {len(array_records)}")
+            arrays_name, arrays = next(iter(array_records.items()))
+            before = self.content[self.plan.arrays_key]
+            assert isinstance(before, ArrayRecord)
+            layout, update = pack.flatten_update(before, arrays)
+        if self.layout is None:
+            self.layout, self.metrics_layout = layout, metrics_layout
+            self.names = (arrays_name, metrics_name)
+        elif (layout, metrics_layout) != (self.layout, self.metrics_layout):
+            raise ValueError("its arrays or metrics differ in name, dtype, shape or length from another shard's")
+        if self.plan.arrays_key:
+            update *= update.dtype.type(metrics_vector[0])
+            self.sketches.append(pack.sketch(update))
+            self.update = pack.encode_row(self.update, update, coefficients)
+        self.metrics = pack.encode_row(self.metrics, metrics_vector, coefficients)
+
+    def _answer(self, outcome: str, shards: tuple[int, ...] = ()) -> Message:
+        coded = outcome == "coded"
+        reply = Reply(
+            run=self.plan.run,
+            round=self.plan.round,
+            kind=self.plan.kind,
+            worker=self.worker,
+            outcome=outcome,
+            shards=shards,
+            layout=self.layout or () if coded else (),
+            metrics_layout=self.metrics_layout or () if coded else (),
+            arrays_name=self.names[0],
+            metrics_name=self.names[1],
+            sketches=tuple(self.sketches) if coded else (),
+            seconds=tuple(self.seconds),
+            stateful=self.stateful,
+        )
+        records: dict[str, Any] = {}
+        if coded:
+            assert self.metrics is not None
+            arrays = {METRICS: pack.as_array(self.metrics)}
+            if self.update is not None:
+                arrays[ARRAYS] = pack.as_array(self.update)
+            records[UPDATE] = ArrayRecord(arrays)
+        return Message(reply.content(**records), reply_to=self.message)
+
+
+class _WatchedConfig(dict[str, Any]):
+    """A node_config that notices whether `partition-id` is read, one by one or all at once."""
+
+    was_read = False
+
+    def __getitem__(self, key: str) -> Any:
+        self.was_read |= key == PARTITION_ID
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.was_read |= key == PARTITION_ID
+        return super().get(key, default)
+
+    def __iter__(self) -> Iterator[str]:  # also makes dict(config) and {**config} call keys()
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        return super().keys()
+
+    def values(self) -> Any:
+        self.was_read = True
+        return super().values()
+
+    def items(self) -> Any:
+        self.was_read = True
+        return super().items()
+
+    def copy(self) -> Any:
+        self.was_read = True
+        return super().copy()
+
+
+def _worker_of(context: Context) -> int:
+    value = context.node_config.get(PARTITION_ID)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UnsuitableApp(
+            f"This node's partition-id is {value!r}; it must be its worker number. Start the SuperNode with "
+            '--node-config "partition-id=0 num-partitions=..." (the simulation sets it).'
+        )
+    return value
+
+
+def _take_state(state: RecordDict, shard: int) -> RecordDict:
+    prefix = f"{_STATE}.{shard}."
+    return RecordDict({key[len(prefix) :]: state[key] for key in state if key.startswith(prefix)})
+
+
+def _put_state(state: RecordDict, shard: int, kept: RecordDict) -> None:
+    prefix = f"{_STATE}.{shard}."
+    for key in [key for key in state if key.startswith(prefix)]:
+        del state[key]
+    for key, record in kept.items():
+        state[prefix + key] = record
+
+
+def _seed(seed: int, server_round: int, shard: int) -> None:
+    """Seed `random`, NumPy and torch so that all holders of a shard draw the same."""
+    digest = hashlib.sha256(f"{seed}|{server_round}|{shard}".encode()).digest()
+    number = int.from_bytes(digest[:8], "little")
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch = _torch()
+    if torch is not None:
+        # Not torch.manual_seed: without a GPU it formats a stack trace for each device kind, 1 ms a call.
+        torch.default_generator.manual_seed(number)
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed_all(number)
+
+
+@contextmanager
+def _generators_restored() -> Iterator[None]:
+    """Give the process its random states back at the end."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    torch = _torch()
+    torch_state = torch.get_rng_state() if torch is not None else None
+    devices = torch.cuda.get_rng_state_all() if torch is not None and torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        if torch is not None:
+            torch.set_rng_state(torch_state)
+            if devices:
+                torch.cuda.set_rng_state_all(devices)
+
+
+@lru_cache(maxsize=1)
+def _torch() -> Any:
+    """torch, where it is installed, even if the app has not imported it: it might, inside train()."""
+    return importlib.import_module("torch") if importlib.util.find_spec("torch") else None

@@ -1,0 +1,248 @@
+"""Arrays and metrics as one flat vector each, and back.
+
+An update is `arrays_after - arrays_before`, flattened in the order of `arrays_after`: float64 if any array is,
+else float32. Whole numbers (counters) and booleans travel as floats and are rounded back after the inner
+strategy. bfloat16 arrays, which NumPy lacks, are read from their 16-bit payload.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from functools import lru_cache
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, MetricRecord
+from numpy.typing import NDArray
+
+__all__ = [
+    "Layout",
+    "MetricsLayout",
+    "as_array",
+    "encode_row",
+    "flatten_metrics",
+    "flatten_update",
+    "rebuild_arrays",
+    "rebuild_metrics",
+    "restore_types",
+    "size_of",
+    "sketch",
+    "view",
+    "wire_dtype",
+]
+
+#: Name, dtype and shape of each array.
+Layout = tuple[tuple[str, str, tuple[int, ...]], ...]
+#: Name, length (-1: scalar) and whether whole numbers, of each metric; the weight comes first.
+MetricsLayout = tuple[tuple[str, int, bool], ...]
+
+_BFLOAT16 = "bfloat16"
+
+
+def view(array: Array) -> NDArray[np.generic]:
+    """The values of a Flower array without copying them; read-only. bfloat16 comes as float32 (a copy)."""
+    if array.stype != "numpy.ndarray":
+        raise ValueError(f"arrays are serialised as {array.stype!r}, expected 'numpy.ndarray'")
+    if array.data[:8] != b"\x93NUMPY\x01\x00":  # another format version: structured types, huge headers
+        return np.asarray(array.numpy())
+    offset = 10 + int.from_bytes(array.data[8:10], "little")
+    shape, fortran_order, dtype = _header(array.data[:offset])
+    if len(array.data) - offset != dtype.itemsize * math.prod(shape):
+        raise ValueError("an array's bytes do not fit its shape")
+    flat = np.frombuffer(array.data, dtype, math.prod(shape), offset)
+    values = flat.reshape(shape, order="F" if fortran_order else "C")
+    if array.dtype == _BFLOAT16 and dtype.itemsize == 2:
+        bits = np.ascontiguousarray(values).view(np.uint16).astype(np.uint32) << 16
+        return bits.view(np.float32).reshape(shape)
+    return values
+
+
+@lru_cache(maxsize=1024)
+def _header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
+    """Shape, order and dtype; cached, since NumPy takes longer to parse this text than to read a small array."""
+    stream = io.BytesIO(header)
+    np.lib.format.read_magic(stream)
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype.hasobject:
+        raise ValueError("arrays of Python objects are refused")
+    return shape, fortran_order, dtype
+
+
+def wire_dtype(layout: Layout) -> np.dtype[np.floating]:
+    """float64 if any array is (or needs more than float32), else float32."""
+    wide = any(d != _BFLOAT16 and np.dtype(d).kind == "f" and np.dtype(d).itemsize > 4 for _, d, _ in layout)
+    return np.dtype(np.float64 if wide else np.float32)
+
+
+def size_of(layout: Layout) -> int:
+    """Number of entries of the flat vector."""
+    return sum(math.prod(shape) for _, _, shape in layout)
+
+
+def flatten_update(before: ArrayRecord, after: ArrayRecord) -> tuple[Layout, NDArray[np.floating]]:
+    """Layout of `after` and the flat update `after - before`.
+
+    Raises:
+        ValueError: `after` has a name that was not sent, another shape, or a dtype that cannot be averaged.
+    """
+    layout = []
+    for name, array in after.items():
+        if name not in before:
+            raise ValueError(f"train() returned an array named {name!r} that the server did not send")
+        if tuple(array.shape) != tuple(before[name].shape):
+            raise ValueError(
+                f"train() returned {name!r} with shape {tuple(array.shape)}; the server sent "
+                f"{tuple(before[name].shape)}"
+            )
+        if array.dtype != _BFLOAT16 and np.dtype(array.dtype).kind not in "fiub":
+            raise ValueError(f"{name!r} has dtype {array.dtype}; only real numbers can be averaged")
+        layout.append((name, array.dtype, tuple(int(x) for x in array.shape)))
+    dtype = wire_dtype(tuple(layout))
+    flat = np.empty(size_of(tuple(layout)), dtype)
+    start = 0
+    for name, _, shape in layout:
+        stop = start + math.prod(shape)
+        new, old = view(after[name]), view(before[name])
+        piece = flat[start:stop].reshape(shape)
+        if new.dtype == old.dtype == np.float32 == dtype:
+            np.subtract(new, old, out=piece)
+        else:
+            piece[...] = new.astype(np.float64) - old.astype(np.float64)
+        start = stop
+    return tuple(layout), flat
+
+
+def rebuild_arrays(
+    layout: Layout, before: ArrayRecord, total: NDArray[np.floating], weight: float
+) -> ArrayRecord:
+    """`before + total / weight`: the weighted mean of the arrays that the clients hold.
+
+    Floats get the dtype that `train()` returned; counters come as float64 and bfloat16 as float32, for the
+    inner strategy to work on (see `restore_types`). `total` is overwritten.
+    """
+    total /= total.dtype.type(weight)
+    arrays = {}
+    start = 0
+    for name, dtype_name, shape in layout:
+        stop = start + math.prod(shape)
+        mean = total[start:stop].reshape(shape)
+        dtype = np.dtype(np.float32 if dtype_name == _BFLOAT16 else dtype_name)
+        if dtype.kind != "f":
+            dtype = np.dtype(np.float64)
+        old = view(before[name])
+        if mean.dtype == old.dtype == dtype:
+            values = np.add(mean, old, out=mean)
+        else:
+            values = (old.astype(np.float64) + mean).astype(dtype)
+        arrays[name] = Array(np.asarray(values))
+        start = stop
+    return ArrayRecord(arrays)
+
+
+def restore_types(layout: Layout, arrays: ArrayRecord) -> ArrayRecord:
+    """What the inner strategy returned, with counters rounded and bfloat16 restored; floats stay as they are."""
+    restored = dict(arrays.items())
+    for name, dtype_name, _ in layout:
+        if name not in restored:
+            continue
+        if dtype_name == _BFLOAT16:
+            restored[name] = _to_bfloat16(restored[name].numpy())
+        elif np.dtype(dtype_name).kind in "iub":
+            restored[name] = Array(np.asarray(_rounded(restored[name].numpy(), np.dtype(dtype_name))))
+    return ArrayRecord(restored)
+
+
+def _rounded(values: NDArray[np.generic], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
+    whole = np.rint(values.astype(np.float64))
+    if dtype.kind == "b":
+        return whole >= 1
+    limits = np.iinfo(dtype.type)  # a mean of values of this type lies within them, up to rounding
+    inside = np.clip(whole, limits.min, limits.max)
+    return np.where(whole >= float(limits.max), limits.max, inside.astype(dtype)).astype(dtype)
+
+
+def _to_bfloat16(values: NDArray[np.generic]) -> Array:
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to nearest, ties to even
+    payload = Array(rounded.astype(np.uint16).view("V2").reshape(values.shape))
+    return Array(_BFLOAT16, payload.shape, payload.stype, payload.data)
+
+
+def flatten_metrics(metrics: MetricRecord, weight_key: str) -> tuple[MetricsLayout, NDArray[np.float64]]:
+    """The weight w, then w times each metric, as one float64 vector.
+
+    Raises:
+        ValueError: The weight is missing, a list, not finite, or negative.
+    """
+    if weight_key not in metrics:
+        raise ValueError(f"the reply's metrics lack {weight_key!r}, the number of examples, which weighs them")
+    weight = metrics[weight_key]
+    if isinstance(weight, list) or not math.isfinite(weight) or weight < 0:
+        raise ValueError(f"{weight_key!r} is {weight!r}; it must be one finite number of at least 0")
+    layout = [(weight_key, -1, isinstance(weight, int))]
+    values = [float(weight)]
+    for name, value in metrics.items():
+        if name == weight_key:
+            continue
+        several = value if isinstance(value, list) else [value]
+        layout.append((name, len(several) if isinstance(value, list) else -1, False))
+        values.extend(float(weight) * float(one) for one in several)
+    return tuple(layout), np.array(values)
+
+
+def rebuild_metrics(layout: MetricsLayout, total: NDArray[np.float64]) -> tuple[float, MetricRecord]:
+    """The decoded weight W, and the metrics: W under the weight's name, every other one divided by W."""
+    weight_key, _, whole = layout[0]
+    weight = float(total[0])
+    record = MetricRecord({weight_key: round(weight) if whole else weight})
+    start = 1
+    for name, length, _ in layout[1:]:
+        stop = start + max(length, 1) if length != 0 else start
+        means = [float(value) / weight for value in total[start:stop]]
+        record[name] = means if length >= 0 else means[0]
+        start = stop
+    return weight, record
+
+
+def encode_row(
+    total: NDArray[np.floating] | None, vector: NDArray[np.floating], coefficients: tuple[float, ...]
+) -> NDArray[np.floating]:
+    """`total + sum_l coefficients[l] * block_l(vector)`; the m blocks are zero-padded to equal length."""
+    m = len(coefficients)
+    length = -(-vector.size // m)
+    if total is None:
+        total = np.zeros(length, vector.dtype)
+    for block, coefficient in enumerate(coefficients):
+        piece = vector[block * length : (block + 1) * length]
+        if coefficient == 1:
+            total[: piece.size] += piece
+        elif coefficient != 0:
+            total[: piece.size] += piece * vector.dtype.type(coefficient)
+    return total
+
+
+def as_array(vector: NDArray[np.floating]) -> Array:
+    """A flat vector as a Flower array."""
+    return Array(np.ascontiguousarray(vector))
+
+
+_FOLD = 1024
+
+
+def sketch(update: NDArray[np.floating]) -> tuple[float, ...]:
+    """Norm and three signed sums of an update: replicas that disagree differ in them.
+
+    Linear and cheap (one pass); compared with a tolerance, since bit-identity does not hold across machines.
+    """
+    whole = update.size // _FOLD * _FOLD
+    folded = np.zeros(_FOLD)
+    if whole:
+        folded += update[:whole].reshape(-1, _FOLD).sum(axis=0, dtype=np.float64)
+    folded[: update.size - whole] += update[whole:]
+    norm = math.sqrt(float(np.dot(update, update)))
+    return (norm, *(float(x) for x in _signs() @ folded))
+
+
+@lru_cache(maxsize=1)
+def _signs() -> NDArray[np.float64]:
+    return np.random.Generator(np.random.Philox(0)).choice([-1.0, 1.0], size=(3, _FOLD))

@@ -1,0 +1,321 @@
+"""One coded phase, training or evaluation, as the server sees it: which replies count, and the decoded mean.
+
+Bad replies are kept out here: each counts as a straggler, with its reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from flwr.app import ArrayRecord, Message, MetricRecord
+from numpy.typing import NDArray
+
+from . import pack
+from .codes import GradientCode, combine
+from .grid import Wait
+from .incremental import IncrementalDecoder
+from .roster import Roster
+from .wire import ARRAYS, METRICS, UPDATE, Plan, Reply
+
+__all__ = ["Decoded", "Phase", "Rejection"]
+
+NO_MOD = "no fl-gradcode reply: is gradient_coding_mod among the client's mods?"
+FIXED_DATA = "train() never read partition-id"
+
+#: Relative difference between two holders of a shard above which the ledger and a warning say so: float
+#: arithmetic on different machines stays below.
+DISAGREEMENT = 1e-5
+#: Above this, a decoder that mixes the copies would return garbage: such a phase counts as undecodable.
+_GARBAGE = 1e-2
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A reply that does not count. `worker` is None while the node has never said who it is."""
+
+    node: int
+    worker: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What the replies amount to.
+
+    Attributes:
+        arrays: The mean of the clients' arrays; None when evaluating.
+        metrics: The total weight and the mean metrics.
+        layout: Names, dtypes and shapes as `train()` returned them.
+        names: The user's names of the ArrayRecord and the MetricRecord.
+        vector: The decoding vector.
+        used: Workers whose replies entered, ascending.
+    """
+
+    arrays: ArrayRecord | None
+    metrics: MetricRecord
+    layout: pack.Layout
+    names: tuple[str, str]
+    vector: NDArray[np.float64]
+    used: tuple[int, ...]
+
+
+@dataclass
+class _Bucket:
+    """Replies that agree on names, dtypes and shapes: only such can be added up."""
+
+    decoder: IncrementalDecoder
+    reply: Reply
+    updates: dict[int, NDArray[np.floating]] = field(default_factory=dict)
+    metrics: dict[int, NDArray[np.floating]] = field(default_factory=dict)
+
+
+class Phase:
+    """Collects the replies to one plan; a `StopRule` for `EarlyStopGrid`.
+
+    Args:
+        plan: What was asked; `plan.rows` holds every worker's row.
+        code: The code over the sampled shards.
+        shards: The sampled shards, ascending: columns of `code`.
+        before: The arrays that were sent; None when evaluating.
+        roster: Who is who; learns from the replies.
+    """
+
+    def __init__(
+        self, plan: Plan, code: GradientCode, shards: Sequence[int], before: ArrayRecord | None, roster: Roster
+    ) -> None:
+        self.plan, self.code, self.shards, self.before, self.roster = plan, code, list(shards), before, roster
+        self.label = plan.label
+        self.collected = False
+        self.wait = Wait()
+        self.answered: list[int] = []
+        self.rejections: list[Rejection] = []
+        self.stateful = False
+        self.disagreement = 0.0
+        self.disagreeing: set[int] = set()
+        self.decodable_after: tuple[int, float] | None = None
+        self._participants = {i for i, row in plan.rows.items() if row.shards}
+        self._buckets: dict[tuple[pack.Layout, pack.MetricsLayout], _Bucket] = {}
+        self._accepted: dict[int, int] = {}  # worker -> node
+        self._sketches: dict[int, tuple[float, ...]] = {}
+        self._messages: list[Message] = []
+
+    # The stop rule
+
+    @property
+    def decided(self) -> bool:
+        """Whether the replies that count determine the sum."""
+        return self._best is not None and self._best.decoder.decodable
+
+    def choose(self, nodes: Sequence[int], *, final: bool) -> list[int]:
+        """Those of `nodes`, in order of arrival, that complete the sum; see `StopRule`."""
+        workers = {node: self.roster.worker_of(node) for node in nodes}
+        if None in workers.values():
+            return list(nodes)  # it cannot be told without reading
+        best = self._best
+        survivors = best.decoder.survivors if best else []
+        if not final and self.code.groups and len(survivors) + len(nodes) < len(self.code.groups):
+            return []
+        decoder = self.code.incremental()
+        decoder.update([*survivors, *(i for i in workers.values() if i is not None and i not in self._accepted)])
+        if self.code.groups is not None:  # the first reply of a group is enough, the others need not be computed
+            first = {next((i for i in decoder.survivors if i in group), -1) for group in self.code.groups}
+        else:
+            first = set(decoder.survivors)
+        return [node for node in nodes if workers[node] in first] if final or decoder.decodable else []
+
+    def hopeless(self, nodes: Sequence[int]) -> bool:
+        """Whether they would not even with those of `nodes`. A node that is not known may be any missing worker."""
+        workers = [self.roster.worker_of(node) for node in nodes]
+        outstanding = {i for i in workers if i is not None}
+        if None in workers:
+            outstanding.update(self.roster.missing(self._participants))
+        outstanding &= self._participants
+        outstanding -= self._accepted.keys()
+        decoders = [bucket.decoder for bucket in self._buckets.values()] or [self.code.incremental()]
+        for decoder in decoders:
+            if len(self._participants - outstanding - set(decoder.survivors)) <= self.code.s:
+                return False  # what the code guarantees
+        return all(decoder.hopeless(outstanding) for decoder in decoders)
+
+    def offer(self, node: int, reply: Message | None, failure: str, at: float) -> None:
+        """Read one reply: it counts, or is rejected with a reason."""
+        reason = failure if reply is None else self._examine(node, reply)
+        if reason is not None:
+            worker = self.roster.worker_of(node)
+            self.rejections.append(Rejection(node, worker, reason or "no reply"))
+            if reply is None or reply.has_error():
+                self.roster.forget(node)
+        if self.decided and self.decodable_after is None:
+            self.decodable_after = (len(self.answered), at)
+
+    def finish(self, wait: Wait) -> list[Message]:
+        """Waiting is over."""
+        self.wait = wait
+        self.collected = True
+        return self._messages
+
+    # Results
+
+    def vector(self, *, approximate: bool) -> NDArray[np.float64] | None:
+        """The decoding vector; None if undecodable and no approximation is wanted or possible."""
+        best = self._best
+        if best is None or self._mixes_garbage:
+            return None
+        if best.decoder.decodable:
+            return best.decoder.vector()
+        return self.code.least_squares_vector(best.decoder.survivors) if approximate else None
+
+    def decode(self, vector: NDArray[np.float64]) -> Decoded | None:
+        """The decoded mean; None if the decoded weight is not positive, so that there is no mean."""
+        best = self._best
+        assert best is not None
+        rows = vector.reshape(self.code.n, -1)
+        used = tuple(int(i) for i in np.flatnonzero(rows.any(axis=1)))
+        coefficients = rows[list(used)]
+        metrics = combine([best.metrics[i] for i in used], coefficients, order=used)
+        if not metrics[0] > 0:
+            return None
+        weight, record = pack.rebuild_metrics(best.reply.metrics_layout, np.asarray(metrics, np.float64))
+        arrays = None
+        if self.before is not None:
+            total = combine([best.updates[i] for i in used], coefficients, order=used)
+            arrays = pack.rebuild_arrays(best.reply.layout, self.before, total, weight)
+        names = (best.reply.arrays_name, best.reply.metrics_name)
+        return Decoded(arrays, record, best.reply.layout, names, vector, used)
+
+    @property
+    def survivors(self) -> list[int]:
+        """Workers whose replies count, in order of arrival."""
+        return list(self._best.decoder.survivors) if self._best else []
+
+    @property
+    def participants(self) -> list[int]:
+        """Workers with at least one sampled shard."""
+        return sorted(self._participants)
+
+    def outvoted(self) -> list[Rejection]:
+        """Replies that were left out because others agree on other names, dtypes or shapes."""
+        best = self._best
+        return [
+            Rejection(self._accepted[i], i, "its arrays differ in name, dtype or shape from the other replies'")
+            for bucket in self._buckets.values()
+            if bucket is not best
+            for i in bucket.decoder.survivors
+        ]
+
+    # Reading one reply
+
+    @property
+    def _best(self) -> _Bucket | None:
+        """The bucket that decodes, else the largest."""
+        buckets = self._buckets.values()
+        return max(buckets, key=lambda b: (b.decoder.decodable, len(b.decoder.survivors)), default=None)
+
+    @property
+    def _mixes_garbage(self) -> bool:
+        return self.code.groups is None and self.disagreement > _GARBAGE
+
+    def _examine(self, node: int, message: Message) -> str | None:
+        if message.has_error():
+            return f"error {message.error.code}: {_first_line(message.error.reason)}"
+        try:
+            reply = Reply.find_in(message.content)
+        except ValueError as error:
+            return str(error)
+        if reply is None:
+            return NO_MOD
+        if (reply.run, reply.kind, reply.round) != (self.plan.run, self.plan.kind, self.plan.round):
+            wrong = f"run {reply.run!r}, " if reply.run != self.plan.run else ""
+            return f"wrong round: it answers {wrong}{reply.kind} {reply.round}"
+        if reply.worker not in self.plan.rows:
+            return f"worker {reply.worker} is not in the code (workers 0..{self.plan.n - 1})"
+        self.roster.answered(node, reply.worker, self.plan.round)
+        self.stateful |= reply.stateful
+        if reply.outcome == "idle":
+            return None
+        if reply.outcome == "gave-up":
+            return f"gave up after {sum(reply.seconds):.1f} s with {len(reply.seconds)} shards done"
+        if reply.outcome == "fixed-data":
+            return FIXED_DATA
+        if reply.worker in self._accepted:
+            other = self._accepted[reply.worker]
+            return "duplicate" if other == node else f"duplicate: node {other} answered as worker {reply.worker}"
+        return self._accept(node, reply, message)
+
+    def _accept(self, node: int, reply: Reply, message: Message) -> str | None:
+        if reply.shards != self.plan.rows[reply.worker].shards:
+            return f"it combines shards {list(reply.shards)}, asked were {list(self.plan.rows[reply.worker].shards)}"
+        if not reply.metrics_layout or reply.metrics_layout[0][0] != self.plan.weight_key:
+            return f"its metrics do not begin with {self.plan.weight_key!r}"
+        try:
+            update, metrics = self._vectors(reply, message)
+        except (KeyError, TypeError, ValueError) as error:
+            return f"unusable vectors: {_first_line(str(error))}"
+        if not _all_finite(update):
+            return "its update is not finite (NaN or infinity)"
+        if not math.isfinite(float(metrics[0])) or (self.code.m > 1 and not np.isfinite(metrics).all()):
+            return f"its {self.plan.weight_key!r} is not finite"
+        key = (reply.layout, reply.metrics_layout)
+        bucket = self._buckets.setdefault(key, _Bucket(self.code.incremental(), reply))
+        self._compare(reply)
+        self._accepted[reply.worker] = node
+        self.answered.append(reply.worker)
+        self._messages.append(message)
+        bucket.updates[reply.worker] = update
+        bucket.metrics[reply.worker] = metrics
+        bucket.decoder.add(reply.worker)
+        return None
+
+    def _vectors(self, reply: Reply, message: Message) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+        record = message.content.get(UPDATE)
+        if not isinstance(record, ArrayRecord) or METRICS not in record:
+            raise ValueError(f"the record {UPDATE!r} is missing")
+        entries = sum(max(length, 1) if length else 0 for _, length, _ in reply.metrics_layout)
+        metrics = _vector(record, METRICS, entries, np.dtype(np.float64), self.code.m)
+        if self.before is None:
+            return np.zeros(0, np.float32), metrics
+        for name, _, shape in reply.layout:
+            if name not in self.before or tuple(self.before[name].shape) != shape:
+                raise ValueError(f"array {name!r} with shape {shape} does not match what was sent")
+        if len({name for name, _, _ in reply.layout}) != len(reply.layout):
+            raise ValueError("an array is named twice")
+        expected = pack.size_of(reply.layout)
+        return _vector(record, ARRAYS, expected, pack.wire_dtype(reply.layout), self.code.m), metrics
+
+    def _compare(self, reply: Reply) -> None:
+        """Remember how far holders of one shard are apart."""
+        for shard, sketch in zip(reply.shards, reply.sketches, strict=False):
+            first = self._sketches.setdefault(shard, sketch)
+            scale = max(abs(first[0]), abs(sketch[0]), 1e-30)
+            apart = max((abs(x - y) / scale for x, y in zip(first, sketch, strict=False)), default=0.0)
+            if apart > DISAGREEMENT:
+                self.disagreeing.add(shard)
+            self.disagreement = max(self.disagreement, apart)
+
+
+def _vector(
+    record: ArrayRecord, name: str, entries: int, dtype: np.dtype[np.floating], m: int
+) -> NDArray[np.floating]:
+    if name not in record:
+        raise ValueError(f"{name!r} is missing")
+    values = pack.view(record[name])
+    length = -(-entries // m)
+    if values.dtype != dtype:
+        raise ValueError(f"{name!r} has dtype {values.dtype}, expected {dtype}")
+    if values.shape != (length,):
+        raise ValueError(f"{name!r} has shape {values.shape}, expected ({length},)")
+    return np.asarray(values)
+
+
+def _all_finite(values: NDArray[np.floating]) -> bool:
+    # A finite sum proves that all entries are finite, at memory speed; a sum that overflows proves nothing.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(values.sum())) or bool(np.isfinite(values).all())
+
+
+def _first_line(text: str) -> str:
+    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "no reason given"

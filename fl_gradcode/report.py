@@ -1,0 +1,81 @@
+"""What a phase leaves behind: its entry in the ledger row, and the figures among Flower's result metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .codes import GradientCode
+from .phase import Decoded, Phase, Rejection
+from .wire import report_key
+
+__all__ = ["figures", "new_row", "phase_entry"]
+
+
+def new_row(run: str, flower_run: int, server_round: int, code: GradientCode) -> dict[str, Any]:
+    """A ledger row at the beginning of a round."""
+    return {
+        "run": run,
+        "flower-run-id": str(flower_run),
+        "round": server_round,
+        "code": {"name": code.name, "n": code.n, "k": code.k, "s": code.s, "m": code.m},
+        "train": None,
+        "evaluate": None,
+    }
+
+
+def phase_entry(phase: Phase, decoded: Decoded | None, *, decoding: float, aggregating: float) -> dict[str, Any]:
+    """What happened in one phase; `docs/ledger.md` explains every field."""
+    wait = phase.wait
+
+    def workers(nodes: list[int]) -> list[int | None]:
+        return [phase.roster.worker_of(node) for node in nodes]
+
+    rejections = phase.rejections + phase.outvoted()
+    used = list(decoded.used) if decoded else []
+    unread = workers(wait.unread)
+    in_time = {*phase.survivors, *unread}
+    error = 1.0 if decoded is None else phase.code.error_of(decoded.vector)
+    exact = decoded is not None and phase.decided
+    coverage = [0.0] * phase.code.k if decoded is None else phase.code.coverage_of(decoded.vector).tolist()
+    after = phase.decodable_after
+
+    return {
+        "outcome": "exact" if exact else "skipped" if decoded is None else "approximate",
+        "ended": wait.ended,
+        "workers": len(phase.participants),
+        "shards": phase.shards,
+        "asked": workers(wait.asked),
+        "held-back": workers(wait.held_back),
+        "never-sent": workers(wait.never_sent),
+        "answered": phase.answered,
+        "unread": unread,
+        "used": used,
+        "stragglers": [i for i in phase.participants if i not in in_time],
+        "rejected": [_rejected(one) for one in rejections],
+        "late": [{"worker": phase.roster.worker_of(node), "node": str(node), "from": f} for node, f in wait.late],
+        "lapsed": workers(wait.lapsed),
+        "decodable-after-replies": after[0] if after else None,
+        "decodable-after-seconds": after[1] if after else None,
+        "decoding-error": error,
+        "kappa": None if decoded is None else phase.code.kappa_of(decoded.vector),
+        "coverage": [round(float(c), 6) for c in coverage],
+        "replica-disagreement": phase.disagreement,
+        "bytes-down": wait.bytes_down,
+        "bytes-up": wait.bytes_up,
+        "seconds": {"waiting": wait.seconds, "decoding": decoding, "aggregating": aggregating},
+    }
+
+
+def figures(entry: dict[str, Any]) -> dict[str, float | int]:
+    """The numbers that go among Flower's result metrics, under `fl-gradcode.`."""
+    return {
+        report_key("decoded"): int(entry["outcome"] != "skipped"),
+        report_key("decoding-error"): float(entry["decoding-error"]),
+        report_key("replies-used"): len(entry["used"]),
+        report_key("stragglers"): len(entry["stragglers"]),
+        report_key("wait-seconds"): float(entry["seconds"]["waiting"]),
+    }
+
+
+def _rejected(one: Rejection) -> dict[str, Any]:
+    return {"worker": one.worker, "node": str(one.node), "reason": one.reason}

@@ -1,0 +1,400 @@
+"""GradientCoding: a Flower strategy around a Flower strategy, which waits for decodable instead of for everyone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from . import report
+from .codes import GradientCode
+from .errors import InvalidSetting, RoundFailed, UnsuitableApp
+from .grid import EarlyStopGrid
+from .inner import ShardGrid, arrays_key_of, check_bounds, check_strategy, common_content, has_custom_metrics
+from .ledger import Ledger
+from .pack import restore_types
+from .phase import DISAGREEMENT, FIXED_DATA, NO_MOD, Decoded, Phase
+from .roster import Roster
+from .wire import Plan, Reply, Row
+
+__all__ = ["GradientCoding"]
+
+_log = logging.getLogger(__name__)
+_POLICIES = ("skip", "approximate", "raise")
+
+
+class GradientCoding(Strategy):
+    """Run a Flower strategy so that stragglers neither delay a round nor lose their data.
+
+    Every shard of the training data lies on a few clients; each client answers with one coded update over its
+    shards; the round ends as soon as the replies that are in determine the update of *all* shards. The wrapped
+    strategy sees one reply: the exact weighted mean, as if everybody had answered in time.
+
+        strategy = GradientCoding(FedAvg(), fractional_repetition(n=12, s=2))
+        result = strategy.start(grid, initial_arrays, num_rounds=10)
+
+    The clients add `gradient_coding_mod`. To the wrapped strategy the k shards are its nodes:
+    `fraction_train=0.5` samples half the shards, and the code still protects them.
+
+    Args:
+        strategy: An averaging strategy: FedAvg, FedAvgM, FedAdam, FedYogi, FedAdagrad, FedProx or one of your own.
+        code: Who holds which shards; worker i is the node whose client reports `partition-id` i.
+        on_undecodable: When a round ends undecodable, at the timeout or as soon as it is hopeless: "skip" leaves
+            the model as it is, "approximate" uses the least-squares estimate and reports its error and
+            coverage, "raise" ends the run.
+        seed: What the holders of a shard derive their common random seeds from.
+        ledger: A `Ledger`, or the absolute path of a file for one JSON line a round.
+        node_timeout: Seconds to wait for n nodes before the first round; it starts without if n - s are there.
+        give_up_after: Seconds after which a client stops between two shards, so that it is free for the next
+            round; None: never.
+        allow_fixed_data: Accept an app that does not choose its data by `partition-id`.
+        on_round_end: Called with (round, current arrays, ledger row) after each round.
+        run: Name of the run, which seeds, plans and the ledger carry; made up if None.
+
+    Raises:
+        IncompatibleStrategy: A strategy that cannot work on one decoded reply, with what to do instead.
+
+    References:
+        Tandon, Lei, Dimakis, Karampatziakis, "Gradient coding: avoiding stragglers in distributed learning", 2017.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        code: GradientCode,
+        *,
+        on_undecodable: Literal["skip", "approximate", "raise"] = "skip",
+        seed: int = 0,
+        ledger: Ledger | str | os.PathLike[str] | None = None,
+        node_timeout: float = 60.0,
+        give_up_after: float | None = None,
+        allow_fixed_data: bool = False,
+        on_round_end: Callable[[int, ArrayRecord, dict[str, Any]], None] | None = None,
+        run: str | None = None,
+    ) -> None:
+        check_strategy(strategy)
+        if not isinstance(code, GradientCode):
+            raise InvalidSetting(
+                f"code is {type(code).__name__}; pass a GradientCode, such as fractional_repetition(n, s)."
+            )
+        check_bounds(strategy, code.k)
+        if on_undecodable not in _POLICIES:
+            raise InvalidSetting(f"on_undecodable={on_undecodable!r} must be one of {', '.join(_POLICIES)}.")
+        for name, seconds in (("node_timeout", node_timeout), ("give_up_after", give_up_after)):
+            if seconds is not None and not seconds > 0:
+                raise InvalidSetting(f"{name}={seconds} must be a number of seconds greater than 0.")
+        self.strategy = strategy
+        self.code = code
+        self.on_undecodable = on_undecodable
+        self.seed = int(seed)
+        self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
+        self.node_timeout = node_timeout
+        self.give_up_after = give_up_after
+        self.allow_fixed_data = allow_fixed_data
+        self.on_round_end = on_round_end
+        self.run = run or uuid.uuid4().hex
+        self.roster = Roster()
+        self._weight_key = str(getattr(strategy, "weighted_by_key", "num-examples"))
+        self._timeout: float | None = None
+        self._drafts: list[Message] = []
+        self._phase: Phase | None = None
+        self._arrays = ArrayRecord()
+        self._row: dict[str, Any] = {}
+        self._flower_run = 0
+        self._ever_decoded = False
+        self._warned: set[str] = set()
+
+    def summary(self) -> None:
+        """Log the code, then the wrapped strategy's own summary."""
+        _log.info("\t├──> Gradient coding: %r", self.code)
+        _log.info("\t│\t└── Undecodable rounds: %s", self.on_undecodable)
+        _log.info("\t├──> Wrapped strategy: %s", type(self.strategy).__name__)
+        self.strategy.summary()
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run all rounds, as `Strategy.start` does, through an `EarlyStopGrid`.
+
+        `Result.arrays` is the last model even if rounds were skipped; the result's metrics carry figures of the
+        code under `fl-gradcode.`.
+
+        Raises:
+            RoundFailed: Too few or too many nodes; or an undecodable round under `on_undecodable="raise"`.
+            UnsuitableApp: The clients lack the mod, or do not choose their data by `partition-id`.
+        """
+        waiting = grid if isinstance(grid, EarlyStopGrid) else EarlyStopGrid(grid)
+        waiting.on_late = self._learn_from_late
+        self._timeout = timeout
+        self._arrays = initial_arrays
+        self._wait_for_nodes(waiting)
+        try:
+            result = super().start(
+                waiting, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
+            )
+        except BaseException as error:
+            if self._row:
+                self._row["ended-by"] = f"{type(error).__name__}: {error}"
+                self._close_row()
+            raise
+        finally:
+            if waiting is not grid:
+                waiting.close()
+        if not result.arrays:
+            result.arrays = self._arrays
+        return result
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The wrapped strategy's training messages, one plan for each worker."""
+        self._row = report.new_row(self.run, self._flower_run_of(grid), server_round, self.code)
+        self._arrays = arrays
+        return self._configure("train", server_round, arrays, config, grid)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The wrapped strategy's evaluation messages, one plan for each worker."""
+        if not self._row:
+            self._row = report.new_row(self.run, self._flower_run_of(grid), server_round, self.code)
+        return self._configure("evaluate", server_round, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Decode, and let the wrapped strategy aggregate the one decoded reply."""
+        phase, decoded, seconds = self._decode(replies)
+        if phase is None:
+            return None, None
+        arrays: ArrayRecord | None = None
+        metrics: MetricRecord | None = None
+        started = time.perf_counter()
+        if decoded is not None and decoded.arrays is not None:
+            content = {decoded.names[0]: decoded.arrays, decoded.names[1]: decoded.metrics}
+            arrays, metrics = self.strategy.aggregate_train(server_round, [self._as_one_reply(content)])
+            if arrays is not None:
+                arrays = restore_types(decoded.layout, arrays)
+                self._arrays = arrays
+        return arrays, self._book(phase, decoded, seconds, time.perf_counter() - started, metrics)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Decode the metrics, and let the wrapped strategy aggregate the one decoded reply."""
+        phase, decoded, seconds = self._decode(replies)
+        metrics: MetricRecord | None = None
+        if phase is not None:
+            started = time.perf_counter()
+            if decoded is not None:
+                content = {decoded.names[1]: decoded.metrics}
+                metrics = self.strategy.aggregate_evaluate(server_round, [self._as_one_reply(content)])
+            metrics = self._book(phase, decoded, seconds, time.perf_counter() - started, metrics)
+        row = self._close_row()
+        if self.on_round_end is not None:
+            self.on_round_end(server_round, self._arrays, row)
+        return metrics
+
+    # One phase
+
+    def _configure(
+        self, kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        self._phase = None
+        configure = getattr(self.strategy, f"configure_{kind}")
+        self._drafts = list(configure(server_round, arrays, config, ShardGrid(self.code.k, grid)))
+        if not self._drafts:
+            return []
+        if has_custom_metrics(self.strategy, kind):
+            self._warn_once(
+                f"metrics {kind}",
+                f"The custom {kind} metric aggregation is called on one decoded record, not on one for each client.",
+            )
+        content = common_content(self._drafts)
+        shards = sorted({message.metadata.dst_node_id for message in self._drafts})
+        code = self.code.restrict(shards)
+        arrays_key = arrays_key_of(self.strategy, content) if kind == "train" else ""
+        plan = Plan(
+            run=self.run,
+            seed=self.seed,
+            round=server_round,
+            kind=kind,
+            n=code.n,
+            k=self.code.k,
+            weight_key=self._weight_key,
+            arrays_key=arrays_key,
+            rows={worker: _row(code, worker, shards) for worker in range(code.n)},
+            give_up_after=self.give_up_after or 0.0,
+            allow_fixed_data=self.allow_fixed_data,
+        )
+        before = content[arrays_key] if arrays_key else None
+        assert before is None or isinstance(before, ArrayRecord)
+        self._phase = Phase(plan, code, shards, before, self.roster)
+        if isinstance(grid, EarlyStopGrid):
+            for node, worker in grid.source.known_workers().items():
+                self.roster.learn(node, worker)
+            grid.expect(self._phase)
+        return self._messages(plan, content, grid)
+
+    def _messages(self, plan: Plan, content: RecordDict, grid: Grid) -> list[Message]:
+        """One message for each node that has something to do, or whose worker is not known yet."""
+        whole = plan.add_to(content)
+        # Several times the timeout: it only bounds how long the SuperLink stores a message.
+        ttl = None if self._timeout is None else max(600.0, 4 * self._timeout)
+        messages = []
+        for node in grid.get_node_ids():
+            worker = self.roster.worker_of(node)
+            if worker is None or worker not in plan.rows:
+                mine = RecordDict(dict(whole.items()))
+            elif not plan.rows[worker].shards:
+                continue
+            else:
+                mine = plan.for_worker(worker).add_to(content)
+            kind = self._drafts[0].metadata.message_type
+            messages.append(
+                Message(
+                    mine,
+                    dst_node_id=node,
+                    message_type=kind,
+                    ttl=ttl,
+                    group_id=str(plan.round),
+                )
+            )
+        return messages
+
+    def _decode(self, replies: Iterable[Message]) -> tuple[Phase | None, Decoded | None, float]:
+        phase = self._phase
+        if phase is None:
+            return None, None, 0.0
+        if not phase.collected:  # somebody else's loop brings the replies of a plain grid
+            for reply in replies:
+                phase.offer(reply.metadata.src_node_id, reply, "", 0.0)
+        self._check_contract(phase)
+        started = time.perf_counter()
+        vector = phase.vector(approximate=self.on_undecodable == "approximate")
+        decoded = None if vector is None else phase.decode(vector)
+        self._ever_decoded |= decoded is not None
+        return phase, decoded, time.perf_counter() - started
+
+    def _check_contract(self, phase: Phase) -> None:
+        reasons = [rejection.reason for rejection in phase.rejections]
+        if FIXED_DATA in reasons:
+            raise UnsuitableApp(
+                f"The clients' {phase.plan.kind}() never read context.node_config['partition-id'], so it would use "
+                "the same data for every shard. Choose the data by partition-id at every call, or pass "
+                "allow_fixed_data=True."
+            )
+        if reasons and not self._ever_decoded and not phase.answered and set(reasons) == {NO_MOD}:
+            raise UnsuitableApp(
+                "The clients answered without coding. Add the mod to their app: "
+                "ClientApp(mods=[gradient_coding_mod])."
+            )
+        if phase.stateful:
+            self._warn_once(
+                "state",
+                "train() or evaluate() keeps something in context.state. Holders of a shard must compute the same "
+                "update, but one that misses a round misses its state too. An update may depend only on the message, "
+                "the shard and the seeded generators.",
+            )
+        if phase.disagreement > DISAGREEMENT:
+            self._warn_once(
+                "replicas",
+                f"Holders of shards {sorted(phase.disagreeing)} sent updates that differ by up to "
+                f"{phase.disagreement:.1e} (relative). The update of a shard may depend only on the message, the shard "
+                "and the seeded generators: is there other randomness, kept state, or different data?",
+            )
+
+    def _as_one_reply(self, content: dict[str, Any]) -> Message:
+        return Message(RecordDict(content), reply_to=self._drafts[0])
+
+    def _book(
+        self,
+        phase: Phase,
+        decoded: Decoded | None,
+        decoding: float,
+        aggregating: float,
+        metrics: MetricRecord | None,
+    ) -> MetricRecord:
+        """Write the phase into the row; raise or warn if it could not be decoded; the metrics with our figures."""
+        entry = report.phase_entry(phase, decoded, decoding=decoding, aggregating=aggregating)
+        self._row[phase.plan.kind] = entry
+        if decoded is None:
+            why = (
+                f"Round {phase.plan.round}, {phase.plan.kind}: undecodable ({entry['ended']}) from "
+                f"{len(phase.survivors)} of {len(phase.participants)} workers"
+                + "".join(f"; worker {r['worker']}: {r['reason']}" for r in entry["rejected"][:5])
+            )
+            if self.on_undecodable == "raise":
+                entry["outcome"] = "raised"
+                raise RoundFailed(f"{why}.")
+            _log.warning("%s. The round is skipped: the model stays as it is.", why)
+        figures = report.figures(entry)
+        return MetricRecord({**(metrics or {}), **figures})
+
+    # The run
+
+    def _wait_for_nodes(self, grid: EarlyStopGrid) -> None:
+        n, s = self.code.n, self.code.s
+        deadline = time.monotonic() + self.node_timeout
+        told = False
+        while (online := len(list(grid.get_node_ids()))) != n and time.monotonic() < deadline:
+            if not told:
+                _log.info("Waiting up to %g s for %d nodes; %d are online.", self.node_timeout, n, online)
+                told = True
+            time.sleep(0.5)
+        if online > n:
+            raise RoundFailed(
+                f"{online} nodes are online, but the code has n={n} workers. Build the code for {online}, or stop "
+                f"{online - n} of them (a node that was just restarted is listed twice for a minute)."
+            )
+        if online < n - s:
+            raise RoundFailed(
+                f"{online} nodes are online after {self.node_timeout:g} s; the code has n={n} workers and needs at "
+                f"least n - s = {n - s}. Start more nodes, or build the code for fewer."
+            )
+        if online < n:
+            _log.warning("Starting with %d of %d nodes; the others count as stragglers.", online, n)
+
+    def _learn_from_late(self, node: int, label: str, message: Message | None) -> None:
+        """A reply that came too late is never used, but tells who its node is."""
+        if message is None or not message.has_content():
+            return
+        try:
+            reply = Reply.find_in(message.content)
+        except ValueError:
+            return
+        if reply is not None and reply.run == self.run and 0 <= reply.worker < self.code.n:
+            self.roster.answered(node, reply.worker, reply.round)
+
+    def _close_row(self) -> dict[str, Any]:
+        row, self._row = self._row, {}
+        self.ledger.append(row)
+        return row
+
+    def _flower_run_of(self, grid: Grid) -> int:
+        if not self._flower_run:
+            self._flower_run = int(getattr(getattr(grid, "run", None), "run_id", 0) or 0)
+        return self._flower_run
+
+    def _warn_once(self, key: str, text: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            _log.warning("%s", text)
+
+
+def _row(code: GradientCode, worker: int, shards: list[int]) -> Row:
+    columns = code.shards_of(worker)
+    coefficients = code.B[worker, list(columns)].reshape(len(columns), -1)
+    return Row(tuple(shards[j] for j in columns), tuple(tuple(float(x) for x in row) for row in coefficients))

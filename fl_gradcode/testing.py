@@ -1,0 +1,156 @@
+"""For tests and experiments: a grid that runs a ClientApp in this process, and a clock that is set by hand.
+
+    with InProcessGrid(app, num_nodes=6) as grid:
+        result = FedAvg().start(grid, arrays, num_rounds=3)
+
+This is the only module that touches Flower's task identity, without which no `Message` can be built.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace, TracebackType
+from typing import Any
+
+import numpy as np
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+__all__ = ["InProcessGrid", "ManualClock", "inside_a_run"]
+
+_RAISED = 2  # Flower's code of an exception in the ClientApp
+
+
+class ManualClock:
+    """A clock that stands still until it is advanced."""
+
+    def __init__(self, start: float = 0.0) -> None:
+        self._seconds = start
+
+    def __call__(self) -> float:
+        """The time, in seconds."""
+        return self._seconds
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self._seconds += seconds
+
+
+@contextmanager
+def inside_a_run(run_id: int = 1) -> Iterator[None]:
+    """Pretend to be a Flower task, as building a `Message` requires; restored at the end."""
+    names = ("_task_id", "_run_id", "_node_id")
+    before = {name: getattr(TaskIdentity, name) for name in names}
+    for name, value in zip(names, (0, run_id, 1), strict=True):
+        setattr(TaskIdentity, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(TaskIdentity, name, value)
+
+
+class InProcessGrid(Grid):
+    """A Flower grid whose nodes run in this process, one after another, when their replies are pulled.
+
+    Use it as a context manager. Each node keeps its own `Context`, so `context.state` lasts over rounds.
+
+    Args:
+        app: The ClientApp.
+        num_nodes: Number of nodes. Node ids are shuffled large numbers, as in the real engines.
+        run_config: What `context.run_config` holds.
+        node_config: partition-id -> `context.node_config`; by default partition-id and num-partitions.
+        tamper: (worker, message, reply) -> the reply that the server gets, for tests of bad replies.
+        seed: Of the node ids.
+    """
+
+    def __init__(
+        self,
+        app: ClientApp,
+        num_nodes: int,
+        *,
+        run_config: Mapping[str, Any] | None = None,
+        node_config: Callable[[int], dict[str, Any]] | None = None,
+        tamper: Callable[[int, Message, Message], Message] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.app = app
+        self.tamper = tamper
+        #: Number of messages that nodes have worked off, by worker.
+        self.calls = [0] * num_nodes
+        config = node_config or (lambda i: {"partition-id": i, "num-partitions": num_nodes})
+        ids = np.random.default_rng(seed).choice(2**31, size=num_nodes, replace=False) + 2**32
+        self._worker = {int(node): worker for worker, node in enumerate(ids)}
+        self._contexts = {
+            node: Context(1, node, config(worker), RecordDict(), dict(run_config or {}))
+            for node, worker in self._worker.items()
+        }
+        self._pending: dict[str, Message] = {}
+        self._ids = itertools.count()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> InProcessGrid:
+        """Pretend to be inside a Flower run."""
+        self._stack.enter_context(inside_a_run())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the pretended run."""
+        self._stack.close()
+
+    def known_workers(self) -> dict[int, int]:
+        """Node -> worker."""
+        return dict(self._worker)
+
+    def set_run(self, run: object) -> None:
+        """There is one run only."""
+
+    @property
+    def run(self) -> Any:
+        """A stand-in with a `run_id`."""
+        return SimpleNamespace(run_id=1)
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Build a message (deprecated in Flower: use `Message`)."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All nodes, in an order that says nothing."""
+        return sorted(self._worker)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Store messages; nothing runs yet."""
+        ids = []
+        for message in messages:
+            message_id = f"message-{next(self._ids)}"
+            message.metadata.__dict__["_message_id"] = message_id
+            self._pending[message_id] = message
+            ids.append(message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Run the nodes that these messages were sent to; their replies."""
+        return [self._answer(self._pending.pop(i)) for i in message_ids if i in self._pending]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Run everybody at once; the timeout does not matter, since nobody waits."""
+        return list(self.pull_messages(self.push_messages(list(messages))))
+
+    def _answer(self, message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        worker = self._worker[node]
+        self.calls[worker] += 1
+        try:
+            reply = self.app(message, self._contexts[node])
+        except Exception as error:  # as Flower's engines do: the reason travels in an error reply
+            reply = Message(Error(_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
+        return reply if self.tamper is None else self.tamper(worker, message, reply)

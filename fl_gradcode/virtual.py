@@ -1,0 +1,201 @@
+"""Virtual time: a grid around a grid that decides by a latency law when each reply would have arrived.
+
+Nothing sleeps. A message that is pushed gets its arrival time at once and goes on an event heap; the clock jumps
+from arrival to arrival. Only when somebody wants to read replies are they computed, as one batch on the inner
+grid: a reply that comes too late to be read costs virtual time, but no work.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from .arrivals import Arrival, ArrivalSource, ForwardingGrid
+from .errors import UnsuitableApp
+from .latency import Latency
+from .wire import Reply, content_bytes, is_evaluation, load_of, probe_content, round_of
+
+__all__ = ["VirtualGrid"]
+
+
+@dataclass
+class _Job:
+    node: int
+    finish: float
+    message: Message | None
+
+
+class VirtualGrid(ForwardingGrid, ArrivalSource):
+    """A Flower grid on a virtual clock. Every strategy, plain or coded, runs on it unchanged.
+
+        grid = VirtualGrid(grid, Latency(compute=lognormal(1.0, 0.3)))
+        FedAvg().start(grid, arrays, num_rounds=10)
+        print(grid.now(), "virtual seconds")
+
+    A node works off its messages one by one, in the order sent, as Flower's do. Evaluating a shard takes
+    `latency.evaluation` times as long as training it; transfer is charged for the message and a reply of the
+    same size (a model goes both ways), and one way only when evaluating.
+
+    Args:
+        grid: Where replies are computed: the simulation's grid, or `fl_gradcode.testing.InProcessGrid`.
+        latency: How long jobs take. Draws depend on (seed, worker, server round) alone, so that all strategies
+            meet the same slow moments.
+        seed: Seed of the latencies.
+        workers: Node -> worker (partition-id). By default the grid is asked, or else the nodes, once and
+            unmeasured, which takes `gradient_coding_mod` on the clients.
+        real_timeout: Real seconds to wait for one batch on the inner grid.
+    """
+
+    immediate = False
+
+    def __init__(
+        self,
+        grid: Grid,
+        latency: Latency,
+        *,
+        seed: int = 0,
+        workers: Mapping[int, int] | None = None,
+        real_timeout: float = 3600.0,
+    ) -> None:
+        super().__init__(grid)
+        self.latency = latency
+        self.seed = seed
+        self._workers = dict(workers or {})
+        self._real_timeout = real_timeout
+        self._now = 0.0
+        self._order = itertools.count()
+        self._heap: list[tuple[float, int, str]] = []
+        self._jobs: dict[str, _Job] = {}
+        self._busy_until: dict[int, float] = {}
+        self._sent: dict[int, int] = {}
+        self._ready: dict[str, Message] = {}
+
+    def now(self) -> float:
+        """Virtual seconds since the grid was made."""
+        return self._now
+
+    def known_workers(self) -> dict[int, int]:
+        """Node -> worker of all online nodes."""
+        unknown = [node for node in self.get_node_ids() if node not in self._workers]
+        if unknown:
+            knows = getattr(self.inner, "known_workers", None)
+            self._workers.update(knows() if knows is not None else self._probe(unknown))
+        return dict(self._workers)
+
+    def push(self, messages: Sequence[Message]) -> list[str | None]:
+        """Draw each message's arrival time."""
+        tokens: list[str | None] = []
+        workers = self.known_workers() if messages else {}
+        for message in messages:
+            node = message.metadata.dst_node_id
+            number = next(self._order)
+            token = f"virtual-{number}"
+            start = max(self._now, self._busy_until.get(node, 0.0))
+            finish = start + self._duration(message, workers.get(node, 0))
+            self._busy_until[node] = finish
+            self._jobs[token] = _Job(node, finish, message)
+            heapq.heappush(self._heap, (finish, number, token))
+            tokens.append(token)
+        return tokens
+
+    def next_arrival(self, deadline: float | None) -> Arrival | None:
+        """Jump to the next arrival, or to the deadline if that is earlier."""
+        limit = float("inf") if deadline is None else deadline
+        while self._heap and self._heap[0][0] <= limit and self._heap[0][0] != float("inf"):
+            finish, _, token = heapq.heappop(self._heap)
+            if token not in self._jobs:
+                continue  # forgotten
+            self._now = max(self._now, finish)
+            return Arrival(token, self._jobs[token].node, self._now)
+        if deadline is not None:
+            self._now = max(self._now, deadline)
+        return None
+
+    def fetch(self, arrivals: Sequence[Arrival]) -> list[Message | None]:
+        """Compute these replies, as one batch."""
+        messages = [self._jobs.pop(arrival.token).message for arrival in arrivals]
+        batch = [message for message in messages if message is not None]
+        by_id = {}
+        if batch:
+            for reply in self.inner.send_and_receive(batch, timeout=self._real_timeout):
+                by_id[reply.metadata.reply_to_message_id] = reply
+        # Both of Flower's grids write the id into the message when they push it.
+        return [by_id.get(m.metadata.message_id) if m is not None else None for m in messages]
+
+    def abandon(self, tokens: Iterable[str]) -> None:
+        """Nobody will read these: they are never computed, and their content is let go."""
+        for token in tokens:
+            if token in self._jobs:
+                self._jobs[token].message = None
+
+    def forget(self, token: str) -> None:
+        """Drop the event."""
+        self._jobs.pop(token, None)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """As Flower's grids: wait for all replies or `timeout` virtual seconds; replies in order of arrival."""
+        tokens = {token for token in self.push(list(messages)) if token is not None}
+        deadline = None if timeout is None else self._now + timeout
+        arrivals = []
+        while tokens and (arrival := self.next_arrival(deadline)) is not None:
+            if arrival.token in tokens:
+                tokens.remove(arrival.token)
+                arrivals.append(arrival)
+            else:
+                self._jobs.pop(arrival.token, None)
+        self.abandon(tokens)
+        return [reply for reply in self.fetch(arrivals) if reply is not None]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send; the ids are for `pull_messages`."""
+        return [token for token in self.push(list(messages)) if token is not None]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Replies that are in. If none is, the clock jumps to the first: nobody else would move it."""
+        wanted = [token for token in message_ids if token in self._jobs]
+        if not wanted:
+            return []
+        first = min(self._jobs[token].finish for token in wanted)
+        if first == float("inf"):
+            return []
+        self._now = max(self._now, first)
+        due = sorted((t for t in wanted if self._jobs[t].finish <= self._now), key=lambda t: self._jobs[t].finish)
+        replies = self.fetch([Arrival(t, self._jobs[t].node, self._jobs[t].finish) for t in due])
+        return [reply for reply in replies if reply is not None]
+
+    def _duration(self, message: Message, worker: int) -> float:
+        evaluating = is_evaluation(message)
+        sent = self._sent.get(worker, 0)
+        self._sent[worker] = sent + 1
+        server_round = round_of(message)
+        tick = sent if server_round is None else 2 * server_round + evaluating
+        megabytes = content_bytes(message.content) / 1e6 * (1 if evaluating else 2)
+        return self.latency.seconds(
+            seed=self.seed,
+            worker=worker,
+            tick=tick,
+            shards=load_of(message, worker),
+            megabytes=megabytes,
+            evaluating=evaluating,
+        )
+
+    def _probe(self, nodes: list[int]) -> dict[int, int]:
+        messages = [Message(probe_content(), dst_node_id=node, message_type="train") for node in nodes]
+        found: dict[int, int] = {}
+        for reply in self.inner.send_and_receive(messages, timeout=self._real_timeout):
+            answer = Reply.find_in(reply.content) if reply.has_content() else None
+            if answer is not None:
+                found[reply.metadata.src_node_id] = answer.worker
+        silent = [node for node in nodes if node not in found]
+        if silent:
+            raise UnsuitableApp(
+                f"{len(silent)} of {len(nodes)} nodes did not say which worker they are, and virtual time needs to "
+                "know who is slow. Add gradient_coding_mod to the ClientApp (it leaves plain strategies alone), or "
+                "pass VirtualGrid(..., workers=)."
+            )
+        return found

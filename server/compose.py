@@ -1,0 +1,76 @@
+"""Settings to objects: which strategy, which code, which latency."""
+
+from __future__ import annotations
+
+import numpy as np
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
+
+from fl_gradcode import GradientCode, cyclic_repetition, fractional_repetition, uncoded
+from fl_gradcode.latency import (
+    Latency,
+    Law,
+    bimodal,
+    bursty,
+    constant,
+    lognormal,
+    pareto,
+    scaled,
+    shifted_exponential,
+)
+from server.settings import Settings
+
+__all__ = ["make_code", "make_latency", "make_strategy"]
+
+_FIXED_SHARE = 0.2  # of a healthy client's time for one shard; the rest grows with the number of shards
+
+
+def make_strategy(settings: Settings) -> FedAvg:
+    """Flower's strategy of that name. One client is enough to go on: who must answer is decided elsewhere."""
+    common = {
+        "fraction_train": settings.fraction_train,
+        "fraction_evaluate": settings.fraction_evaluate,
+        "min_train_nodes": 1,
+        "min_evaluate_nodes": 1,
+        "min_available_nodes": 1,
+    }
+    match settings.strategy:
+        case "fedavgm":
+            return FedAvgM(**common, server_momentum=0.9)  # type: ignore[arg-type]
+        case "fedadam":
+            return FedAdam(**common, eta=0.01, tau=0.1)  # type: ignore[arg-type]
+        case "fedyogi":
+            return FedYogi(**common, eta=0.01, tau=0.1)  # type: ignore[arg-type]
+        case "fedadagrad":
+            return FedAdagrad(**common, eta=0.01, tau=0.1)  # type: ignore[arg-type]
+        case "fedprox":
+            return FedProx(**common, proximal_mu=0.1)  # type: ignore[arg-type]
+        case _:
+            return FedAvg(**common)  # type: ignore[arg-type]
+
+
+def make_code(settings: Settings, n: int) -> GradientCode:
+    """The code for n clients."""
+    if settings.code == "uncoded":
+        return uncoded(n)
+    if settings.code == "cyclic":
+        return cyclic_repetition(n, settings.stragglers, rng=np.random.default_rng(settings.code_seed))
+    # The first clients may be slow for good: dealt one to a group, none waits for two of them.
+    return fractional_repetition(n, settings.stragglers)
+
+
+def make_latency(settings: Settings) -> Latency:
+    """A healthy client takes about a second for one shard, 80 % of it compute; the first clients are slower."""
+    laws: dict[str, Law] = {
+        "constant": constant(1.0),
+        "lognormal": lognormal(1.0, 0.3),
+        "shifted-exponential": shifted_exponential(0.5, 0.5),
+        "pareto": pareto(2.5, 0.6),
+        "bimodal": bimodal(0.05, 10.0, jitter=0.1),
+        "bursty": bursty(0.02, 0.2, 10.0, jitter=0.1),
+    }
+    law = scaled(laws[settings.latency], dict.fromkeys(range(settings.slow_clients), settings.slow_factor))
+    return Latency(fixed=_times(law, _FIXED_SHARE), compute=_times(law, 1 - _FIXED_SHARE))
+
+
+def _times(law: Law, share: float) -> Law:
+    return Law(f"{share:g} x {law.name}", lambda seed, worker, tick: share * law.draw(seed, worker, tick))

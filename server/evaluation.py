@@ -1,0 +1,62 @@
+"""Central evaluation: accuracy on the test set, whole and by class, and a file of results over the rounds."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, MetricRecord
+
+from clients.data import Dataset
+from clients.models import build_model
+from clients.training import class_accuracies, evaluate
+
+__all__ = ["CentralEvaluation"]
+
+
+class CentralEvaluation:
+    """Called by Flower before the first round and after each one.
+
+    Args:
+        dataset: Its test part is used.
+        model: Name of the model.
+        now: Seconds on the clock that the run is measured by, virtual or real.
+        path: File for one JSON line a round, or None.
+    """
+
+    def __init__(self, dataset: Dataset, model: str, *, now: Callable[[], float], path: str | None) -> None:
+        self._dataset = dataset
+        self._model = build_model(model, dataset, seed=0)
+        self._now = now
+        self._path = Path(path) if path else None
+        self._started = time.perf_counter()
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text("")
+
+    def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        """Test loss, test accuracy and the accuracy on the worst class."""
+        self._model.load_state_dict(arrays.to_torch_state_dict())
+        x, y = torch.tensor(self._dataset.test_x), torch.tensor(self._dataset.test_y)
+        loss, accuracy = evaluate(self._model, x, y, self._device)
+        by_class = class_accuracies(self._model, x, y, self._dataset.classes, self._device)
+        if self._path is not None:
+            row: dict[str, Any] = {
+                "round": server_round,
+                "seconds": self._now(),
+                "real-seconds": time.perf_counter() - self._started,
+                "loss": loss,
+                "accuracy": accuracy,
+                "class-accuracies": [float(a) for a in by_class],
+            }
+            with self._path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        return MetricRecord(
+            {"test-loss": loss, "test-accuracy": accuracy, "worst-class-accuracy": float(np.nanmin(by_class))}
+        )

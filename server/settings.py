@@ -1,0 +1,129 @@
+"""The run-config as one checked value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from clients.errors import AppConfigError
+
+__all__ = ["CODES", "LATENCIES", "STRATEGIES", "Settings"]
+
+STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedprox")
+CODES = ("none", "uncoded", "fractional", "cyclic")
+LATENCIES = ("none", "constant", "lognormal", "shifted-exponential", "pareto", "bimodal", "bursty")
+_POLICIES = ("skip", "approximate", "raise")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `[tool.flwr.app.config]` of pyproject.toml explains, checked."""
+
+    num_server_rounds: int
+    num_clients: int
+    strategy: str
+    code: str
+    stragglers: int
+    code_seed: int
+    drop_slowest: int
+    on_undecodable: Literal["skip", "approximate", "raise"]
+    timeout: float
+    give_up_after: float
+    fraction_train: float
+    fraction_evaluate: float
+    dataset: str
+    data_dir: str
+    partitioner: str
+    alpha: float
+    owners: int
+    model: str
+    local_epochs: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    latency: str
+    slow_clients: int
+    slow_factor: float
+    ledger: str
+    results: str
+
+    @classmethod
+    def read(cls, run_config: Mapping[str, object]) -> Settings:
+        """Check every value before anything starts.
+
+        Raises:
+            AppConfigError: Naming the key, the value, and what would be right.
+        """
+        values = {field.name: _typed(field.name, str(field.type), run_config) for field in fields(cls)}
+        settings = cls(**values)  # type: ignore[arg-type]
+        settings._check()
+        return settings
+
+    def _check(self) -> None:
+        _one_of("strategy", self.strategy, STRATEGIES)
+        _one_of("code", self.code, CODES)
+        _one_of("latency", self.latency, LATENCIES)
+        _one_of("on-undecodable", self.on_undecodable, _POLICIES)
+        for key, least in (
+            ("num-server-rounds", 1),
+            ("num-clients", 0),
+            ("stragglers", 0),
+            ("drop-slowest", 0),
+            ("slow-clients", 0),
+            ("owners", 0),
+            ("give-up-after", 0),
+            ("slow-factor", 1),
+        ):
+            value = getattr(self, _name(key))
+            if not value >= least:
+                raise AppConfigError(f"{key}={value} must be at least {least}.")
+        for key in ("fraction-train", "fraction-evaluate"):
+            value = getattr(self, _name(key))
+            if not 0 <= value <= 1:
+                raise AppConfigError(f"{key}={value} must lie in 0..1.")
+        if not self.timeout > 0:
+            raise AppConfigError(f"timeout={self.timeout} must be a number of seconds greater than 0.")
+        if self.drop_slowest and self.code != "none":
+            raise AppConfigError(
+                f"drop-slowest={self.drop_slowest} drops clients, and code={self.code!r} keeps their data: choose one."
+            )
+        if self.slow_clients and self.latency == "none":
+            raise AppConfigError(
+                f"slow-clients={self.slow_clients} needs virtual time: choose latency from "
+                f"{', '.join(LATENCIES[1:])}."
+            )
+        for key in ("ledger", "results"):
+            path = getattr(self, key)
+            if path and not Path(path).is_absolute():
+                raise AppConfigError(
+                    f"{key}={path!r} is a relative path; inside an app the working folder is the engine's, not yours. "
+                    "Give an absolute path."
+                )
+
+
+def _name(key: str) -> str:
+    return key.replace("-", "_")
+
+
+def _typed(name: str, kind: str, run_config: Mapping[str, object]) -> object:
+    key = name.replace("_", "-")
+    if key not in run_config:
+        raise AppConfigError(f"The run-config has no {key!r}; add it to [tool.flwr.app.config] in pyproject.toml.")
+    value = run_config[key]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == "int" and not (number and isinstance(value, int)):
+        raise AppConfigError(f"{key}={value!r} must be a whole number.")
+    if kind == "float":
+        if not number:
+            raise AppConfigError(f"{key}={value!r} must be a number.")
+        return float(value)  # type: ignore[arg-type]
+    if kind not in ("int", "float") and not isinstance(value, str):
+        raise AppConfigError(f"{key}={value!r} must be a text, in quotes: \"{key}='...'\".")
+    return value
+
+
+def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise AppConfigError(f"{key}={value!r} is not known; choose one of {', '.join(known)}.")
