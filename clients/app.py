@@ -117,9 +117,7 @@ def _local(context: Context) -> _Local:
 def _received_model(message: Message, context: Context, dataset: Dataset) -> nn.Module:
     arrays = message.content["arrays"]
     if not isinstance(arrays, ArrayRecord):
-        raise AppConfigError(
-            f"arrays in the message is {type(arrays).__name__}; it has to be an ArrayRecord."
-        )
+        raise AppConfigError(f"arrays in the message is {type(arrays).__name__}; it has to be an ArrayRecord.")
     # any seed: its values are overwritten at once
     model = build_model(_text(context.run_config, "model", _RUN), dataset, seed=0)
     model.load_state_dict(arrays.to_torch_state_dict())  # casts: adaptive servers send float64
@@ -129,9 +127,7 @@ def _received_model(message: Message, context: Context, dataset: Dataset) -> nn.
 def _config(message: Message) -> ConfigRecord:
     config = message.content["config"]
     if not isinstance(config, ConfigRecord):
-        raise AppConfigError(
-            f"config in the message is {type(config).__name__}; it has to be a ConfigRecord."
-        )
+        raise AppConfigError(f"config in the message is {type(config).__name__}; it has to be a ConfigRecord.")
     return config
 
 

@@ -202,9 +202,7 @@ def _read_heart_rows(path: Path) -> NDArray[np.float64]:
             if line.strip()
         ]
     except (OSError, ValueError) as error:
-        raise AppConfigError(
-            f"{path} cannot be read as comma-separated numbers ({error}). Fetch it again."
-        ) from error
+        raise AppConfigError(f"{path} cannot be read as comma-separated numbers ({error}). Fetch it again.") from error
     if len(rows) < 2 or any(len(row) != _HEART_COLUMNS for row in rows):
         raise AppConfigError(
             f"{path} has {len(rows)} rows of {sorted({len(row) for row in rows})} columns; it needs at least "
@@ -228,8 +226,7 @@ def _folder(name: str, data_dir: str, files: tuple[str, ...]) -> Path:
     # MNIST and Fashion-MNIST have the same file names: the wrong one would load without a word
     if folder.name in _FOLDERS.values() and folder.name != _FOLDERS[name]:
         raise AppConfigError(
-            f"data-dir is {data_dir!r}, the folder of another data set; {name} belongs in a folder "
-            f"{_FOLDERS[name]!r}."
+            f"data-dir is {data_dir!r}, the folder of another data set; {name} belongs in a folder {_FOLDERS[name]!r}."
         )
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:

@@ -132,9 +132,7 @@ def _partition_indices(
     except AppConfigError:
         raise
     except ValueError as error:
-        raise AppConfigError(
-            f"The {partitioner} split into {num_partitions} partitions fails: {error}"
-        ) from error
+        raise AppConfigError(f"The {partitioner} split into {num_partitions} partitions fails: {error}") from error
     if partitioner == "dirichlet":
         _fill_empty(parts)
     for part in parts:

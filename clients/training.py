@@ -78,9 +78,7 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor, device: torch.device) -> tu
     return float(loss), float(accuracy)
 
 
-def class_accuracies(
-    model: nn.Module, x: Tensor, y: Tensor, classes: int, device: torch.device
-) -> NDArray[np.float64]:
+def class_accuracies(model: nn.Module, x: Tensor, y: Tensor, classes: int, device: torch.device) -> NDArray[np.float64]:
     """Return the accuracy on the examples of each class, shape (classes,); NaN for a class without any."""
     labels = y.cpu().numpy()
     right = _logits(model, x, device).argmax(dim=1).cpu().numpy() == labels

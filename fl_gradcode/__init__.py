@@ -1,11 +1,12 @@
 """Gradient coding for Flower: a round that does not wait for its slowest clients and loses none of their data.
 
-    strategy = GradientCoding(FedAvg(), fractional_repetition(n=12, s=2))   # server: wrap the strategy you have
-    app = ClientApp(mods=[gradient_coding_mod])                             # client: add one mod
+strategy = GradientCoding(FedAvg(), fractional_repetition(n=12, s=2))   # server: wrap the strategy you have
+app = ClientApp(mods=[gradient_coding_mod])                             # client: add one mod
 """
 
-from .codes import GradientCode, cyclic_repetition, fractional_repetition, uncoded
+from .codes import cyclic_repetition, fractional_repetition, uncoded
 from .errors import FlGradcodeError, NotDecodable
+from .gradient_code import GradientCode
 from .grid import EarlyStopGrid
 from .ledger import Ledger
 from .mods import gradient_coding_mod

@@ -95,7 +95,12 @@ class ForwardingGrid(Grid):
         return self.inner.run
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """Build a message (deprecated in Flower: use `Message`)."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
@@ -132,9 +137,7 @@ class PollingArrivals(ArrivalSource):
 
     immediate = True
 
-    def __init__(
-        self, grid: Grid, *, poll_interval: float = 0.25, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, grid: Grid, *, poll_interval: float = 0.25, clock: Callable[[], float] = time.monotonic) -> None:
         self._grid = grid
         self._interval = poll_interval
         self._clock = clock

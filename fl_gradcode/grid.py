@@ -9,108 +9,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from .arrivals import Arrival, ArrivalSource, ForwardingGrid, PollingArrivals
 from .errors import InvalidSetting
+from .stop import CountRule, StopRule, Wait
 from .wire import content_bytes
 
-__all__ = ["CountRule", "EarlyStopGrid", "StopRule", "Wait"]
-
-
-@dataclass
-class Wait:
-    """What happened while replies were waited for. Seconds are the arrival source's.
-
-    Attributes:
-        asked: Nodes that were sent a message, in order; those held back first are among them once sent.
-        held_back: Nodes that still owed a reply when the phase began.
-        never_sent: Nodes that were held back to the end.
-        unread: Nodes whose reply was in, but was not needed. Real engines bring replies with their arrival:
-            there everything is read.
-        late: (node, label of the phase it answers) of replies to earlier phases that came in meanwhile.
-        lapsed: Nodes whose debt was given up on.
-        bytes_down, bytes_up: Payload sent, and payload of the replies that were read.
-        seconds: From the first message to the end of waiting.
-        ended: "decoded", "hopeless", "answered" (nobody is left) or "timed out".
-    """
-
-    asked: list[int] = field(default_factory=list)
-    held_back: list[int] = field(default_factory=list)
-    never_sent: list[int] = field(default_factory=list)
-    unread: list[int] = field(default_factory=list)
-    late: list[tuple[int, str]] = field(default_factory=list)
-    lapsed: list[int] = field(default_factory=list)
-    bytes_down: int = 0
-    bytes_up: int = 0
-    seconds: float = 0.0
-    ended: str = "answered"
-
-
-class StopRule(Protocol):
-    """Decides when a phase has what it needs."""
-
-    label: str
-
-    @property
-    def decided(self) -> bool:
-        """Whether the replies read so far suffice."""
-
-    def choose(self, nodes: Sequence[int], *, final: bool) -> list[int]:
-        """Which of `nodes`, whose replies are in but not read yet, to read now.
-
-        None of them while they do not suffice; those that are needed once they do. At the end of waiting
-        (`final`) those that are of use although they do not suffice.
-        """
-
-    def hopeless(self, nodes: Sequence[int]) -> bool:
-        """Whether they would not suffice even with those of `nodes`, all that may still come."""
-
-    def offer(self, node: int, reply: Message | None, failure: str, at: float) -> None:
-        """Read a reply, `at` seconds after the phase began; None with the reason why there is none."""
-
-    def finish(self, wait: Wait) -> list[Message]:
-        """Waiting is over: what `send_and_receive` returns."""
-
-
-class CountRule:
-    """Stop after a number of good replies: what dropping the slowest clients means."""
-
-    def __init__(self, enough: int | None, *, label: str = "") -> None:
-        self.label = label
-        self._enough = enough
-        self._replies: list[Message] = []
-        self._good = 0
-        self.wait = Wait()
-
-    @property
-    def decided(self) -> bool:
-        """Whether enough good replies are in."""
-        return self._enough is not None and self._good >= self._enough
-
-    def choose(self, nodes: Sequence[int], *, final: bool) -> list[int]:
-        """The first that are enough, if all are good."""
-        missing = len(nodes) if self._enough is None else self._enough - self._good
-        return list(nodes[:missing]) if final or len(nodes) >= missing else []
-
-    def hopeless(self, nodes: Sequence[int]) -> bool:
-        """Never: fewer replies than wished are still worth having."""
-        return False
-
-    def offer(self, node: int, reply: Message | None, failure: str, at: float) -> None:
-        """Keep the reply; errors do not count."""
-        if reply is not None:
-            self._replies.append(reply)
-            self._good += not reply.has_error()
-
-    def finish(self, wait: Wait) -> list[Message]:
-        """All replies that were read, errors too, as Flower's grids return them."""
-        self.wait = wait
-        return self._replies
+__all__ = ["EarlyStopGrid"]
 
 
 @dataclass
@@ -151,9 +60,7 @@ class EarlyStopGrid(ForwardingGrid):
             raise InvalidSetting(f"stop_after={stop_after}: a round needs at least 1 reply.")
         self.stop_after = stop_after
         self.source: ArrivalSource = (
-            grid
-            if isinstance(grid, ArrivalSource)
-            else PollingArrivals(grid, poll_interval=poll_interval, clock=clock)
+            grid if isinstance(grid, ArrivalSource) else PollingArrivals(grid, poll_interval=poll_interval, clock=clock)
         )
         #: Called with (node, label, reply or None) for each reply that came after its phase had ended.
         self.on_late: Callable[[int, str, Message | None], None] | None = None
@@ -204,11 +111,10 @@ class _Waiting:
                 self.held[node] = message
                 self.wait.held_back.append(node)
         self._push([m for m in messages if m.metadata.dst_node_id not in self.held])
-        self.wait.ended = self._loop()
-        if not self.rule.decided:
+        ended = self._loop()
+        if ended != "decoded":
             self._read(final=True)
-            if self.rule.decided:
-                self.wait.ended = "decoded"
+        self.wait.ended = "decoded" if self.rule.decided else ended
         self.wait.seconds = self.source.now() - self.start
         self.wait.never_sent = list(self.held)
         self.wait.unread = [arrival.node for arrival in self.unread]

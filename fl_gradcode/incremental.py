@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from .codes import GradientCode
+    from .gradient_code import GradientCode
 
 __all__ = ["IncrementalDecoder"]
 

@@ -39,7 +39,8 @@ _REFUSED: dict[type[Strategy], str] = {
         _COMPARES,
     ),
     **dict.fromkeys(
-        (flower.FedXgbBagging, flower.FedXgbCyclic), "combines trees, and coding adds vectors. Run it without coding"
+        (flower.FedXgbBagging, flower.FedXgbCyclic),
+        "combines trees, and coding adds vectors. Run it without coding",
     ),
     **dict.fromkeys(
         (

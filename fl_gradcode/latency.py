@@ -11,7 +11,7 @@ import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -66,9 +66,7 @@ class Latency:
         """Seconds until `worker` has answered its `tick`-th job of `shards` shards, `megabytes` both ways."""
         load = shards * (self.evaluation if evaluating else 1.0)
         total = 0.0
-        for stream, (part, amount) in enumerate(
-            ((self.fixed, 1.0), (self.compute, load), (self.transfer, megabytes))
-        ):
+        for stream, (part, amount) in enumerate(((self.fixed, 1.0), (self.compute, load), (self.transfer, megabytes))):
             if amount:
                 one = part.draw(seed * 3 + stream, worker, tick) if isinstance(part, Law) else float(part)
                 total += one * amount
@@ -95,7 +93,9 @@ def shifted_exponential(shift: float, mean: float) -> Law:
 def lognormal(median: float = 1.0, sigma: float = 0.3) -> Law:
     """Lognormal: `median * exp(sigma Z)`; sigma 0.3 is the jitter of a healthy machine."""
     _at_least_zero(median=median, sigma=sigma)
-    return _independent(f"lognormal {median:g}, {sigma:g}", lambda rng: median * math.exp(sigma * rng.standard_normal()))
+    return _independent(
+        f"lognormal {median:g}, {sigma:g}", lambda rng: median * math.exp(sigma * rng.standard_normal())
+    )
 
 
 def pareto(alpha: float, minimum: float = 1.0) -> Law:
@@ -127,7 +127,7 @@ def bursty(enter: float, leave: float, slowdown: float, *, base: float = 1.0, ji
     _at_least_zero(slowdown=slowdown, base=base, jitter=jitter)
     stationary = enter / (enter + leave) if enter + leave else 0.0
 
-    @lru_cache(maxsize=None)
+    @cache
     def spells(seed: int, worker: int, block: int) -> tuple[bool, ...]:
         """Whether slow, for the 256 ticks of one block; each block starts where the one before ended."""
         uniform = np.random.default_rng((seed, worker, block, 1)).random(256)
@@ -199,7 +199,10 @@ def scaled(law: Law, factors: Mapping[int, float] | Sequence[float]) -> Law:
     """
     table = dict(factors) if isinstance(factors, Mapping) else dict(enumerate(factors))
     _at_least_zero(**{f"factor of worker {worker}": factor for worker, factor in table.items()})
-    return Law(f"{law.name}, scaled", lambda seed, worker, tick: law.draw(seed, worker, tick) * table.get(worker, 1.0))
+    return Law(
+        f"{law.name}, scaled",
+        lambda seed, worker, tick: law.draw(seed, worker, tick) * table.get(worker, 1.0),
+    )
 
 
 def _independent(name: str, draw: Callable[[np.random.Generator], float]) -> Law:

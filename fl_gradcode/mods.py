@@ -69,9 +69,7 @@ def gradient_coding_mod(message: Message, context: Context, call_next: _Call) ->
 class _CodedCall:
     """One message, worked off shard by shard."""
 
-    def __init__(
-        self, plan: Plan, content: RecordDict, message: Message, context: Context, call_next: _Call
-    ) -> None:
+    def __init__(self, plan: Plan, content: RecordDict, message: Message, context: Context, call_next: _Call) -> None:
         self.plan, self.content, self.message, self.context, self.call_next = (
             plan,
             content,
@@ -116,9 +114,7 @@ class _CodedCall:
         return self._answer("coded", row.shards)
 
     def _call_user(self, shard: int) -> tuple[Message, bool]:
-        node_config = _WatchedConfig(
-            {**self.context.node_config, PARTITION_ID: shard, NUM_PARTITIONS: self.plan.k}
-        )
+        node_config = _WatchedConfig({**self.context.node_config, PARTITION_ID: shard, NUM_PARTITIONS: self.plan.k})
         state = _take_state(self.context.state, shard)
         context = Context(
             self.context.run_id,
@@ -140,12 +136,13 @@ class _CodedCall:
         return reply, node_config.was_read
 
     def _add(self, content: RecordDict, coefficients: tuple[float, ...]) -> None:
-        metric_records, array_records = dict(content.metric_records), dict(content.array_records)
+        array_records = [(name, r) for name, r in content.items() if isinstance(r, ArrayRecord)]
+        metric_records = [(name, r) for name, r in content.items() if isinstance(r, MetricRecord)]
         if len(metric_records) != 1:
             raise ValueError(f"a reply needs exactly one MetricRecord, not {len(metric_records)}")
-        if content.config_records:
-            _log.warning("ConfigRecords in a reply cannot be coded; %s dropped.", list(content.config_records))
-        metrics_name, metrics = next(iter(metric_records.items()))
+        if len(content) > len(array_records) + len(metric_records):
+            _log.warning("ConfigRecords in a reply cannot be coded; they are dropped.")
+        metrics_name, metrics = metric_records[0]
         metrics_layout, metrics_vector = pack.flatten_metrics(metrics, self.plan.weight_key)
         layout: pack.Layout = ()
         update: NDArray[np.floating] = np.zeros(0, np.float32)
@@ -153,7 +150,7 @@ class _CodedCall:
         if self.plan.arrays_key:
             if len(array_records) != 1:
                 raise ValueError(f"a reply needs exactly one ArrayRecord, not {len(array_records)}")
-            arrays_name, arrays = next(iter(array_records.items()))
+            arrays_name, arrays = array_records[0]
             before = self.content[self.plan.arrays_key]
             assert isinstance(before, ArrayRecord)
             layout, update = pack.flatten_update(before, arrays)
@@ -238,11 +235,15 @@ def _worker_of(context: Context) -> int:
 
 
 def _take_state(state: RecordDict, shard: int) -> RecordDict:
+    if not state:
+        return RecordDict()
     prefix = f"{_STATE}.{shard}."
     return RecordDict({key[len(prefix) :]: state[key] for key in state if key.startswith(prefix)})
 
 
 def _put_state(state: RecordDict, shard: int, kept: RecordDict) -> None:
+    if not state and not kept:
+        return
     prefix = f"{_STATE}.{shard}."
     for key in [key for key in state if key.startswith(prefix)]:
         del state[key]

@@ -112,9 +112,7 @@ def flatten_update(before: ArrayRecord, after: ArrayRecord) -> tuple[Layout, NDA
     return tuple(layout), flat
 
 
-def rebuild_arrays(
-    layout: Layout, before: ArrayRecord, total: NDArray[np.floating], weight: float
-) -> ArrayRecord:
+def rebuild_arrays(layout: Layout, before: ArrayRecord, total: NDArray[np.floating], weight: float) -> ArrayRecord:
     """`before + total / weight`: the weighted mean of the arrays that the clients hold.
 
     Floats get the dtype that `train()` returned; counters come as float64 and bfloat16 as float32, for the
@@ -156,7 +154,7 @@ def _rounded(values: NDArray[np.generic], dtype: np.dtype[np.generic]) -> NDArra
     whole = np.rint(values.astype(np.float64))
     if dtype.kind == "b":
         return whole >= 1
-    limits = np.iinfo(dtype.type)  # a mean of values of this type lies within them, up to rounding
+    limits = np.iinfo(dtype.name)  # a mean of values of this type lies within them, up to rounding
     inside = np.clip(whole, limits.min, limits.max)
     return np.where(whole >= float(limits.max), limits.max, inside.astype(dtype)).astype(dtype)
 

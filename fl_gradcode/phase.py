@@ -5,7 +5,6 @@ Bad replies are kept out here: each counts as a straggler, with its reason.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,11 +13,13 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
 from . import pack
-from .codes import GradientCode, combine
-from .grid import Wait
+from .combine import combine
+from .gradient_code import GradientCode
 from .incremental import IncrementalDecoder
 from .roster import Roster
-from .wire import ARRAYS, METRICS, UPDATE, Plan, Reply
+from .stop import Wait
+from .unpack import vectors_of
+from .wire import Plan, Reply
 
 __all__ = ["Decoded", "Phase", "Rejection"]
 
@@ -84,7 +85,12 @@ class Phase:
     """
 
     def __init__(
-        self, plan: Plan, code: GradientCode, shards: Sequence[int], before: ArrayRecord | None, roster: Roster
+        self,
+        plan: Plan,
+        code: GradientCode,
+        shards: Sequence[int],
+        before: ArrayRecord | None,
+        roster: Roster,
     ) -> None:
         self.plan, self.code, self.shards, self.before, self.roster = plan, code, list(shards), before, roster
         self.label = plan.label
@@ -142,10 +148,10 @@ class Phase:
 
     def offer(self, node: int, reply: Message | None, failure: str, at: float) -> None:
         """Read one reply: it counts, or is rejected with a reason."""
-        reason = failure if reply is None else self._examine(node, reply)
+        reason = (failure or "no reply came") if reply is None else self._examine(node, reply)
         if reason is not None:
             worker = self.roster.worker_of(node)
-            self.rejections.append(Rejection(node, worker, reason or "no reply"))
+            self.rejections.append(Rejection(node, worker, reason))
             if reply is None or reply.has_error():
                 self.roster.forget(node)
         if self.decided and self.decodable_after is None:
@@ -220,7 +226,7 @@ class Phase:
 
     def _examine(self, node: int, message: Message) -> str | None:
         if message.has_error():
-            return f"error {message.error.code}: {_first_line(message.error.reason)}"
+            return f"error {message.error.code}: {_first_line(message.error.reason or '')}"
         try:
             reply = Reply.find_in(message.content)
         except ValueError as error:
@@ -251,13 +257,9 @@ class Phase:
         if not reply.metrics_layout or reply.metrics_layout[0][0] != self.plan.weight_key:
             return f"its metrics do not begin with {self.plan.weight_key!r}"
         try:
-            update, metrics = self._vectors(reply, message)
+            update, metrics = vectors_of(reply, message, self.before, self.code.m)
         except (KeyError, TypeError, ValueError) as error:
             return f"unusable vectors: {_first_line(str(error))}"
-        if not _all_finite(update):
-            return "its update is not finite (NaN or infinity)"
-        if not math.isfinite(float(metrics[0])) or (self.code.m > 1 and not np.isfinite(metrics).all()):
-            return f"its {self.plan.weight_key!r} is not finite"
         key = (reply.layout, reply.metrics_layout)
         bucket = self._buckets.setdefault(key, _Bucket(self.code.incremental(), reply))
         self._compare(reply)
@@ -269,22 +271,6 @@ class Phase:
         bucket.decoder.add(reply.worker)
         return None
 
-    def _vectors(self, reply: Reply, message: Message) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-        record = message.content.get(UPDATE)
-        if not isinstance(record, ArrayRecord) or METRICS not in record:
-            raise ValueError(f"the record {UPDATE!r} is missing")
-        entries = sum(max(length, 1) if length else 0 for _, length, _ in reply.metrics_layout)
-        metrics = _vector(record, METRICS, entries, np.dtype(np.float64), self.code.m)
-        if self.before is None:
-            return np.zeros(0, np.float32), metrics
-        for name, _, shape in reply.layout:
-            if name not in self.before or tuple(self.before[name].shape) != shape:
-                raise ValueError(f"array {name!r} with shape {shape} does not match what was sent")
-        if len({name for name, _, _ in reply.layout}) != len(reply.layout):
-            raise ValueError("an array is named twice")
-        expected = pack.size_of(reply.layout)
-        return _vector(record, ARRAYS, expected, pack.wire_dtype(reply.layout), self.code.m), metrics
-
     def _compare(self, reply: Reply) -> None:
         """Remember how far holders of one shard are apart."""
         for shard, sketch in zip(reply.shards, reply.sketches, strict=False):
@@ -294,26 +280,6 @@ class Phase:
             if apart > DISAGREEMENT:
                 self.disagreeing.add(shard)
             self.disagreement = max(self.disagreement, apart)
-
-
-def _vector(
-    record: ArrayRecord, name: str, entries: int, dtype: np.dtype[np.floating], m: int
-) -> NDArray[np.floating]:
-    if name not in record:
-        raise ValueError(f"{name!r} is missing")
-    values = pack.view(record[name])
-    length = -(-entries // m)
-    if values.dtype != dtype:
-        raise ValueError(f"{name!r} has dtype {values.dtype}, expected {dtype}")
-    if values.shape != (length,):
-        raise ValueError(f"{name!r} has shape {values.shape}, expected ({length},)")
-    return np.asarray(values)
-
-
-def _all_finite(values: NDArray[np.floating]) -> bool:
-    # A finite sum proves that all entries are finite, at memory speed; a sum that overflows proves nothing.
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(values.sum())) or bool(np.isfinite(values).all())
 
 
 def _first_line(text: str) -> str:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from .codes import GradientCode
+from flwr.serverapp import Grid
+
+from .gradient_code import GradientCode
 from .phase import Decoded, Phase, Rejection
 from .wire import report_key
 
-__all__ = ["figures", "new_row", "phase_entry"]
+__all__ = ["figures", "new_row", "phase_entry", "why_undecodable"]
 
 
-def new_row(run: str, flower_run: int, server_round: int, code: GradientCode) -> dict[str, Any]:
+def new_row(run: str, grid: Grid, server_round: int, code: GradientCode) -> dict[str, Any]:
     """A ledger row at the beginning of a round."""
     return {
         "run": run,
-        "flower-run-id": str(flower_run),
+        "flower-run-id": str(getattr(getattr(grid, "run", None), "run_id", "")),
         "round": server_round,
         "code": {"name": code.name, "n": code.n, "k": code.k, "s": code.s, "m": code.m},
         "train": None,
@@ -64,6 +66,15 @@ def phase_entry(phase: Phase, decoded: Decoded | None, *, decoding: float, aggre
         "bytes-up": wait.bytes_up,
         "seconds": {"waiting": wait.seconds, "decoding": decoding, "aggregating": aggregating},
     }
+
+
+def why_undecodable(phase: Phase, entry: dict[str, Any]) -> str:
+    """One sentence without its full stop: which round, why, and what was wrong with the replies."""
+    reasons = "".join(f"; worker {one['worker']}: {one['reason']}" for one in entry["rejected"][:5])
+    return (
+        f"Round {phase.plan.round}, {phase.plan.kind}: undecodable ({entry['ended']}) from "
+        f"{len(phase.survivors)} of {len(phase.participants)} workers{reasons}"
+    )
 
 
 def figures(entry: dict[str, Any]) -> dict[str, float | int]:

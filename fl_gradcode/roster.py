@@ -1,12 +1,22 @@
-"""Which node is which worker: learnt from replies, never from node ids, which change."""
+"""Which nodes are there, and which is which worker: learnt from replies, never from node ids, which change."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import time
 from collections.abc import Iterable
 
-from .errors import RoundFailed
+from flwr.app import Message
+from flwr.serverapp import Grid
 
-__all__ = ["Roster"]
+from .errors import RoundFailed
+from .gradient_code import GradientCode
+from .wire import Reply
+
+__all__ = ["Roster", "wait_for_nodes"]
+
+_log = logging.getLogger(__name__)
 
 
 class Roster:
@@ -48,7 +58,44 @@ class Roster:
                 "Give each node its own partition-id."
             )
 
+    def learn_from(self, node: int, message: Message | None, *, run: str) -> None:
+        """Read who a node is off a reply that is not used."""
+        if message is None or not message.has_content():
+            return
+        with contextlib.suppress(ValueError):
+            reply = Reply.find_in(message.content)
+            if reply is not None and reply.run == run:
+                self.answered(node, reply.worker, reply.round)
+
     def missing(self, workers: Iterable[int]) -> list[int]:
         """Those of `workers` whose node is not known."""
         known = set(self._worker.values())
         return [i for i in workers if i not in known]
+
+
+def wait_for_nodes(grid: Grid, code: GradientCode, timeout: float) -> None:
+    """Wait up to `timeout` seconds for n nodes; fewer are enough if the code tolerates it.
+
+    Raises:
+        RoundFailed: More than n nodes, or fewer than n - s.
+    """
+    n, s = code.n, code.s
+    deadline = time.monotonic() + timeout
+    told = False
+    while (online := len(list(grid.get_node_ids()))) != n and time.monotonic() < deadline:
+        if not told:
+            _log.info("Waiting up to %g s for %d nodes; %d are online.", timeout, n, online)
+            told = True
+        time.sleep(0.5)
+    if online > n:
+        raise RoundFailed(
+            f"{online} nodes are online, but the code has n={n} workers. Build the code for {online}, or stop "
+            f"{online - n} of them (a node that was just restarted is listed twice for a minute)."
+        )
+    if online < n - s:
+        raise RoundFailed(
+            f"{online} nodes are online after {timeout:g} s; the code has n={n} workers and needs at "
+            f"least n - s = {n - s}. Start more nodes, or build the code for fewer."
+        )
+    if online < n:
+        _log.warning("Starting with %d of %d nodes; the others count as stragglers.", online, n)

@@ -14,15 +14,16 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from . import report
-from .codes import GradientCode
-from .errors import InvalidSetting, RoundFailed, UnsuitableApp
+from .asking import make_plan, messages_for
+from .contract import broken_promises, refuse_unsuitable
+from .errors import InvalidSetting, RoundFailed
+from .gradient_code import GradientCode
 from .grid import EarlyStopGrid
 from .inner import ShardGrid, arrays_key_of, check_bounds, check_strategy, common_content, has_custom_metrics
 from .ledger import Ledger
 from .pack import restore_types
-from .phase import DISAGREEMENT, FIXED_DATA, NO_MOD, Decoded, Phase
-from .roster import Roster
-from .wire import Plan, Reply, Row
+from .phase import Decoded, Phase
+from .roster import Roster, wait_for_nodes
 
 __all__ = ["GradientCoding"]
 
@@ -107,7 +108,6 @@ class GradientCoding(Strategy):
         self._phase: Phase | None = None
         self._arrays = ArrayRecord()
         self._row: dict[str, Any] = {}
-        self._flower_run = 0
         self._ever_decoded = False
         self._warned: set[str] = set()
 
@@ -141,7 +141,7 @@ class GradientCoding(Strategy):
         waiting.on_late = self._learn_from_late
         self._timeout = timeout
         self._arrays = initial_arrays
-        self._wait_for_nodes(waiting)
+        wait_for_nodes(waiting, self.code, self.node_timeout)
         try:
             result = super().start(
                 waiting, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
@@ -162,7 +162,7 @@ class GradientCoding(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The wrapped strategy's training messages, one plan for each worker."""
-        self._row = report.new_row(self.run, self._flower_run_of(grid), server_round, self.code)
+        self._row = report.new_row(self.run, grid, server_round, self.code)
         self._arrays = arrays
         return self._configure("train", server_round, arrays, config, grid)
 
@@ -171,7 +171,7 @@ class GradientCoding(Strategy):
     ) -> Iterable[Message]:
         """The wrapped strategy's evaluation messages, one plan for each worker."""
         if not self._row:
-            self._row = report.new_row(self.run, self._flower_run_of(grid), server_round, self.code)
+            self._row = report.new_row(self.run, grid, server_round, self.code)
         return self._configure("evaluate", server_round, arrays, config, grid)
 
     def aggregate_train(
@@ -226,16 +226,16 @@ class GradientCoding(Strategy):
         shards = sorted({message.metadata.dst_node_id for message in self._drafts})
         code = self.code.restrict(shards)
         arrays_key = arrays_key_of(self.strategy, content) if kind == "train" else ""
-        plan = Plan(
+        plan = make_plan(
+            code,
+            shards,
+            k=self.code.k,
             run=self.run,
             seed=self.seed,
-            round=server_round,
+            server_round=server_round,
             kind=kind,
-            n=code.n,
-            k=self.code.k,
             weight_key=self._weight_key,
             arrays_key=arrays_key,
-            rows={worker: _row(code, worker, shards) for worker in range(code.n)},
             give_up_after=self.give_up_after or 0.0,
             allow_fixed_data=self.allow_fixed_data,
         )
@@ -246,33 +246,10 @@ class GradientCoding(Strategy):
             for node, worker in grid.source.known_workers().items():
                 self.roster.learn(node, worker)
             grid.expect(self._phase)
-        return self._messages(plan, content, grid)
-
-    def _messages(self, plan: Plan, content: RecordDict, grid: Grid) -> list[Message]:
-        """One message for each node that has something to do, or whose worker is not known yet."""
-        whole = plan.add_to(content)
         # Several times the timeout: it only bounds how long the SuperLink stores a message.
         ttl = None if self._timeout is None else max(600.0, 4 * self._timeout)
-        messages = []
-        for node in grid.get_node_ids():
-            worker = self.roster.worker_of(node)
-            if worker is None or worker not in plan.rows:
-                mine = RecordDict(dict(whole.items()))
-            elif not plan.rows[worker].shards:
-                continue
-            else:
-                mine = plan.for_worker(worker).add_to(content)
-            kind = self._drafts[0].metadata.message_type
-            messages.append(
-                Message(
-                    mine,
-                    dst_node_id=node,
-                    message_type=kind,
-                    ttl=ttl,
-                    group_id=str(plan.round),
-                )
-            )
-        return messages
+        message_type = self._drafts[0].metadata.message_type
+        return messages_for(plan, content, grid.get_node_ids(), self.roster, message_type=message_type, ttl=ttl)
 
     def _decode(self, replies: Iterable[Message]) -> tuple[Phase | None, Decoded | None, float]:
         phase = self._phase
@@ -281,40 +258,14 @@ class GradientCoding(Strategy):
         if not phase.collected:  # somebody else's loop brings the replies of a plain grid
             for reply in replies:
                 phase.offer(reply.metadata.src_node_id, reply, "", 0.0)
-        self._check_contract(phase)
+        refuse_unsuitable(phase, ever_decoded=self._ever_decoded)
+        for key, text in broken_promises(phase):
+            self._warn_once(key, text)
         started = time.perf_counter()
         vector = phase.vector(approximate=self.on_undecodable == "approximate")
         decoded = None if vector is None else phase.decode(vector)
         self._ever_decoded |= decoded is not None
         return phase, decoded, time.perf_counter() - started
-
-    def _check_contract(self, phase: Phase) -> None:
-        reasons = [rejection.reason for rejection in phase.rejections]
-        if FIXED_DATA in reasons:
-            raise UnsuitableApp(
-                f"The clients' {phase.plan.kind}() never read context.node_config['partition-id'], so it would use "
-                "the same data for every shard. Choose the data by partition-id at every call, or pass "
-                "allow_fixed_data=True."
-            )
-        if reasons and not self._ever_decoded and not phase.answered and set(reasons) == {NO_MOD}:
-            raise UnsuitableApp(
-                "The clients answered without coding. Add the mod to their app: "
-                "ClientApp(mods=[gradient_coding_mod])."
-            )
-        if phase.stateful:
-            self._warn_once(
-                "state",
-                "train() or evaluate() keeps something in context.state. Holders of a shard must compute the same "
-                "update, but one that misses a round misses its state too. An update may depend only on the message, "
-                "the shard and the seeded generators.",
-            )
-        if phase.disagreement > DISAGREEMENT:
-            self._warn_once(
-                "replicas",
-                f"Holders of shards {sorted(phase.disagreeing)} sent updates that differ by up to "
-                f"{phase.disagreement:.1e} (relative). The update of a shard may depend only on the message, the shard "
-                "and the seeded generators: is there other randomness, kept state, or different data?",
-            )
 
     def _as_one_reply(self, content: dict[str, Any]) -> Message:
         return Message(RecordDict(content), reply_to=self._drafts[0])
@@ -331,11 +282,7 @@ class GradientCoding(Strategy):
         entry = report.phase_entry(phase, decoded, decoding=decoding, aggregating=aggregating)
         self._row[phase.plan.kind] = entry
         if decoded is None:
-            why = (
-                f"Round {phase.plan.round}, {phase.plan.kind}: undecodable ({entry['ended']}) from "
-                f"{len(phase.survivors)} of {len(phase.participants)} workers"
-                + "".join(f"; worker {r['worker']}: {r['reason']}" for r in entry["rejected"][:5])
-            )
+            why = report.why_undecodable(phase, entry)
             if self.on_undecodable == "raise":
                 entry["outcome"] = "raised"
                 raise RoundFailed(f"{why}.")
@@ -345,56 +292,16 @@ class GradientCoding(Strategy):
 
     # The run
 
-    def _wait_for_nodes(self, grid: EarlyStopGrid) -> None:
-        n, s = self.code.n, self.code.s
-        deadline = time.monotonic() + self.node_timeout
-        told = False
-        while (online := len(list(grid.get_node_ids()))) != n and time.monotonic() < deadline:
-            if not told:
-                _log.info("Waiting up to %g s for %d nodes; %d are online.", self.node_timeout, n, online)
-                told = True
-            time.sleep(0.5)
-        if online > n:
-            raise RoundFailed(
-                f"{online} nodes are online, but the code has n={n} workers. Build the code for {online}, or stop "
-                f"{online - n} of them (a node that was just restarted is listed twice for a minute)."
-            )
-        if online < n - s:
-            raise RoundFailed(
-                f"{online} nodes are online after {self.node_timeout:g} s; the code has n={n} workers and needs at "
-                f"least n - s = {n - s}. Start more nodes, or build the code for fewer."
-            )
-        if online < n:
-            _log.warning("Starting with %d of %d nodes; the others count as stragglers.", online, n)
-
     def _learn_from_late(self, node: int, label: str, message: Message | None) -> None:
         """A reply that came too late is never used, but tells who its node is."""
-        if message is None or not message.has_content():
-            return
-        try:
-            reply = Reply.find_in(message.content)
-        except ValueError:
-            return
-        if reply is not None and reply.run == self.run and 0 <= reply.worker < self.code.n:
-            self.roster.answered(node, reply.worker, reply.round)
+        self.roster.learn_from(node, message, run=self.run)
 
     def _close_row(self) -> dict[str, Any]:
         row, self._row = self._row, {}
         self.ledger.append(row)
         return row
 
-    def _flower_run_of(self, grid: Grid) -> int:
-        if not self._flower_run:
-            self._flower_run = int(getattr(getattr(grid, "run", None), "run_id", 0) or 0)
-        return self._flower_run
-
     def _warn_once(self, key: str, text: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
             _log.warning("%s", text)
-
-
-def _row(code: GradientCode, worker: int, shards: list[int]) -> Row:
-    columns = code.shards_of(worker)
-    coefficients = code.B[worker, list(columns)].reshape(len(columns), -1)
-    return Row(tuple(shards[j] for j in columns), tuple(tuple(float(x) for x in row) for row in coefficients))

@@ -118,7 +118,12 @@ class InProcessGrid(Grid):
         return SimpleNamespace(run_id=1)
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """Build a message (deprecated in Flower: use `Message`)."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)

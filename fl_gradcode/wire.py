@@ -16,8 +16,8 @@ from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDic
 __all__ = [
     "ARRAYS",
     "METRICS",
-    "PARTITION_ID",
     "NUM_PARTITIONS",
+    "PARTITION_ID",
     "UPDATE",
     "Plan",
     "Reply",

@@ -60,7 +60,7 @@ def main(grid: Grid, context: Context) -> None:
     start = clock()
     strategy.start(
         grid,
-        ArrayRecord(model.state_dict()),  # type: ignore[arg-type]  # a state_dict is an OrderedDict
+        ArrayRecord(model.state_dict()),
         num_rounds=settings.num_server_rounds,
         timeout=settings.timeout,
         evaluate_fn=CentralEvaluation(

@@ -37,11 +37,11 @@ def make_strategy(settings: Settings) -> FedAvg:
         case "fedavgm":
             return FedAvgM(**common, server_momentum=0.9)  # type: ignore[arg-type]
         case "fedadam":
-            return FedAdam(**common, eta=0.01, tau=0.1)  # type: ignore[arg-type]
+            return FedAdam(**common)  # type: ignore[arg-type]
         case "fedyogi":
-            return FedYogi(**common, eta=0.01, tau=0.1)  # type: ignore[arg-type]
+            return FedYogi(**common)  # type: ignore[arg-type]
         case "fedadagrad":
-            return FedAdagrad(**common, eta=0.01, tau=0.1)  # type: ignore[arg-type]
+            return FedAdagrad(**common)  # type: ignore[arg-type]
         case "fedprox":
             return FedProx(**common, proximal_mu=0.1)  # type: ignore[arg-type]
         case _:

@@ -91,8 +91,7 @@ class Settings:
             )
         if self.slow_clients and self.latency == "none":
             raise AppConfigError(
-                f"slow-clients={self.slow_clients} needs virtual time: choose latency from "
-                f"{', '.join(LATENCIES[1:])}."
+                f"slow-clients={self.slow_clients} needs virtual time: choose latency from {', '.join(LATENCIES[1:])}."
             )
         for key in ("ledger", "results"):
             path = getattr(self, key)

@@ -171,9 +171,7 @@ def test_heart_features_are_standardised_over_the_training_part_alone(synthetic:
         ("heart-disease", "", "heart-disease is not on the hub. Set data-dir to"),
     ],
 )
-def test_says_what_is_wrong_with_a_name_or_folder(
-    name: str, data_dir: str, sentence: str, synthetic: Path
-) -> None:
+def test_says_what_is_wrong_with_a_name_or_folder(name: str, data_dir: str, sentence: str, synthetic: Path) -> None:
     (synthetic / "empty").mkdir()
     with pytest.raises(AppConfigError, match=sentence):
         load_dataset(name, data_dir.format(synthetic))
@@ -223,9 +221,7 @@ def quiet_hub(monkeypatch: pytest.MonkeyPatch):
 def test_without_data_dir_images_come_from_the_hub(monkeypatch: pytest.MonkeyPatch, quiet_hub: None) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (20, 6, 5)).astype(np.uint8)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    split = datasets.Dataset.from_dict(
-        {"image": list(pixels), "label": list(np.arange(20) % 10)}, features=features
-    )
+    split = datasets.Dataset.from_dict({"image": list(pixels), "label": list(np.arange(20) % 10)}, features=features)
     asked = []
 
     def hub(path: str, **_: object) -> datasets.DatasetDict:
@@ -246,7 +242,5 @@ def test_an_unreachable_hub_is_one_sentence_that_names_data_dir(
         raise ConnectionError(f"Couldn't reach {path}")
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    with pytest.raises(
-        AppConfigError, match=r"fashion-mnist could not be loaded .* Set data-dir to the absolute"
-    ):
+    with pytest.raises(AppConfigError, match=r"fashion-mnist could not be loaded .* Set data-dir to the absolute"):
         load_dataset("fashion-mnist")

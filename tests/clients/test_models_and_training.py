@@ -166,8 +166,7 @@ def test_the_seed_decides_the_order_of_the_examples() -> None:
 def test_a_single_example_can_be_trained_on() -> None:
     model = build_model("cnn", load_dataset("digits"), 0)
     losses = [
-        train(model, *examples(1), epochs=1, batch_size=16, learning_rate=0.1, seed=0, device=CPU)
-        for _ in range(3)
+        train(model, *examples(1), epochs=1, batch_size=16, learning_rate=0.1, seed=0, device=CPU) for _ in range(3)
     ]
     assert losses[0] > losses[1] > losses[2]
 

@@ -45,9 +45,7 @@ HOSPITALS = tabular([0, 1] * 15, groups=[3, 0, 1, 2, 3, 0] * 5)
 def test_every_example_is_in_exactly_one_partition_and_none_is_empty(
     dataset: Dataset, partitioner: str, num_partitions: int, alpha: float, seed: int
 ) -> None:
-    parts = partition_indices(
-        dataset, num_partitions, partitioner=partitioner, alpha=alpha, seed=seed, owners=2
-    )
+    parts = partition_indices(dataset, num_partitions, partitioner=partitioner, alpha=alpha, seed=seed, owners=2)
     assert len(parts) == num_partitions
     assert min(len(part) for part in parts) >= 1
     assert not any(part.flags.writeable for part in parts)
@@ -107,9 +105,7 @@ def test_natural_partitions_are_the_groups_in_order(capfd: pytest.CaptureFixture
 @pytest.mark.parametrize(("num_partitions", "owners"), [(10, 2), (10, 3), (64, 8), (3, 1)])
 def test_owners_alone_hold_the_last_two_labels_and_nothing_else(num_partitions: int, owners: int) -> None:
     digits = load_dataset("digits")
-    parts = partition_indices(
-        digits, num_partitions, partitioner="owned-labels", alpha=0.3, seed=0, owners=owners
-    )
+    parts = partition_indices(digits, num_partitions, partitioner="owned-labels", alpha=0.3, seed=0, owners=owners)
     owned = np.array([np.bincount(digits.train_y[part], minlength=10) for part in parts])
     assert (owned[:owners, :8] == 0).all()
     assert (owned[owners:, 8:] == 0).all()

@@ -1,0 +1,83 @@
+# Every command of the project; `make` alone lists them.
+#
+# The first target that needs it creates .venv and installs everything there with plain pip, from wherever pip is set up
+# to look. PyTorch comes first and alone, so that pip takes a CPU build (torch 2.13.0+cpu) where it finds one. On Linux the
+# default index offers only the CUDA build, several GB; for the CPU build from PyTorch's own index:
+#     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+# Another interpreter: `make PYTHON=python3.12 test`. Arguments of a command: `make test ARGS='-k codes'`.
+
+ifndef PYTHON
+PYTHON := $(shell command -v python3.11 || command -v python3)
+endif
+
+BIN   := .venv/bin
+STAMP := .venv/.installed
+# -qq: pip -q still prints a line for each index folder that lacks a package.
+PIP   := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+
+# Nothing here talks to a server that the user did not name.
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
+export HF_HUB_OFFLINE := 1
+export HF_DATASETS_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export RAY_USAGE_STATS_ENABLED := 0
+# Ray leaves the accelerators of a task that asks for none alone: its own next default; unset, it warns at each start.
+export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO := 0
+# Many nodes share the cores: one thread each. More would only contend, and would change the order of float sums.
+export OMP_NUM_THREADS := 1
+# Flower's configuration, unpacked apps and local state stay out of the user's home.
+export FLWR_HOME := $(CURDIR)/.flwr-home
+# Flower starts flower-superexec and others by name.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check lint format bench build clean venv
+
+help: ## list every command
+	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /\1\t/' | \
+	    while IFS="$$(printf '\t')" read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+
+demo: $(STAMP) ## run the demonstration (first run installs)
+	$(BIN)/python -m experiments.demo $(ARGS)
+
+test: $(STAMP) ## run all tests, slow ones included
+	$(BIN)/python -m pytest -q $(ARGS)
+
+check: lint ## what CI runs first: lint, types, architecture, public API
+	$(BIN)/python -m pytest -q tests/test_architecture.py tests/test_public_api.py
+
+lint: $(STAMP) ## ruff and mypy; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## fix what ruff can fix, and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## run the benchmarks
+	$(BIN)/python -m experiments.bench $(ARGS)
+
+build: $(STAMP) ## build the wheel and list what it holds
+	rm -rf dist
+	$(BIN)/python -m build --wheel --no-isolation
+	$(BIN)/python -m zipfile --list dist/*.whl
+
+clean: ## remove caches, out/, dist/ and Flower's state; .venv stays
+	rm -rf out dist .flwr-home .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info *.fab
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+venv: $(STAMP) ## create .venv and install everything
+
+# hatchling is installed from the pins, and the project without build isolation, so that the pins hold for the build too.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No python3 found: install Python 3.11 or newer, or say PYTHON=/path/to/python." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 11) or sys.exit("$(PYTHON) is Python %d.%d; Python 3.11 or newer is needed: say PYTHON=/path/to/python." % sys.version_info[:2])'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "Creating .venv with $(PYTHON)"; "$(PYTHON)" -m venv --clear .venv; }
+	@echo "Installing into .venv (once; some minutes)"
+	$(PIP) torch==2.13.0 hatchling
+	$(PIP) --no-build-isolation -e '.[app,dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Comparisons and benchmarks; may import everything, and nothing imports it."""

@@ -1,0 +1,49 @@
+"""What coding asks of the clients' app, and how the server notices that it is not so.
+
+The contract: an update depends on the message, the shard and the seeded generators, on nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .errors import UnsuitableApp
+from .phase import DISAGREEMENT, FIXED_DATA, NO_MOD, Phase
+
+__all__ = ["broken_promises", "refuse_unsuitable"]
+
+
+def refuse_unsuitable(phase: Phase, *, ever_decoded: bool) -> None:
+    """End the run where no round can become right.
+
+    Raises:
+        UnsuitableApp: The app does not choose its data by `partition-id`, or no client has the mod.
+    """
+    reasons = {rejection.reason for rejection in phase.rejections}
+    if FIXED_DATA in reasons:
+        raise UnsuitableApp(
+            f"The clients' {phase.plan.kind}() never read context.node_config['partition-id'], so it would use the "
+            "same data for every shard. Choose the data by partition-id at every call, or pass allow_fixed_data=True."
+        )
+    if not ever_decoded and not phase.answered and reasons == {NO_MOD}:
+        raise UnsuitableApp(
+            "The clients answered without coding. Add the mod to their app: ClientApp(mods=[gradient_coding_mod])."
+        )
+
+
+def broken_promises(phase: Phase) -> Iterator[tuple[str, str]]:
+    """(key, sentence) of what should be warned about, each key once a run."""
+    if phase.stateful:
+        yield (
+            "state",
+            "train() or evaluate() keeps something in context.state. Holders of a shard must compute the same update, "
+            "but one that misses a round misses its state too. An update may depend only on the message, the shard "
+            "and the seeded generators.",
+        )
+    if phase.disagreement > DISAGREEMENT:
+        yield (
+            "replicas",
+            f"Holders of shards {sorted(phase.disagreeing)} sent updates that differ by up to "
+            f"{phase.disagreement:.1e} (relative). The update of a shard may depend only on the message, the shard "
+            "and the seeded generators: is there other randomness, kept state, or different data?",
+        )

@@ -1,0 +1,283 @@
+"""The gradient code as a value: who sends which combination of shard updates, and how the sum is decoded.
+
+A code is a value. Worker `i` sends `X_i = sum_j B[i, j] u_j` over the shards `j` that it holds; the
+server finds `a`, zero on the stragglers, with `a @ B = 1`, so that `sum_i a_i X_i = sum_j u_j`:
+
+    >>> import numpy as np
+    >>> from fl_gradcode import fractional_repetition
+    >>> code = fractional_repetition(6, 2)          # any 2 of 6 workers may straggle
+    >>> updates = np.arange(12.0).reshape(6, 2)     # u_j, one row a shard
+    >>> replies = code.encode(updates)              # X_i, one row a worker
+    >>> code.decode(replies[[5, 0]], [5, 0])        # two replies suffice here: one a group
+    array([30., 36.])
+
+Letters as in the papers: n workers, k shards, straggler tolerance s, upload reduction m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .combine import combine
+from .errors import InvalidCode, NotDecodable
+
+if TYPE_CHECKING:
+    from .incremental import IncrementalDecoder
+
+__all__ = ["EXACT", "GradientCode"]
+
+#: Largest decoding error `max |a @ B - 1|` that counts as exact.
+EXACT = 1e-8
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GradientCode:
+    """A gradient code: n workers, k shards, any s workers may straggle.
+
+    Use a constructor (`fractional_repetition`, `cyclic_repetition`, `uncoded`), or give an encoding
+    matrix of your own; that any s stragglers decode is then your claim, and only its necessary
+    condition, enough holders of every shard, is checked.
+
+    Attributes:
+        B: Encoding matrix, shape (n, k), or (n, k, m) for m > 1; float64, read-only.
+        s: Straggler tolerance.
+        name: The family, for people.
+        groups: Workers that send identical replies over disjoint blocks of shards, one tuple a group;
+            None if the code has no such structure.
+    """
+
+    B: NDArray[np.float64]
+    s: int
+    name: str = "custom"
+    groups: tuple[tuple[int, ...], ...] | None = None
+    _holders: tuple[tuple[int, ...], ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        B = np.array(self.B, dtype=np.float64)
+        if B.ndim not in (2, 3) or 0 in B.shape:
+            raise InvalidCode(f"An encoding matrix has shape (n, k) or (n, k, m), not {B.shape}.")
+        if not np.isfinite(B).all():
+            raise InvalidCode("The encoding matrix has entries that are not finite.")
+        if not 0 <= self.s < B.shape[0]:
+            raise InvalidCode(f"s={self.s} stragglers of n={B.shape[0]} workers: s must lie in 0..n-1.")
+        B.setflags(write=False)
+        object.__setattr__(self, "B", B)
+        holders = tuple(
+            tuple(int(i) for i in np.flatnonzero(B[:, j].any(axis=-1) if B.ndim == 3 else B[:, j]))
+            for j in range(B.shape[1])
+        )
+        object.__setattr__(self, "_holders", holders)
+        for shard, workers in enumerate(holders):
+            # The converse (Tandon et al. 2017, theorem 1): with s holders or fewer, those may all straggle.
+            if len(workers) < self.s + self.m:
+                listed = ", ".join(map(str, workers)) or "none"
+                raise InvalidCode(
+                    f"Shard {shard} is held by {len(workers)} workers ({listed}); tolerating s={self.s} "
+                    f"stragglers{f' at m={self.m}' if self.m > 1 else ''} needs at least {self.s + self.m}. "
+                    "Add a holder or lower s."
+                )
+
+    def __repr__(self) -> str:
+        m = f", m={self.m}" if self.m > 1 else ""
+        return f"<{self.name} code: n={self.n} workers, k={self.k} shards, s={self.s} stragglers{m}>"
+
+    @property
+    def n(self) -> int:
+        """Number of workers."""
+        return int(self.B.shape[0])
+
+    @property
+    def k(self) -> int:
+        """Number of shards."""
+        return int(self.B.shape[1])
+
+    @property
+    def m(self) -> int:
+        """Upload reduction: a reply has ceil(d / m) entries."""
+        return int(self.B.shape[2]) if self.B.ndim == 3 else 1
+
+    def shards_of(self, worker: int) -> tuple[int, ...]:
+        """The shards that `worker` holds, ascending."""
+        self._check_workers([worker])
+        row = self.B[worker]
+        return tuple(int(j) for j in np.flatnonzero(row.any(axis=1) if row.ndim == 2 else row))
+
+    def holders_of(self, shard: int) -> tuple[int, ...]:
+        """The workers that hold `shard`, ascending."""
+        if not 0 <= shard < self.k:
+            raise InvalidCode(f"Shard {shard} does not exist: this code has shards 0..{self.k - 1}.")
+        return self._holders[shard]
+
+    def restrict(self, shards: Sequence[int]) -> GradientCode:
+        """The same code over some of the shards: the other columns leave `B`."""
+        columns = sorted(set(shards))
+        if not columns or columns[0] < 0 or columns[-1] >= self.k:
+            raise InvalidCode(f"Shards {columns} are not a non-empty subset of 0..{self.k - 1}.")
+        if len(columns) == self.k:
+            return self
+        B = self.B[:, columns]
+        groups = self.groups
+        if groups is not None:
+            groups = tuple(group for group in groups if B[group[0]].any())
+        return GradientCode(B, self.s, self.name, groups)
+
+    def incremental(self) -> IncrementalDecoder:
+        """A decoder that is told of one arrival after another and answers "decodable now?"."""
+        from .incremental import IncrementalDecoder  # it needs this class
+
+        return IncrementalDecoder(self)
+
+    def decodable(self, survivors: Iterable[int]) -> bool:
+        """Whether the replies of `survivors` determine the sum (decoding error at most 1e-8)."""
+        return self._add_all(survivors).decodable
+
+    def decoding_vector(self, survivors: Iterable[int]) -> NDArray[np.float64]:
+        """The decoding vector a, zero on all others, with `a @ B = 1`.
+
+        For a code with groups: 1 on the first survivor of each group, in the order given. Otherwise the
+        solution of minimum norm.
+
+        Args:
+            survivors: Worker numbers, in order of arrival.
+
+        Returns:
+            Shape (n,), or (n, m) for m > 1.
+
+        Raises:
+            NotDecodable: The survivors do not determine the sum.
+        """
+        workers = self._check_workers(survivors)
+        a = self._add_all(workers).vector()
+        if a is None:
+            error = self.decoding_error(workers)
+            raise NotDecodable(
+                f"The replies of {len(workers)} of {self.n} workers do not determine the sum (decoding error "
+                f"{error:.2g}); any {self.n - self.s} replies do."
+            )
+        return a
+
+    def least_squares_vector(self, survivors: Iterable[int]) -> NDArray[np.float64]:
+        """The decoding vector that minimises `||a @ B - 1||`, of minimum norm; exact where that is possible."""
+        workers = self._check_workers(survivors)
+        a = np.zeros((self.n, self.m))
+        if self.groups is not None and self.m == 1:
+            live = set(workers)
+            for group in self.groups:
+                first = next((i for i in workers if i in live and i in group), None)
+                if first is not None:
+                    a[first] = 1.0
+        elif workers:
+            rows = self.B[workers].reshape(len(workers), -1)
+            a[workers] = np.linalg.lstsq(rows.T, self._target(), rcond=None)[0]
+        return a if self.m > 1 else a[:, 0]
+
+    def coverage(self, survivors: Iterable[int]) -> NDArray[np.float64]:
+        """`a @ B` of the best decoding vector: what share of each shard the decoded sum holds.
+
+        Shape (k,): all ones when exact. For m > 1 the share of a shard is the mean over its m blocks.
+        """
+        return self.coverage_of(self._best_vector(survivors))
+
+    def coverage_of(self, a: NDArray[np.float64]) -> NDArray[np.float64]:
+        """`a @ B` for a given decoding vector of shape (n,) or (n, m). Shape (k,)."""
+        if self.m == 1:
+            return np.asarray(a @ self.B)
+        return np.asarray(np.einsum("il,ijl->jl", a, self.B).mean(axis=1))
+
+    def decoding_error(self, survivors: Iterable[int]) -> float:
+        """`max |a @ B - 1|` of the best decoding vector; at most 1e-8 when decodable."""
+        return self.error_of(self._best_vector(survivors))
+
+    def error_of(self, a: NDArray[np.float64]) -> float:
+        """`max |a @ B - 1|` for a given decoding vector, recomputed from `B` alone."""
+        B = self.B.reshape(self.n, -1)
+        return float(np.abs(a.reshape(self.n, -1).T @ B - self._target().T).max())
+
+    def kappa(self, survivors: Iterable[int]) -> float:
+        """Noise amplification of the best decoding vector: 1 for repetition, see `kappa_of`."""
+        return self.kappa_of(self._best_vector(survivors))
+
+    def kappa_of(self, a: NDArray[np.float64]) -> float:
+        """`sqrt(sum_i |a_i|^2 |b_i|^2 / (k m))`: how much independent rounding noise in the shards grows."""
+        row_norms = np.square(self.B.reshape(self.n, -1)).sum(axis=1)
+        return float(np.sqrt(np.square(a.reshape(self.n, -1)).sum(axis=1) @ row_norms / (self.k * self.m)))
+
+    def encode(self, updates: ArrayLike) -> NDArray[np.floating]:
+        """All workers' replies.
+
+        Args:
+            updates: One row a shard, shape (k, d).
+
+        Returns:
+            One row a worker, shape (n, ceil(d / m)); float32 if the updates are, else float64.
+        """
+        u = _as_float(updates)
+        if u.ndim != 2 or u.shape[0] != self.k:
+            raise InvalidCode(f"Updates have shape {u.shape}; encoding needs ({self.k}, d), one row a shard.")
+        B = self.B.astype(u.dtype, copy=False)
+        if self.m == 1:
+            return np.asarray(B @ u)
+        padded = np.zeros((self.k, -(-u.shape[1] // self.m) * self.m), u.dtype)
+        padded[:, : u.shape[1]] = u
+        return np.asarray(np.tensordot(B, padded.reshape(self.k, self.m, -1), axes=([1, 2], [0, 1])))
+
+    def decode(
+        self, replies: ArrayLike, survivors: Iterable[int], *, length: int | None = None
+    ) -> NDArray[np.floating]:
+        """The sum over all shards' updates.
+
+        Args:
+            replies: Shape (len(survivors), ceil(d / m)); row t is worker survivors[t]'s reply.
+            survivors: Worker numbers, in order of arrival.
+            length: d, to cut the padding that m > 1 may have added.
+
+        Returns:
+            Shape (d,); float32 if the replies are, else float64.
+
+        Raises:
+            NotDecodable: The survivors do not determine the sum.
+        """
+        workers = self._check_workers(survivors)
+        x = _as_float(replies)
+        if x.ndim != 2 or x.shape[0] != len(workers):
+            raise InvalidCode(f"Replies have shape {x.shape}; {len(workers)} survivors need one row each.")
+        total = combine(x, self.decoding_vector(workers)[workers], order=workers)
+        if length is None:
+            return total
+        if not 0 <= length <= total.size:
+            raise InvalidCode(f"length={length} does not fit a decoded vector of {total.size} entries.")
+        return total[:length]
+
+    def _best_vector(self, survivors: Iterable[int]) -> NDArray[np.float64]:
+        workers = self._check_workers(survivors)
+        exact = self._add_all(workers).vector()
+        return self.least_squares_vector(workers) if exact is None else exact
+
+    def _add_all(self, survivors: Iterable[int]) -> IncrementalDecoder:
+        decoder = self.incremental()
+        decoder.update(self._check_workers(survivors))
+        return decoder
+
+    def _target(self) -> NDArray[np.float64]:
+        """The decoding conditions' right-hand side, shape (k m, m): block l of the sum from block l."""
+        return np.tile(np.eye(self.m), (self.k, 1))
+
+    def _check_workers(self, workers: Iterable[int]) -> list[int]:
+        listed = [int(i) for i in workers]
+        for i in listed:
+            if not 0 <= i < self.n:
+                raise InvalidCode(f"Worker {i} does not exist: this code has workers 0..{self.n - 1}.")
+        if len(set(listed)) != len(listed):
+            twice = next(i for i in listed if listed.count(i) > 1)
+            raise InvalidCode(f"Worker {twice} appears twice among the survivors; each reply counts once.")
+        return listed
+
+
+def _as_float(values: ArrayLike) -> NDArray[np.floating]:
+    array = np.asarray(values)
+    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float64)

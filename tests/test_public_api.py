@@ -1,0 +1,47 @@
+"""What a user may rely on: the names in `__all__`, and what the wheel installs."""
+
+import zipfile
+from pathlib import Path
+
+import hatchling.build
+import pytest
+
+import fl_gradcode
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The documented names. To add one is a decision, and belongs in docs and CHANGELOG.
+PUBLIC = (
+    "GradientCoding",
+    "gradient_coding_mod",
+    "GradientCode",
+    "uncoded",
+    "fractional_repetition",
+    "cyclic_repetition",
+    "EarlyStopGrid",
+    "VirtualGrid",
+    "Ledger",
+    "NotDecodable",
+    "FlGradcodeError",
+)
+
+
+def test_all_is_the_documented_names() -> None:
+    assert sorted(fl_gradcode.__all__) == sorted(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_name_has_a_docstring(name: str) -> None:
+    docstring = getattr(fl_gradcode, name).__doc__ or ""
+    assert docstring.strip()
+    assert not docstring.startswith(f"{name}("), "a dataclass without a docstring is given its signature"
+
+
+def test_wheel_holds_the_library_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # a build backend builds the current folder
+    wheel = tmp_path / hatchling.build.build_wheel(str(tmp_path))
+    files = [Path(name) for name in zipfile.ZipFile(wheel).namelist()]
+    metadata = wheel.name.split("-py3")[0] + ".dist-info"
+    assert {file.parts[0] for file in files} == {"fl_gradcode", metadata}
+    packed = {file.as_posix() for file in files if file.parts[0] == "fl_gradcode" and file.suffix == ".py"}
+    assert packed == {path.relative_to(ROOT).as_posix() for path in (ROOT / "fl_gradcode").rglob("*.py")}
