@@ -47,6 +47,8 @@ class ArrivalSource(ABC):
 
     #: Whether an arrival brings its reply; if not, whoever waits decides which replies are computed.
     immediate: bool = True
+    #: Whether the set of nodes is given from the start, as in a simulation; deployed nodes come and go.
+    fixed_nodes: bool = False
 
     @abstractmethod
     def now(self) -> float:
@@ -147,6 +149,7 @@ class PollingArrivals(ArrivalSource):
         self._closed = threading.Event()
         self._one_thread: threading.Thread | None = None
         self._together = getattr(grid, "pull_interval", None)
+        self.fixed_nodes = self._together is not None
 
     def now(self) -> float:
         """The clock's seconds."""

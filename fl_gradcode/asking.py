@@ -73,5 +73,5 @@ def messages_for(
 
 def _row(code: GradientCode, worker: int, shards: Sequence[int]) -> Row:
     columns = code.shards_of(worker)
-    coefficients = code.B[worker, list(columns)].reshape(len(columns), -1)
+    coefficients = code.B[worker, list(columns)].reshape(len(columns), code.m)
     return Row(tuple(shards[j] for j in columns), tuple(tuple(float(x) for x in row) for row in coefficients))

@@ -168,7 +168,7 @@ class Phase:
     def vector(self, *, approximate: bool) -> NDArray[np.float64] | None:
         """The decoding vector; None if undecodable and no approximation is wanted or possible."""
         best = self._best
-        if best is None or self._mixes_garbage:
+        if best is None or self.mixes_garbage:
             return None
         if best.decoder.decodable:
             return best.decoder.vector()
@@ -191,6 +191,11 @@ class Phase:
             arrays = pack.rebuild_arrays(best.reply.layout, self.before, total, weight)
         names = (best.reply.arrays_name, best.reply.metrics_name)
         return Decoded(arrays, record, best.reply.layout, names, vector, used)
+
+    @property
+    def mixes_garbage(self) -> bool:
+        """Whether holders of a shard are so far apart that combining their replies would mean nothing."""
+        return self.code.groups is None and self.disagreement > _GARBAGE
 
     @property
     def survivors(self) -> list[int]:
@@ -219,10 +224,6 @@ class Phase:
         """The bucket that decodes, else the largest."""
         buckets = self._buckets.values()
         return max(buckets, key=lambda b: (b.decoder.decodable, len(b.decoder.survivors)), default=None)
-
-    @property
-    def _mixes_garbage(self) -> bool:
-        return self.code.groups is None and self.disagreement > _GARBAGE
 
     def _examine(self, node: int, message: Message) -> str | None:
         if message.has_error():

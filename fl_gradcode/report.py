@@ -70,9 +70,14 @@ def phase_entry(phase: Phase, decoded: Decoded | None, *, decoding: float, aggre
 
 def why_undecodable(phase: Phase, entry: dict[str, Any]) -> str:
     """One sentence without its full stop: which round, why, and what was wrong with the replies."""
+    what = f"undecodable ({entry['ended']})"
+    if phase.mixes_garbage:
+        what = f"holders of shards {sorted(phase.disagreeing)} disagree by {phase.disagreement:.1e} (relative)"
+    elif phase.decided:
+        what = f"the decoded {phase.plan.weight_key!r} is not positive"
     reasons = "".join(f"; worker {one['worker']}: {one['reason']}" for one in entry["rejected"][:5])
     return (
-        f"Round {phase.plan.round}, {phase.plan.kind}: undecodable ({entry['ended']}) from "
+        f"Round {phase.plan.round}, {phase.plan.kind}: {what}, from "
         f"{len(phase.survivors)} of {len(phase.participants)} workers{reasons}"
     )
 

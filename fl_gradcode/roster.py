@@ -74,7 +74,7 @@ class Roster:
 
 
 def wait_for_nodes(grid: Grid, code: GradientCode, timeout: float) -> None:
-    """Wait up to `timeout` seconds for n nodes; fewer are enough if the code tolerates it.
+    """Wait up to `timeout` seconds for n nodes (0: look once); fewer are enough if the code tolerates it.
 
     Raises:
         RoundFailed: More than n nodes, or fewer than n - s.

@@ -141,7 +141,7 @@ class GradientCoding(Strategy):
         waiting.on_late = self._learn_from_late
         self._timeout = timeout
         self._arrays = initial_arrays
-        wait_for_nodes(waiting, self.code, self.node_timeout)
+        wait_for_nodes(waiting, self.code, 0.0 if waiting.source.fixed_nodes else self.node_timeout)
         try:
             result = super().start(
                 waiting, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
@@ -178,30 +178,14 @@ class GradientCoding(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Decode, and let the wrapped strategy aggregate the one decoded reply."""
-        phase, decoded, seconds = self._decode(replies)
-        if phase is None:
-            return None, None
-        arrays: ArrayRecord | None = None
-        metrics: MetricRecord | None = None
-        started = time.perf_counter()
-        if decoded is not None and decoded.arrays is not None:
-            content = {decoded.names[0]: decoded.arrays, decoded.names[1]: decoded.metrics}
-            arrays, metrics = self.strategy.aggregate_train(server_round, [self._as_one_reply(content)])
-            if arrays is not None:
-                arrays = restore_types(decoded.layout, arrays)
-                self._arrays = arrays
-        return arrays, self._book(phase, decoded, seconds, time.perf_counter() - started, metrics)
+        arrays, metrics = self._aggregate(server_round, replies)
+        if arrays is not None:
+            self._arrays = arrays
+        return arrays, metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Decode the metrics, and let the wrapped strategy aggregate the one decoded reply."""
-        phase, decoded, seconds = self._decode(replies)
-        metrics: MetricRecord | None = None
-        if phase is not None:
-            started = time.perf_counter()
-            if decoded is not None:
-                content = {decoded.names[1]: decoded.metrics}
-                metrics = self.strategy.aggregate_evaluate(server_round, [self._as_one_reply(content)])
-            metrics = self._book(phase, decoded, seconds, time.perf_counter() - started, metrics)
+        _, metrics = self._aggregate(server_round, replies)
         row = self._close_row()
         if self.on_round_end is not None:
             self.on_round_end(server_round, self._arrays, row)
@@ -251,44 +235,50 @@ class GradientCoding(Strategy):
         message_type = self._drafts[0].metadata.message_type
         return messages_for(plan, content, grid.get_node_ids(), self.roster, message_type=message_type, ttl=ttl)
 
-    def _decode(self, replies: Iterable[Message]) -> tuple[Phase | None, Decoded | None, float]:
+    def _aggregate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         phase = self._phase
         if phase is None:
-            return None, None, 0.0
+            return None, None
         if not phase.collected:  # somebody else's loop brings the replies of a plain grid
             for reply in replies:
                 phase.offer(reply.metadata.src_node_id, reply, "", 0.0)
         refuse_unsuitable(phase, ever_decoded=self._ever_decoded)
         for key, text in broken_promises(phase):
             self._warn_once(key, text)
-        started = time.perf_counter()
+        began = time.perf_counter()
         vector = phase.vector(approximate=self.on_undecodable == "approximate")
         decoded = None if vector is None else phase.decode(vector)
         self._ever_decoded |= decoded is not None
-        return phase, decoded, time.perf_counter() - started
+        ready = time.perf_counter()
+        arrays, metrics = (None, None) if decoded is None else self._ask_inner(server_round, decoded)
+        entry = report.phase_entry(phase, decoded, decoding=ready - began, aggregating=time.perf_counter() - ready)
+        self._book(phase, entry)
+        return arrays, MetricRecord({**(metrics or {}), **report.figures(entry)})
 
-    def _as_one_reply(self, content: dict[str, Any]) -> Message:
-        return Message(RecordDict(content), reply_to=self._drafts[0])
+    def _ask_inner(self, server_round: int, decoded: Decoded) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """What the wrapped strategy makes of the decoded mean, given to it as one ordinary reply."""
+        arrays_name, metrics_name = decoded.names
+        content = RecordDict({metrics_name: decoded.metrics})
+        if decoded.arrays is None:
+            reply = Message(content, reply_to=self._drafts[0])
+            return None, self.strategy.aggregate_evaluate(server_round, [reply])
+        content[arrays_name] = decoded.arrays
+        reply = Message(content, reply_to=self._drafts[0])
+        arrays, metrics = self.strategy.aggregate_train(server_round, [reply])
+        return None if arrays is None else restore_types(decoded.layout, arrays), metrics
 
-    def _book(
-        self,
-        phase: Phase,
-        decoded: Decoded | None,
-        decoding: float,
-        aggregating: float,
-        metrics: MetricRecord | None,
-    ) -> MetricRecord:
-        """Write the phase into the row; raise or warn if it could not be decoded; the metrics with our figures."""
-        entry = report.phase_entry(phase, decoded, decoding=decoding, aggregating=aggregating)
+    def _book(self, phase: Phase, entry: dict[str, Any]) -> None:
+        """Write the phase into the row; raise or warn if it could not be decoded."""
         self._row[phase.plan.kind] = entry
-        if decoded is None:
-            why = report.why_undecodable(phase, entry)
-            if self.on_undecodable == "raise":
-                entry["outcome"] = "raised"
-                raise RoundFailed(f"{why}.")
-            _log.warning("%s. The round is skipped: the model stays as it is.", why)
-        figures = report.figures(entry)
-        return MetricRecord({**(metrics or {}), **figures})
+        if entry["outcome"] != "skipped":
+            return
+        why = report.why_undecodable(phase, entry)
+        if self.on_undecodable == "raise":
+            entry["outcome"] = "raised"
+            raise RoundFailed(f"{why}.")
+        _log.warning("%s. The round is skipped: the model stays as it is.", why)
 
     # The run
 

@@ -9,7 +9,7 @@ This is the only module that touches Flower's task identity, without which no `M
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace, TracebackType
 from typing import Any
@@ -19,6 +19,8 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
+
+from .arrivals import Arrival, ArrivalSource
 
 __all__ = ["InProcessGrid", "ManualClock", "inside_a_run"]
 
@@ -54,10 +56,11 @@ def inside_a_run(run_id: int = 1) -> Iterator[None]:
             setattr(TaskIdentity, name, value)
 
 
-class InProcessGrid(Grid):
+class InProcessGrid(Grid, ArrivalSource):
     """A Flower grid whose nodes run in this process, one after another, when their replies are pulled.
 
-    Use it as a context manager. Each node keeps its own `Context`, so `context.state` lasts over rounds.
+    No time passes in it: replies arrive in the order of the messages. Use it as a context manager. Each node keeps
+    its own `Context`, so `context.state` lasts over rounds.
 
     Args:
         app: The ClientApp.
@@ -67,6 +70,9 @@ class InProcessGrid(Grid):
         tamper: (worker, message, reply) -> the reply that the server gets, for tests of bad replies.
         seed: Of the node ids.
     """
+
+    immediate = False
+    fixed_nodes = True
 
     def __init__(
         self,
@@ -91,6 +97,7 @@ class InProcessGrid(Grid):
             for node, worker in self._worker.items()
         }
         self._pending: dict[str, Message] = {}
+        self._reported: set[str] = set()
         self._ids = itertools.count()
         self._stack = ExitStack()
 
@@ -144,11 +151,36 @@ class InProcessGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Run the nodes that these messages were sent to; their replies."""
-        return [self._answer(self._pending.pop(i)) for i in message_ids if i in self._pending]
+        messages = [self._pending.pop(i, None) for i in message_ids]
+        return [self._answer(message) for message in messages if message is not None]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Run everybody at once; the timeout does not matter, since nobody waits."""
         return list(self.pull_messages(self.push_messages(list(messages))))
+
+    def now(self) -> float:
+        """Always 0."""
+        return 0.0
+
+    def push(self, messages: Sequence[Message]) -> list[str | None]:
+        """Store messages; their ids are the tokens."""
+        return [*self.push_messages(messages)]
+
+    def next_arrival(self, deadline: float | None) -> Arrival | None:
+        """The oldest message that was not reported yet; None if there is none."""
+        for token, message in self._pending.items():
+            if token not in self._reported:
+                self._reported.add(token)
+                return Arrival(token, message.metadata.dst_node_id, 0.0)
+        return None
+
+    def fetch(self, arrivals: Sequence[Arrival]) -> list[Message | None]:
+        """Run the nodes."""
+        return list(self.pull_messages([arrival.token for arrival in arrivals]))
+
+    def forget(self, token: str) -> None:
+        """Drop the message."""
+        self._pending.pop(token, None)
 
     def _answer(self, message: Message) -> Message:
         node = message.metadata.dst_node_id

@@ -52,6 +52,7 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
     """
 
     immediate = False
+    fixed_nodes = True
 
     def __init__(
         self,

@@ -1,0 +1,96 @@
+"""Shared fixtures: a tiny app whose update is a known function of round and shard, and three codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg, Strategy
+from numpy.typing import NDArray
+
+from fl_gradcode import GradientCode, cyclic_repetition, fractional_repetition, gradient_coding_mod, uncoded
+from fl_gradcode.testing import InProcessGrid
+
+
+@pytest.fixture(autouse=True)
+def quiet_flower() -> Iterator[None]:
+    """Flower logs every round; warnings and our own lines stay."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(level)
+
+
+def update_of(server_round: int, shard: int, size: int) -> NDArray[np.float64]:
+    """What training on `shard` adds in this round: known, so that tests can add up by hand."""
+    return np.random.default_rng((server_round, shard)).standard_normal(size)
+
+
+def toy_app(**kwargs: Any) -> ClientApp:
+    """An app whose model moves by `update_of`; shard j has j + 1 examples."""
+    app = ClientApp(mods=[gradient_coding_mod], **kwargs)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        shard = int(context.node_config["partition-id"])
+        server_round = int(message.content["config"]["server-round"])
+        old = message.content["arrays"].to_numpy_ndarrays()
+        moves = np.split(
+            update_of(server_round, shard, sum(a.size for a in old)), np.cumsum([a.size for a in old])[:-1]
+        )
+        new = [(a + m.reshape(a.shape)).astype(np.float32) for a, m in zip(old, moves, strict=True)]
+        metrics = MetricRecord({"num-examples": shard + 1, "loss": float(shard), "pair": [1.0, float(shard)]})
+        return Message(RecordDict({"arrays": ArrayRecord(new), "metrics": metrics}), reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        shard = int(context.node_config["partition-id"])
+        metrics = MetricRecord({"num-examples": shard + 1, "accuracy": shard / 10})
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+    return app
+
+
+def initial_arrays() -> ArrayRecord:
+    return ArrayRecord([np.ones((3, 2), np.float32), np.zeros(5, np.float32)])
+
+
+def flat(arrays: ArrayRecord) -> NDArray[np.float64]:
+    return np.concatenate([a.ravel().astype(np.float64) for a in arrays.to_numpy_ndarrays()] or [np.zeros(0)])
+
+
+def relative(actual: ArrayRecord, expected: ArrayRecord) -> float:
+    a, b = flat(actual), flat(expected)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def run_plain(app: ClientApp, n: int, strategy: Strategy | None = None, rounds: int = 3, **kwargs: Any) -> Any:
+    """Plain Flower on n nodes: the oracle."""
+    with InProcessGrid(app, n) as grid:
+        return (strategy or FedAvg()).start(grid, kwargs.pop("arrays", initial_arrays()), num_rounds=rounds, **kwargs)
+
+
+def all_codes(n: int, s: int) -> list[GradientCode]:
+    return [uncoded(n), fractional_repetition(n, s), cyclic_repetition(n, s, rng=np.random.default_rng(1))]
+
+
+@pytest.fixture(params=["uncoded", "fractional", "cyclic"])
+def code(request: pytest.FixtureRequest) -> GradientCode:
+    make: dict[str, Callable[[], GradientCode]] = {
+        "uncoded": lambda: uncoded(6),
+        "fractional": lambda: fractional_repetition(6, 2),
+        "cyclic": lambda: cyclic_repetition(6, 2, rng=np.random.default_rng(1)),
+    }
+    return make[str(request.param)]()
