@@ -79,6 +79,8 @@ class EarlyStopGrid(ForwardingGrid):
         """Send, wait until the rule is decided, hopeless or `timeout` seconds are over, return the replies."""
         batch = list(messages)  # configure_train() may be lazy: it announces the rule when it runs
         rule, self._announced = self._announced or CountRule(self.stop_after), None
+        if not batch:
+            return []
         phase = _Waiting(self.source, self._debts, rule, timeout, self.on_late)
         return rule.finish(phase.run(batch))
 

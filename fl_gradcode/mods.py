@@ -126,7 +126,7 @@ class _CodedCall:
         )
         message = copy(self.message)
         # The user's function may change what it is given: the next shard needs it as it came.
-        message.content = RecordDict({key: copy(record) for key, record in self.content.items()})
+        message.content = RecordDict({key: _copy(record) for key, record in self.content.items()})
         started = time.perf_counter()
         _seed(self.plan.seed, self.plan.round, shard)
         reply = self.call_next(message, context)
@@ -222,6 +222,11 @@ class _WatchedConfig(dict[str, Any]):
     def copy(self) -> Any:
         self.was_read = True
         return super().copy()
+
+
+def _copy(record: Any) -> Any:
+    """A new record with the same values; `copy.copy` would share the dict inside."""
+    return type(record)(dict(record))
 
 
 def _worker_of(context: Context) -> int:

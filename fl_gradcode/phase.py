@@ -136,7 +136,7 @@ class Phase:
         """Whether they would not even with those of `nodes`. A node that is not known may be any missing worker."""
         workers = [self.roster.worker_of(node) for node in nodes]
         outstanding = {i for i in workers if i is not None}
-        if None in workers:
+        if None in workers or len(outstanding) < len(workers):  # two that claim one number: hear both
             outstanding.update(self.roster.missing(self._participants))
         outstanding &= self._participants
         outstanding -= self._accepted.keys()

@@ -45,8 +45,9 @@ def toy_app(**kwargs: Any) -> ClientApp:
     @app.train()
     def train(message: Message, context: Context) -> Message:
         shard = int(context.node_config["partition-id"])
-        server_round = int(message.content["config"]["server-round"])
-        old = message.content["arrays"].to_numpy_ndarrays()
+        content: Any = message.content
+        server_round = int(content["config"]["server-round"])
+        old = content["arrays"].to_numpy_ndarrays()
         moves = np.split(
             update_of(server_round, shard, sum(a.size for a in old)), np.cumsum([a.size for a in old])[:-1]
         )

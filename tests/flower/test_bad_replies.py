@@ -140,11 +140,11 @@ def test_a_bad_reply_under_an_uncoded_round_skips_it() -> None:
 
 def test_raise_ends_the_run_and_keeps_the_row() -> None:
     strategy = GradientCoding(FedAvg(), all_codes(6, 2)[0], on_undecodable="raise")
-    with InProcessGrid(toy_app(), 6, tamper=lambda w, m, r: as_error(r) if w == BAD else r) as grid:
-        with pytest.raises(
-            RoundFailed, match=r"Round 1, train: undecodable.*worker 4: error 2: ValueError: out of disk"
-        ):
-            strategy.start(grid, initial_arrays(), num_rounds=2)
+    with (
+        InProcessGrid(toy_app(), 6, tamper=lambda w, m, r: as_error(r) if w == BAD else r) as grid,
+        pytest.raises(RoundFailed, match=r"Round 1, train: undecodable.*worker 4: error 2: ValueError: out of disk"),
+    ):
+        strategy.start(grid, initial_arrays(), num_rounds=2)
     (row,) = strategy.ledger.rows
     assert row["train"]["outcome"] == "raised"
     assert "RoundFailed" in row["ended-by"]
@@ -187,7 +187,9 @@ def test_clients_without_the_mod_are_told_apart_from_stragglers() -> None:
 
 
 def test_two_nodes_with_one_partition_id_end_the_run_by_name() -> None:
-    config = lambda i: {"partition-id": min(i, 4), "num-partitions": 6}  # noqa: E731
+    def config(i: int) -> dict[str, Any]:
+        return {"partition-id": min(i, 4), "num-partitions": 6}
+
     with InProcessGrid(toy_app(), 6, node_config=config) as grid:
         hide(grid)
         with pytest.raises(RoundFailed, match="both answer as worker 4, in rounds 1 and 2"):
@@ -207,7 +209,9 @@ def test_one_duplicate_counts_once() -> None:
 
 
 def test_a_node_beyond_the_code_is_refused_in_its_own_words() -> None:
-    config = lambda i: {"partition-id": i + 3, "num-partitions": 9}  # noqa: E731
+    def config(i: int) -> dict[str, Any]:
+        return {"partition-id": i + 3, "num-partitions": 9}
+
     with InProcessGrid(toy_app(), 6, node_config=config) as grid:
         hide(grid)
         strategy = GradientCoding(FedAvg(), fractional_repetition(6, 2))
@@ -218,4 +222,4 @@ def test_a_node_beyond_the_code_is_refused_in_its_own_words() -> None:
 
 def hide(grid: InProcessGrid) -> None:
     """Make the grid as ignorant of who is who as a real engine."""
-    grid.known_workers = lambda: {}  # type: ignore[method-assign]
+    grid.known_workers = dict  # type: ignore[method-assign]
