@@ -62,6 +62,7 @@ class Engine:
         self.folder = Path(self._temporary.name) if self._temporary else Path(folder or ".").resolve()
         self._link_port, self._control_port = _free_port(), _free_port()
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._nodes: dict[int, subprocess.Popen[bytes]] = {}
         self._logs: list[IO[bytes]] = []
         home = self.folder / "flwr-home"
         bin_folder = str(Path(sys.executable).parent)  # flower-superexec and others are started by name
@@ -116,7 +117,14 @@ class Engine:
         command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self._link_port}"]
         command += ["--host", "127.0.0.1", "--port", str(_free_port())]
         command += ["--node-config", f"partition-id={number} num-partitions={self.nodes}"]
-        return self._start(command, f"supernode-{number}")
+        self._nodes[number] = self._start(command, f"supernode-{number}")
+        return self._nodes[number]
+
+    def kill_node(self, number: int) -> None:
+        """End the SuperNode with this partition-id by SIGKILL, and what it runs, as when its machine dies."""
+        process = self._nodes.pop(number)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=8)
 
     def run(
         self,

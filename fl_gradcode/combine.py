@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +13,11 @@ from .errors import InvalidCode
 
 __all__ = ["combine"]
 
-# 64 Ki entries: one block of the running sum and one of a reply stay in a core's cache.
+# 64 Ki entries: one block of the running sum stays in a core's cache while all replies are added to it.
 _BLOCK = 1 << 16
+# Entries to add up from which a second thread pays for its start; NumPy lets go of the interpreter meanwhile.
+_WORTH_THREADS = 1 << 23
+_MAX_THREADS = 4
 
 
 def combine(
@@ -24,7 +29,8 @@ def combine(
     """`sum_t coefficients[t] * replies[t]`, block by block so that the running sum stays in cache.
 
     Replies are added in ascending `order` (worker numbers), so that the result does not depend on who came
-    first; those with coefficient 0 are not read, and coefficient 1 copies without rounding.
+    first, nor on the number of threads; those with coefficient 0 are not read, and coefficient 1 copies without
+    rounding.
 
     Args:
         replies: One vector of equal length and dtype (float32 or float64) each.
@@ -35,27 +41,41 @@ def combine(
     Returns:
         Shape (m * length,).
     """
-    a = np.asarray(coefficients, np.float64)
-    a = a.reshape(len(replies), -1) if len(replies) else a.reshape(0, 1)
     if not len(replies):
         raise InvalidCode("There is no reply to combine.")
+    a = np.asarray(coefficients, np.float64).reshape(len(replies), -1)
     sequence = range(len(replies)) if order is None else np.argsort(order, kind="stable")
-    length = replies[0].size
-    out = np.empty(a.shape[1] * length, replies[0].dtype)
-    scratch = np.empty(min(_BLOCK, max(length, 1)), out.dtype)
+    length, dtype = replies[0].size, replies[0].dtype
+    out = np.empty(a.shape[1] * length, dtype)
     for column in range(a.shape[1]):
-        used = [(replies[t], out.dtype.type(a[t, column])) for t in sequence if a[t, column] != 0]
-        for start in range(0, length, _BLOCK):
-            stop = min(start + _BLOCK, length)
-            block = out[column * length + start : column * length + stop]
-            if not used:
-                block[:] = 0
-            for position, (reply, coefficient) in enumerate(used):
-                piece = reply[start:stop]
-                if position == 0:
-                    np.multiply(piece, coefficient, out=block)
-                elif coefficient == 1:
-                    block += piece
-                else:
-                    block += np.multiply(piece, coefficient, out=scratch[: stop - start])
+        used = [(replies[t], dtype.type(a[t, column])) for t in sequence if a[t, column] != 0]
+        target = out[column * length : (column + 1) * length]
+        threads = min(_MAX_THREADS, os.cpu_count() or 1) if len(used) * length >= _WORTH_THREADS else 1
+        edges = [length * i // threads for i in range(threads + 1)]
+        if threads == 1:
+            _add_up(used, target, 0, length)
+            continue
+        with ThreadPoolExecutor(threads) as pool:
+            for done in [pool.submit(_add_up, used, target, *edges[i : i + 2]) for i in range(threads)]:
+                done.result()
     return out
+
+
+def _add_up(
+    used: Sequence[tuple[NDArray[np.floating], np.floating]], target: NDArray[np.floating], first: int, last: int
+) -> None:
+    """Write the combination of entries first..last-1 into `target`."""
+    scratch = np.empty(min(_BLOCK, max(last - first, 1)), target.dtype)
+    for start in range(first, last, _BLOCK):
+        stop = min(start + _BLOCK, last)
+        block = target[start:stop]
+        if not used:
+            block[:] = 0
+        for position, (reply, coefficient) in enumerate(used):
+            piece = reply[start:stop]
+            if position == 0:
+                np.multiply(piece, coefficient, out=block)
+            elif coefficient == 1:
+                block += piece
+            else:
+                block += np.multiply(piece, coefficient, out=scratch[: stop - start])

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from .arrivals import Arrival, ArrivalSource, ForwardingGrid, PollingArrivals
 from .errors import InvalidSetting
 from .stop import CountRule, StopRule, Wait
-from .wire import content_bytes
+from .wire import content_bytes, error_text
 
 __all__ = ["EarlyStopGrid"]
 
@@ -165,9 +165,11 @@ class _Waiting:
         if debt.rule is self.rule:
             self.unread.append(arrival)
         else:
-            self.wait.late.append((arrival.node, debt.rule.label))
+            reply = arrival.reply
+            wrong = error_text(reply) if reply is not None and reply.has_error() else arrival.failure
+            self.wait.late.append((arrival.node, debt.rule.label, wrong))
             if self.on_late is not None:
-                self.on_late(arrival.node, debt.rule.label, arrival.reply)
+                self.on_late(arrival.node, debt.rule.label, reply)
         self._release(arrival.node)
 
     def _release(self, node: int) -> None:

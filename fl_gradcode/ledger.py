@@ -88,9 +88,13 @@ def _readable(row: dict[str, Any], kind: str) -> str:
         if phase[name]:
             parts.append(f"{title} {', '.join(map(str, phase[name]))}")
     if phase["late"]:
-        parts.append("late " + ", ".join(f"{one['worker']} ({one['from']})" for one in phase["late"]))
+        parts.append("late " + ", ".join(_late(one) for one in phase["late"]))
     for one in phase["rejected"]:
         parts.append(f"worker {one['worker']} rejected: {one['reason']}")
     if phase["outcome"] == "approximate":
         parts.append(f"decoding error {phase['decoding-error']:.3g}")
     return "; ".join(parts)
+
+
+def _late(one: dict[str, Any]) -> str:
+    return f"{one['worker']} ({one['from']}{': ' + one['reason'] if 'reason' in one else ''})"

@@ -132,7 +132,7 @@ def rebuild_arrays(layout: Layout, before: ArrayRecord, total: NDArray[np.floati
             values = np.add(mean, old, out=mean)
         else:
             values = (old.astype(np.float64) + mean).astype(dtype)
-        arrays[name] = Array(np.asarray(values))
+        arrays[name] = as_array(np.asarray(values))
         start = stop
     return ArrayRecord(arrays)
 
@@ -219,9 +219,19 @@ def encode_row(
     return total
 
 
-def as_array(vector: NDArray[np.floating]) -> Array:
-    """A flat vector as a Flower array."""
-    return Array(np.ascontiguousarray(vector))
+def as_array(values: NDArray[np.generic]) -> Array:
+    """A Flower array, as `Array(values)` makes it, with one copy of the values instead of three."""
+    flat = np.ascontiguousarray(values).reshape(-1)
+    data = b"".join((_npy_header(values.dtype, values.shape), flat.view(np.uint8).data))
+    return Array(str(values.dtype), tuple(int(x) for x in values.shape), "numpy.ndarray", data)
+
+
+@lru_cache(maxsize=1024)
+def _npy_header(dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> bytes:
+    stream = io.BytesIO()
+    description = np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(stream, {"descr": description, "fortran_order": False, "shape": shape})
+    return stream.getvalue()
 
 
 _FOLD = 1024

@@ -19,7 +19,7 @@ from .incremental import IncrementalDecoder
 from .roster import Roster
 from .stop import Wait
 from .unpack import vectors_of
-from .wire import Plan, Reply
+from .wire import Plan, Reply, error_text, last_line
 
 __all__ = ["Decoded", "Phase", "Rejection"]
 
@@ -227,7 +227,7 @@ class Phase:
 
     def _examine(self, node: int, message: Message) -> str | None:
         if message.has_error():
-            return f"error {message.error.code}: {_first_line(message.error.reason or '')}"
+            return error_text(message)
         try:
             reply = Reply.find_in(message.content)
         except ValueError as error:
@@ -260,7 +260,7 @@ class Phase:
         try:
             update, metrics = vectors_of(reply, message, self.before, self.code.m)
         except (KeyError, TypeError, ValueError) as error:
-            return f"unusable vectors: {_first_line(str(error))}"
+            return f"unusable vectors: {last_line(str(error))}"
         key = (reply.layout, reply.metrics_layout)
         bucket = self._buckets.setdefault(key, _Bucket(self.code.incremental(), reply))
         self._compare(reply)
@@ -281,8 +281,3 @@ class Phase:
             if apart > DISAGREEMENT:
                 self.disagreeing.add(shard)
             self.disagreement = max(self.disagreement, apart)
-
-
-def _first_line(text: str) -> str:
-    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "no reason given"

@@ -54,7 +54,7 @@ def phase_entry(phase: Phase, decoded: Decoded | None, *, decoding: float, aggre
         "used": used,
         "stragglers": [i for i in phase.participants if i not in in_time],
         "rejected": [_rejected(one) for one in rejections],
-        "late": [{"worker": phase.roster.worker_of(node), "node": str(node), "from": f} for node, f in wait.late],
+        "late": [_late(phase, *one) for one in wait.late],
         "lapsed": workers(wait.lapsed),
         "decodable-after-replies": after[0] if after else None,
         "decodable-after-seconds": after[1] if after else None,
@@ -91,6 +91,11 @@ def figures(entry: dict[str, Any]) -> dict[str, float | int]:
         report_key("stragglers"): len(entry["stragglers"]),
         report_key("wait-seconds"): float(entry["seconds"]["waiting"]),
     }
+
+
+def _late(phase: Phase, node: int, label: str, wrong: str) -> dict[str, Any]:
+    entry: dict[str, Any] = {"worker": phase.roster.worker_of(node), "node": str(node), "from": label}
+    return {**entry, "reason": wrong} if wrong else entry
 
 
 def _rejected(one: Rejection) -> dict[str, Any]:

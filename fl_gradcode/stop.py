@@ -21,7 +21,8 @@ class Wait:
         never_sent: Nodes that were held back to the end.
         unread: Nodes whose reply was in, but was not needed. Real engines bring replies with their arrival:
             there everything is read.
-        late: (node, label of the phase it answers) of replies to earlier phases that came in meanwhile.
+        late: (node, label of the phase it answers, what went wrong) of replies to earlier phases that came in
+            meanwhile; the third is empty unless the reply is an error.
         lapsed: Nodes whose debt was given up on.
         bytes_down, bytes_up: Payload sent, and payload of the replies that were read.
         seconds: From the first message to the end of waiting.
@@ -32,7 +33,7 @@ class Wait:
     held_back: list[int] = field(default_factory=list)
     never_sent: list[int] = field(default_factory=list)
     unread: list[int] = field(default_factory=list)
-    late: list[tuple[int, str]] = field(default_factory=list)
+    late: list[tuple[int, str, str]] = field(default_factory=list)
     lapsed: list[int] = field(default_factory=list)
     bytes_down: int = 0
     bytes_up: int = 0

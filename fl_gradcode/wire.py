@@ -23,8 +23,10 @@ __all__ = [
     "Reply",
     "Row",
     "content_bytes",
+    "error_text",
     "is_evaluation",
     "is_probe",
+    "last_line",
     "load_of",
     "probe_content",
     "report_key",
@@ -221,6 +223,17 @@ def _value_bytes(value: Any) -> int:
     if isinstance(value, str | bytes):
         return len(value)
     return 8 * len(value) if isinstance(value, list) else 8
+
+
+def error_text(message: Message) -> str:
+    """An error reply in one line: Flower's code, and the last line of the reason, where Python names the exception."""
+    return f"error {message.error.code}: {last_line(message.error.reason or '')}"
+
+
+def last_line(text: str) -> str:
+    """The last line that is not empty, cut to 300 characters."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "no reason given"
 
 
 def is_evaluation(message: Message) -> bool:
