@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .border import check_tolerance
 from .errors import InvalidCode
 from .gradient_code import GradientCode
 
@@ -14,7 +15,8 @@ __all__ = ["GradientCode", "cyclic_repetition", "fractional_repetition", "uncode
 
 def uncoded(n: int) -> GradientCode:
     """Every worker holds its own shard, and everybody is waited for: B is the identity, s = 0."""
-    return GradientCode(np.eye(_positive(n, "n")), 0, "uncoded", tuple((i,) for i in range(n)))
+    n = _positive(n, "n")
+    return GradientCode(np.eye(n), 0, "uncoded", tuple((i,) for i in range(n)))
 
 
 def fractional_repetition(n: int, s: int, *, k: int | None = None, order: Sequence[int] | None = None) -> GradientCode:
@@ -36,9 +38,7 @@ def fractional_repetition(n: int, s: int, *, k: int | None = None, order: Sequen
         Tandon, Lei, Dimakis, Karampatziakis, "Gradient coding", 2017, section 3.1, for (s + 1) | n; uneven
         groups are our deviation.
     """
-    _positive(n, "n")
-    if not 0 <= s < n:
-        raise InvalidCode(f"s={s} stragglers of n={n} workers: s must lie in 0..n-1.")
+    n, s = _positive(n, "n"), check_tolerance(s, n)
     g = n // (s + 1)
     shards = n if k is None else _positive(k, "k")
     if shards < g:
@@ -66,9 +66,7 @@ def cyclic_repetition(n: int, s: int, *, rng: np.random.Generator) -> GradientCo
     References:
         Tandon, Lei, Dimakis, Karampatziakis, "Gradient coding", 2017, algorithm 2.
     """
-    _positive(n, "n")
-    if not 0 <= s < n:
-        raise InvalidCode(f"s={s} stragglers of n={n} workers: s must lie in 0..n-1.")
+    n, s = _positive(n, "n"), check_tolerance(s, n)
     H = rng.standard_normal((s, n))
     if s:
         H[:, -1] = -H[:, :-1].sum(axis=1)  # H 1 = 0: the vector of ones lies in the span of the rows

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .border import as_float, check_groups, check_tolerance, check_workers
 from .combine import combine
 from .errors import InvalidCode, NotDecodable
 
@@ -59,12 +60,13 @@ class GradientCode:
 
     def __post_init__(self) -> None:
         B = np.array(self.B, dtype=np.float64)
+        if B.ndim == 3 and B.shape[2] == 1:
+            B = B[:, :, 0]
         if B.ndim not in (2, 3) or 0 in B.shape:
             raise InvalidCode(f"An encoding matrix has shape (n, k) or (n, k, m), not {B.shape}.")
         if not np.isfinite(B).all():
             raise InvalidCode("The encoding matrix has entries that are not finite.")
-        if not 0 <= self.s < B.shape[0]:
-            raise InvalidCode(f"s={self.s} stragglers of n={B.shape[0]} workers: s must lie in 0..n-1.")
+        check_tolerance(self.s, B.shape[0])
         B.setflags(write=False)
         object.__setattr__(self, "B", B)
         holders = tuple(
@@ -81,6 +83,9 @@ class GradientCode:
                     f"stragglers{f' at m={self.m}' if self.m > 1 else ''} needs at least {self.s + self.m}. "
                     "Add a holder or lower s."
                 )
+
+        if self.groups is not None:
+            check_groups(B, self.groups)
 
     def __repr__(self) -> str:
         m = f", m={self.m}" if self.m > 1 else ""
@@ -103,7 +108,7 @@ class GradientCode:
 
     def shards_of(self, worker: int) -> tuple[int, ...]:
         """The shards that `worker` holds, ascending."""
-        self._check_workers([worker])
+        check_workers([worker], self.n)
         row = self.B[worker]
         return tuple(int(j) for j in np.flatnonzero(row.any(axis=1) if row.ndim == 2 else row))
 
@@ -151,7 +156,7 @@ class GradientCode:
         Raises:
             NotDecodable: The survivors do not determine the sum.
         """
-        workers = self._check_workers(survivors)
+        workers = check_workers(survivors, self.n)
         a = self._add_all(workers).vector()
         if a is None:
             error = self.decoding_error(workers)
@@ -163,7 +168,7 @@ class GradientCode:
 
     def least_squares_vector(self, survivors: Iterable[int]) -> NDArray[np.float64]:
         """The decoding vector that minimises `||a @ B - 1||`, of minimum norm; exact where that is possible."""
-        workers = self._check_workers(survivors)
+        workers = check_workers(survivors, self.n)
         a = np.zeros((self.n, self.m))
         if self.groups is not None and self.m == 1:
             live = set(workers)
@@ -216,7 +221,7 @@ class GradientCode:
         Returns:
             One row a worker, shape (n, ceil(d / m)); float32 if the updates are, else float64.
         """
-        u = _as_float(updates)
+        u = as_float(updates)
         if u.ndim != 2 or u.shape[0] != self.k:
             raise InvalidCode(f"Updates have shape {u.shape}; encoding needs ({self.k}, d), one row a shard.")
         B = self.B.astype(u.dtype, copy=False)
@@ -242,42 +247,37 @@ class GradientCode:
         Raises:
             NotDecodable: The survivors do not determine the sum.
         """
-        workers = self._check_workers(survivors)
-        x = _as_float(replies)
+        workers = check_workers(survivors, self.n)
+        x = as_float(replies)
         if x.ndim != 2 or x.shape[0] != len(workers):
             raise InvalidCode(f"Replies have shape {x.shape}; {len(workers)} survivors need one row each.")
-        total = combine(x, self.decoding_vector(workers)[workers], order=workers)
+        total = combine(x, self.decoding_vector(workers)[workers], order=self.order_of(workers))
         if length is None:
             return total
         if not 0 <= length <= total.size:
             raise InvalidCode(f"length={length} does not fit a decoded vector of {total.size} entries.")
         return total[:length]
 
+    def order_of(self, workers: Sequence[int]) -> list[int]:
+        """In which order to add replies, so that the sum has the same bits whoever came first.
+
+        By group where replies within a group are alike, else by worker.
+        """
+        if self.groups is None:
+            return list(workers)
+        number = {i: q for q, group in enumerate(self.groups) for i in group}
+        return [number.get(i, len(self.groups)) for i in workers]
+
     def _best_vector(self, survivors: Iterable[int]) -> NDArray[np.float64]:
-        workers = self._check_workers(survivors)
+        workers = check_workers(survivors, self.n)
         exact = self._add_all(workers).vector()
         return self.least_squares_vector(workers) if exact is None else exact
 
     def _add_all(self, survivors: Iterable[int]) -> IncrementalDecoder:
         decoder = self.incremental()
-        decoder.update(self._check_workers(survivors))
+        decoder.update(check_workers(survivors, self.n))
         return decoder
 
     def _target(self) -> NDArray[np.float64]:
         """The decoding conditions' right-hand side, shape (k m, m): block l of the sum from block l."""
         return np.tile(np.eye(self.m), (self.k, 1))
-
-    def _check_workers(self, workers: Iterable[int]) -> list[int]:
-        listed = [int(i) for i in workers]
-        for i in listed:
-            if not 0 <= i < self.n:
-                raise InvalidCode(f"Worker {i} does not exist: this code has workers 0..{self.n - 1}.")
-        if len(set(listed)) != len(listed):
-            twice = next(i for i in listed if listed.count(i) > 1)
-            raise InvalidCode(f"Worker {twice} appears twice among the survivors; each reply counts once.")
-        return listed
-
-
-def _as_float(values: ArrayLike) -> NDArray[np.floating]:
-    array = np.asarray(values)
-    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float64)

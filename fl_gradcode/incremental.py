@@ -1,15 +1,14 @@
 """The incremental decoder: told of one arrival after another, it answers "decodable now?".
 
 Repetition in groups: every group needs a reply. Any other code: let the columns of `N` (orthonormal) span
-the vectors a with `a @ B = 0`, and let `a0` be the shortest a with `a0 @ B = 1`. Then all decoding vectors are
-`a0 + N w`, and the stragglers T are tolerated if and only if `N_T w = -a0_T` can be solved: a small system,
-whatever k. Each arrival takes one row out of its normal equations. As `a0` is orthogonal to `N`, the shortest
-w gives the shortest a.
+the vectors a with `a @ B = 0`, and let `a0 @ B = 1`. Then all decoding vectors are `a0 + N w`, and the
+stragglers T are tolerated if and only if `N_T w = -a0_T` can be solved: a small system, whatever k. Each
+arrival takes one row out of its normal equations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -43,17 +42,16 @@ class IncrementalDecoder:
         """Worker's reply is in. Returns whether the sum can be decoded now."""
         self.survivors.append(worker)
         if self._vector is None:
-            self._rule.add(worker)
+            self._rule.add([worker])
             self._vector = self._rule.solve()
         return self.decodable
 
     def update(self, workers: Iterable[int]) -> bool:
         """Several replies are in: like `add` for each, but asks once."""
-        for worker in workers:
-            self.survivors.append(worker)
-            if self._vector is None:
-                self._rule.add(worker)
+        more = list(workers)
+        self.survivors.extend(more)
         if self._vector is None:
+            self._rule.add(more)
             self._vector = self._rule.solve()
         return self.decodable
 
@@ -70,8 +68,7 @@ class IncrementalDecoder:
         if self._vector is None:
             return None
         if isinstance(self._rule, _NullSpaceRule) and self._rule.added < len(self.survivors):
-            for worker in self.survivors[self._rule.added :]:
-                self._rule.add(worker)
+            self._rule.add(self.survivors[self._rule.added :])
             self._vector = self._rule.solve()
         return self._vector
 
@@ -94,10 +91,11 @@ class _GroupRule:
         self._first: dict[int, int] = {}
         self._n = code.n
 
-    def add(self, worker: int) -> None:
-        group = self._group_of.get(worker)
-        if group is not None:
-            self._first.setdefault(group, worker)
+    def add(self, workers: Sequence[int]) -> None:
+        for worker in workers:
+            group = self._group_of.get(worker)
+            if group is not None:
+                self._first.setdefault(group, worker)
 
     def solve(self) -> NDArray[np.float64] | None:
         if len(self._first) < len(self._groups):
@@ -115,58 +113,94 @@ class _NullSpaceRule:
 
     def __init__(self, code: GradientCode) -> None:
         self._code = code
-        self._a0, self._N, self._consistent = _decompose(code)
+        self._a0, self._N, self._norms, self._consistent = _decompose(code)
         self._missing = np.ones(code.n, dtype=bool)
-        self._gram = self._N.T @ self._N
-        self._right = self._N.T @ self._a0
-        self._square = float(np.square(self._a0).sum())
+        self._restart()
+        self._scale = self._square
         self.added = 0
 
-    def add(self, worker: int) -> None:
-        self.added += 1
-        self._missing[worker] = False
-        row, target = self._N[worker], self._a0[worker]
-        self._gram -= np.outer(row, row)
-        self._right -= np.outer(row, target)
-        self._square -= float(target @ target)
+    def add(self, workers: Sequence[int]) -> None:
+        self.added += len(workers)
+        self._missing[list(workers)] = False
+        if len(workers) > 1:
+            self._restart()
+            return
+        for worker in workers:
+            row, target = self._N[worker], self._a0[worker]
+            self._gram -= np.outer(row, row)
+            self._right -= np.outer(row, target)
+            self._square -= float(target @ target)
 
     def solve(self) -> NDArray[np.float64] | None:
         if not self._consistent or not self._worth_testing():
             return None
-        missing = self._missing
-        a = self._a0.copy()
-        if missing.any() and self._N.shape[1]:
-            w = np.linalg.lstsq(self._N[missing], -self._a0[missing], rcond=None)[0]
-            a += self._N @ w
-        a[missing] = 0.0
+        a = self._shortest()
         if self._code.error_of(a) > _EXACT:
-            # Badly scaled rows cost the small system its digits: ask the large one before saying no.
-            best = self._code.least_squares_vector(np.flatnonzero(~missing)).reshape(a.shape)
-            if self._code.error_of(best) > _EXACT:
+            # The small system lost its digits: ask the large one before saying no.
+            a = self._code.least_squares_vector(np.flatnonzero(~self._missing)).reshape(a.shape)
+            if self._code.error_of(a) > _EXACT:
                 return None
-            a = best
         return a if self._code.m > 1 else a[:, 0]
+
+    def _restart(self) -> None:
+        """Normal equations of the stragglers' rows."""
+        N, a0 = self._N[self._missing], self._a0[self._missing]
+        self._gram, self._right, self._square = N.T @ N, N.T @ a0, float(np.square(a0).sum())
+
+    def _shortest(self) -> NDArray[np.float64]:
+        """The shortest a that is zero on the stragglers, if there is one at all."""
+        missing, N, a = self._missing, self._N, self._a0.copy()
+        if N.shape[1]:
+            w, free = _solve(N[missing], -self._a0[missing])
+            a += N @ w
+            if free.shape[1]:  # fewer stragglers than tolerated: a choice is left
+                directions = N @ free / self._norms
+                a -= N @ (free @ np.linalg.lstsq(directions, a / self._norms, rcond=None)[0])
+        a /= self._norms
+        a[missing] = 0.0
+        return a
 
     def _worth_testing(self) -> bool:
         unknowns = self._N.shape[1]
         if np.count_nonzero(self._missing) <= unknowns:
             return True
-        if not unknowns:
-            return False
-        ridge = 1e-13 * max(float(np.trace(self._gram)), 1e-30)
-        w = np.linalg.solve(self._gram + ridge * np.eye(unknowns), self._right)
-        residual = self._square - float((self._right * w).sum())
-        return residual <= _WORTH_TESTING * max(self._square, 1e-30)
+        residual = self._square
+        if unknowns:
+            ridge = 1e-13 * max(float(np.trace(self._gram)), 1e-30)
+            w = np.linalg.solve(self._gram + ridge * np.eye(unknowns), self._right)
+            residual -= float((self._right * w).sum())
+        return residual <= _WORTH_TESTING * self._scale
 
 
 @lru_cache(maxsize=64)
-def _decompose(code: GradientCode) -> tuple[NDArray[np.float64], NDArray[np.float64], bool]:
-    """`a0` (n, m), an orthonormal basis `N` (n, n - rank) of {a: a @ B = 0}, and whether a0 solves exactly."""
+def _decompose(
+    code: GradientCode,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], bool]:
+    """In terms of `D a`, D the rows' norms: `a0` (n, m), basis `N` (n, n - rank), D (n, 1), and whether a0 is exact.
+
+    Rows of length 1 keep the digits that rows of very different lengths would cost.
+    """
     B = code.B.reshape(code.n, -1)
-    U, sigma, Vt = np.linalg.svd(B, full_matrices=True)
-    rank = int(np.count_nonzero(sigma > sigma[0] * max(B.shape) * np.finfo(float).eps))
+    norms = np.linalg.norm(B, axis=1, keepdims=True)
+    norms[norms == 0] = 1.0
+    U, sigma, Vt = np.linalg.svd(B / norms, full_matrices=True)
+    # Coefficients are solutions of equations, right to perhaps 1e-12. Whatever counts as null too much is noticed,
+    # since every answer is confirmed on B itself.
+    rank = int(np.count_nonzero(sigma > 1e-11 * sigma[0]))
     a0 = U[:, :rank] @ ((Vt[:rank] @ np.tile(np.eye(code.m), (code.k, 1))) / sigma[:rank, None])
     N = U[:, rank:]
-    for array in (a0, N):
+    for array in (a0, N, norms):
         array.setflags(write=False)
-    return a0, N, code.error_of(a0) <= _EXACT
+    return a0, N, norms, code.error_of(a0 / norms) <= _EXACT
+
+
+def _solve(rows: NDArray[np.float64], right: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """A solution w of `rows @ w = right`, and a basis of what may be added to it.
+
+    The rows are pieces of orthonormal columns: a singular value that is small in absolute terms is rounding.
+    """
+    if not len(rows):
+        return np.zeros((rows.shape[1], right.shape[1])), np.eye(rows.shape[1])
+    U, sigma, Vt = np.linalg.svd(rows, full_matrices=len(rows) < rows.shape[1])
+    rank = int(np.count_nonzero(sigma > 1e-11))
+    return Vt[:rank].T @ ((U[:, :rank].T @ right) / sigma[:rank, None]), Vt[rank:].T

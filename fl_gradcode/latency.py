@@ -60,6 +60,12 @@ class Latency:
     transfer: Law | float = 0.0
     evaluation: float = 0.3
 
+    def __post_init__(self) -> None:
+        for name in ("fixed", "compute", "transfer", "evaluation"):
+            value = getattr(self, name)
+            if not isinstance(value, Law):
+                _at_least_zero(**{name: value})
+
     def seconds(
         self, *, seed: int, worker: int, tick: int, shards: float, megabytes: float, evaluating: bool = False
     ) -> float:
@@ -199,10 +205,12 @@ def scaled(law: Law, factors: Mapping[int, float] | Sequence[float]) -> Law:
     """
     table = dict(factors) if isinstance(factors, Mapping) else dict(enumerate(factors))
     _at_least_zero(**{f"factor of worker {worker}": factor for worker, factor in table.items()})
-    return Law(
-        f"{law.name}, scaled",
-        lambda seed, worker, tick: law.draw(seed, worker, tick) * table.get(worker, 1.0),
-    )
+
+    def draw(seed: int, worker: int, tick: int) -> float:
+        factor = table.get(worker, 1.0)
+        return factor if factor == math.inf else law.draw(seed, worker, tick) * factor
+
+    return Law(f"{law.name}, scaled", draw)
 
 
 def _independent(name: str, draw: Callable[[np.random.Generator], float]) -> Law:

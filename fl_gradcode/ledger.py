@@ -86,15 +86,20 @@ def _readable(row: dict[str, Any], kind: str) -> str:
     ]
     for name, title in (("stragglers", "stragglers"), ("held-back", "held back")):
         if phase[name]:
-            parts.append(f"{title} {', '.join(map(str, phase[name]))}")
+            parts.append(f"{title} {', '.join(map(_name, phase[name]))}")
     if phase["late"]:
         parts.append("late " + ", ".join(_late(one) for one in phase["late"]))
     for one in phase["rejected"]:
-        parts.append(f"worker {one['worker']} rejected: {one['reason']}")
+        parts.append(f"worker {_name(one['worker'])} rejected: {one['reason']}")
     if phase["outcome"] == "approximate":
         parts.append(f"decoding error {phase['decoding-error']:.3g}")
     return "; ".join(parts)
 
 
+def _name(worker: int | None) -> str:
+    """A worker's number; "?" for a node that has not said yet who it is."""
+    return "?" if worker is None else str(worker)
+
+
 def _late(one: dict[str, Any]) -> str:
-    return f"{one['worker']} ({one['from']}{': ' + one['reason'] if 'reason' in one else ''})"
+    return f"{_name(one['worker'])} ({one['from']}{': ' + one['reason'] if 'reason' in one else ''})"

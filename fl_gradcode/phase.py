@@ -180,14 +180,14 @@ class Phase:
         assert best is not None
         rows = vector.reshape(self.code.n, -1)
         used = tuple(int(i) for i in np.flatnonzero(rows.any(axis=1)))
-        coefficients = rows[list(used)]
-        metrics = combine([best.metrics[i] for i in used], coefficients, order=used)
+        coefficients, order = rows[list(used)], self.code.order_of(used)
+        metrics = combine([best.metrics[i] for i in used], coefficients, order=order)
         if not metrics[0] > 0:
             return None
         weight, record = pack.rebuild_metrics(best.reply.metrics_layout, np.asarray(metrics, np.float64))
         arrays = None
         if self.before is not None:
-            total = combine([best.updates[i] for i in used], coefficients, order=used)
+            total = combine([best.updates[i] for i in used], coefficients, order=order)
             arrays = pack.rebuild_arrays(best.reply.layout, self.before, total, weight)
         names = (best.reply.arrays_name, best.reply.metrics_name)
         return Decoded(arrays, record, best.reply.layout, names, vector, used)

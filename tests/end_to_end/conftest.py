@@ -1,0 +1,113 @@
+"""A small app with a sleeping node, run in a real engine; everything it leaves behind; and plain FedAvg beside it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.serverapp.strategy import FedAvg
+from numpy.typing import NDArray
+
+from experiments.engine import Engine, Outcome
+from fl_gradcode import Ledger
+from fl_gradcode.testing import InProcessGrid
+from tests.conftest import flat
+from tests.end_to_end.apps.straggling.straggling import client
+
+ROOT = Path(__file__).resolve().parents[2]
+TEMPLATE = Path(__file__).resolve().parent / "apps" / "straggling"
+QUIET = {"folder": "", "sleeper": -1, "raiser": -1}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left behind.
+
+    Attributes:
+        outcome: How it ended.
+        rows: The ledger.
+        events: What server and clients noted, with the time of day: an account apart from the ledger's.
+        final: The final arrays, flat; None if the run did not get there.
+    """
+
+    outcome: Outcome
+    rows: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    final: NDArray[np.float64] | None
+
+    def times(self, what: str, worker: int | None = None) -> dict[int, float]:
+        """Round -> time of this event."""
+        return {e["round"]: e["time"] for e in self.events if e["what"] == what and e.get("worker") == worker}
+
+    def late(self, worker: int) -> list[tuple[int, str, str]]:
+        """(round, phase in which it came, phase that it answers) of this worker's late replies."""
+        return [
+            (row["round"], kind, one["from"])
+            for row in self.rows
+            for kind in ("train", "evaluate")
+            for one in (row[kind] or {"late": []})["late"]
+            if one["worker"] == worker
+        ]
+
+
+def with_the_library_on_its_path(engine: Engine) -> Engine:
+    """The apps import fl_gradcode: this checkout's, installed or not."""
+    engine.environment["PYTHONPATH"] = str(ROOT)
+    return engine
+
+
+def run_straggling(
+    engine: Engine,
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    while_waiting: Callable[[Callable[[], list[dict[str, Any]]]], None],
+    timeout: float = 300.0,
+) -> Run:
+    """Copy the app to `folder`, run it there, and wake up whoever still sleeps at its end.
+
+    `while_waiting` is called a few times a second, with a function that reads the events so far.
+    """
+    folder.mkdir(parents=True)
+    app = folder / "app"
+    shutil.copytree(TEMPLATE, app, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def events() -> list[dict[str, Any]]:
+        file = folder / "events.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def look() -> None:
+        while_waiting(events)
+        # The simulation ends with its last sleeper, and a node keeps its sleeper for the next run.
+        if any(event["what"] == "went on" and event["round"] == config["num-server-rounds"] for event in events()):
+            (folder / "wake-up").touch()
+
+    try:
+        outcome = engine.run(app, {**config, "folder": str(folder)}, timeout=timeout, while_waiting=look)
+    finally:
+        (folder / "wake-up").touch()
+    ledger, final = folder / "ledger.jsonl", folder / "final.npz"
+    arrays = None
+    if final.exists():
+        with np.load(final) as saved:
+            arrays = np.concatenate([saved[name].ravel().astype(np.float64) for name in saved.files])
+    return Run(outcome, Ledger.read(ledger) if ledger.exists() else [], events(), arrays)
+
+
+def plain_fedavg(rounds: int) -> NDArray[np.float64]:
+    """The oracle: the same client on the same four shards, under FedAvg as Flower ships it, with nobody missing."""
+    with InProcessGrid(client.app, 4, run_config=QUIET) as grid:
+        result = FedAvg(fraction_evaluate=0.0).start(grid, client.initial_arrays(), num_rounds=rounds)
+    return flat(result.arrays)
+
+
+def distance(actual: NDArray[np.float64] | None, expected: NDArray[np.float64]) -> float:
+    """Relative L2 distance."""
+    assert actual is not None
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))

@@ -1,0 +1,131 @@
+"""The repository itself as a Flower app: `flwr run .`, with and without coding, and with settings that cannot work."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, RecordDict
+
+from clients.app import app as client_app
+from clients.errors import AppConfigError
+from experiments.engine import Engine
+from fl_gradcode import FlGradcodeError, Ledger
+from fl_gradcode.testing import InProcessGrid
+from server.app import main
+from tests.end_to_end.conftest import ROOT
+
+NODES = 6
+SHORT = {"num-server-rounds": 3, "dataset": "digits"}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Engine(NODES) as engine:
+        yield engine
+
+
+def results(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_coded_rounds_test_as_plain_ones(engine: Engine, tmp_path: Path) -> None:
+    plain = {**SHORT, "strategy": "fedavg", "results": str(tmp_path / "plain.jsonl")}
+    coded = {
+        **plain,
+        "code": "fractional",
+        "stragglers": 2,
+        "results": str(tmp_path / "coded.jsonl"),
+        "ledger": str(tmp_path / "ledger.jsonl"),
+    }
+    for config in (plain, coded):
+        outcome = engine.run(ROOT, config, timeout=240)
+        assert outcome.completed, outcome.log
+    expected, actual = results(tmp_path / "plain.jsonl"), results(tmp_path / "coded.jsonl")
+    assert [row["round"] for row in actual] == [row["round"] for row in expected] == [0, 1, 2, 3]
+    for one, other in zip(actual, expected, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["accuracy"] == pytest.approx(other["accuracy"], abs=1e-5)
+    assert actual[-1]["loss"] < actual[0]["loss"], "nothing was learnt"
+    rows = Ledger.read(tmp_path / "ledger.jsonl")
+    assert [row["train"]["outcome"] for row in rows] == ["exact"] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"code": "bogus"}, "code='bogus' is not known; choose one of none, uncoded, fractional, cyclic."),
+        ({"code": "fractional", "num-clients": 9}, "6 nodes are online"),
+    ],
+    ids=["unknown code", "more clients than nodes"],
+)
+def test_a_setting_that_cannot_work_is_told_in_one_sentence(
+    engine: Engine, wrong: dict[str, Any], sentence: str
+) -> None:
+    outcome = engine.run(ROOT, {**SHORT, **wrong}, timeout=120)
+    assert outcome.status == "finished:failed"
+    assert outcome.log.count(sentence) == 1, outcome.log
+    assert "Traceback" not in outcome.log
+
+
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "unknown code": ({"code": "bogus"}, AppConfigError, "code='bogus' is not known; choose one of none, "),
+    "unknown strategy": ({"strategy": "krum"}, AppConfigError, "strategy='krum' is not known; choose one of fedavg, "),
+    "unknown data set": ({"dataset": "nope"}, AppConfigError, "There is no data set 'nope'; dataset is one of "),
+    "unknown model": ({"model": "llm"}, AppConfigError, "There is no model 'llm'; model is one of logistic, cnn."),
+    "unknown partitioner": ({"partitioner": "zigzag"}, AppConfigError, "'zigzag'"),
+    "missing folder": (
+        {"dataset": "mnist", "data-dir": "/nowhere/at/all"},
+        AppConfigError,
+        "data-dir is '/nowhere/at/all', and there is no such folder",
+    ),
+    "relative ledger": (
+        {"code": "fractional", "ledger": "ledger.jsonl"},
+        AppConfigError,
+        "ledger='ledger.jsonl' is a relative path",
+    ),
+    "ledger without a code": ({"ledger": "/tmp/ledger.jsonl"}, AppConfigError, "ledger= is written by a coded run"),
+    "fewer clients than nodes": (
+        {"code": "fractional", "num-clients": 4},
+        FlGradcodeError,
+        "6 nodes are online, but the code has n=4 workers. Build the code for 6, or stop 2 of them",
+    ),
+    "more clients than nodes": (
+        {"code": "fractional", "num-clients": 9},
+        FlGradcodeError,
+        "6 nodes are online after 0 s; the code has n=9 workers and needs at least n - s = 8.",
+    ),
+    "more stragglers than clients": ({"code": "cyclic", "stragglers": 6}, FlGradcodeError, "s=6"),
+    "text for a number": ({"stragglers": "two"}, AppConfigError, "stragglers='two' must be a whole number."),
+}
+
+
+@pytest.fixture
+def loggers_restored() -> Iterator[None]:
+    """The ServerApp sends the library's lines where Flower's go; in this process, only for one test."""
+    flower, library = logging.getLogger("flwr"), logging.getLogger("fl_gradcode")
+    parent, level, filters = library.parent, library.level, list(flower.filters)
+    yield
+    library.parent, flower.filters = parent, filters
+    library.setLevel(level)
+
+
+@pytest.mark.usefixtures("loggers_restored")
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_setting_is_refused_by_name_before_anything_is_sent(case: str) -> None:
+    wrong, kind, sentence = WRONG[case]
+    defaults = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    config = {**defaults, **SHORT, **wrong}
+    with InProcessGrid(client_app, NODES, run_config=config) as grid:
+        with pytest.raises(kind, match=re.escape(sentence)) as caught:
+            main(grid, Context(1, 0, {}, RecordDict(), config))
+        assert grid.calls == [0] * NODES
+    assert "\n" not in str(caught.value)
