@@ -139,6 +139,7 @@ class GradientCoding(Strategy):
         """
         waiting = grid if isinstance(grid, EarlyStopGrid) else EarlyStopGrid(grid)
         waiting.on_late = self._learn_from_late
+        self.roster = Roster()  # another start may meet other nodes
         self._timeout = timeout
         self._arrays = initial_arrays
         wait_for_nodes(waiting, self.code, 0.0 if waiting.source.fixed_nodes else self.node_timeout)

@@ -14,8 +14,10 @@ from fl_gradcode.latency import (
     constant,
     lognormal,
     pareto,
+    read_trace,
     scaled,
     shifted_exponential,
+    trace,
 )
 from server.settings import Settings
 
@@ -68,7 +70,8 @@ def make_latency(settings: Settings) -> Latency:
         "bimodal": bimodal(0.05, 10.0, jitter=0.1),
         "bursty": bursty(0.02, 0.2, 10.0, jitter=0.1),
     }
-    law = scaled(laws[settings.latency], dict.fromkeys(range(settings.slow_clients), settings.slow_factor))
+    law = trace(read_trace(settings.latency)) if settings.latency not in laws else laws[settings.latency]
+    law = scaled(law, dict.fromkeys(range(settings.slow_clients), settings.slow_factor))
     return Latency(fixed=_times(law, _FIXED_SHARE), compute=_times(law, 1 - _FIXED_SHARE))
 
 

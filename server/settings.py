@@ -9,11 +9,13 @@ from typing import Literal
 
 from clients.errors import AppConfigError
 
-__all__ = ["CODES", "LATENCIES", "STRATEGIES", "Settings"]
+__all__ = ["CODES", "LATENCIES", "STRATEGIES", "TRACES", "Settings"]
 
 STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedprox")
 CODES = ("none", "uncoded", "fractional", "cyclic")
 LATENCIES = ("none", "constant", "lognormal", "shifted-exponential", "pareto", "bimodal", "bursty")
+#: A latency that ends so is the absolute path of a file of measured seconds.
+TRACES = (".csv", ".npz")
 _POLICIES = ("skip", "approximate", "raise")
 
 
@@ -64,7 +66,8 @@ class Settings:
     def _check(self) -> None:
         _one_of("strategy", self.strategy, STRATEGIES)
         _one_of("code", self.code, CODES)
-        _one_of("latency", self.latency, LATENCIES)
+        if Path(self.latency).suffix not in TRACES:
+            _one_of("latency", self.latency, LATENCIES)
         _one_of("on-undecodable", self.on_undecodable, _POLICIES)
         for key, least in (
             ("num-server-rounds", 1),
@@ -93,8 +96,10 @@ class Settings:
             raise AppConfigError(
                 f"slow-clients={self.slow_clients} needs virtual time: choose latency from {', '.join(LATENCIES[1:])}."
             )
-        for key in ("ledger", "results"):
+        for key in ("ledger", "results", "latency"):
             path = getattr(self, key)
+            if key == "latency" and Path(path).suffix not in TRACES:
+                continue
             if path and not Path(path).is_absolute():
                 raise AppConfigError(
                     f"{key}={path!r} is a relative path; inside an app the working folder is the engine's, not yours. "

@@ -187,6 +187,14 @@ def test_a_code_that_does_not_fit_the_nodes_is_refused(nodes: int, n: int, s: in
         GradientCoding(FedAvg(), fractional_repetition(n, s)).start(grid, initial_arrays(), num_rounds=1)
 
 
+def test_a_strategy_can_be_started_again_on_other_nodes() -> None:
+    strategy = GradientCoding(FedAvg(), fractional_repetition(4, 1))
+    for seed in (0, 1):
+        with InProcessGrid(toy_app(), 4, seed=seed) as grid:
+            strategy.start(grid, initial_arrays(), num_rounds=3)
+    assert [row["train"]["outcome"] for row in strategy.ledger.rows] == ["exact"] * 6
+
+
 def test_starts_without_stragglers_that_never_came_online() -> None:
     strategy = GradientCoding(FedAvg(), fractional_repetition(6, 2))
     with InProcessGrid(toy_app(), 5) as grid:
