@@ -65,9 +65,7 @@ def aggregation(workers: int = 32, repeats: int = 5) -> None:
             assert phase is not None
             for reply in replies:
                 phase.offer(reply.metadata.src_node_id, reply, "", 0.0)
-            vector = phase.vector(approximate=False)
-            assert vector is not None
-            decoded = phase.decode(vector)
+            decoded = phase.decode(approximate=False)
             ours.append(time.perf_counter() - started)
             assert decoded is not None and decoded.arrays is not None
             mean = decoded.arrays

@@ -120,11 +120,11 @@ def _run(engine: Engine, scheme: Scheme, shared: dict[str, Any], out: Path, prog
         raise RunFailed(f"{scheme.title}: {outcome.status}. {sentence} The whole log is in {out / scheme.key}.log.")
     progress.update(task, completed=total)
     rows = [json.loads(line) for line in results.read_text().splitlines()]
-    decoded = f"{total} of {total}" if scheme.key == "wait" else "-"
     if "ledger" in scheme.run_config:
-        ledger = Ledger.read(scheme.run_config["ledger"])
-        decoded = f"{sum(row['train']['outcome'] == 'exact' for row in ledger)} of {total}"
-    return Run(scheme, rows, decoded)
+        complete = sum(row["train"]["outcome"] == "exact" for row in Ledger.read(scheme.run_config["ledger"]))
+    else:  # Flower's own line for each round of training
+        complete = outcome.log.count(f"aggregate_train: Received {engine.nodes} results and 0 failures")
+    return Run(scheme, rows, f"{complete} of {total}")
 
 
 def _advance(progress: Progress, task: TaskID, results: Path) -> None:

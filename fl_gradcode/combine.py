@@ -66,6 +66,17 @@ def _add_up(
 ) -> None:
     """Write the combination of entries first..last-1 into `target`."""
     scratch = np.empty(min(_BLOCK, max(last - first, 1)), target.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):  # whoever uses the sum looks whether it is finite
+        _add_blocks(used, target, first, last, scratch)
+
+
+def _add_blocks(
+    used: Sequence[tuple[NDArray[np.floating], np.floating]],
+    target: NDArray[np.floating],
+    first: int,
+    last: int,
+    scratch: NDArray[np.floating],
+) -> None:
     for start in range(first, last, _BLOCK):
         stop = min(start + _BLOCK, last)
         block = target[start:stop]

@@ -40,6 +40,12 @@ def broken_promises(phase: Phase) -> Iterator[tuple[str, str]]:
             "but one that misses a round misses its state too. An update may depend only on the message, the shard "
             "and the seeded generators.",
         )
+    if phase.fixed_data:
+        yield (
+            "fixed data",
+            "evaluate() never read context.node_config['partition-id']. That is fine if every client evaluates on the "
+            "same data; if each has its own, choose it by partition-id.",
+        )
     if phase.disagreement > DISAGREEMENT:
         yield (
             "replicas",

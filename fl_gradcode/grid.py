@@ -104,6 +104,7 @@ class _Waiting:
         self.wait = Wait()
         self.held: dict[int, Message] = {}
         self.unread: list[Arrival] = []
+        self.lost = True  # whether a reply that might have come is known not to
 
     def run(self, messages: Sequence[Message]) -> Wait:
         self._lapse()
@@ -115,7 +116,8 @@ class _Waiting:
         self._push([m for m in messages if m.metadata.dst_node_id not in self.held])
         ended = self._loop()
         if ended != "decoded":
-            self._read(final=True)
+            while not self.rule.decided and self._read(final=True):
+                pass  # a reply that turned out bad may have a replica that is in too
         self.wait.ended = "decoded" if self.rule.decided else ended
         self.wait.seconds = self.source.now() - self.start
         self.wait.never_sent = list(self.held)
@@ -126,20 +128,19 @@ class _Waiting:
         return self.wait
 
     def _loop(self) -> str:
-        lost = True  # whether a reply that might have come is known not to
         while True:
             if self.rule.decided:
                 return "decoded"
             outstanding = self._outstanding()
             if self.unread and self._read(final=not outstanding):
-                lost = True
+                self.lost = True
                 continue
             coming = outstanding + [arrival.node for arrival in self.unread]
-            if lost and self.rule.hopeless(coming):
+            if self.lost and self.rule.hopeless(coming):
                 return "hopeless"
             if not coming:
                 return "answered"
-            lost = False
+            self.lost = False
             arrival = self.source.next_arrival(self._next_deadline())
             if arrival is not None:
                 self._arrived(arrival)
@@ -195,6 +196,7 @@ class _Waiting:
             self.wait.bytes_down += content_bytes(message.content)
             if token is None:
                 self.rule.offer(node, None, "the SuperLink refused the message", now - self.start)
+                self.lost = True
             else:
                 self.debts[node] = _Debt(token, self.rule, now + self.patience)
 

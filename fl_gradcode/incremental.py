@@ -166,8 +166,8 @@ class _NullSpaceRule:
             return True
         residual = self._square
         if unknowns:
-            ridge = 1e-13 * max(float(np.trace(self._gram)), 1e-30)
-            w = np.linalg.solve(self._gram + ridge * np.eye(unknowns), self._right)
+            # N is orthonormal: what lies below this is the rounding of rows that were taken out.
+            w = np.linalg.solve(self._gram + 1e-12 * np.eye(unknowns), self._right)
             residual -= float((self._right * w).sum())
         return residual <= _WORTH_TESTING * self._scale
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 __all__ = [
     "Layout",
     "MetricsLayout",
+    "all_finite",
     "as_array",
     "encode_row",
     "flatten_metrics",
@@ -68,6 +69,13 @@ def _header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]
     return shape, fortran_order, dtype
 
 
+def all_finite(values: NDArray[np.floating]) -> bool:
+    """Whether no entry is NaN or infinite."""
+    # A finite sum of squares proves it, twice as fast as asking each entry; one that overflows proves nothing.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(np.dot(values, values))) or bool(np.isfinite(values).all())
+
+
 def wire_dtype(layout: Layout) -> np.dtype[np.floating]:
     """float64 if any array is (or needs more than float32), else float32."""
     wide = any(d != _BFLOAT16 and np.dtype(d).kind == "f" and np.dtype(d).itemsize > 4 for _, d, _ in layout)
@@ -116,9 +124,18 @@ def rebuild_arrays(layout: Layout, before: ArrayRecord, total: NDArray[np.floati
     """`before + total / weight`: the weighted mean of the arrays that the clients hold.
 
     Floats get the dtype that `train()` returned; counters come as float64 and bfloat16 as float32, for the
-    inner strategy to work on (see `restore_types`). `total` is overwritten.
+    inner strategy to work on (see `restore_types`). `total` may be overwritten.
+
+    Raises:
+        OverflowError: The mean update is not finite in the wire's dtype.
     """
-    total /= total.dtype.type(weight)
+    with np.errstate(all="ignore"):
+        divisor = total.dtype.type(weight)
+    if not 0 < divisor < np.inf:  # float32 cannot hold this weight
+        total, divisor = total.astype(np.float64), np.float64(weight)
+    total /= divisor
+    if not all_finite(total):
+        raise OverflowError(f"the decoded update is not finite in {wire_dtype(layout)}")
     arrays = {}
     start = 0
     for name, dtype_name, shape in layout:
@@ -188,11 +205,11 @@ def flatten_metrics(metrics: MetricRecord, weight_key: str) -> tuple[MetricsLayo
     return tuple(layout), np.array(values)
 
 
-def rebuild_metrics(layout: MetricsLayout, total: NDArray[np.float64]) -> tuple[float, MetricRecord]:
-    """The decoded weight W, and the metrics: W under the weight's name, every other one divided by W."""
-    weight_key, _, whole = layout[0]
+def rebuild_metrics(layout: MetricsLayout, total: NDArray[np.float64], *, whole: bool) -> tuple[float, MetricRecord]:
+    """The decoded weight W > 0, and the metrics: W under the weight's name, every other one divided by W."""
+    weight_key = layout[0][0]
     weight = float(total[0])
-    record = MetricRecord({weight_key: round(weight) if whole else weight})
+    record = MetricRecord({weight_key: max(1, round(weight)) if whole else weight})
     start = 1
     for name, length, _ in layout[1:]:
         stop = start + max(length, 1) if length != 0 else start
@@ -244,11 +261,16 @@ def sketch(update: NDArray[np.floating]) -> tuple[float, ...]:
     """
     whole = update.size // _FOLD * _FOLD
     folded = np.zeros(_FOLD)
-    if whole:
-        folded += update[:whole].reshape(-1, _FOLD).sum(axis=0, dtype=np.float64)
-    folded[: update.size - whole] += update[whole:]
-    norm = math.sqrt(float(np.dot(update, update)))
-    return (norm, *(float(x) for x in _signs() @ folded))
+    with np.errstate(all="ignore"):
+        if whole:
+            folded += update[:whole].reshape(-1, _FOLD).sum(axis=0, dtype=np.float64)
+        folded[: update.size - whole] += update[whole:]
+        square = float(np.dot(update, update))
+        if not math.isfinite(square):
+            square = float(np.square(update, dtype=np.float64).sum())
+        values = (math.sqrt(square), *(float(x) for x in _signs() @ folded))
+    # An update that is not finite is rejected for that, with its own reason.
+    return values if all(map(math.isfinite, values)) else (0.0,) * len(values)
 
 
 @lru_cache(maxsize=1)

@@ -6,22 +6,18 @@ Bad replies are kept out here: each counts as a straggler, with its reason.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
-from flwr.app import ArrayRecord, Message, MetricRecord
-from numpy.typing import NDArray
+from flwr.app import ArrayRecord, Message
 
-from . import pack
-from .combine import combine
+from .bucket import Bucket, Decoded
 from .gradient_code import GradientCode
-from .incremental import IncrementalDecoder
 from .roster import Roster
 from .stop import Wait
 from .unpack import vectors_of
 from .wire import Plan, Reply, error_text, last_line
 
-__all__ = ["Decoded", "Phase", "Rejection"]
+__all__ = ["Phase", "Rejection"]
 
 NO_MOD = "no fl-gradcode reply: is gradient_coding_mod among the client's mods?"
 FIXED_DATA = "train() never read partition-id"
@@ -40,37 +36,6 @@ class Rejection:
     node: int
     worker: int | None
     reason: str
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """What the replies amount to.
-
-    Attributes:
-        arrays: The mean of the clients' arrays; None when evaluating.
-        metrics: The total weight and the mean metrics.
-        layout: Names, dtypes and shapes as `train()` returned them.
-        names: The user's names of the ArrayRecord and the MetricRecord.
-        vector: The decoding vector.
-        used: Workers whose replies entered, ascending.
-    """
-
-    arrays: ArrayRecord | None
-    metrics: MetricRecord
-    layout: pack.Layout
-    names: tuple[str, str]
-    vector: NDArray[np.float64]
-    used: tuple[int, ...]
-
-
-@dataclass
-class _Bucket:
-    """Replies that agree on names, dtypes and shapes: only such can be added up."""
-
-    decoder: IncrementalDecoder
-    reply: Reply
-    updates: dict[int, NDArray[np.floating]] = field(default_factory=dict)
-    metrics: dict[int, NDArray[np.floating]] = field(default_factory=dict)
 
 
 class Phase:
@@ -100,12 +65,15 @@ class Phase:
         self.rejections: list[Rejection] = []
         self.stateful = False
         self.disagreement = 0.0
-        self.disagreeing: set[int] = set()
+        #: Shard -> two of its holders that disagree.
+        self.disagreeing: dict[int, tuple[int, int]] = {}
+        self.failure = ""
+        self.fixed_data = False
         self.decodable_after: tuple[int, float] | None = None
         self._participants = {i for i, row in plan.rows.items() if row.shards}
-        self._buckets: dict[tuple[pack.Layout, pack.MetricsLayout], _Bucket] = {}
+        self._buckets: dict[object, Bucket] = {}
         self._accepted: dict[int, int] = {}  # worker -> node
-        self._sketches: dict[int, tuple[float, ...]] = {}
+        self._sketches: dict[int, tuple[int, tuple[float, ...]]] = {}
         self._messages: list[Message] = []
 
     # The stop rule
@@ -165,32 +133,25 @@ class Phase:
 
     # Results
 
-    def vector(self, *, approximate: bool) -> NDArray[np.float64] | None:
-        """The decoding vector; None if undecodable and no approximation is wanted or possible."""
+    def decode(self, *, approximate: bool) -> Decoded | None:
+        """The decoded mean, or an estimate of it if wanted; None leaves the reason in `failure`."""
         best = self._best
-        if best is None or self.mixes_garbage:
+        if best is None:
             return None
-        if best.decoder.decodable:
-            return best.decoder.vector()
-        return self.code.least_squares_vector(best.decoder.survivors) if approximate else None
-
-    def decode(self, vector: NDArray[np.float64]) -> Decoded | None:
-        """The decoded mean; None if the decoded weight is not positive, so that there is no mean."""
-        best = self._best
-        assert best is not None
-        rows = vector.reshape(self.code.n, -1)
-        used = tuple(int(i) for i in np.flatnonzero(rows.any(axis=1)))
-        coefficients, order = rows[list(used)], self.code.order_of(used)
-        metrics = combine([best.metrics[i] for i in used], coefficients, order=order)
-        if not metrics[0] > 0:
+        if self.mixes_garbage:
+            pairs = "; ".join(f"{a} and {b} of shard {j}" for j, (a, b) in sorted(self.disagreeing.items())[:3])
+            self.failure = f"holders {pairs} disagree by up to {self.disagreement:.1e} (relative)"
             return None
-        weight, record = pack.rebuild_metrics(best.reply.metrics_layout, np.asarray(metrics, np.float64))
-        arrays = None
-        if self.before is not None:
-            total = combine([best.updates[i] for i in used], coefficients, order=order)
-            arrays = pack.rebuild_arrays(best.reply.layout, self.before, total, weight)
-        names = (best.reply.arrays_name, best.reply.metrics_name)
-        return Decoded(arrays, record, best.reply.layout, names, vector, used)
+        vector = best.decoder.vector()
+        if vector is None:
+            if not approximate:
+                return None
+            vector = self.code.least_squares_vector(best.decoder.survivors)
+        decoded = best.decode(self.code, vector, self.before)
+        if isinstance(decoded, str):
+            self.failure = decoded
+            return None
+        return decoded
 
     @property
     def mixes_garbage(self) -> bool:
@@ -211,7 +172,9 @@ class Phase:
         """Replies that were left out because others agree on other names, dtypes or shapes."""
         best = self._best
         return [
-            Rejection(self._accepted[i], i, "its arrays differ in name, dtype or shape from the other replies'")
+            Rejection(
+                self._accepted[i], i, "its arrays or metrics differ in name, dtype or shape from the other replies'"
+            )
             for bucket in self._buckets.values()
             if bucket is not best
             for i in bucket.decoder.survivors
@@ -220,7 +183,7 @@ class Phase:
     # Reading one reply
 
     @property
-    def _best(self) -> _Bucket | None:
+    def _best(self) -> Bucket | None:
         """The bucket that decodes, else the largest."""
         buckets = self._buckets.values()
         return max(buckets, key=lambda b: (b.decoder.decodable, len(b.decoder.survivors)), default=None)
@@ -241,6 +204,7 @@ class Phase:
             return f"worker {reply.worker} is not in the code (workers 0..{self.plan.n - 1})"
         self.roster.answered(node, reply.worker, self.plan.round)
         self.stateful |= reply.stateful
+        self.fixed_data |= reply.fixed_data
         if reply.outcome == "idle":
             return None
         if reply.outcome == "gave-up":
@@ -261,23 +225,22 @@ class Phase:
             update, metrics = vectors_of(reply, message, self.before, self.code.m)
         except (KeyError, TypeError, ValueError) as error:
             return f"unusable vectors: {last_line(str(error))}"
-        key = (reply.layout, reply.metrics_layout)
-        bucket = self._buckets.setdefault(key, _Bucket(self.code.incremental(), reply))
+        key = (reply.layout, tuple((name, length) for name, length, _ in reply.metrics_layout))
+        if key not in self._buckets:
+            self._buckets[key] = Bucket(self.code.incremental(), reply)
         self._compare(reply)
         self._accepted[reply.worker] = node
         self.answered.append(reply.worker)
         self._messages.append(message)
-        bucket.updates[reply.worker] = update
-        bucket.metrics[reply.worker] = metrics
-        bucket.decoder.add(reply.worker)
+        self._buckets[key].add(reply, update, metrics)
         return None
 
     def _compare(self, reply: Reply) -> None:
         """Remember how far holders of one shard are apart."""
         for shard, sketch in zip(reply.shards, reply.sketches, strict=False):
-            first = self._sketches.setdefault(shard, sketch)
+            holder, first = self._sketches.setdefault(shard, (reply.worker, sketch))
             scale = max(abs(first[0]), abs(sketch[0]), 1e-30)
             apart = max((abs(x - y) / scale for x, y in zip(first, sketch, strict=False)), default=0.0)
             if apart > DISAGREEMENT:
-                self.disagreeing.add(shard)
+                self.disagreeing[shard] = (holder, reply.worker)
             self.disagreement = max(self.disagreement, apart)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from flwr.serverapp import Grid
 
+from .bucket import Decoded
 from .gradient_code import GradientCode
-from .phase import Decoded, Phase, Rejection
+from .pack import wire_dtype
+from .phase import Phase, Rejection
 from .wire import report_key
 
 __all__ = ["figures", "new_row", "phase_entry", "why_undecodable"]
@@ -25,7 +28,7 @@ def new_row(run: str, grid: Grid, server_round: int, code: GradientCode) -> dict
     }
 
 
-def phase_entry(phase: Phase, decoded: Decoded | None, *, decoding: float, aggregating: float) -> dict[str, Any]:
+def phase_entry(phase: Phase, decoded: Decoded | None, *, decoding: float) -> dict[str, Any]:
     """What happened in one phase; `docs/ledger.md` explains every field."""
     wait = phase.wait
 
@@ -39,6 +42,7 @@ def phase_entry(phase: Phase, decoded: Decoded | None, *, decoding: float, aggre
     error = 1.0 if decoded is None else phase.code.error_of(decoded.vector)
     exact = decoded is not None and phase.decided
     coverage = [0.0] * phase.code.k if decoded is None else phase.code.coverage_of(decoded.vector).tolist()
+    kappa = None if decoded is None else phase.code.kappa_of(decoded.vector)
     after = phase.decodable_after
 
     return {
@@ -59,22 +63,19 @@ def phase_entry(phase: Phase, decoded: Decoded | None, *, decoding: float, aggre
         "decodable-after-replies": after[0] if after else None,
         "decodable-after-seconds": after[1] if after else None,
         "decoding-error": error,
-        "kappa": None if decoded is None else phase.code.kappa_of(decoded.vector),
+        "kappa": kappa,
+        "rounding-error": None if decoded is None or kappa is None else _unit_roundoff(decoded) * kappa,
         "coverage": [round(float(c), 6) for c in coverage],
         "replica-disagreement": phase.disagreement,
         "bytes-down": wait.bytes_down,
         "bytes-up": wait.bytes_up,
-        "seconds": {"waiting": wait.seconds, "decoding": decoding, "aggregating": aggregating},
+        "seconds": {"waiting": wait.seconds, "decoding": decoding, "aggregating": 0.0},
     }
 
 
 def why_undecodable(phase: Phase, entry: dict[str, Any]) -> str:
     """One sentence without its full stop: which round, why, and what was wrong with the replies."""
-    what = f"undecodable ({entry['ended']})"
-    if phase.mixes_garbage:
-        what = f"holders of shards {sorted(phase.disagreeing)} disagree by {phase.disagreement:.1e} (relative)"
-    elif phase.decided:
-        what = f"the decoded {phase.plan.weight_key!r} is not positive"
+    what = phase.failure or f"undecodable ({entry['ended']})"
     reasons = "".join(f"; worker {one['worker']}: {one['reason']}" for one in entry["rejected"][:5])
     return (
         f"Round {phase.plan.round}, {phase.plan.kind}: {what}, from "
@@ -82,7 +83,7 @@ def why_undecodable(phase: Phase, entry: dict[str, Any]) -> str:
     )
 
 
-def figures(entry: dict[str, Any]) -> dict[str, float | int]:
+def figures(entry: dict[str, Any]) -> dict[str, Any]:
     """The numbers that go among Flower's result metrics, under `fl-gradcode.`."""
     return {
         report_key("decoded"): int(entry["outcome"] != "skipped"),
@@ -100,3 +101,9 @@ def _late(phase: Phase, node: int, label: str, wrong: str) -> dict[str, Any]:
 
 def _rejected(one: Rejection) -> dict[str, Any]:
     return {"worker": one.worker, "node": str(one.node), "reason": one.reason}
+
+
+def _unit_roundoff(decoded: Decoded) -> float:
+    """Relative rounding of one number on the wire."""
+    dtype = np.float64 if decoded.arrays is None else wire_dtype(decoded.layout)
+    return float(np.finfo(dtype).eps) / 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -14,7 +14,7 @@ from .errors import RoundFailed
 from .gradient_code import GradientCode
 from .wire import Reply
 
-__all__ = ["Roster", "wait_for_nodes"]
+__all__ = ["Roster", "nodes_of_a_phase", "wait_for_nodes"]
 
 _log = logging.getLogger(__name__)
 
@@ -58,9 +58,17 @@ class Roster:
                 "Give each node its own partition-id."
             )
 
+    def keep(self, nodes: Iterable[int]) -> None:
+        """Forget nodes that are gone: whoever was one of them may come back as another node."""
+        listed = set(nodes)
+        self._worker = {node: worker for node, worker in self._worker.items() if node in listed}
+
     def learn_from(self, node: int, message: Message | None, *, run: str) -> None:
-        """Read who a node is off a reply that is not used."""
-        if message is None or not message.has_content():
+        """Read who a node is off a reply that is not used; an error says only that it may have changed."""
+        if message is None:
+            return
+        if message.has_error():
+            self.forget(node)
             return
         with contextlib.suppress(ValueError):
             reply = Reply.find_in(message.content)
@@ -80,13 +88,7 @@ def wait_for_nodes(grid: Grid, code: GradientCode, timeout: float) -> None:
         RoundFailed: More than n nodes, or fewer than n - s.
     """
     n, s = code.n, code.s
-    deadline = time.monotonic() + timeout
-    told = False
-    while (online := len(list(grid.get_node_ids()))) != n and time.monotonic() < deadline:
-        if not told:
-            _log.info("Waiting up to %g s for %d nodes; %d are online.", timeout, n, online)
-            told = True
-        time.sleep(0.5)
+    online = len(_poll(grid, timeout, f"{n} nodes", lambda nodes: len(nodes) == n))
     if online > n:
         raise RoundFailed(
             f"{online} nodes are online, but the code has n={n} workers. Build the code for {online}, or stop "
@@ -99,3 +101,23 @@ def wait_for_nodes(grid: Grid, code: GradientCode, timeout: float) -> None:
         )
     if online < n:
         _log.warning("Starting with %d of %d nodes; the others count as stragglers.", online, n)
+
+
+def nodes_of_a_phase(grid: Grid, code: GradientCode, timeout: float) -> list[int]:
+    """The nodes that are online; waits up to `timeout` seconds while they are fewer than n - s.
+
+    An outage would otherwise burn one round after another in no time.
+    """
+    least = code.n - code.s
+    return _poll(grid, timeout, f"at least {least} of {code.n} nodes", lambda nodes: len(nodes) >= least)
+
+
+def _poll(grid: Grid, timeout: float, wanted: str, enough: Callable[[list[int]], bool]) -> list[int]:
+    deadline = time.monotonic() + timeout
+    told = False
+    while not enough(nodes := list(grid.get_node_ids())) and time.monotonic() < deadline:
+        if not told:
+            _log.info("Waiting up to %g s for %s; %d are online.", timeout, wanted, len(nodes))
+            told = True
+        time.sleep(0.5)
+    return nodes

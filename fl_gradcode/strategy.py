@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from . import report
 from .asking import make_plan, messages_for
+from .bucket import Decoded
 from .contract import broken_promises, refuse_unsuitable
 from .errors import InvalidSetting, RoundFailed
 from .gradient_code import GradientCode
@@ -22,8 +23,8 @@ from .grid import EarlyStopGrid
 from .inner import ShardGrid, arrays_key_of, check_bounds, check_strategy, common_content, has_custom_metrics
 from .ledger import Ledger
 from .pack import restore_types
-from .phase import Decoded, Phase
-from .roster import Roster, wait_for_nodes
+from .phase import Phase
+from .roster import Roster, nodes_of_a_phase, wait_for_nodes
 
 __all__ = ["GradientCoding"]
 
@@ -53,8 +54,7 @@ class GradientCoding(Strategy):
         seed: What the holders of a shard derive their common random seeds from.
         ledger: A `Ledger`, or the absolute path of a file for one JSON line a round.
         node_timeout: Seconds to wait for n nodes before the first round; it starts without if n - s are there.
-        give_up_after: Seconds after which a client stops between two shards, so that it is free for the next
-            round; None: never.
+        give_up_after: Seconds after which a client stops between two shards and is free again; None: never.
         allow_fixed_data: Accept an app that does not choose its data by `partition-id`.
         on_round_end: Called with (round, current arrays, ledger row) after each round.
         run: Name of the run, which seeds, plans and the ledger carry; made up if None.
@@ -104,6 +104,7 @@ class GradientCoding(Strategy):
         self.roster = Roster()
         self._weight_key = str(getattr(strategy, "weighted_by_key", "num-examples"))
         self._timeout: float | None = None
+        self._patience = 0.0
         self._drafts: list[Message] = []
         self._phase: Phase | None = None
         self._arrays = ArrayRecord()
@@ -123,7 +124,7 @@ class GradientCoding(Strategy):
         grid: Grid,
         initial_arrays: ArrayRecord,
         num_rounds: int = 3,
-        timeout: float = 3600,
+        timeout: float | None = 3600,
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
@@ -138,15 +139,17 @@ class GradientCoding(Strategy):
             UnsuitableApp: The clients lack the mod, or do not choose their data by `partition-id`.
         """
         waiting = grid if isinstance(grid, EarlyStopGrid) else EarlyStopGrid(grid)
-        waiting.on_late = self._learn_from_late
+        waiting.on_late = lambda node, label, reply: self.roster.learn_from(node, reply, run=self.run)
         self.roster = Roster()  # another start may meet other nodes
         self._timeout = timeout
+        limit: Any = timeout  # Flower's grids take None for "no limit"
         self._arrays = initial_arrays
-        wait_for_nodes(waiting, self.code, 0.0 if waiting.source.fixed_nodes else self.node_timeout)
+        settling = 0.0 if waiting.source.fixed_nodes else self.node_timeout
+        wait_for_nodes(waiting, self.code, settling)
+        self._patience = settling if timeout is None else min(settling, timeout)
         try:
-            result = super().start(
-                waiting, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
-            )
+            configs = (train_config, evaluate_config)
+            result = super().start(waiting, initial_arrays, num_rounds, limit, *configs, evaluate_fn)
         except BaseException as error:
             if self._row:
                 self._row["ended-by"] = f"{type(error).__name__}: {error}"
@@ -227,6 +230,8 @@ class GradientCoding(Strategy):
         before = content[arrays_key] if arrays_key else None
         assert before is None or isinstance(before, ArrayRecord)
         self._phase = Phase(plan, code, shards, before, self.roster)
+        nodes = nodes_of_a_phase(grid, self.code, self._patience)
+        self.roster.keep(nodes)
         if isinstance(grid, EarlyStopGrid):
             for node, worker in grid.source.known_workers().items():
                 self.roster.learn(node, worker)
@@ -234,7 +239,7 @@ class GradientCoding(Strategy):
         # Several times the timeout: it only bounds how long the SuperLink stores a message.
         ttl = None if self._timeout is None else max(600.0, 4 * self._timeout)
         message_type = self._drafts[0].metadata.message_type
-        return messages_for(plan, content, grid.get_node_ids(), self.roster, message_type=message_type, ttl=ttl)
+        return messages_for(plan, content, nodes, self.roster, message_type=message_type, ttl=ttl)
 
     def _aggregate(
         self, server_round: int, replies: Iterable[Message]
@@ -245,17 +250,20 @@ class GradientCoding(Strategy):
         if not phase.collected:  # somebody else's loop brings the replies of a plain grid
             for reply in replies:
                 phase.offer(reply.metadata.src_node_id, reply, "", 0.0)
+        began = time.perf_counter()
+        decoded = phase.decode(approximate=self.on_undecodable == "approximate")
+        entry = report.phase_entry(phase, decoded, decoding=time.perf_counter() - began)
+        self._row[phase.plan.kind] = entry  # whatever is raised from here on, the row tells what happened
         refuse_unsuitable(phase, ever_decoded=self._ever_decoded)
         for key, text in broken_promises(phase):
             self._warn_once(key, text)
+        if decoded is None:
+            self._undecodable(phase, entry)
+            return None, MetricRecord(report.figures(entry))
+        self._ever_decoded = True
         began = time.perf_counter()
-        vector = phase.vector(approximate=self.on_undecodable == "approximate")
-        decoded = None if vector is None else phase.decode(vector)
-        self._ever_decoded |= decoded is not None
-        ready = time.perf_counter()
-        arrays, metrics = (None, None) if decoded is None else self._ask_inner(server_round, decoded)
-        entry = report.phase_entry(phase, decoded, decoding=ready - began, aggregating=time.perf_counter() - ready)
-        self._book(phase, entry)
+        arrays, metrics = self._ask_inner(server_round, decoded)
+        entry["seconds"]["aggregating"] = time.perf_counter() - began
         return arrays, MetricRecord({**(metrics or {}), **report.figures(entry)})
 
     def _ask_inner(self, server_round: int, decoded: Decoded) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -270,11 +278,7 @@ class GradientCoding(Strategy):
         arrays, metrics = self.strategy.aggregate_train(server_round, [reply])
         return None if arrays is None else restore_types(decoded.layout, arrays), metrics
 
-    def _book(self, phase: Phase, entry: dict[str, Any]) -> None:
-        """Write the phase into the row; raise or warn if it could not be decoded."""
-        self._row[phase.plan.kind] = entry
-        if entry["outcome"] != "skipped":
-            return
+    def _undecodable(self, phase: Phase, entry: dict[str, Any]) -> None:
         why = report.why_undecodable(phase, entry)
         if self.on_undecodable == "raise":
             entry["outcome"] = "raised"
@@ -282,10 +286,6 @@ class GradientCoding(Strategy):
         _log.warning("%s. The round is skipped: the model stays as it is.", why)
 
     # The run
-
-    def _learn_from_late(self, node: int, label: str, message: Message | None) -> None:
-        """A reply that came too late is never used, but tells who its node is."""
-        self.roster.learn_from(node, message, run=self.run)
 
     def _close_row(self) -> dict[str, Any]:
         row, self._row = self._row, {}

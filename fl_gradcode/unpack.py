@@ -56,14 +56,7 @@ def _vector(record: ArrayRecord, name: str, entries: int, dtype: np.dtype[np.flo
 def _check_finite(update: NDArray[np.floating], metrics: NDArray[np.floating], m: int) -> None:
     # A metric may be NaN (an accuracy over no examples), as under plain Flower; the weight may not, and for
     # m > 1 metrics and weight share entries.
-    if not _all_finite(update):
-        raise ValueError("its update is not finite (NaN or infinity)")
+    if not pack.all_finite(update):
+        raise ValueError("its weighted update is not finite (NaN or infinity)")
     if not (math.isfinite(float(metrics[0])) if m == 1 else np.isfinite(metrics).all()):
         raise ValueError("its number of examples is not finite (NaN or infinity)")
-
-
-def _all_finite(values: NDArray[np.floating]) -> bool:
-    # A finite sum of squares proves that all entries are finite, twice as fast as asking each; one that
-    # overflows proves nothing.
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(np.dot(values, values))) or bool(np.isfinite(values).all())

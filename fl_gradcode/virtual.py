@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from .arrivals import Arrival, ArrivalSource, ForwardingGrid
 from .errors import UnsuitableApp
 from .latency import Latency
-from .wire import Reply, content_bytes, is_evaluation, load_of, probe_content, round_of
+from .wire import Plan, Reply, content_bytes, is_evaluation, load_of, probe_content, round_of
 
 __all__ = ["VirtualGrid"]
 
@@ -73,7 +73,7 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
         self._heap: list[tuple[float, int, str]] = []
         self._jobs: dict[str, _Job] = {}
         self._busy_until: dict[int, float] = {}
-        self._sent: dict[int, int] = {}
+        self._sent: dict[tuple[int, bool], int] = {}
         self._ready: dict[str, Message] = {}
 
     def now(self) -> float:
@@ -113,8 +113,8 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
                 continue  # forgotten
             self._now = max(self._now, finish)
             return Arrival(token, self._jobs[token].node, self._now)
-        if deadline is not None:
-            self._now = max(self._now, deadline)
+        if limit != float("inf"):
+            self._now = max(self._now, limit)
         return None
 
     def fetch(self, arrivals: Sequence[Arrival]) -> list[Message | None]:
@@ -135,8 +135,10 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
                 self._jobs[token].message = None
 
     def forget(self, token: str) -> None:
-        """Drop the event."""
-        self._jobs.pop(token, None)
+        """Drop the event. A node that would never have finished is free again."""
+        job = self._jobs.pop(token, None)
+        if job is not None and job.finish == float("inf"):
+            self._busy_until[job.node] = self._now
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """As Flower's grids: wait for all replies or `timeout` virtual seconds; replies in order of arrival."""
@@ -171,11 +173,12 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
 
     def _duration(self, message: Message, worker: int) -> float:
         evaluating = is_evaluation(message)
-        sent = self._sent.get(worker, 0)
-        self._sent[worker] = sent + 1
+        # A strategy that does not say which round it is: the worker's first job of a kind is round 1.
+        job = self._sent[worker, evaluating] = self._sent.get((worker, evaluating), 0) + 1
         server_round = round_of(message)
-        tick = sent if server_round is None else 2 * server_round + evaluating
-        megabytes = content_bytes(message.content) / 1e6 * (1 if evaluating else 2)
+        tick = 2 * (job if server_round is None else server_round) + evaluating
+        down = content_bytes(message.content)
+        megabytes = (down + (0 if evaluating else content_bytes(Plan.remove_from(message.content)))) / 1e6
         return self.latency.seconds(
             seed=self.seed,
             worker=worker,

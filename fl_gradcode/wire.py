@@ -7,6 +7,7 @@ vectors, plus `fl-gradcode.reply`, what they mean. Record names are spelled here
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -43,6 +44,9 @@ _JSON = "json"
 UPDATE = "fl-gradcode.update"
 #: The two arrays in it: the coded update, and the coded weight and metrics.
 ARRAYS, METRICS = "arrays", "metrics"
+
+#: What a reply can be; see `Reply`.
+OUTCOMES = ("coded", "idle", "gave-up", "fixed-data")
 
 #: Flower's own keys of `Context.node_config`, in which a shard number is written for `train()`.
 PARTITION_ID, NUM_PARTITIONS = "partition-id", "num-partitions"
@@ -127,7 +131,8 @@ class Reply:
         arrays_name, metrics_name: The user's names of the two records.
         sketches: A few numbers per shard in which holders that disagree differ.
         seconds: Compute seconds of each shard.
-        stateful: Whether `train()` kept something in `context.state`.
+        stateful: Whether the function kept something in `context.state`.
+        fixed_data: Whether it never read `partition-id`.
     """
 
     run: str
@@ -143,6 +148,7 @@ class Reply:
     sketches: tuple[tuple[float, ...], ...] = ()
     seconds: tuple[float, ...] = field(default=())
     stateful: bool = False
+    fixed_data: bool = False
 
     def to_record(self) -> ConfigRecord:
         """This reply as a record."""
@@ -167,10 +173,16 @@ class Reply:
             v["layout"] = tuple((str(a), str(d), tuple(int(x) for x in s)) for a, d, s in v["layout"])
             v["metrics_layout"] = tuple((str(a), int(x), bool(w)) for a, x, w in v["metrics_layout"])
             v["sketches"] = tuple(tuple(float(x) for x in one) for one in v["sketches"])
-            v["shards"], v["seconds"] = tuple(int(x) for x in v["shards"]), tuple(v["seconds"])
+            v["shards"] = tuple(int(x) for x in v["shards"])
+            v["seconds"] = tuple(float(x) for x in v["seconds"])
             v["worker"], v["round"] = int(v["worker"]), int(v["round"])
+            v["stateful"], v["fixed_data"] = bool(v["stateful"]), bool(v["fixed_data"])
+            if v["outcome"] not in OUTCOMES:
+                raise ValueError(f"outcome {v['outcome']!r}")
+            if not all(len(one) == 4 and all(map(math.isfinite, one)) for one in v["sketches"]):
+                raise ValueError("sketches that are not four finite numbers each")
             return cls(**v)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"unreadable reply record ({error})") from error
 
 

@@ -92,6 +92,11 @@ class Settings:
             raise AppConfigError(
                 f"drop-slowest={self.drop_slowest} drops clients, and code={self.code!r} keeps their data: choose one."
             )
+        if self.give_up_after and self.latency != "none":
+            raise AppConfigError(
+                f"give-up-after={self.give_up_after} counts real seconds on the client, and latency={self.latency!r} "
+                "makes time virtual: choose one."
+            )
         if self.slow_clients and self.latency == "none":
             raise AppConfigError(
                 f"slow-clients={self.slow_clients} needs virtual time: choose latency from {', '.join(LATENCIES[1:])}."

@@ -273,3 +273,10 @@ def test_cyclic_repetition_over_1000_workers_stops_when_the_sum_is_exact() -> No
     shortest, error = from_scratch(code, range(1000))
     assert error <= 1e-8
     assert close(vectors[-1], shortest)
+
+
+def test_rounding_of_rows_that_were_taken_out_does_not_hide_a_solution() -> None:
+    B = np.array([[1, 0, 0, 1, 1], [0, 0, 1, 0, 1], [0, 0, 1, 0, 1], [1, 0, 0, 0, 0], [1, 1, 0, 1, 0]], float)
+    code = GradientCode(B, 0)
+    decoder = code.incremental()
+    assert [decoder.add(worker) for worker in (1, 2, 4)] == [False, False, True]

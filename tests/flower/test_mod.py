@@ -192,6 +192,9 @@ READS: dict[str, Any] = {
     "unpacked": lambda config: {**config}["partition-id"],
     "copy": lambda config: config.copy()["partition-id"],
     "dict": lambda config: dict(config)["partition-id"],
+    "pop": lambda config: config.pop("partition-id"),
+    "setdefault": lambda config: config.setdefault("partition-id", 0),
+    "text": lambda config: str(config),
     "json": lambda config: json.loads(json.dumps(config))["partition-id"],
 }
 
