@@ -49,8 +49,8 @@ class Run:
 def schemes(ledger: Path) -> list[Scheme]:
     """The three, in the order of the table."""
     return [
-        Scheme("wait", "FedAvg, waiting for all", {}),
-        Scheme("drop", f"FedAvg, dropping {SLOW} slowest", {"drop-slowest": SLOW}),
+        Scheme("wait", "FedAvg, wait for all", {}),
+        Scheme("drop", f"FedAvg, drop {SLOW} slowest", {"drop-slowest": SLOW}),
         Scheme(
             "coded",
             "GradientCoding, s = 2",
@@ -138,7 +138,7 @@ def _reason(log: str) -> str:
 
 
 def _table(runs: list[Run], rounds: int) -> Table:
-    table = Table(title=f"After {rounds} rounds", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=f"After {rounds} rounds", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("scheme", no_wrap=True)
     for column in ("accuracy", "worst class", "virtual s", "real s", "complete"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -173,7 +173,7 @@ def _title(options: argparse.Namespace) -> str:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description:25}"),
+        TextColumn("{task.description:22}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("rounds"),

@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from . import pack
@@ -93,6 +93,8 @@ class _CodedCall:
         self.metrics: NDArray[np.floating] | None = None
         self.sketches: list[tuple[float, ...]] = []
         self.seconds: list[float] = []
+        self.arrays: dict[str, dict[str, Array]] = {}  # as they came
+        self.given: dict[str, ArrayRecord] = {}  # what the user's function gets
         self.stateful = False
         self.fixed_data = False
 
@@ -130,7 +132,7 @@ class _CodedCall:
         )
         message = copy(self.message)
         # The user's function may change what it is given: the next shard needs it as it came.
-        message.content = RecordDict({key: _copy(record) for key, record in self.content.items()})
+        message.content = RecordDict({key: self._as_it_came(key, record) for key, record in self.content.items()})
         started = time.perf_counter()
         _seed(self.plan.seed, self.plan.round, shard)
         reply = self.call_next(message, context)
@@ -138,6 +140,16 @@ class _CodedCall:
         self.stateful |= bool(context.state)
         _put_state(self.context.state, shard, context.state)
         return reply, node_config.was_read
+
+    def _as_it_came(self, key: str, record: Any) -> Any:
+        """A copy; of arrays one for all shards, anew only if a call changed it: copying many arrays takes time."""
+        if not isinstance(record, ArrayRecord):
+            return type(record)(dict(record))
+        arrays = self.arrays.setdefault(key, dict(record))
+        mine = self.given.get(key)
+        if mine is None or [*map(id, mine.values())] != [*map(id, arrays.values())] or [*mine] != [*arrays]:
+            mine = self.given[key] = ArrayRecord(arrays)
+        return mine
 
     def _add(self, content: RecordDict, coefficients: tuple[float, ...]) -> None:
         array_records = [(name, r) for name, r in content.items() if isinstance(r, ArrayRecord)]
@@ -155,9 +167,7 @@ class _CodedCall:
             if len(array_records) != 1:
                 raise ValueError(f"a reply needs exactly one ArrayRecord, not {len(array_records)}")
             arrays_name, arrays = array_records[0]
-            before = self.content[self.plan.arrays_key]
-            assert isinstance(before, ArrayRecord)
-            layout, update = pack.flatten_update(before, arrays)
+            layout, update = pack.flatten_update(self.arrays[self.plan.arrays_key], arrays)
         if self.layout is None:
             self.layout, self.metrics_layout = layout, metrics_layout
             self.names = (arrays_name, metrics_name)
@@ -200,11 +210,6 @@ class _CodedCall:
                 arrays[ARRAYS] = pack.as_array(self.update)
             records[UPDATE] = ArrayRecord(arrays)
         return Message(reply.content(**records), reply_to=self.message)
-
-
-def _copy(record: Any) -> Any:
-    """A new record with the same values; `copy.copy` would share the dict inside."""
-    return type(record)(dict(record))
 
 
 def _worker_of(context: Context) -> int:

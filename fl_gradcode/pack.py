@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -87,7 +88,7 @@ def size_of(layout: Layout) -> int:
     return sum(math.prod(shape) for _, _, shape in layout)
 
 
-def flatten_update(before: ArrayRecord, after: ArrayRecord) -> tuple[Layout, NDArray[np.floating]]:
+def flatten_update(before: Mapping[str, Array], after: ArrayRecord) -> tuple[Layout, NDArray[np.floating]]:
     """Layout of `after` and the flat update `after - before`.
 
     Raises:

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from .arrivals import Arrival, ArrivalSource, ForwardingGrid
 from .errors import UnsuitableApp
 from .latency import Latency
-from .wire import Plan, Reply, content_bytes, is_evaluation, load_of, probe_content, round_of
+from .wire import Reply, content_bytes, is_evaluation, load_of, plan_bytes, probe_content, round_of
 
 __all__ = ["VirtualGrid"]
 
@@ -178,7 +178,8 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
         server_round = round_of(message)
         tick = 2 * (job if server_round is None else server_round) + evaluating
         down = content_bytes(message.content)
-        megabytes = (down + (0 if evaluating else content_bytes(Plan.remove_from(message.content)))) / 1e6
+        back = 0 if evaluating else down - plan_bytes(message.content)
+        megabytes = (down + back) / 1e6
         return self.latency.seconds(
             seed=self.seed,
             worker=worker,

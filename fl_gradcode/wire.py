@@ -29,6 +29,7 @@ __all__ = [
     "is_probe",
     "last_line",
     "load_of",
+    "plan_bytes",
     "probe_content",
     "report_key",
     "round_of",
@@ -229,6 +230,12 @@ def content_bytes(content: RecordDict) -> int:
         else:
             total += sum(len(array.data) for array in record.values())
     return total
+
+
+def plan_bytes(content: RecordDict) -> int:
+    """Bytes of the plan in it."""
+    record = content.get(_PLAN)
+    return len(_JSON) + len(str(record[_JSON])) if isinstance(record, ConfigRecord) else 0
 
 
 def _value_bytes(value: Any) -> int:
