@@ -138,7 +138,9 @@ def _reason(log: str) -> str:
 
 
 def _table(runs: list[Run], rounds: int) -> Table:
-    table = Table(title=f"After {rounds} rounds", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title=f"After {rounds} rounds", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     table.add_column("scheme", no_wrap=True)
     for column in ("accuracy", "worst class", "virtual s", "real s", "complete"):
         table.add_column(column, justify="right", no_wrap=True)

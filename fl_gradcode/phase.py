@@ -74,7 +74,6 @@ class Phase:
         self._buckets: dict[object, Bucket] = {}
         self._accepted: dict[int, int] = {}  # worker -> node
         self._sketches: dict[int, tuple[int, tuple[float, ...]]] = {}
-        self._messages: list[Message] = []
 
     # The stop rule
 
@@ -126,10 +125,14 @@ class Phase:
             self.decodable_after = (len(self.answered), at)
 
     def finish(self, wait: Wait) -> list[Message]:
-        """Waiting is over."""
+        """Waiting is over. The replies stay here: Flower's loop would keep its list of them for a whole round."""
         self.wait = wait
         self.collected = True
-        return self._messages
+        return []
+
+    def release(self) -> None:
+        """Let go of the replies: a node that still owes one keeps this phase in mind for rounds."""
+        self._buckets.clear()
 
     # Results
 
@@ -231,7 +234,6 @@ class Phase:
         self._compare(reply)
         self._accepted[reply.worker] = node
         self.answered.append(reply.worker)
-        self._messages.append(message)
         self._buckets[key].add(reply, update, metrics)
         return None
 

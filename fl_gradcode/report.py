@@ -79,7 +79,7 @@ def why_undecodable(phase: Phase, entry: dict[str, Any]) -> str:
     reasons = "".join(f"; worker {one['worker']}: {one['reason']}" for one in entry["rejected"][:5])
     return (
         f"Round {phase.plan.round}, {phase.plan.kind}: {what}, from "
-        f"{len(phase.survivors)} of {len(phase.participants)} workers{reasons}"
+        f"{len(entry['answered'])} of {len(phase.participants)} workers{reasons}"
     )
 
 

@@ -254,6 +254,8 @@ class GradientCoding(Strategy):
         decoded = phase.decode(approximate=self.on_undecodable == "approximate")
         entry = report.phase_entry(phase, decoded, decoding=time.perf_counter() - began)
         self._row[phase.plan.kind] = entry  # whatever is raised from here on, the row tells what happened
+        self._phase = None
+        phase.release()
         refuse_unsuitable(phase, ever_decoded=self._ever_decoded)
         for key, text in broken_promises(phase):
             self._warn_once(key, text)

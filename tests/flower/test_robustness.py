@@ -268,3 +268,28 @@ def test_counters_of_any_size_are_exact_to_the_wire_s_precision() -> None:
         strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), fractional_repetition(4, 1))
         result = strategy.start(grid, arrays, num_rounds=3)
     assert int(result.arrays["n"].numpy()) == 2**40 + 301
+
+
+def test_replies_are_let_go_after_their_round() -> None:
+    import gc
+    import weakref
+
+    alive: list[weakref.ref[Message]] = []
+
+    def watch(worker: int, message: Message, reply: Message) -> Message:
+        alive.append(weakref.ref(reply))
+        return reply
+
+    counts: list[int] = []
+
+    def count(server_round: int, arrays: ArrayRecord, row: dict[str, Any]) -> None:
+        gc.collect()
+        counts.append(sum(ref() is not None for ref in alive))
+
+    # Worker 0 never answers: its debt keeps the first round in mind.
+    law = Law("", lambda seed, worker, tick: 1.0 if worker else float("inf"))
+    strategy = GradientCoding(FedAvg(), fractional_repetition(4, 1), on_round_end=count)
+    with InProcessGrid(toy_app(), 4, tamper=watch) as grid:
+        strategy.start(VirtualGrid(grid, Latency(fixed=law)), initial_arrays(), num_rounds=4)
+    assert len(alive) == 16
+    assert max(counts) <= 2
