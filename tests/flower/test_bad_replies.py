@@ -203,9 +203,13 @@ def test_one_duplicate_counts_once() -> None:
         messages = list(strategy.configure_train(1, initial_arrays(), ConfigRecord(), grid))
         replies = grid.send_and_receive(messages)
         arrays, _ = strategy.aggregate_train(1, [*replies, *replies[:2]])
+        strategy.aggregate_evaluate(1, [])
     assert arrays is not None
     mean = sum((j + 1) * update_of(1, j, 11) for j in range(6)) / 21
     assert np.abs(flat(arrays) - (flat(initial_arrays()) + mean)).max() < 1e-6
+    (row,) = strategy.ledger.rows
+    assert [one["reason"] for one in row["train"]["rejected"]] == ["duplicate", "duplicate"]
+    assert len(row["train"]["answered"]) == 6
 
 
 def test_a_node_beyond_the_code_is_refused_in_its_own_words() -> None:

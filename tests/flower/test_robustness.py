@@ -46,8 +46,9 @@ class Engine(InProcessGrid):
         return arrival
 
 
+@pytest.mark.parametrize("code", [uncoded(4), fractional_repetition(4, 1)], ids=["uncoded", "fractional"])
 @pytest.mark.parametrize("gone", [(1,), (0, 2), (0, 1, 2, 3)])
-def test_nodes_that_restart_under_new_ids_are_heard_again(gone: tuple[int, ...]) -> None:
+def test_nodes_that_restart_under_new_ids_are_heard_again(gone: tuple[int, ...], code: GradientCode) -> None:
     plain = run_plain(toy_app(), 4, FedAvg(fraction_evaluate=0.0), rounds=6)
     engine = Engine(toy_app(), 4)
     with engine as grid:
@@ -57,7 +58,7 @@ def test_nodes_that_restart_under_new_ids_are_heard_again(gone: tuple[int, ...])
                 for worker in gone:
                     engine.restart(worker)
 
-        strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), fractional_repetition(4, 1), on_round_end=restart)
+        strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), code, on_round_end=restart)
         result = strategy.start(grid, initial_arrays(), num_rounds=6)
     assert [row["train"]["outcome"] for row in strategy.ledger.rows] == ["exact"] * 6
     assert relative(result.arrays, plain.arrays) < 1e-6

@@ -111,6 +111,9 @@ def test_computes_only_what_is_read() -> None:
         assert sum(grid.calls) == 5 * len(code.groups or ())  # one reply a group and round
     used = [len(row["train"]["used"]) for row in strategy.ledger.rows]
     assert used == [4] * 5
+    unread = [row["train"]["unread"] for row in strategy.ledger.rows]
+    assert any(unread), "nobody was in time without being needed: the latencies are too tame"
+    assert all(not set(one) & set(row["train"]["used"]) for one, row in zip(unread, strategy.ledger.rows, strict=True))
 
 
 def test_compute_time_grows_with_the_number_of_shards_and_evaluation_is_cheaper() -> None:
@@ -136,6 +139,16 @@ def test_virtual_time_is_the_same_for_the_same_seed_and_differs_for_another() ->
 
     assert seconds(1) == seconds(1)
     assert seconds(1) != seconds(2)
+
+
+def test_a_node_works_off_its_messages_one_by_one() -> None:
+    with InProcessGrid(toy_app(), 2) as grid:
+        virtual = VirtualGrid(grid, Latency(fixed=1.0))
+        node, other = grid.get_node_ids()
+        content = RecordDict({"config": ConfigRecord({"server-round": 1})})
+        virtual.push([Message(content, dst_node_id=to, message_type="train") for to in (node, node, other)])
+        arrivals = [virtual.next_arrival(None) for _ in range(3)]
+    assert [(a.node == node, a.at) for a in arrivals if a is not None] == [(True, 1.0), (False, 1.0), (True, 2.0)]
 
 
 def test_plain_strategies_run_in_virtual_time_unchanged() -> None:
