@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -44,8 +45,8 @@ def check_workers(workers: Iterable[int], n: int) -> list[int]:
     return listed
 
 
-def check_tolerance(s: int, n: int) -> int:
+def check_tolerance(s: Any, n: int) -> int:
     """The straggler tolerance as a whole number in 0..n-1."""
-    if s != int(s) or not 0 <= s < n:
-        raise InvalidCode(f"s={s} stragglers of n={n} workers: s must be a whole number in 0..n-1.")
+    if not isinstance(s, int | float | np.number) or s != int(s) or not 0 <= s < n:
+        raise InvalidCode(f"s={s!r} stragglers of n={n} workers: s must be a whole number in 0..n-1.")
     return int(s)

@@ -70,8 +70,8 @@ class Bucket:
         coefficients, order = rows[list(used)], code.order_of(used)
         (weight_key, _, _), *_ = self.reply.metrics_layout
         metrics = np.asarray(combine([self.metrics[i] for i in used], coefficients, order=order), np.float64)
-        if not metrics[0] > 0:
-            return f"the decoded {weight_key!r} is {metrics[0]:g}, and a mean needs a positive one"
+        if not 0 < metrics[0] < np.inf:
+            return f"the decoded {weight_key!r} is {metrics[0]:g}, and a mean needs a positive, finite one"
         weight, record = pack.rebuild_metrics(self.reply.metrics_layout, metrics, whole=self.whole)
         arrays = None
         if before is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -78,7 +79,7 @@ def cyclic_repetition(n: int, s: int, *, rng: np.random.Generator) -> GradientCo
     return GradientCode(B, s, "cyclic repetition")
 
 
-def _positive(value: int, name: str) -> int:
-    if value != int(value) or value < 1:
+def _positive(value: Any, name: str) -> int:
+    if not isinstance(value, int | float | np.number) or value != int(value) or value < 1:
         raise InvalidCode(f"{name}={value!r} must be a whole number of at least 1.")
     return int(value)

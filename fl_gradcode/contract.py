@@ -20,12 +20,18 @@ def refuse_unsuitable(phase: Phase, *, ever_decoded: bool) -> None:
         UnsuitableApp: The app does not choose its data by `partition-id`, or no client has the mod.
     """
     reasons = {rejection.reason for rejection in phase.rejections}
+    if ever_decoded:
+        return  # the app is right; a client that is not counts as a straggler
     if FIXED_DATA in reasons:
         raise UnsuitableApp(
             f"The clients' {phase.plan.kind}() never read context.node_config['partition-id'], so it would use the "
             "same data for every shard. Choose the data by partition-id at every call, or pass allow_fixed_data=True."
         )
-    if not ever_decoded and not phase.answered and reasons == {NO_MOD}:
+    if phase.answered or not reasons:
+        return
+    if all(UnsuitableApp.__name__ in reason for reason in reasons):
+        raise UnsuitableApp(f"No client can take part: {sorted(reasons)[0]}")
+    if reasons == {NO_MOD}:
         raise UnsuitableApp(
             "The clients answered without coding. Add the mod to their app: ClientApp(mods=[gradient_coding_mod])."
         )

@@ -64,6 +64,8 @@ def check_strategy(strategy: Strategy) -> None:
         IncompatibleStrategy: By name, with what to do instead.
     """
     name = type(strategy).__name__
+    if isinstance(strategy, type):
+        raise IncompatibleStrategy(f"{strategy.__name__} is a class; pass an instance: {strategy.__name__}().")
     if not isinstance(strategy, Strategy):
         raise IncompatibleStrategy(f"{name} is not a flwr.serverapp.strategy.Strategy; wrap one, such as FedAvg().")
     for kind, reason in _REFUSED.items():

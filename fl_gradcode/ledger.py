@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Ledger:
         self.rows.append(row)
         if self.path is not None:
             with self.path.open("a") as file:
-                file.write(json.dumps(row, allow_nan=False, default=_finite) + "\n")
+                file.write(json.dumps(_storable(row), allow_nan=False) + "\n")
         for kind in ("train", "evaluate"):
             if row.get(kind):
                 _log.info("%s", _readable(row, kind))
@@ -74,8 +75,13 @@ class Ledger:
         return rows
 
 
-def _finite(value: Any) -> Any:
-    raise TypeError(f"{value!r} cannot stand in a ledger row")
+def _storable(value: Any) -> Any:
+    """What JSON can hold: a number that is not finite becomes null, since no row may be lost over it."""
+    if isinstance(value, dict):
+        return {key: _storable(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_storable(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _readable(row: dict[str, Any], kind: str) -> str:

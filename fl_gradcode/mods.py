@@ -144,7 +144,8 @@ class _CodedCall:
     def _as_it_came(self, key: str, record: Any) -> Any:
         """A copy; of arrays one for all shards, anew only if a call changed it: copying many arrays takes time."""
         if not isinstance(record, ArrayRecord):
-            return type(record)(dict(record))
+            values = {name: list(value) if isinstance(value, list) else value for name, value in record.items()}
+            return type(record)(values)
         arrays = self.arrays.setdefault(key, dict(record))
         mine = self.given.get(key)
         if mine is None or [*map(id, mine.values())] != [*map(id, arrays.values())] or [*mine] != [*arrays]:

@@ -39,6 +39,7 @@ Layout = tuple[tuple[str, str, tuple[int, ...]], ...]
 MetricsLayout = tuple[tuple[str, int, bool], ...]
 
 _BFLOAT16 = "bfloat16"
+_LEAST_WEIGHT = 1e-30
 
 
 def view(array: Array) -> NDArray[np.generic]:
@@ -73,6 +74,8 @@ def _header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]
 def all_finite(values: NDArray[np.floating]) -> bool:
     """Whether no entry is NaN or infinite."""
     # A finite sum of squares proves it, twice as fast as asking each entry; one that overflows proves nothing.
+    if values.dtype.itemsize < 4:  # NumPy multiplies float16 slowly
+        return bool(np.isfinite(values).all())
     with np.errstate(over="ignore", invalid="ignore"):
         return bool(np.isfinite(np.dot(values, values))) or bool(np.isfinite(values).all())
 
@@ -128,15 +131,14 @@ def rebuild_arrays(layout: Layout, before: ArrayRecord, total: NDArray[np.floati
     inner strategy to work on (see `restore_types`). `total` may be overwritten.
 
     Raises:
-        OverflowError: The mean update is not finite in the wire's dtype.
+        OverflowError: An array of the mean is not finite in its dtype.
     """
     with np.errstate(all="ignore"):
         divisor = total.dtype.type(weight)
     if not 0 < divisor < np.inf:  # float32 cannot hold this weight
         total, divisor = total.astype(np.float64), np.float64(weight)
-    total /= divisor
-    if not all_finite(total):
-        raise OverflowError(f"the decoded update is not finite in {wire_dtype(layout)}")
+    with np.errstate(all="ignore"):
+        total /= divisor
     arrays = {}
     start = 0
     for name, dtype_name, shape in layout:
@@ -147,9 +149,13 @@ def rebuild_arrays(layout: Layout, before: ArrayRecord, total: NDArray[np.floati
             dtype = np.dtype(np.float64)
         old = view(before[name])
         if mean.dtype == old.dtype == dtype:
-            values = np.add(mean, old, out=mean)
+            with np.errstate(all="ignore"):
+                values = np.add(mean, old, out=mean)
         else:
-            values = (old.astype(np.float64) + mean).astype(dtype)
+            with np.errstate(all="ignore"):
+                values = (old.astype(np.float64) + mean).astype(dtype)
+        if not all_finite(values.reshape(-1)):
+            raise OverflowError(f"the decoded {name!r} is not finite in {dtype_name}")
         arrays[name] = as_array(np.asarray(values))
         start = stop
     return ArrayRecord(arrays)
@@ -193,8 +199,11 @@ def flatten_metrics(metrics: MetricRecord, weight_key: str) -> tuple[MetricsLayo
     if weight_key not in metrics:
         raise ValueError(f"the reply's metrics lack {weight_key!r}, the number of examples, which weighs them")
     weight = metrics[weight_key]
-    if isinstance(weight, list) or not math.isfinite(weight) or weight < 0:
-        raise ValueError(f"{weight_key!r} is {weight!r}; it must be one finite number of at least 0")
+    if isinstance(weight, list) or not math.isfinite(weight) or weight < 0 or 0 < weight < _LEAST_WEIGHT:
+        raise ValueError(
+            f"{weight_key!r} is {weight!r}; it must be one finite number, 0 or at least {_LEAST_WEIGHT:g} (float32 "
+            "loses what is smaller)"
+        )
     layout = [(weight_key, -1, isinstance(weight, int))]
     values = [float(weight)]
     for name, value in metrics.items():

@@ -133,6 +133,7 @@ class Phase:
     def release(self) -> None:
         """Let go of the replies: a node that still owes one keeps this phase in mind for rounds."""
         self._buckets.clear()
+        self.before = None
 
     # Results
 
@@ -224,9 +225,13 @@ class Phase:
             return f"it combines shards {list(reply.shards)}, asked were {list(self.plan.rows[reply.worker].shards)}"
         if not reply.metrics_layout or reply.metrics_layout[0][0] != self.plan.weight_key:
             return f"its metrics do not begin with {self.plan.weight_key!r}"
+        if reply.metrics_layout[0][1] != -1:
+            return f"its {self.plan.weight_key!r} is not one number"
+        if not reply.metrics_name or (self.before is not None and reply.arrays_name in ("", reply.metrics_name)):
+            return f"its records are named {reply.arrays_name!r} and {reply.metrics_name!r}"
         try:
             update, metrics = vectors_of(reply, message, self.before, self.code.m)
-        except (KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # a reply holds whatever somebody put there: it must not end the run
             return f"unusable vectors: {last_line(str(error))}"
         key = (reply.layout, tuple((name, length) for name, length, _ in reply.metrics_layout))
         if key not in self._buckets:
@@ -245,4 +250,4 @@ class Phase:
             apart = max((abs(x - y) / scale for x, y in zip(first, sketch, strict=False)), default=0.0)
             if apart > DISAGREEMENT:
                 self.disagreeing[shard] = (holder, reply.worker)
-            self.disagreement = max(self.disagreement, apart)
+            self.disagreement = min(max(self.disagreement, apart), 1e300)  # a ledger row holds finite numbers

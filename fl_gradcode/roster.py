@@ -103,13 +103,16 @@ def wait_for_nodes(grid: Grid, code: GradientCode, timeout: float) -> None:
         _log.warning("Starting with %d of %d nodes; the others count as stragglers.", online, n)
 
 
-def nodes_of_a_phase(grid: Grid, code: GradientCode, timeout: float) -> list[int]:
-    """The nodes that are online; waits up to `timeout` seconds while they are fewer than n - s.
+def nodes_of_a_phase(
+    grid: Grid, code: GradientCode, timeout: float, hopeless: Callable[[list[int]], bool]
+) -> list[int]:
+    """The nodes that are online; waits up to `timeout` seconds while they are fewer than n - s and cannot decode.
 
     An outage would otherwise burn one round after another in no time.
     """
     least = code.n - code.s
-    return _poll(grid, timeout, f"at least {least} of {code.n} nodes", lambda nodes: len(nodes) >= least)
+    wanted = f"at least {least} of {code.n} nodes"
+    return _poll(grid, timeout, wanted, lambda nodes: len(nodes) >= least or not hopeless(nodes))
 
 
 def _poll(grid: Grid, timeout: float, wanted: str, enough: Callable[[list[int]], bool]) -> list[int]:

@@ -140,7 +140,9 @@ class GradientCoding(Strategy):
         """
         waiting = grid if isinstance(grid, EarlyStopGrid) else EarlyStopGrid(grid)
         waiting.on_late = lambda node, label, reply: self.roster.learn_from(node, reply, run=self.run)
-        self.roster = Roster()  # another start may meet other nodes
+        self.roster = Roster()  # another start may meet other nodes, and other clients
+        self._ever_decoded = False
+        self._warned.clear()
         self._timeout = timeout
         limit: Any = timeout  # Flower's grids take None for "no limit"
         self._arrays = initial_arrays
@@ -195,8 +197,6 @@ class GradientCoding(Strategy):
             self.on_round_end(server_round, self._arrays, row)
         return metrics
 
-    # One phase
-
     def _configure(
         self, kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
@@ -230,16 +230,18 @@ class GradientCoding(Strategy):
         before = content[arrays_key] if arrays_key else None
         assert before is None or isinstance(before, ArrayRecord)
         self._phase = Phase(plan, code, shards, before, self.roster)
-        nodes = nodes_of_a_phase(grid, self.code, self._patience)
+        nodes = nodes_of_a_phase(grid, self.code, self._patience, self._phase.hopeless)
         self.roster.keep(nodes)
         if isinstance(grid, EarlyStopGrid):
             for node, worker in grid.source.known_workers().items():
                 self.roster.learn(node, worker)
-            grid.expect(self._phase)
         # Several times the timeout: it only bounds how long the SuperLink stores a message.
         ttl = None if self._timeout is None else max(600.0, 4 * self._timeout)
         message_type = self._drafts[0].metadata.message_type
-        return messages_for(plan, content, nodes, self.roster, message_type=message_type, ttl=ttl)
+        messages = messages_for(plan, content, nodes, self.roster, message_type=message_type, ttl=ttl)
+        if isinstance(grid, EarlyStopGrid):
+            grid.expect(self._phase)
+        return messages
 
     def _aggregate(
         self, server_round: int, replies: Iterable[Message]
@@ -286,8 +288,6 @@ class GradientCoding(Strategy):
             entry["outcome"] = "raised"
             raise RoundFailed(f"{why}.")
         _log.warning("%s. The round is skipped: the model stays as it is.", why)
-
-    # The run
 
     def _close_row(self) -> dict[str, Any]:
         row, self._row = self._row, {}

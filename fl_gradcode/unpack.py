@@ -30,7 +30,9 @@ def vectors_of(
     if before is None:
         _check_finite(np.zeros(0, np.float32), metrics, m)
         return np.zeros(0, np.float32), metrics
-    for name, _, shape in reply.layout:
+    for name, dtype, shape in reply.layout:
+        if dtype != "bfloat16" and np.dtype(dtype).kind not in "fiub":
+            raise ValueError(f"array {name!r} has dtype {dtype}; only real numbers can be averaged")
         if name not in before or tuple(before[name].shape) != shape:
             raise ValueError(f"array {name!r} with shape {shape} does not match what was sent")
     if len({name for name, _, _ in reply.layout}) != len(reply.layout):

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from .arrivals import Arrival, ArrivalSource, ForwardingGrid
 from .errors import UnsuitableApp
 from .latency import Latency
-from .wire import Reply, content_bytes, is_evaluation, load_of, plan_bytes, probe_content, round_of
+from .wire import Reply, content_bytes, error_text, is_evaluation, load_of, plan_bytes, probe_content, round_of
 
 __all__ = ["VirtualGrid"]
 
@@ -39,7 +39,8 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
 
     A node works off its messages one by one, in the order sent, as Flower's do. Evaluating a shard takes
     `latency.evaluation` times as long as training it; transfer is charged for the message and a reply of the
-    same size (a model goes both ways), and one way only when evaluating.
+    same size (a model goes both ways), and one way only when evaluating. A latency of infinity loses the message: no
+    reply ever comes, and the node is free for the next message at once.
 
     Args:
         grid: Where replies are computed: the simulation's grid, or `fl_gradcode.testing.InProcessGrid`.
@@ -74,7 +75,6 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
         self._jobs: dict[str, _Job] = {}
         self._busy_until: dict[int, float] = {}
         self._sent: dict[tuple[int, bool], int] = {}
-        self._ready: dict[str, Message] = {}
 
     def now(self) -> float:
         """Virtual seconds since the grid was made."""
@@ -98,7 +98,8 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
             token = f"virtual-{number}"
             start = max(self._now, self._busy_until.get(node, 0.0))
             finish = start + self._duration(message, workers.get(node, 0))
-            self._busy_until[node] = finish
+            if finish != float("inf"):
+                self._busy_until[node] = finish
             self._jobs[token] = _Job(node, finish, message)
             heapq.heappush(self._heap, (finish, number, token))
             tokens.append(token)
@@ -112,7 +113,10 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
             if token not in self._jobs:
                 continue  # forgotten
             self._now = max(self._now, finish)
-            return Arrival(token, self._jobs[token].node, self._now)
+            job = self._jobs[token]
+            if job.message is None:  # abandoned: nobody will fetch it
+                del self._jobs[token]
+            return Arrival(token, job.node, self._now)
         if limit != float("inf"):
             self._now = max(self._now, limit)
         return None
@@ -135,10 +139,8 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
                 self._jobs[token].message = None
 
     def forget(self, token: str) -> None:
-        """Drop the event. A node that would never have finished is free again."""
-        job = self._jobs.pop(token, None)
-        if job is not None and job.finish == float("inf"):
-            self._busy_until[job.node] = self._now
+        """Drop the event."""
+        self._jobs.pop(token, None)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """As Flower's grids: wait for all replies or `timeout` virtual seconds; replies in order of arrival."""
@@ -160,7 +162,7 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Replies that are in. If none is, the clock jumps to the first: nobody else would move it."""
-        wanted = [token for token in message_ids if token in self._jobs]
+        wanted = [token for token in dict.fromkeys(message_ids) if token in self._jobs]
         if not wanted:
             return []
         first = min(self._jobs[token].finish for token in wanted)
@@ -192,15 +194,17 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
     def _probe(self, nodes: list[int]) -> dict[int, int]:
         messages = [Message(probe_content(), dst_node_id=node, message_type="train") for node in nodes]
         found: dict[int, int] = {}
-        for reply in self.inner.send_and_receive(messages, timeout=self._real_timeout):
+        replies = list(self.inner.send_and_receive(messages, timeout=self._real_timeout))
+        for reply in replies:
             answer = Reply.find_in(reply.content) if reply.has_content() else None
             if answer is not None:
                 found[reply.metadata.src_node_id] = answer.worker
+        errors = [error_text(reply) for reply in replies if reply.has_error()]
         silent = [node for node in nodes if node not in found]
         if silent:
             raise UnsuitableApp(
                 f"{len(silent)} of {len(nodes)} nodes did not say which worker they are, and virtual time needs to "
                 "know who is slow. Add gradient_coding_mod to the ClientApp (it leaves plain strategies alone), or "
-                "pass VirtualGrid(..., workers=)."
+                f"pass VirtualGrid(..., workers=).{' The first error: ' + errors[0] if errors else ''}"
             )
         return found

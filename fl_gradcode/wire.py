@@ -178,12 +178,13 @@ class Reply:
             v["seconds"] = tuple(float(x) for x in v["seconds"])
             v["worker"], v["round"] = int(v["worker"]), int(v["round"])
             v["stateful"], v["fixed_data"] = bool(v["stateful"]), bool(v["fixed_data"])
+            v["arrays_name"], v["metrics_name"] = str(v["arrays_name"]), str(v["metrics_name"])
             if v["outcome"] not in OUTCOMES:
                 raise ValueError(f"outcome {v['outcome']!r}")
             if not all(len(one) == 4 and all(map(math.isfinite, one)) for one in v["sketches"]):
                 raise ValueError("sketches that are not four finite numbers each")
             return cls(**v)
-        except (KeyError, OverflowError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever somebody may have put there
             raise ValueError(f"unreadable reply record ({error})") from error
 
 

@@ -73,7 +73,7 @@ def test_an_outage_is_waited_for_instead_of_burning_rounds(monkeypatch: pytest.M
             return next(looks)
 
     grid = Outage(toy_app(), 4)
-    assert nodes_of_a_phase(grid, fractional_repetition(4, 1), 60.0) == [1, 2, 3]
+    assert nodes_of_a_phase(grid, fractional_repetition(4, 1), 60.0, lambda nodes: True) == [1, 2, 3]
     assert list(looks) == []
 
 
@@ -128,7 +128,7 @@ def test_a_sum_that_overflows_skips_the_round_instead_of_poisoning_the_model(cap
     with InProcessGrid(app_with(1e34, 10000), 4) as grid, caplog.at_level(logging.WARNING):
         result = strategy.start(grid, initial_arrays(), num_rounds=1)
     assert np.isfinite(flat(result.arrays)).all()
-    assert "the decoded update is not finite in float32" in caplog.text
+    assert "the decoded '0' is not finite in float32" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore:underflow")
@@ -158,6 +158,11 @@ MALFORMED: dict[str, Any] = {
     "list for worker": {"worker": [1]},
     "unknown dtype": {"layout": [["0", "float12", [3, 2]], ["1", "float32", [5]]]},
     "negative shape": {"layout": [["0", "float32", [-3, -2]], ["1", "float32", [5]]]},
+    "structured dtype": {"layout": [["0", "(2,,)f4", [3, 2]], ["1", "float32", [5]]]},
+    "no name for the arrays": {"arrays_name": ""},
+    "one name for both records": {"arrays_name": "metrics"},
+    "list for a name": {"arrays_name": [], "metrics_name": []},
+    "weight without entries": {"metrics_layout": [["num-examples", 0, True], ["loss", -1, False], ["pair", 2, False]]},
     "negative length": {"metrics_layout": [["num-examples", -1, True], ["loss", -7, False]]},
 }
 
@@ -294,3 +299,109 @@ def test_replies_are_let_go_after_their_round() -> None:
         strategy.start(VirtualGrid(grid, Latency(fixed=law)), initial_arrays(), num_rounds=4)
     assert len(alive) == 16
     assert max(counts) <= 2
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"PK\x03\x04junk", b"\x93NUMPY\x01\x00\x10\x00{'descr': '<f4', (", b"\x93NUMPY\x01\x00\x04\x00(((("]
+)
+def test_arrays_of_junk_count_as_a_straggler(data: bytes) -> None:
+    def tamper(worker: int, message: Message, reply: Message) -> Message:
+        record: Any = reply.content.get("fl-gradcode.update")
+        if worker == 4 and record is not None:
+            record["arrays"] = Array("float32", (11,), "numpy.ndarray", data)
+        return reply
+
+    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), fractional_repetition(6, 2))
+    with InProcessGrid(toy_app(), 6, tamper=tamper) as grid:
+        strategy.start(grid, initial_arrays(), num_rounds=1)
+    row = strategy.ledger.rows[0]["train"]
+    assert row["outcome"] == "exact"
+    assert [one["worker"] for one in row["rejected"]] == [4]
+
+
+def test_deeply_nested_json_counts_as_a_straggler() -> None:
+    def tamper(worker: int, message: Message, reply: Message) -> Message:
+        if worker == 4:
+            reply.content["fl-gradcode.reply"] = ConfigRecord({"json": "[" * 100000})
+        return reply
+
+    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), fractional_repetition(6, 2))
+    with InProcessGrid(toy_app(), 6, tamper=tamper) as grid:
+        strategy.start(grid, initial_arrays(), num_rounds=1)
+    assert strategy.ledger.rows[0]["train"]["outcome"] == "exact"
+
+
+def test_a_sketch_of_any_size_leaves_a_row_in_the_file(tmp_path: Any) -> None:
+    def tamper(worker: int, message: Message, reply: Message) -> Message:
+        record: Any = reply.content["fl-gradcode.reply"]
+        said = json.loads(record["json"])
+        if worker == 1:
+            said["sketches"] = [[0, 1e308, 0, 0] for _ in said["sketches"]]
+        record["json"] = json.dumps(said)
+        return reply
+
+    code = cyclic_repetition(4, 1, rng=np.random.default_rng(0))
+    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), code, ledger=tmp_path / "ledger.jsonl")
+    with InProcessGrid(toy_app(), 4, tamper=tamper) as grid:
+        strategy.start(grid, initial_arrays(), num_rounds=2)
+    assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_mean_that_its_dtype_cannot_hold_skips_the_round() -> None:
+    app = ClientApp(mods=[gradient_coding_mod])
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        int(context.node_config["partition-id"])
+        content: Any = message.content
+        new = ArrayRecord({"w": Array(content["arrays"]["w"].numpy() + np.float16(60000))})
+        return Message(RecordDict({"arrays": new, "metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
+
+    def tamper(worker: int, message: Message, reply: Message) -> Message:
+        record: Any = reply.content["fl-gradcode.update"]
+        record["arrays"] = Array(np.full(2, 1e8, np.float32))
+        return reply
+
+    arrays = ArrayRecord({"w": Array(np.zeros(2, np.float16))})
+    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), uncoded(2))
+    with InProcessGrid(app, 2, tamper=tamper) as grid:
+        result = strategy.start(grid, arrays, num_rounds=1)
+    assert strategy.ledger.rows[0]["train"]["outcome"] == "skipped"
+    assert np.isfinite(result.arrays["w"].numpy()).all()
+
+
+def test_lists_in_a_config_are_each_shard_s_own() -> None:
+    app = ClientApp(mods=[gradient_coding_mod])
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        int(context.node_config["partition-id"])
+        content: Any = message.content
+        rate = content["config"]["lrs"].pop(0)
+        new = ArrayRecord([a + np.float32(rate) for a in content["arrays"].to_numpy_ndarrays()])
+        return Message(RecordDict({"arrays": new, "metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
+
+    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), fractional_repetition(2, 1))
+    with InProcessGrid(app, 2) as grid:
+        config = ConfigRecord({"lrs": [1.0, 3.0]})
+        result = strategy.start(grid, initial_arrays(), num_rounds=1, train_config=config)
+    assert np.allclose(flat(result.arrays), flat(initial_arrays()) + 1.0)
+
+
+def test_one_client_that_never_reads_its_data_does_not_end_a_run_that_works() -> None:
+    def tamper(worker: int, message: Message, reply: Message) -> Message:
+        record: Any = reply.content["fl-gradcode.reply"]
+        said = json.loads(record["json"])
+        if worker == 4 and said["round"] > 1:
+            record["json"] = json.dumps({**said, "outcome": "fixed-data"})
+        return reply
+
+    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), fractional_repetition(6, 2))
+    with InProcessGrid(toy_app(), 6, tamper=tamper) as grid:
+        strategy.start(grid, initial_arrays(), num_rounds=3)
+    assert [row["train"]["outcome"] for row in strategy.ledger.rows] == ["exact"] * 3
+
+
+def test_a_class_instead_of_a_strategy_is_told_apart() -> None:
+    with pytest.raises(TypeError, match=r"FedAvg is a class; pass an instance: FedAvg\(\)"):
+        GradientCoding(FedAvg, uncoded(2))  # type: ignore[arg-type]
