@@ -3,6 +3,7 @@
     FlGradcodeError
     ├── InvalidCode         (ValueError)    a code, worker or survivor set that makes no sense
     │   └── NotDecodable    (ValueError)    these survivors do not determine the sum
+    ├── Overflow            (OverflowError) numbers too large for a code's fixed point
     ├── IncompatibleStrategy (TypeError)    a Flower strategy that cannot work on a decoded reply
     ├── UnsuitableApp       (RuntimeError)  the clients' app breaks the contract, or lacks the mod
     ├── InvalidSetting      (ValueError)    an option or a path that cannot be used
@@ -17,6 +18,7 @@ __all__ = [
     "InvalidCode",
     "InvalidSetting",
     "NotDecodable",
+    "Overflow",
     "RoundFailed",
     "UnsuitableApp",
 ]
@@ -32,6 +34,10 @@ class InvalidCode(FlGradcodeError, ValueError):
 
 class NotDecodable(InvalidCode):
     """The survivors' replies do not determine the sum over all shards."""
+
+
+class Overflow(FlGradcodeError, OverflowError):
+    """Updates too large for the fixed point of a code over a prime field."""
 
 
 class IncompatibleStrategy(FlGradcodeError, TypeError):

@@ -17,15 +17,17 @@ Letters as in the papers: n workers, k shards, straggler tolerance s, upload red
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .border import as_float, check_groups, check_tolerance, check_workers
-from .combine import combine
+from .border import check_groups, check_holders, check_tolerance, check_workers
 from .errors import InvalidCode, NotDecodable
+from .estimate import estimate
+from .prime_field import PrimeField
+from .reals import REALS, Reals
 
 if TYPE_CHECKING:
     from .incremental import IncrementalDecoder
@@ -45,51 +47,44 @@ class GradientCode:
     condition, enough holders of every shard, is checked.
 
     Attributes:
-        B: Encoding matrix, shape (n, k), or (n, k, m) for m > 1; float64, read-only.
+        B: Encoding matrix, shape (n, k), or (n, k, m) for m > 1; read-only; float64, or int64 over a prime field.
         s: Straggler tolerance.
         name: The family, for people.
-        groups: Workers that send identical replies over disjoint blocks of shards, one tuple a group;
-            None if the code has no such structure.
+        groups: Disjoint groups of workers over disjoint blocks of shards, one tuple a group: each group decodes the
+            sum of its block on its own, from any m of its replies. None if the code has no such structure.
+        numbers: `REALS`, or a `PrimeField`.
+        exact: Whether any s stragglers decode exactly. An approximate code only estimates from n - s replies.
     """
 
-    B: NDArray[np.float64]
+    B: NDArray[Any]
     s: int
     name: str = "custom"
     groups: tuple[tuple[int, ...], ...] | None = None
+    numbers: Reals | PrimeField = REALS
+    exact: bool = True
     _holders: tuple[tuple[int, ...], ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        B = np.array(self.B, dtype=np.float64)
+        B = self.numbers.matrix(self.B)
         if B.ndim == 3 and B.shape[2] == 1:
             B = B[:, :, 0]
         if B.ndim not in (2, 3) or 0 in B.shape:
             raise InvalidCode(f"An encoding matrix has shape (n, k) or (n, k, m), not {B.shape}.")
-        if not np.isfinite(B).all():
-            raise InvalidCode("The encoding matrix has entries that are not finite.")
         check_tolerance(self.s, B.shape[0])
         B.setflags(write=False)
         object.__setattr__(self, "B", B)
-        holders = tuple(
-            tuple(int(i) for i in np.flatnonzero(B[:, j].any(axis=-1) if B.ndim == 3 else B[:, j]))
-            for j in range(B.shape[1])
-        )
+        pattern: NDArray[np.bool_] = np.asarray(self.blocks.any(axis=2))
+        holders = tuple(tuple(np.flatnonzero(pattern[:, j]).tolist()) for j in range(B.shape[1]))
         object.__setattr__(self, "_holders", holders)
-        for shard, workers in enumerate(holders):
-            # The converse (Tandon et al. 2017, theorem 1): with s holders or fewer, those may all straggle.
-            if len(workers) < self.s + self.m:
-                listed = ", ".join(map(str, workers)) or "none"
-                raise InvalidCode(
-                    f"Shard {shard} is held by {len(workers)} workers ({listed}); tolerating s={self.s} "
-                    f"stragglers{f' at m={self.m}' if self.m > 1 else ''} needs at least {self.s + self.m}. "
-                    "Add a holder or lower s."
-                )
-
+        # The converse (Tandon et al. 2017, theorem 1; with m, Jahani-Nezhad and Maddah-Ali 2021).
+        check_holders(holders, self.s if self.exact else 0, self.m)
         if self.groups is not None:
-            check_groups(B, self.groups)
+            check_groups(self.blocks, self.groups)
 
     def __repr__(self) -> str:
         m = f", m={self.m}" if self.m > 1 else ""
-        return f"<{self.name} code: n={self.n} workers, k={self.k} shards, s={self.s} stragglers{m}>"
+        over = "" if self.numbers == REALS else f", over a {self.numbers.name}"
+        return f"<{self.name} code: n={self.n} workers, k={self.k} shards, s={self.s} stragglers{m}{over}>"
 
     @property
     def n(self) -> int:
@@ -105,6 +100,11 @@ class GradientCode:
     def m(self) -> int:
         """Upload reduction: a reply has ceil(d / m) entries."""
         return int(self.B.shape[2]) if self.B.ndim == 3 else 1
+
+    @property
+    def blocks(self) -> NDArray[Any]:
+        """B with its axis of m blocks: shape (n, k, m)."""
+        return self.B if self.B.ndim == 3 else self.B[:, :, None]
 
     def shards_of(self, worker: int) -> tuple[int, ...]:
         """The shards that `worker` holds, ascending."""
@@ -129,7 +129,7 @@ class GradientCode:
         groups = self.groups
         if groups is not None:
             groups = tuple(group for group in groups if B[group[0]].any())
-        return GradientCode(B, self.s, self.name, groups)
+        return replace(self, B=B, groups=groups)
 
     def incremental(self) -> IncrementalDecoder:
         """A decoder that is told of one arrival after another and answers "decodable now?"."""
@@ -144,8 +144,8 @@ class GradientCode:
     def decoding_vector(self, survivors: Iterable[int]) -> NDArray[np.float64]:
         """The decoding vector a, zero on all others, with `a @ B = 1`.
 
-        For a code with groups: 1 on the first survivor of each group, in the order given. Otherwise the
-        solution of minimum norm.
+        For a code with groups and m = 1: 1 on the first survivor of each group, in the order given. Otherwise the
+        solution that amplifies noise least (`kappa_of`); over a prime field, any.
 
         Args:
             survivors: Worker numbers, in order of arrival.
@@ -162,24 +162,25 @@ class GradientCode:
             error = self.decoding_error(workers)
             raise NotDecodable(
                 f"The replies of {len(workers)} of {self.n} workers do not determine the sum (decoding error "
-                f"{error:.2g}); any {self.n - self.s} replies do."
+                f"{error:.2g}){f'; any {self.n - self.s} replies do' if self.exact else ''}."
             )
         return a
 
-    def least_squares_vector(self, survivors: Iterable[int]) -> NDArray[np.float64]:
-        """The decoding vector that minimises `||a @ B - 1||`, of minimum norm; exact where that is possible."""
-        workers = check_workers(survivors, self.n)
-        a = np.zeros((self.n, self.m))
-        if self.groups is not None and self.m == 1:
-            live = set(workers)
-            for group in self.groups:
-                first = next((i for i in workers if i in live and i in group), None)
-                if first is not None:
-                    a[first] = 1.0
-        elif workers:
-            rows = self.B[workers].reshape(len(workers), -1)
-            a[workers] = np.linalg.lstsq(rows.T, self._target(), rcond=None)[0]
-        return a if self.m > 1 else a[:, 0]
+    def least_squares_vector(self, survivors: Iterable[int], *, ridge: float = 0.0) -> NDArray[np.float64]:
+        """The decoding vector that minimises `||a @ B - 1||^2 + ridge sum_i a_i^2 ||b_i||^2`.
+
+        With ridge 0 it is of minimum norm, and exact where that is possible; a little ridge keeps codes with
+        coefficients of both signs from buying coverage with large, noisy coefficients. A code with groups does without,
+        and a code over a field knows no estimates: its vector is zero.
+
+        Args:
+            survivors: Worker numbers, in order of arrival.
+            ridge: At least 0.
+
+        References:
+            Raviv et al. 2017, and Glasgow and Wootters 2020, for optimal decoding.
+        """
+        return estimate(self, check_workers(survivors, self.n), ridge)
 
     def coverage(self, survivors: Iterable[int]) -> NDArray[np.float64]:
         """`a @ B` of the best decoding vector: what share of each shard the decoded sum holds.
@@ -188,52 +189,46 @@ class GradientCode:
         """
         return self.coverage_of(self._best_vector(survivors))
 
-    def coverage_of(self, a: NDArray[np.float64]) -> NDArray[np.float64]:
+    def coverage_of(self, a: NDArray[Any]) -> NDArray[np.float64]:
         """`a @ B` for a given decoding vector of shape (n,) or (n, m). Shape (k,)."""
-        if self.m == 1:
-            return np.asarray(a @ self.B)
-        return np.asarray(np.einsum("il,ijl->jl", a, self.B).mean(axis=1))
+        shares = self.numbers.shares(a, self.blocks)
+        return np.asarray(np.trace(shares, axis1=1, axis2=2) / self.m)
 
     def decoding_error(self, survivors: Iterable[int]) -> float:
         """`max |a @ B - 1|` of the best decoding vector; at most 1e-8 when decodable."""
         return self.error_of(self._best_vector(survivors))
 
-    def error_of(self, a: NDArray[np.float64]) -> float:
+    def error_of(self, a: NDArray[Any]) -> float:
         """`max |a @ B - 1|` for a given decoding vector, recomputed from `B` alone."""
-        B = self.B.reshape(self.n, -1)
-        return float(np.abs(a.reshape(self.n, -1).T @ B - self._target().T).max())
+        return float(np.abs(self.numbers.shares(a, self.blocks) - np.eye(self.m)).max())
 
     def kappa(self, survivors: Iterable[int]) -> float:
         """Noise amplification of the best decoding vector: 1 for repetition, see `kappa_of`."""
         return self.kappa_of(self._best_vector(survivors))
 
-    def kappa_of(self, a: NDArray[np.float64]) -> float:
+    def kappa_of(self, a: NDArray[Any]) -> float:
         """`sqrt(sum_i |a_i|^2 |b_i|^2 / (k m))`: how much independent rounding noise in the shards grows."""
-        row_norms = np.square(self.B.reshape(self.n, -1)).sum(axis=1)
-        return float(np.sqrt(np.square(a.reshape(self.n, -1)).sum(axis=1) @ row_norms / (self.k * self.m)))
+        return self.numbers.kappa(a, self.blocks)
 
-    def encode(self, updates: ArrayLike) -> NDArray[np.floating]:
+    def encode(self, updates: ArrayLike) -> NDArray[Any]:
         """All workers' replies.
 
         Args:
             updates: One row a shard, shape (k, d).
 
         Returns:
-            One row a worker, shape (n, ceil(d / m)); float32 if the updates are, else float64.
+            One row a worker, shape (n, ceil(d / m)). Reals: float32 if the updates are, else float64. Prime field:
+            uint32, fixed point; int64 for updates of an integer type.
+
+        Raises:
+            Overflow: The sum might not fit the field.
         """
-        u = as_float(updates)
+        u = np.asarray(updates)
         if u.ndim != 2 or u.shape[0] != self.k:
             raise InvalidCode(f"Updates have shape {u.shape}; encoding needs ({self.k}, d), one row a shard.")
-        B = self.B.astype(u.dtype, copy=False)
-        if self.m == 1:
-            return np.asarray(B @ u)
-        padded = np.zeros((self.k, -(-u.shape[1] // self.m) * self.m), u.dtype)
-        padded[:, : u.shape[1]] = u
-        return np.asarray(np.tensordot(B, padded.reshape(self.k, self.m, -1), axes=([1, 2], [0, 1])))
+        return self.numbers.encode(self.blocks, u)
 
-    def decode(
-        self, replies: ArrayLike, survivors: Iterable[int], *, length: int | None = None
-    ) -> NDArray[np.floating]:
+    def decode(self, replies: ArrayLike, survivors: Iterable[int], *, length: int | None = None) -> NDArray[Any]:
         """The sum over all shards' updates.
 
         Args:
@@ -242,16 +237,17 @@ class GradientCode:
             length: d, to cut the padding that m > 1 may have added.
 
         Returns:
-            Shape (d,); float32 if the replies are, else float64.
+            Shape (d,). Reals: float32 if the replies are, else float64. Prime field: float64, or int64 for whole
+            numbers.
 
         Raises:
             NotDecodable: The survivors do not determine the sum.
         """
         workers = check_workers(survivors, self.n)
-        x = as_float(replies)
+        x = np.asarray(replies)
         if x.ndim != 2 or x.shape[0] != len(workers):
             raise InvalidCode(f"Replies have shape {x.shape}; {len(workers)} survivors need one row each.")
-        total = combine(x, self.decoding_vector(workers)[workers], order=self.order_of(workers))
+        total = self.numbers.decode(x, self.decoding_vector(workers)[workers], order=self.order_of(workers))
         if length is None:
             return total
         if not 0 <= length <= total.size:
@@ -268,16 +264,12 @@ class GradientCode:
         number = {i: q for q, group in enumerate(self.groups) for i in group}
         return [number.get(i, len(self.groups)) for i in workers]
 
-    def _best_vector(self, survivors: Iterable[int]) -> NDArray[np.float64]:
+    def _best_vector(self, survivors: Iterable[int]) -> NDArray[Any]:
         workers = check_workers(survivors, self.n)
         exact = self._add_all(workers).vector()
-        return self.least_squares_vector(workers) if exact is None else exact
+        return estimate(self, workers) if exact is None else exact
 
     def _add_all(self, survivors: Iterable[int]) -> IncrementalDecoder:
         decoder = self.incremental()
         decoder.update(check_workers(survivors, self.n))
         return decoder
-
-    def _target(self) -> NDArray[np.float64]:
-        """The decoding conditions' right-hand side, shape (k m, m): block l of the sum from block l."""
-        return np.tile(np.eye(self.m), (self.k, 1))

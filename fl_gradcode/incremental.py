@@ -1,8 +1,8 @@
 """The incremental decoder: told of one arrival after another, it answers "decodable now?".
 
-Repetition in groups: every group needs a reply. Any other code: let the columns of `N` (orthonormal) span
-the vectors a with `a @ B = 0`, and let `a0 @ B = 1`. Then all decoding vectors are `a0 + N w`, and the
-stragglers T are tolerated if and only if `N_T w = -a0_T` can be solved: a small system, whatever k. Each
+Groups: every group needs m replies. A prime field: see `field_decoding`. Any other code: let the columns of `N`
+(orthonormal) span the vectors a with `a @ B = 0`, and let `a0 @ B = 1`. Then all decoding vectors are `a0 + N w`, and
+the stragglers T are tolerated if and only if `N_T w = -a0_T` can be solved: a small system, whatever k. Each
 arrival takes one row out of its normal equations.
 """
 
@@ -10,10 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .estimate import by_group
+from .field_decoding import FieldRule
+from .prime_field import PrimeField
 
 if TYPE_CHECKING:
     from .gradient_code import GradientCode
@@ -31,10 +35,12 @@ class IncrementalDecoder:
     def __init__(self, code: GradientCode) -> None:
         self.code = code
         self.survivors: list[int] = []
-        self._vector: NDArray[np.float64] | None = None
-        self._rule: _GroupRule | _NullSpaceRule
-        if code.groups is not None and code.m == 1:
+        self._vector: NDArray[Any] | None = None
+        self._rule: _Rule
+        if code.groups is not None and (code.m == 1 or not isinstance(code.numbers, PrimeField)):
             self._rule = _GroupRule(code)
+        elif isinstance(code.numbers, PrimeField):
+            self._rule = FieldRule(code)
         else:
             self._rule = _NullSpaceRule(code)
 
@@ -60,14 +66,18 @@ class IncrementalDecoder:
         """Whether the replies that are in determine the sum."""
         return self._vector is not None
 
-    def vector(self) -> NDArray[np.float64] | None:
+    @property
+    def enough(self) -> bool:
+        """Whether there is nothing to wait for: the sum is decodable, or the code only promises an estimate of it."""
+        return self.decodable or (not self.code.exact and len(set(self.survivors)) >= self.code.n - self.code.s)
+
+    def vector(self) -> NDArray[Any] | None:
         """The decoding vector, shape (n,) or (n, m), of all survivors so far; None while undecodable.
 
-        Groups: 1 on the first reply of each. Otherwise the shortest vector that the survivors admit.
+        Groups with m = 1: 1 on the first reply of each. A field: that of the first survivors that decode. Otherwise the
+        shortest vector that the survivors admit.
         """
-        if self._vector is None:
-            return None
-        if isinstance(self._rule, _NullSpaceRule) and self._rule.added < len(self.survivors):
+        if self._vector is not None and self._rule.improves and self._rule.added < len(self.survivors):
             self._rule.add(self.survivors[self._rule.added :])
             self._vector = self._rule.solve()
         return self._vector
@@ -81,31 +91,54 @@ class IncrementalDecoder:
         return not self.code.decodable({*self.survivors, *outstanding})
 
 
+class _Rule(Protocol):
+    """When replies suffice, and what to do with them then."""
+
+    #: Whether replies beyond those that suffice make the vector better.
+    improves: bool
+    #: How many it was told of.
+    added: int
+
+    def add(self, workers: Sequence[int]) -> None:
+        """More replies are in."""
+
+    def solve(self) -> NDArray[Any] | None:
+        """The decoding vector, or None."""
+
+
 class _GroupRule:
-    """Decodable when each group has a reply."""
+    """Decodable when each group has m replies."""
 
     def __init__(self, code: GradientCode) -> None:
         assert code.groups is not None
+        self._code, self._groups = code, code.groups
         self._group_of = {worker: q for q, group in enumerate(code.groups) for worker in group}
-        self._groups = code.groups
-        self._first: dict[int, int] = {}
-        self._n = code.n
+        self._replies: list[list[int]] = [[] for _ in code.groups]
+        self._lacking = len(code.groups)  # groups with fewer than m replies
+        self.improves = code.m > 1
+        self.added = 0
 
     def add(self, workers: Sequence[int]) -> None:
+        self.added += len(workers)
         for worker in workers:
             group = self._group_of.get(worker)
-            if group is not None:
-                self._first.setdefault(group, worker)
+            if group is not None and worker not in self._replies[group]:
+                self._replies[group].append(worker)
+                self._lacking -= len(self._replies[group]) == self._code.m
 
     def solve(self) -> NDArray[np.float64] | None:
-        if len(self._first) < len(self._groups):
+        if self._lacking:
             return None
-        a = np.zeros(self._n)
-        a[list(self._first.values())] = 1.0
-        return a
+        a = by_group(self._code, self._replies)
+        if self._code.m == 1:
+            return a[:, 0]
+        return a if self._code.error_of(a) <= _EXACT else None
 
     def can_complete(self, outstanding: set[int]) -> bool:
-        return all(q in self._first or outstanding.intersection(group) for q, group in enumerate(self._groups))
+        return all(
+            len(replies) + len(outstanding.intersection(group).difference(replies)) >= self._code.m
+            for group, replies in zip(self._groups, self._replies, strict=True)
+        )
 
 
 class _NullSpaceRule:
@@ -115,6 +148,7 @@ class _NullSpaceRule:
         self._code = code
         self._a0, self._N, self._norms, self._consistent = _decompose(code)
         self._missing = np.ones(code.n, dtype=bool)
+        self.improves = True
         self._restart()
         self._scale = self._square
         self.added = 0

@@ -39,9 +39,15 @@ LAYERS = (
     Layer("ground", names("errors")),
     # Codes are linear algebra: they know neither Flower nor torch nor time.
     # Peers: a code hands out the incremental decoder, which is written in terms of the code.
-    Layer("mathematics", names("codes gradient_code combine incremental border"), names("numpy scipy"), peers=True),
+    Layer(
+        "mathematics",
+        names("codes gradient_code reals prime_field combine incremental estimate field_decoding border")
+        | names("repetition classical universal field_codes approximate"),
+        names("numpy scipy"),
+        peers=True,
+    ),
     # Planning reads codes and clocks; it must run without Flower.
-    Layer("plan", names("latency")),
+    Layer("plan", names("latency assignment placing"), peers=True),
     # Flower's public names alone: the rest is internal or legacy, and changes without notice.
     Layer(
         "Flower",

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fl_gradcode.codes import GradientCode, cyclic_repetition, fractional_repetition, uncoded
+from fl_gradcode.codes import (
+    GradientCode,
+    cyclic_mds,
+    cyclic_repetition,
+    for_assignment,
+    fractional_repetition,
+    uncoded,
+    vandermonde,
+)
 from fl_gradcode.errors import FlGradcodeError, InvalidCode, NotDecodable
 
 # Singular values below this share of the largest are rounding: a row of ones is a row of ones.
@@ -35,6 +43,23 @@ def group_mds(n: int, s: int, m: int, k: int | None = None) -> GradientCode:
     return GradientCode(B, s, "group MDS")
 
 
+UNIVERSAL = [
+    *((n, n, s, m, extra) for n, s, m, extra in ((4, 1, 1, 0), (6, 2, 1, 0), (7, 2, 1, 2), (6, 2, 2, 0), (8, 3, 3, 1))),
+    (5, 9, 1, 2, 1),
+    (8, 3, 2, 1, 0),
+    (6, 4, 0, 2, 1),
+]
+
+
+def universal(n: int, k: int, s: int, m: int, extra: int) -> GradientCode:
+    """Random holders, some shards with up to `extra` more than needed."""
+    rng = np.random.default_rng((n, k, s, m))
+    held = np.zeros((n, k), bool)
+    for j in range(k):
+        held[rng.permutation(n)[: s + m + int(rng.integers(extra + 1))], j] = True
+    return for_assignment(held, s=s, m=m)
+
+
 def shuffled(n: int, seed: int) -> list[int]:
     return [int(i) for i in np.random.default_rng(seed).permutation(n)]
 
@@ -52,8 +77,13 @@ GENERAL = [
     *(cyclic(n, s).restrict(range(0, n, 2)) for n, s in ((5, 2), (6, 3), (7, 1))),
     *(group_mds(n, s, m) for n, s, m in ((4, 0, 2), (5, 1, 2), (6, 0, 3), (7, 1, 2), (8, 1, 3), (8, 2, 2))),
     group_mds(6, 1, 2, k=5),
+    *(cyclic_mds(n, s) for n, s in PAIRS if (n - s) % 2),
+    *(vandermonde(n, s) for n, s in PAIRS if n < 8),
+    *(universal(n, k, s, m, extra) for n, k, s, m, extra in UNIVERSAL),
 ]
-CODES = [*(uncoded(n) for n in range(1, 9)), *FRACTIONAL, *GENERAL]
+# Groups that decode on their own, m replies each.
+GROUPED = [fractional_repetition(n, s, m=m) for n, s, m in ((2, 0, 2), (5, 1, 2), (7, 1, 2), (8, 2, 2), (8, 1, 3))]
+CODES = [*(uncoded(n) for n in range(1, 9)), *FRACTIONAL, *GENERAL, *GROUPED]
 
 
 @pytest.fixture(params=CODES, ids=repr)
@@ -525,7 +555,8 @@ def test_a_shard_with_a_holder_too_few_is_refused_by_name(code: GradientCode) ->
             rest = ", ".join(str(i) for i in holders if i != gone) or "none"
             sentence = (
                 f"Shard {shard} is held by {len(holders) - 1} workers ({rest}); tolerating s={code.s} stragglers"
-                f"{f' at m={code.m}' if code.m > 1 else ''} needs at least {len(holders)}. Add a holder or lower s."
+                f"{f' at m={code.m}' if code.m > 1 else ''} needs at least {len(holders)}. "
+                f"Add a holder or lower {'s or m' if code.m > 1 else 's'}."
             )
             with pytest.raises(InvalidCode, match=f"^{re.escape(sentence)}$"):
                 GradientCode(B, code.s)

@@ -1,0 +1,194 @@
+"""Arithmetic modulo the prime 2^31 - 1: no rounding, so no code is too large to decode exactly.
+
+Floats enter as fixed point: `q = round(2^f u)`. Replies wrap freely; only the decoded sum has to fit, which is checked
+before anything is encoded: an overflow is an error, never a wrap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .errors import InvalidCode, Overflow
+from .reals import blocks_of
+
+__all__ = ["P", "PrimeField", "inverse", "lift", "matmul", "solve"]
+
+#: The field's size, a Mersenne prime; an element takes 31 bits, as much as float32 on the wire.
+P = 2**31 - 1
+_HALF = (P - 1) // 2
+# Products of a 16-bit and a 31-bit number, 64 of them added up, are exact in float64.
+_ROWS = 64
+_BLOCK = 1 << 13
+
+
+@dataclass(frozen=True)
+class PrimeField:
+    """Coefficients modulo 2^31 - 1.
+
+    Updates of floats are rounded to multiples of 2^-fraction_bits: each shard adds an error of at most
+    2^-(fraction_bits + 1) to an entry of the sum, and decoding none. Whole numbers (an integer dtype) are taken as they
+    are, and decoded as such.
+
+    Attributes:
+        fraction_bits: Binary digits behind the point. The largest entries of all shards, added up, must stay below
+            2^(30 - fraction_bits).
+    """
+
+    fraction_bits: int = 16
+
+    def __post_init__(self) -> None:
+        if isinstance(self.fraction_bits, bool) or self.fraction_bits not in range(31):
+            raise InvalidCode(f"fraction_bits={self.fraction_bits!r} must be a whole number in 0..30.")
+
+    @property
+    def name(self) -> str:
+        """Of the numbers, for people."""
+        return f"field of {P} elements"
+
+    def rounding(self, k: int) -> float:
+        """The largest error of an entry of the sum over k shards of floats."""
+        return float(k * 2.0 ** -(self.fraction_bits + 1))
+
+    def matrix(self, B: ArrayLike) -> NDArray[np.int64]:
+        """An encoding matrix of one's own, reduced to 0..p-1."""
+        given = np.asarray(B)
+        if given.dtype.kind not in "iub":
+            raise InvalidCode(f"An encoding matrix over the {self.name} holds whole numbers, not {given.dtype}.")
+        return np.asarray(given % P, np.int64)
+
+    def quantise(self, values: ArrayLike, *, limit: int = _HALF) -> NDArray[np.int64]:
+        """Floats as whole multiples of 2^-fraction_bits.
+
+        Raises:
+            Overflow: One is beyond `limit` after scaling, or is not finite.
+        """
+        given = np.asarray(values)
+        largest = float(np.abs(given).max(initial=0.0)) if given.size else 0.0
+        if not largest * 2.0**self.fraction_bits <= limit:
+            room = limit / 2.0**self.fraction_bits
+            raise Overflow(
+                f"An entry of size {largest:.4g} does not fit: at fraction_bits={self.fraction_bits} there is room up "
+                f"to {room:.4g}. Scale the updates down, or take fewer fraction_bits."
+            )
+        return np.asarray(np.rint(given.astype(np.float64) * 2.0**self.fraction_bits), np.int64)
+
+    def encode(self, B: NDArray[np.int64], updates: NDArray[Any]) -> NDArray[Any]:
+        """All workers' replies, 0..p-1: int64 for updates of whole numbers, uint32 for floats.
+
+        Raises:
+            Overflow: `2 sum_j max|q_j|` is not below p: the sum might wrap.
+        """
+        n, k, m = B.shape
+        whole = updates.dtype.kind in "iub"
+        q = updates if whole else self.quantise(updates)
+        largest = sum(max(int(row.max(initial=0)), -int(row.min(initial=0))) for row in q)
+        if largest > _HALF:
+            raise Overflow(
+                f"The shards' largest entries add up to {largest}{'' if whole else ' units'}; the sum must stay within "
+                f"(p - 1) / 2 = {_HALF}. Scale the updates down{'' if whole else ', or take fewer fraction_bits'}."
+            )
+        rows, flat = B.reshape(n, k * m), blocks_of(np.asarray(q, np.int64), m).reshape(k * m, -1)
+        out = np.empty((n, flat.shape[1]), np.int64 if whole else np.uint32)
+        for worker, row in enumerate(rows):
+            used = np.flatnonzero(row)
+            out[worker] = combine_mod(flat[used], row[used, None])
+        return out
+
+    def decode(self, replies: ArrayLike, a: NDArray[Any], *, order: Sequence[int] | None = None) -> NDArray[Any]:
+        """The sum: int64 if the replies are, else float64 in units of 2^-fraction_bits."""
+        x = np.asarray(replies)
+        if x.dtype not in (np.int64, np.uint32):
+            raise InvalidCode(f"Replies over the {self.name} are int64 or uint32, not {x.dtype}.")
+        total = lift(combine_mod(x, a.reshape(len(x), -1)))
+        return total if x.dtype == np.int64 else total * 2.0**-self.fraction_bits
+
+    def shares(self, a: NDArray[np.int64], B: NDArray[np.int64]) -> NDArray[np.float64]:
+        """1 where a shard is in the sum as it should be, else 0: there is no "almost" in a field. Shape (k, m, m)."""
+        n, k, m = B.shape
+        found = matmul(B.reshape(n, k * m).T, a.reshape(n, m)).reshape(k, m, m)
+        right = (found == np.eye(m, dtype=np.int64)).all(axis=(1, 2))
+        return np.asarray(right[:, None, None] * np.eye(m))
+
+    def kappa(self, a: NDArray[np.int64], B: NDArray[np.int64]) -> float:
+        """1: holders send equal numbers, and decoding rounds nothing."""
+        return 1.0
+
+
+def lift(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """0..p-1 as the signed numbers that they stand for."""
+    return np.where(values > _HALF, values - P, values)
+
+
+def inverse(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Multiplicative inverses modulo p, by Fermat: `v^(p-2)`."""
+    result = np.ones_like(values)
+    power = values % P
+    exponent = P - 2
+    while exponent:
+        if exponent & 1:
+            result = result * power % P
+        power = power * power % P
+        exponent >>= 1
+    return result
+
+
+def matmul(left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`left @ right` modulo p, through float64 products of 16-bit halves; inner dimension below 2^20."""
+    halves = [(part >> 16, part & 0xFFFF) for part in (left % P, right % P)]
+    (lh, ll), (rh, rl) = [(high.astype(np.float64), low.astype(np.float64)) for high, low in halves]
+    high = (lh @ rh).astype(np.int64) % P
+    middle = (lh @ rl + ll @ rh).astype(np.int64) % P
+    low = (ll @ rl).astype(np.int64) % P
+    return ((high * 2 % P + middle * 65536) + low) % P  # 2^32 = 2 modulo p
+
+
+def combine_mod(vectors: NDArray[Any], coefficients: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`sum_t coefficients[t, l] * vectors[t]` modulo p, for each column l; shape (columns * length,).
+
+    16-bit halves of the coefficients times the vectors, added up by the float64 matrix product: exact, at memory speed.
+    """
+    c = np.asarray(coefficients, np.int64) % P
+    halves = np.concatenate([c >> 16, c & 0xFFFF], axis=1).T.astype(np.float64)
+    columns, length = c.shape[1], vectors.shape[1]
+    out = np.zeros((columns, length), np.int64)
+    for start in range(0, length, _BLOCK):
+        block = out[:, start : start + _BLOCK]
+        for first in range(0, len(vectors), _ROWS):
+            piece = vectors[first : first + _ROWS, start : start + _BLOCK].astype(np.float64)
+            sums = (halves[:, first : first + _ROWS] @ piece).astype(np.int64)
+            block += (sums[:columns] % P) * 65536 + sums[columns:]
+            block %= P
+    return out.reshape(-1)
+
+
+def solve(A: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """One solution x of `A x = right` modulo p, columns of `right` together; None if there is none."""
+    rows, unknowns = A.shape
+    work = np.concatenate([A, right], axis=1) % P
+    pivots: list[int] = []
+    for column in range(unknowns):
+        done = len(pivots)
+        if done == rows:
+            break
+        candidates = np.flatnonzero(work[done:, column])
+        if not candidates.size:
+            continue
+        pivot = done + int(candidates[0])
+        if pivot != done:
+            work[[done, pivot]] = work[[pivot, done]]
+        work[done] = work[done] * pow(int(work[done, column]), P - 2, P) % P
+        factors = work[:, column].copy()
+        factors[done] = 0
+        touched = np.flatnonzero(factors)
+        work[touched] = (work[touched] - factors[touched, None] * work[done]) % P
+        pivots.append(column)
+    if work[len(pivots) :, unknowns:].any():
+        return None
+    x = np.zeros((unknowns, right.shape[1]), np.int64)
+    x[pivots] = work[: len(pivots), unknowns:]
+    return x
