@@ -23,6 +23,7 @@ from clients.app import app as client_app
 from clients.data import load_dataset
 from clients.models import build_model
 from fl_gradcode import GradientCode, GradientCoding, VirtualGrid, cyclic_repetition, fractional_repetition, uncoded
+from fl_gradcode.arrivals import Arrival
 from fl_gradcode.combine import combine
 from fl_gradcode.latency import Latency, lognormal
 from fl_gradcode.testing import InProcessGrid
@@ -64,8 +65,8 @@ def aggregation(workers: int = 32, repeats: int = 5) -> None:
             phase = strategy._phase
             assert phase is not None
             for reply in replies:
-                phase.offer(reply.metadata.src_node_id, reply, "", 0.0)
-            decoded = phase.decode(approximate=False)
+                phase.offer(Arrival("", reply.metadata.src_node_id, 0.0), reply, 0.0)
+            decoded = phase.decode()
             ours.append(time.perf_counter() - started)
             assert decoded is not None and decoded.arrays is not None
             mean = decoded.arrays

@@ -1,36 +1,36 @@
-"""What the nodes are asked: the plan of a phase, and one message for each node that has something to do."""
+"""What the nodes are asked: the plan of a phase, and the messages that carry it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from flwr.app import Message, RecordDict
 
 from .gradient_code import GradientCode
+from .options import Options
 from .roster import Roster
 from .wire import Plan, Row
 
-__all__ = ["make_plan", "messages_for"]
+__all__ = ["Asking", "make_plan", "whole_shard"]
 
 
 def make_plan(
     code: GradientCode,
     shards: Sequence[int],
+    options: Options,
     *,
     k: int,
     run: str,
-    seed: int,
     server_round: int,
     kind: str,
     weight_key: str,
     arrays_key: str,
-    give_up_after: float,
-    allow_fixed_data: bool,
 ) -> Plan:
     """The plan with every worker's row; `code` covers the sampled `shards`, its columns, out of k."""
     return Plan(
         run=run,
-        seed=seed,
+        seed=options.seed,
         round=server_round,
         kind=kind,
         n=code.n,
@@ -38,40 +38,56 @@ def make_plan(
         weight_key=weight_key,
         arrays_key=arrays_key,
         rows={worker: _row(code, worker, shards) for worker in range(code.n)},
-        give_up_after=give_up_after,
-        allow_fixed_data=allow_fixed_data,
+        give_up_after=options.give_up_after or 0.0,
+        allow_fixed_data=options.allow_fixed_data,
     )
 
 
-def messages_for(
-    plan: Plan,
-    content: RecordDict,
-    nodes: Iterable[int],
-    roster: Roster,
-    *,
-    message_type: str,
-    ttl: float | None,
-) -> list[Message]:
-    """One message for each node whose worker has shards to work on, or is not known yet.
+class Asking:
+    """Makes the messages of one phase.
 
-    A known node gets its own row, an unknown one the whole plan: only its client can tell who it is.
+    Args:
+        plan: With every worker's row.
+        content: The inner strategy's records, which all messages share.
+        message_type: As the inner strategy chose it.
+        ttl: Seconds for which the SuperLink keeps a message.
     """
-    whole = plan.add_to(content)
-    messages = []
-    for node in nodes:
-        worker = roster.worker_of(node)
-        if worker is None or worker not in plan.rows:
-            mine = RecordDict(dict(whole.items()))
-        elif not plan.rows[worker].shards:
-            continue
-        else:
-            mine = plan.for_worker(worker).add_to(content)
-        group = str(plan.round)
-        messages.append(Message(mine, dst_node_id=node, message_type=message_type, ttl=ttl, group_id=group))
-    return messages
+
+    def __init__(self, plan: Plan, content: RecordDict, *, message_type: str, ttl: float | None) -> None:
+        self.plan, self._content, self._type, self._ttl = plan, content, message_type, ttl
+
+    def messages(self, nodes: Iterable[int], roster: Roster, rows: Mapping[int, Row]) -> list[Message]:
+        """One message for each node whose worker has shards to work on, or is not known yet.
+
+        A known node gets its own row, an unknown one the whole plan: only its client can tell who it is. `rows`
+        replaces the plan's.
+        """
+        plan = replace(self.plan, rows=dict(rows))
+        whole = plan.add_to(self._content)
+        messages = []
+        for node in nodes:
+            worker = roster.worker_of(node)
+            if worker is None or worker not in plan.rows:
+                messages.append(self._message(RecordDict(dict(whole.items())), node))
+            elif plan.rows[worker].shards:
+                messages.append(self._message(plan.for_worker(worker).add_to(self._content), node))
+        return messages
+
+    def one_shard(self, node: int, worker: int, shard: int) -> Message:
+        """Ask a node for one shard, as it is."""
+        return self._message(replace(self.plan, rows={worker: whole_shard(shard)}).add_to(self._content), node)
+
+    def _message(self, content: RecordDict, node: int) -> Message:
+        group = str(self.plan.round)
+        return Message(content, dst_node_id=node, message_type=self._type, ttl=self._ttl, group_id=group)
+
+
+def whole_shard(shard: int) -> Row:
+    """A row that asks for one shard's update with coefficient 1."""
+    return Row((shard,), ((1.0,),))
 
 
 def _row(code: GradientCode, worker: int, shards: Sequence[int]) -> Row:
     columns = code.shards_of(worker)
     coefficients = code.B[worker, list(columns)].reshape(len(columns), code.m)
-    return Row(tuple(shards[j] for j in columns), tuple(tuple(float(x) for x in row) for row in coefficients))
+    return Row(tuple(shards[j] for j in columns), tuple(tuple(row) for row in coefficients.tolist()))

@@ -8,26 +8,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .errors import UnsuitableApp
-from .phase import DISAGREEMENT, FIXED_DATA, NO_MOD, Phase
+from .inbox import DISAGREEMENT, FIXED_DATA, NO_MOD, Inbox
 
 __all__ = ["broken_promises", "refuse_unsuitable"]
 
 
-def refuse_unsuitable(phase: Phase, *, ever_decoded: bool) -> None:
+def refuse_unsuitable(inbox: Inbox, *, ever_decoded: bool) -> None:
     """End the run where no round can become right.
 
     Raises:
         UnsuitableApp: The app does not choose its data by `partition-id`, or no client has the mod.
     """
-    reasons = {rejection.reason for rejection in phase.rejections}
+    reasons = {rejection.reason for rejection in inbox.rejections}
     if ever_decoded:
         return  # the app is right; a client that is not counts as a straggler
     if FIXED_DATA in reasons:
         raise UnsuitableApp(
-            f"The clients' {phase.plan.kind}() never read context.node_config['partition-id'], so it would use the "
+            f"The clients' {inbox.plan.kind}() never read context.node_config['partition-id'], so it would use the "
             "same data for every shard. Choose the data by partition-id at every call, or pass allow_fixed_data=True."
         )
-    if phase.answered or not reasons:
+    if inbox.answered or not reasons:
         return
     if all(UnsuitableApp.__name__ in reason for reason in reasons):
         raise UnsuitableApp(f"No client can take part: {sorted(reasons)[0]}")
@@ -37,25 +37,25 @@ def refuse_unsuitable(phase: Phase, *, ever_decoded: bool) -> None:
         )
 
 
-def broken_promises(phase: Phase) -> Iterator[tuple[str, str]]:
+def broken_promises(inbox: Inbox) -> Iterator[tuple[str, str]]:
     """(key, sentence) of what should be warned about, each key once a run."""
-    if phase.stateful:
+    if inbox.stateful:
         yield (
             "state",
             "train() or evaluate() keeps something in context.state. Holders of a shard must compute the same update, "
             "but one that misses a round misses its state too. An update may depend only on the message, the shard "
             "and the seeded generators.",
         )
-    if phase.fixed_data:
+    if inbox.fixed_data:
         yield (
             "fixed data",
             "evaluate() never read context.node_config['partition-id']. That is fine if every client evaluates on the "
             "same data; if each has its own, choose it by partition-id.",
         )
-    if phase.disagreement > DISAGREEMENT:
+    if inbox.disagreement > DISAGREEMENT:
         yield (
             "replicas",
-            f"Holders of shards {sorted(phase.disagreeing)} sent updates that differ by up to "
-            f"{phase.disagreement:.1e} (relative). The update of a shard may depend only on the message, the shard "
+            f"Holders of shards {sorted(inbox.disagreeing)} sent updates that differ by up to "
+            f"{inbox.disagreement:.1e} (relative). The update of a shard may depend only on the message, the shard "
             "and the seeded generators: is there other randomness, kept state, or different data?",
         )

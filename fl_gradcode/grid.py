@@ -103,17 +103,21 @@ class _Waiting:
         self.patience = float("inf") if timeout is None else 3 * timeout
         self.wait = Wait()
         self.held: dict[int, Message] = {}
+        self.free: list[int] = []  # nodes that the rule may have something for
+        self.idle: list[int] = []  # nodes that it had nothing for
         self.unread: list[Arrival] = []
         self.lost = True  # whether a reply that might have come is known not to
 
     def run(self, messages: Sequence[Message]) -> Wait:
         self._lapse()
+        self.free.clear()
         for message in messages:
             node = message.metadata.dst_node_id
+            self.held[node] = message
             if node in self.debts:
-                self.held[node] = message
                 self.wait.held_back.append(node)
-        self._push([m for m in messages if m.metadata.dst_node_id not in self.held])
+            else:
+                self.free.append(node)
         ended = self._loop()
         if ended != "decoded":
             while not self.rule.decided and self._read(final=True):
@@ -131,6 +135,9 @@ class _Waiting:
         while True:
             if self.rule.decided:
                 return "decoded"
+            # Before handing out: reading may tell who a node is, and what is left to do.
+            while self.free and not (self.source.immediate and self.unread):
+                self._hand_out()
             outstanding = self._outstanding()
             if self.unread and self._read(final=not outstanding):
                 self.lost = True
@@ -165,18 +172,27 @@ class _Waiting:
         del self.debts[arrival.node]
         if debt.rule is self.rule:
             self.unread.append(arrival)
+            self.rule.arrived(arrival)
         else:
             reply = arrival.reply
             wrong = error_text(reply) if reply is not None and reply.has_error() else arrival.failure
             self.wait.late.append((arrival.node, debt.rule.label, wrong))
             if self.on_late is not None:
                 self.on_late(arrival.node, debt.rule.label, reply)
-        self._release(arrival.node)
+        self.free.append(arrival.node)
 
-    def _release(self, node: int) -> None:
-        message = self.held.pop(node, None)
-        if message is not None:
-            self._push([message])
+    def _hand_out(self) -> None:
+        """Give the nodes that are free what the rule has for them."""
+        messages = []
+        for node in self.free:
+            message = self.rule.next_message(node, self.held.pop(node, None))
+            if message is None:
+                self.idle.append(node)
+            else:
+                messages.append(message)
+        self.free.clear()
+        if messages:
+            self._push(messages)
 
     def _lapse(self) -> bool:
         """Give up on debts that are too old; whether there was one."""
@@ -185,7 +201,7 @@ class _Waiting:
         for node in old:
             self.source.forget(self.debts.pop(node).token)
             self.wait.lapsed.append(node)
-            self._release(node)
+            self.free.append(node)
         return bool(old)
 
     def _push(self, messages: list[Message]) -> None:
@@ -195,19 +211,23 @@ class _Waiting:
             self.wait.asked.append(node)
             self.wait.bytes_down += content_bytes(message.content)
             if token is None:
-                self.rule.offer(node, None, "the SuperLink refused the message", now - self.start)
+                self._offer(Arrival("", node, now, failure="the SuperLink refused the message"), None)
                 self.lost = True
             else:
                 self.debts[node] = _Debt(token, self.rule, now + self.patience)
 
     def _read(self, *, final: bool) -> bool:
         """Read what is needed of what is in; whether anything was."""
-        nodes = [arrival.node for arrival in self.unread]
-        wanted = set(nodes if self.source.immediate else self.rule.choose(nodes, final=final))
-        arrivals = [arrival for arrival in self.unread if arrival.node in wanted]
-        self.unread = [arrival for arrival in self.unread if arrival.node not in wanted]
+        arrivals = self.unread if self.source.immediate else self.rule.choose(self.unread, final=final)
+        wanted = {arrival.token for arrival in arrivals}
+        self.unread = [arrival for arrival in self.unread if arrival.token not in wanted]
         for arrival, reply in zip(arrivals, self.source.fetch(arrivals), strict=True):
             if reply is not None and reply.has_content():
                 self.wait.bytes_up += content_bytes(reply.content)
-            self.rule.offer(arrival.node, reply, arrival.failure, arrival.at - self.start)
+            self._offer(arrival, reply)
         return bool(arrivals)
+
+    def _offer(self, arrival: Arrival, reply: Message | None) -> None:
+        if not self.rule.offer(arrival, reply, arrival.at - self.start):
+            self.free.extend(self.idle)  # what it should have done is to be done again
+            self.idle.clear()

@@ -8,15 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
 
 from .arrivals import ForwardingGrid
+from .bucket import Decoded
 from .errors import IncompatibleStrategy
+from .pack import restore_types
 
-__all__ = ["ShardGrid", "check_bounds", "check_strategy", "common_content", "has_custom_metrics"]
+__all__ = [
+    "ShardGrid",
+    "aggregate",
+    "arrays_key_of",
+    "check_bounds",
+    "check_strategy",
+    "common_content",
+    "has_custom_metrics",
+]
 
 _COMPARES = (
     "compares the clients' replies with each other, and under coding there is one decoded reply. Wrap an averaging "
@@ -170,3 +180,16 @@ def arrays_key_of(strategy: Strategy, content: RecordDict) -> str:
         f"The inner strategy sends {len(names)} ArrayRecords ({', '.join(names) or 'none'}); an update is the "
         "difference to exactly one."
     )
+
+
+def aggregate(
+    strategy: Strategy, draft: Message, server_round: int, decoded: Decoded
+) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    """What the inner strategy makes of the decoded mean, given to it as one ordinary reply to `draft`."""
+    arrays_name, metrics_name = decoded.names
+    content = RecordDict({metrics_name: decoded.metrics})
+    if decoded.arrays is None:
+        return None, strategy.aggregate_evaluate(server_round, [Message(content, reply_to=draft)])
+    content[arrays_name] = decoded.arrays
+    arrays, metrics = strategy.aggregate_train(server_round, [Message(content, reply_to=draft)])
+    return None if arrays is None else restore_types(decoded.layout, arrays), metrics

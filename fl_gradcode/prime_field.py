@@ -99,13 +99,15 @@ class PrimeField:
             out[worker] = combine_mod(flat[used], row[used, None])
         return out
 
-    def decode(self, replies: ArrayLike, a: NDArray[Any], *, order: Sequence[int] | None = None) -> NDArray[Any]:
-        """The sum: int64 if the replies are, else float64 in units of 2^-fraction_bits."""
-        x = np.asarray(replies)
-        if x.dtype not in (np.int64, np.uint32):
-            raise InvalidCode(f"Replies over the {self.name} are int64 or uint32, not {x.dtype}.")
-        total = lift(combine_mod(x, a.reshape(len(x), -1)))
-        return total if x.dtype == np.int64 else total * 2.0**-self.fraction_bits
+    def decode(
+        self, replies: Sequence[NDArray[Any]] | NDArray[Any], a: NDArray[Any], *, order: Sequence[int] | None = None
+    ) -> NDArray[Any]:
+        """The sum: int64 if the replies are, else float64 after fixed point. The order does not matter."""
+        dtype = replies[0].dtype if len(replies) else np.dtype(np.int64)
+        if dtype not in (np.int64, np.uint32):
+            raise InvalidCode(f"Replies over the {self.name} are int64 or uint32, not {dtype}.")
+        total = lift(combine_mod(replies, a.reshape(len(replies), -1)))
+        return total if dtype == np.int64 else total * 2.0**-self.fraction_bits
 
     def shares(self, a: NDArray[np.int64], B: NDArray[np.int64]) -> NDArray[np.float64]:
         """1 where a shard is in the sum as it should be, else 0: there is no "almost" in a field. Shape (k, m, m)."""
@@ -147,19 +149,19 @@ def matmul(left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int6
     return ((high * 2 % P + middle * 65536) + low) % P  # 2^32 = 2 modulo p
 
 
-def combine_mod(vectors: NDArray[Any], coefficients: NDArray[np.int64]) -> NDArray[np.int64]:
+def combine_mod(vectors: Sequence[NDArray[Any]] | NDArray[Any], coefficients: NDArray[np.int64]) -> NDArray[np.int64]:
     """`sum_t coefficients[t, l] * vectors[t]` modulo p, for each column l; shape (columns * length,).
 
     16-bit halves of the coefficients times the vectors, added up by the float64 matrix product: exact, at memory speed.
     """
     c = np.asarray(coefficients, np.int64) % P
     halves = np.concatenate([c >> 16, c & 0xFFFF], axis=1).T.astype(np.float64)
-    columns, length = c.shape[1], vectors.shape[1]
+    columns, length = c.shape[1], vectors.shape[1] if isinstance(vectors, np.ndarray) else vectors[0].size
     out = np.zeros((columns, length), np.int64)
     for start in range(0, length, _BLOCK):
         block = out[:, start : start + _BLOCK]
         for first in range(0, len(vectors), _ROWS):
-            piece = vectors[first : first + _ROWS, start : start + _BLOCK].astype(np.float64)
+            piece = np.array([v[start : start + _BLOCK] for v in vectors[first : first + _ROWS]], np.float64)
             sums = (halves[:, first : first + _ROWS] @ piece).astype(np.int64)
             block += (sums[:columns] % P) * 65536 + sums[columns:]
             block %= P

@@ -40,10 +40,10 @@ class Reals:
         return np.asarray(rows @ blocks_of(u, m).reshape(k * m, -1))
 
     def decode(
-        self, replies: ArrayLike, a: NDArray[np.float64], *, order: Sequence[int] | None = None
+        self, replies: Sequence[NDArray[Any]] | NDArray[Any], a: NDArray[Any], *, order: Sequence[int] | None = None
     ) -> NDArray[np.floating]:
         """`sum_t a[t] * replies[t]`, block by block of a's columns."""
-        return combine(as_float(replies), a, order=order)
+        return combine(as_float(replies) if isinstance(replies, np.ndarray) else replies, a, order=order)
 
     def shares(self, a: NDArray[np.float64], B: NDArray[np.float64]) -> NDArray[np.float64]:
         """How much of block l' of shard j is in block l of the decoded sum: shape (k, m, m), [j, l', l]."""

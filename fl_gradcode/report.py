@@ -8,9 +8,10 @@ import numpy as np
 from flwr.serverapp import Grid
 
 from .bucket import Decoded
-from .gradient_code import GradientCode
+from .gradient_code import EXACT, GradientCode
+from .inbox import Rejection
 from .pack import wire_dtype
-from .phase import Phase, Rejection
+from .phase import Phase
 from .wire import report_key
 
 __all__ = ["figures", "new_row", "phase_entry", "why_undecodable"]
@@ -35,12 +36,13 @@ def phase_entry(phase: Phase, decoded: Decoded | None, *, decoding: float) -> di
     def workers(nodes: list[int]) -> list[int | None]:
         return [phase.roster.worker_of(node) for node in nodes]
 
-    rejections = phase.rejections + phase.outvoted()
+    inbox = phase.inbox
+    rejections = inbox.rejections + inbox.outvoted()
     used = list(decoded.used) if decoded else []
     unread = workers(wait.unread)
     in_time = {*phase.survivors, *unread}
     error = 1.0 if decoded is None else phase.code.error_of(decoded.vector)
-    exact = decoded is not None and phase.decided
+    exact = decoded is not None and error <= EXACT
     coverage = [0.0] * phase.code.k if decoded is None else phase.code.coverage_of(decoded.vector).tolist()
     kappa = None if decoded is None else phase.code.kappa_of(decoded.vector)
     after = phase.decodable_after
@@ -53,7 +55,7 @@ def phase_entry(phase: Phase, decoded: Decoded | None, *, decoding: float) -> di
         "asked": workers(wait.asked),
         "held-back": workers(wait.held_back),
         "never-sent": workers(wait.never_sent),
-        "answered": phase.answered,
+        "answered": inbox.answered,
         "unread": unread,
         "used": used,
         "stragglers": [i for i in phase.participants if i not in in_time],
@@ -66,7 +68,8 @@ def phase_entry(phase: Phase, decoded: Decoded | None, *, decoding: float) -> di
         "kappa": kappa,
         "rounding-error": None if decoded is None or kappa is None else _unit_roundoff(decoded) * kappa,
         "coverage": [round(float(c), 6) for c in coverage],
-        "replica-disagreement": phase.disagreement,
+        "filled-in": [{"shards": [*one.shards], "round": one.round} for one in (decoded.stale if decoded else ())],
+        "replica-disagreement": inbox.disagreement,
         "bytes-down": wait.bytes_down,
         "bytes-up": wait.bytes_up,
         "seconds": {"waiting": wait.seconds, "decoding": decoding, "aggregating": 0.0},

@@ -8,6 +8,8 @@ from typing import Protocol
 
 from flwr.app import Message
 
+from .arrivals import Arrival
+
 __all__ = ["CountRule", "StopRule", "Wait"]
 
 
@@ -50,8 +52,17 @@ class StopRule(Protocol):
     def decided(self) -> bool:
         """Whether the replies read so far suffice."""
 
-    def choose(self, nodes: Sequence[int], *, final: bool) -> list[int]:
-        """Which of `nodes`, whose replies are in but not read yet, to read now.
+    def arrived(self, arrival: Arrival) -> None:
+        """A reply of this phase is in, not read yet."""
+
+    def next_message(self, node: int, held: Message | None) -> Message | None:
+        """What to send a node that is free; None: nothing.
+
+        `held` is what was to be sent to it when the phase began, the first time that it is free in this phase.
+        """
+
+    def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
+        """Which of the replies that are in, but not read yet, to read now.
 
         None of them while they do not suffice; those that are needed once they do. At the end of waiting
         (`final`) those that are of use although they do not suffice.
@@ -60,8 +71,11 @@ class StopRule(Protocol):
     def hopeless(self, nodes: Sequence[int]) -> bool:
         """Whether they would not suffice even with those of `nodes`, all that may still come."""
 
-    def offer(self, node: int, reply: Message | None, failure: str, at: float) -> None:
-        """Read a reply, `at` seconds after the phase began; None with the reason why there is none."""
+    def offer(self, arrival: Arrival, reply: Message | None, at: float) -> bool:
+        """Read a reply, `at` seconds after the phase began; None: there is none, because of `arrival.failure`.
+
+        Returns whether it was good; if not, somebody else may have to do its work.
+        """
 
     def finish(self, wait: Wait) -> list[Message]:
         """Waiting is over: what `send_and_receive` returns."""
@@ -82,20 +96,29 @@ class CountRule:
         """Whether enough good replies are in."""
         return self._enough is not None and self._good >= self._enough
 
-    def choose(self, nodes: Sequence[int], *, final: bool) -> list[int]:
+    def arrived(self, arrival: Arrival) -> None:
+        """Nothing to do."""
+
+    def next_message(self, node: int, held: Message | None) -> Message | None:
+        """Its one message."""
+        return held
+
+    def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
         """The first that are enough, if all are good."""
-        missing = len(nodes) if self._enough is None else self._enough - self._good
-        return list(nodes[:missing]) if final or len(nodes) >= missing else []
+        missing = len(arrivals) if self._enough is None else self._enough - self._good
+        return list(arrivals[:missing]) if final or len(arrivals) >= missing else []
 
     def hopeless(self, nodes: Sequence[int]) -> bool:
         """Never: fewer replies than wished are still worth having."""
         return False
 
-    def offer(self, node: int, reply: Message | None, failure: str, at: float) -> None:
+    def offer(self, arrival: Arrival, reply: Message | None, at: float) -> bool:
         """Keep the reply; errors do not count."""
-        if reply is not None:
-            self._replies.append(reply)
-            self._good += not reply.has_error()
+        if reply is None:
+            return False
+        self._replies.append(reply)
+        self._good += not reply.has_error()
+        return not reply.has_error()
 
     def finish(self, wait: Wait) -> list[Message]:
         """All replies that were read, errors too, as Flower's grids return them."""

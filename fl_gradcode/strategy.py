@@ -9,27 +9,28 @@ import uuid
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from . import report
-from .asking import make_plan, messages_for
-from .bucket import Decoded
+from .arrivals import Arrival
+from .asking import Asking, make_plan
 from .contract import broken_promises, refuse_unsuitable
 from .errors import InvalidSetting, RoundFailed
 from .gradient_code import GradientCode
 from .grid import EarlyStopGrid
-from .inner import ShardGrid, arrays_key_of, check_bounds, check_strategy, common_content, has_custom_metrics
+from .inner import ShardGrid, aggregate, arrays_key_of, check_bounds, check_strategy, common_content, has_custom_metrics
 from .ledger import Ledger
-from .pack import restore_types
+from .memory import Memory
+from .options import Approximation, Options
 from .phase import Phase
 from .roster import Roster, nodes_of_a_phase, wait_for_nodes
+from .shardwise import sending_of
 
 __all__ = ["GradientCoding"]
 
 _log = logging.getLogger(__name__)
-_POLICIES = ("skip", "approximate", "raise")
 
 
 class GradientCoding(Strategy):
@@ -48,9 +49,12 @@ class GradientCoding(Strategy):
     Args:
         strategy: An averaging strategy: FedAvg, FedAvgM, FedAdam, FedYogi, FedAdagrad, FedProx or one of your own.
         code: Who holds which shards; worker i is the node whose client reports `partition-id` i.
+        send: "coded": one coded vector a worker and round, least upload. "shards": one shard a message; a free node
+            gets the uncovered shard that fewest are working on, the first copy wins. Best where compute dominates.
         on_undecodable: When a round ends undecodable, at the timeout or as soon as it is hopeless: "skip" leaves
-            the model as it is, "approximate" uses the least-squares estimate and reports its error and
-            coverage, "raise" ends the run.
+            the model as it is, "approximate" (or an `Approximation`) uses the least-squares estimate and reports
+            its error and coverage, "raise" ends the run.
+        kappa_max: Wait for further replies, up to the timeout, while decoding amplifies noise more than this.
         seed: What the holders of a shard derive their common random seeds from.
         ledger: A `Ledger`, or the absolute path of a file for one JSON line a round.
         node_timeout: Seconds to wait for n nodes before the first round; it starts without if n - s are there.
@@ -71,7 +75,9 @@ class GradientCoding(Strategy):
         strategy: Strategy,
         code: GradientCode,
         *,
-        on_undecodable: Literal["skip", "approximate", "raise"] = "skip",
+        send: Literal["coded", "shards"] = "coded",
+        on_undecodable: Literal["skip", "approximate", "raise"] | Approximation = "skip",
+        kappa_max: float = float("inf"),
         seed: int = 0,
         ledger: Ledger | str | os.PathLike[str] | None = None,
         node_timeout: float = 60.0,
@@ -86,19 +92,19 @@ class GradientCoding(Strategy):
                 f"code is {type(code).__name__}; pass a GradientCode, such as fractional_repetition(n, s)."
             )
         check_bounds(strategy, code.k)
-        if on_undecodable not in _POLICIES:
-            raise InvalidSetting(f"on_undecodable={on_undecodable!r} must be one of {', '.join(_POLICIES)}.")
-        for name, seconds in (("node_timeout", node_timeout), ("give_up_after", give_up_after)):
-            if seconds is not None and not seconds > 0:
-                raise InvalidSetting(f"{name}={seconds} must be a number of seconds greater than 0.")
+        self.options = Options(
+            on_undecodable=on_undecodable,
+            send=send,
+            kappa_max=kappa_max,
+            seed=int(seed),
+            node_timeout=node_timeout,
+            give_up_after=give_up_after,
+            allow_fixed_data=allow_fixed_data,
+        )
+        self.options.check(code)
         self.strategy = strategy
         self.code = code
-        self.on_undecodable = on_undecodable
-        self.seed = int(seed)
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
-        self.node_timeout = node_timeout
-        self.give_up_after = give_up_after
-        self.allow_fixed_data = allow_fixed_data
         self.on_round_end = on_round_end
         self.run = run or uuid.uuid4().hex
         self.roster = Roster()
@@ -111,11 +117,13 @@ class GradientCoding(Strategy):
         self._row: dict[str, Any] = {}
         self._ever_decoded = False
         self._warned: set[str] = set()
+        self._memory: dict[str, Memory] = {}
 
     def summary(self) -> None:
         """Log the code, then the wrapped strategy's own summary."""
         _log.info("\t├──> Gradient coding: %r", self.code)
-        _log.info("\t│\t└── Undecodable rounds: %s", self.on_undecodable)
+        _log.info("\t│\t├── Sending: %s", self.options.send)
+        _log.info("\t│\t└── Undecodable rounds: %s", self.options.policy)
         _log.info("\t├──> Wrapped strategy: %s", type(self.strategy).__name__)
         self.strategy.summary()
 
@@ -143,10 +151,13 @@ class GradientCoding(Strategy):
         self.roster = Roster()  # another start may meet other nodes, and other clients
         self._ever_decoded = False
         self._warned.clear()
+        approximation = self.options.approximation
+        if approximation is not None and approximation.fill_in:
+            self._memory = {"train": Memory(), "evaluate": Memory()}
         self._timeout = timeout
         limit: Any = timeout  # Flower's grids take None for "no limit"
         self._arrays = initial_arrays
-        settling = 0.0 if waiting.source.fixed_nodes else self.node_timeout
+        settling = 0.0 if waiting.source.fixed_nodes else self.options.node_timeout
         wait_for_nodes(waiting, self.code, settling)
         self._patience = settling if timeout is None else min(settling, timeout)
         try:
@@ -217,31 +228,30 @@ class GradientCoding(Strategy):
         plan = make_plan(
             code,
             shards,
+            self.options,
             k=self.code.k,
             run=self.run,
-            seed=self.seed,
             server_round=server_round,
             kind=kind,
             weight_key=self._weight_key,
             arrays_key=arrays_key,
-            give_up_after=self.give_up_after or 0.0,
-            allow_fixed_data=self.allow_fixed_data,
         )
         before = content[arrays_key] if arrays_key else None
         assert before is None or isinstance(before, ArrayRecord)
-        self._phase = Phase(plan, code, shards, before, self.roster)
+        # Several times the timeout: it only bounds how long the SuperLink stores a message.
+        ttl = None if self._timeout is None else max(600.0, 4 * self._timeout)
+        asking = Asking(plan, content, message_type=self._drafts[0].metadata.message_type, ttl=ttl)
+        sending = sending_of(self.options, asking, code, shards, self.roster)
+        self._phase = Phase(plan, shards, before, self.roster, sending)
         nodes = nodes_of_a_phase(grid, self.code, self._patience, self._phase.hopeless)
         self.roster.keep(nodes)
         if isinstance(grid, EarlyStopGrid):
             for node, worker in grid.source.known_workers().items():
                 self.roster.learn(node, worker)
-        # Several times the timeout: it only bounds how long the SuperLink stores a message.
-        ttl = None if self._timeout is None else max(600.0, 4 * self._timeout)
-        message_type = self._drafts[0].metadata.message_type
-        messages = messages_for(plan, content, nodes, self.roster, message_type=message_type, ttl=ttl)
-        if isinstance(grid, EarlyStopGrid):
             grid.expect(self._phase)
-        return messages
+        elif self.options.send == "shards":
+            raise InvalidSetting("send='shards' hands out work as nodes become free: run the strategy by its start().")
+        return asking.messages(nodes, self.roster, sending.first_rows())
 
     def _aggregate(
         self, server_round: int, replies: Iterable[Message]
@@ -251,40 +261,28 @@ class GradientCoding(Strategy):
             return None, None
         if not phase.collected:  # somebody else's loop brings the replies of a plain grid
             for reply in replies:
-                phase.offer(reply.metadata.src_node_id, reply, "", 0.0)
+                phase.offer(Arrival("", reply.metadata.src_node_id, 0.0), reply, 0.0)
         began = time.perf_counter()
-        decoded = phase.decode(approximate=self.on_undecodable == "approximate")
+        decoded = phase.decode(self.options.approximation, self._memory.get(phase.plan.kind))
         entry = report.phase_entry(phase, decoded, decoding=time.perf_counter() - began)
         self._row[phase.plan.kind] = entry  # whatever is raised from here on, the row tells what happened
         self._phase = None
         phase.release()
-        refuse_unsuitable(phase, ever_decoded=self._ever_decoded)
-        for key, text in broken_promises(phase):
+        refuse_unsuitable(phase.inbox, ever_decoded=self._ever_decoded)
+        for key, text in broken_promises(phase.inbox):
             self._warn_once(key, text)
         if decoded is None:
             self._undecodable(phase, entry)
             return None, MetricRecord(report.figures(entry))
         self._ever_decoded = True
         began = time.perf_counter()
-        arrays, metrics = self._ask_inner(server_round, decoded)
+        arrays, metrics = aggregate(self.strategy, self._drafts[0], server_round, decoded)
         entry["seconds"]["aggregating"] = time.perf_counter() - began
         return arrays, MetricRecord({**(metrics or {}), **report.figures(entry)})
 
-    def _ask_inner(self, server_round: int, decoded: Decoded) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """What the wrapped strategy makes of the decoded mean, given to it as one ordinary reply."""
-        arrays_name, metrics_name = decoded.names
-        content = RecordDict({metrics_name: decoded.metrics})
-        if decoded.arrays is None:
-            reply = Message(content, reply_to=self._drafts[0])
-            return None, self.strategy.aggregate_evaluate(server_round, [reply])
-        content[arrays_name] = decoded.arrays
-        reply = Message(content, reply_to=self._drafts[0])
-        arrays, metrics = self.strategy.aggregate_train(server_round, [reply])
-        return None if arrays is None else restore_types(decoded.layout, arrays), metrics
-
     def _undecodable(self, phase: Phase, entry: dict[str, Any]) -> None:
         why = report.why_undecodable(phase, entry)
-        if self.on_undecodable == "raise":
+        if self.options.policy == "raise":
             entry["outcome"] = "raised"
             raise RoundFailed(f"{why}.")
         _log.warning("%s. The round is skipped: the model stays as it is.", why)

@@ -9,19 +9,21 @@ from flwr.app import ArrayRecord, Message
 from numpy.typing import NDArray
 
 from . import pack
+from .gradient_code import GradientCode
 from .wire import ARRAYS, METRICS, UPDATE, Reply
 
 __all__ = ["vectors_of"]
 
 
 def vectors_of(
-    reply: Reply, message: Message, before: ArrayRecord | None, m: int
+    reply: Reply, message: Message, before: ArrayRecord | None, code: GradientCode
 ) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
     """The coded update and the coded metrics of a reply, checked against what was sent.
 
     Raises:
         ValueError: With the reason; something is missing, mis-shaped, mis-typed or not finite.
     """
+    m = code.m
     record = message.content.get(UPDATE)
     if not isinstance(record, ArrayRecord) or METRICS not in record:
         raise ValueError(f"the record {UPDATE!r} is missing")

@@ -1,0 +1,99 @@
+"""What a user may set on `GradientCoding`, checked in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import InvalidSetting
+from .gradient_code import GradientCode
+from .memory import can_fill_in
+from .prime_field import PrimeField
+
+__all__ = ["Approximation", "Options"]
+
+_POLICIES = ("skip", "approximate", "raise")
+_SENDING = ("coded", "shards")
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """How to estimate the mean of a round that cannot be decoded: `GradientCoding(...,
+    on_undecodable=Approximation())`.
+
+    Attributes:
+        ridge: Weight of the replies' noise against the shards' coverage, see `GradientCode.least_squares_vector`; of
+            use for codes with coefficients of both signs.
+        fill_in: Put the last known update of a missing group (fractional repetition) or shard (`send="shards"`) in its
+            place. Costs the server one vector of the model's size for each of them.
+    """
+
+    ridge: float = 0.0
+    fill_in: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.ridge >= 0:
+            raise InvalidSetting(f"ridge={self.ridge} must be at least 0.")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The checked settings of one `GradientCoding`; its docstring explains them."""
+
+    on_undecodable: Literal["skip", "approximate", "raise"] | Approximation = "skip"
+    send: Literal["coded", "shards"] = "coded"
+    kappa_max: float = float("inf")
+    seed: int = 0
+    node_timeout: float = 60.0
+    give_up_after: float | None = None
+    allow_fixed_data: bool = False
+
+    def check(self, code: GradientCode) -> None:
+        """Refuse what makes no sense, alone or with this code.
+
+        Raises:
+            InvalidSetting: With the value, and what would be right.
+        """
+        if not isinstance(self.on_undecodable, Approximation) and self.on_undecodable not in _POLICIES:
+            known = ", ".join(_POLICIES)
+            raise InvalidSetting(f"on_undecodable={self.on_undecodable!r} must be one of {known} or an Approximation.")
+        if self.send not in _SENDING:
+            raise InvalidSetting(f"send={self.send!r} must be one of {', '.join(_SENDING)}.")
+        for name, seconds in (("node_timeout", self.node_timeout), ("give_up_after", self.give_up_after)):
+            if seconds is not None and not seconds > 0:
+                raise InvalidSetting(f"{name}={seconds} must be a number of seconds greater than 0.")
+        if not self.kappa_max > 0:
+            raise InvalidSetting(f"kappa_max={self.kappa_max} must be greater than 0.")
+        shardwise = self.send == "shards"
+        if shardwise and code.m > 1:
+            raise InvalidSetting(
+                f"send='shards' sends whole updates, and this code divides them by m={code.m}. Take a code with m = 1."
+            )
+        if shardwise and isinstance(code.numbers, PrimeField):
+            raise InvalidSetting("send='shards' sends plain updates; a code over a prime field codes them. Choose one.")
+        if not code.exact and not shardwise and self.approximation is None:
+            raise InvalidSetting(
+                f"A {code.name} code promises no exact sum: say on_undecodable='approximate', or take another code."
+            )
+        if self.approximation is not None and isinstance(code.numbers, PrimeField):
+            raise InvalidSetting(
+                "Over a prime field a sum is exact or unknown: on_undecodable='approximate' needs a code over the "
+                "reals."
+            )
+        if self.approximation is not None and self.approximation.fill_in and not can_fill_in(code, shardwise=shardwise):
+            raise InvalidSetting(
+                f"fill_in needs to know single updates, and a {code.name} code mixes them. Take fractional_repetition "
+                "with m = 1, or send='shards'."
+            )
+
+    @property
+    def approximation(self) -> Approximation | None:
+        """How to estimate, if at all."""
+        if isinstance(self.on_undecodable, Approximation):
+            return self.on_undecodable
+        return Approximation() if self.on_undecodable == "approximate" else None
+
+    @property
+    def policy(self) -> str:
+        """For people."""
+        return "approximate" if isinstance(self.on_undecodable, Approximation) else self.on_undecodable

@@ -1,0 +1,165 @@
+"""Partial work: one shard a message. Whenever a node is free it gets an uncovered shard; the first copy of each wins.
+
+With equal speeds everybody does one shard, and the round lasts no longer than without a code; a worker that is fast
+does some of what a slow one would have done. The price: a message for each shard, and the server sees single shards'
+updates.
+
+References:
+    Ozfatura, Ulukus, Gunduz, "Distributed gradient descent with coded partial gradient computations", 2019
+    (arXiv 1811.09271), and arXiv 1901.03974 for several messages a worker; handing out the least covered shard is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from flwr.app import Message
+
+from .arrivals import Arrival
+from .asking import Asking, whole_shard
+from .codes import uncoded
+from .gradient_code import GradientCode
+from .inbox import Inbox
+from .incremental import IncrementalDecoder
+from .options import Options
+from .roster import Roster
+from .sending import CodedSending
+from .wire import Plan, Reply, Row
+
+__all__ = ["ShardSending", "first_rows", "sending_of"]
+
+
+def sending_of(
+    options: Options, asking: Asking, code: GradientCode, shards: Sequence[int], roster: Roster
+) -> CodedSending | ShardSending:
+    """The way to send that the options ask for."""
+    if options.send == "shards":
+        return ShardSending(asking.plan, roster, shards, asking.one_shard)
+    return CodedSending(asking.plan, code, roster, kappa_max=options.kappa_max)
+
+
+def first_rows(plan: Plan) -> dict[int, Row]:
+    """For each worker the shard that it starts with: holders of the same shards start evenly spread over them."""
+    rows = dict.fromkeys(plan.rows, Row((), ()))
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for worker, row in sorted(plan.rows.items()):
+        if row.shards:
+            alike.setdefault(row.shards, []).append(worker)
+    for shards, workers in alike.items():
+        for place, worker in enumerate(workers):
+            rows[worker] = whole_shard(shards[len(shards) * place // len(workers)])
+    return rows
+
+
+class ShardSending:
+    """One shard a message, one message outstanding a node.
+
+    Args:
+        plan: `plan.rows` holds every worker's shards.
+        roster: Who is who.
+        shards: The sampled shards.
+        compose: (node, worker, shard) -> the message that asks for this shard.
+    """
+
+    spare = True
+
+    def __init__(
+        self,
+        plan: Plan,
+        roster: Roster,
+        shards: Sequence[int],
+        compose: Callable[[int, int, int], Message],
+    ) -> None:
+        self.plan, self.roster = plan, roster
+        self.code = uncoded(len(shards))
+        self._row = {shard: row for row, shard in enumerate(shards)}
+        self._shards = {i: row.shards for i, row in plan.rows.items() if row.shards}
+        self._start = {worker: row.shards[0] for worker, row in first_rows(plan).items() if row.shards}
+        self._compose: Callable[[int, int, int], Message] | None = compose
+        self._working: dict[int, int] = {}  # node -> shard
+        self._unread: dict[str, int] = {}  # token -> shard
+        self._failed: set[int] = set()  # nodes
+
+    def first_rows(self) -> dict[int, Row]:
+        """Each worker's first shard."""
+        return first_rows(self.plan)
+
+    def row_of(self, reply: Reply) -> int | str:
+        """The shard's place among the sampled ones."""
+        mine = self._shards.get(reply.worker, ())
+        if len(reply.shards) != 1 or reply.shards[0] not in mine:
+            return f"it combines shards {list(reply.shards)}, asked was one of {list(mine)}"
+        return self._row[reply.shards[0]]
+
+    def enough(self, decoder: IncrementalDecoder) -> bool:
+        """Every shard has a copy."""
+        return decoder.decodable
+
+    def arrived(self, arrival: Arrival) -> None:
+        """Its shard counts as covered until it is read."""
+        shard = self._working.pop(arrival.node, None)
+        if shard is not None:
+            self._unread[arrival.token] = shard
+
+    def next_message(self, node: int, held: Message | None, inbox: Inbox) -> Message | None:
+        """The uncovered shard of its own with the fewest workers on it; where that is the same, round from its first.
+
+        A node that is not known yet gets what was made for all: each client finds its first shard in it.
+        """
+        worker = self.roster.worker_of(node)
+        if worker is None:
+            return held
+        mine = self._shards.get(worker, ())
+        if node in self._failed or not mine:
+            return None
+        covered = self._covered(inbox)
+        open_shards = [shard for shard in mine if shard not in covered]
+        if not open_shards or self._compose is None:
+            return None
+        busy = list(self._working.values())
+        start = mine.index(self._start[worker])
+        shard = min(open_shards, key=lambda j: (busy.count(j), (mine.index(j) - start) % len(mine)))
+        self._working[node] = shard
+        return self._compose(node, worker, shard)
+
+    def choose(self, arrivals: Sequence[Arrival], inbox: Inbox, *, final: bool) -> list[Arrival]:
+        """The first copy of each shard, once all have one."""
+        if any(arrival.token not in self._unread for arrival in arrivals):
+            return list(arrivals)  # what they are cannot be told without reading
+        done = self._done(inbox)
+        first: dict[int, Arrival] = {}
+        for arrival in arrivals:
+            shard = self._unread[arrival.token]
+            if shard not in done:
+                first.setdefault(shard, arrival)
+        return list(first.values()) if final or len(done) + len(first) == len(self._row) else []
+
+    def hopeless(self, nodes: Sequence[int], inbox: Inbox) -> bool:
+        """Whether some shard has no copy and no holder among `nodes`."""
+        workers = {self.roster.worker_of(node) for node in nodes if node not in self._failed}
+        known = {i for i in workers if i is not None}
+        if None in workers:
+            known.update(self.roster.missing(self._shards))
+        covered = self._covered(inbox)
+        return not covered.union(*(self._shards.get(i, ()) for i in known)).issuperset(self._row)
+
+    def offered(self, arrival: Arrival, *, good: bool) -> None:
+        """A node that failed gets no more work in this phase."""
+        self._unread.pop(arrival.token, None)
+        if not good:
+            self._failed.add(arrival.node)
+            if not arrival.token:  # the message was refused: it never arrives
+                self._working.pop(arrival.node, None)
+
+    def release(self) -> None:
+        """Let go of the message that all were made of."""
+        self._compose = None
+
+    def _done(self, inbox: Inbox) -> set[int]:
+        """Shards whose update is in the bucket that counts."""
+        best = inbox.best
+        rows = best.senders if best else {}
+        return {shard for shard, row in self._row.items() if row in rows}
+
+    def _covered(self, inbox: Inbox) -> set[int]:
+        return self._done(inbox).union(self._unread.values())
