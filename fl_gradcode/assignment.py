@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .border import as_pattern, check_count
+from .border import as_pattern, check_count, check_tolerance
 from .errors import InvalidCode
-from .placing import obstacle, place
+from .placing import obstacle, place, possible
 
 __all__ = ["Assignment", "assign"]
 
@@ -44,7 +45,9 @@ class Assignment:
         for name in ("speeds", "domains"):
             value = getattr(self, name)
             if value is not None and len(value) != self.n:
-                raise InvalidCode(f"{name} has {len(value)} entries; there are {self.n} workers, and each needs one.")
+                raise InvalidCode(f"{name}={value} must have one entry for each of the {self.n} workers.")
+            if value is not None:
+                object.__setattr__(self, name, tuple(value))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         """The matrix."""
@@ -92,7 +95,7 @@ class Assignment:
     @property
     def domains_to_spare(self) -> int:
         """How many whole failure domains may be gone, whichever they are, with a holder of every shard left."""
-        names = self.domains or tuple(range(self.n))
+        names = tuple(range(self.n)) if self.domains is None else self.domains
         members = [[i for i in range(self.n) if names[i] == domain] for domain in dict.fromkeys(names)]
         counts = np.array([self.held[inside].sum(axis=0) for inside in members])
         lost = np.cumsum(-np.sort(-counts, axis=0), axis=0)
@@ -101,7 +104,7 @@ class Assignment:
     @property
     def slowest(self) -> float:
         """Time until the last worker has worked off its shards."""
-        return float(max(np.array(self.loads) / (self.speeds or (1.0,) * self.n)))
+        return float(max(np.array(self.loads) / ((1.0,) * self.n if self.speeds is None else self.speeds)))
 
     def report(self) -> str:
         """For people: what it supports, and each worker's load."""
@@ -109,7 +112,7 @@ class Assignment:
             f"{self.k} shards on {self.n} workers, at least {self.replication} holders each (mean load "
             f"{np.mean(self.loads):.3g}).",
             f"Largest straggler tolerance: s = {self.largest_s()} (m = 1). Largest upload reduction: "
-            + ", ".join(f"m = {self.largest_m(s)} at s = {s}" for s in range(min(self.replication, 4)))
+            + (", ".join(f"m = {self.largest_m(s)} at s = {s}" for s in range(min(self.replication, 4))) or "none")
             + ".",
         ]
         if self.domains is not None:
@@ -155,31 +158,33 @@ def assign(
         (arXiv 1901.09339). Placing within constraints is a maximum flow.
     """
     k, m, n = check_count(k, "k"), check_count(m, "m"), len(capacities)
-    room = np.array([_capacity(i, c) for i, c in enumerate(capacities)], int)
     if n == 0:
         raise InvalidCode("capacities is empty; name the capacity of each worker.")
-    room = np.minimum(room, k)
-    pace = np.ones(n) if speeds is None else np.asarray(speeds, float)
-    if pace.shape != (n,) or not (np.isfinite(pace) & (pace > 0)).all():
-        raise InvalidCode(f"speeds={speeds} must be {n} numbers greater than 0, one a worker.")
+    room = np.array([min(_capacity(i, c), k) for i, c in enumerate(capacities)], int)
+    pace = np.ones(n) if speeds is None else _paces(speeds, n)
     if domains is not None and len(domains) != n:
-        raise InvalidCode(f"domains has {len(domains)} entries; there are {n} workers, and each needs one.")
+        raise InvalidCode(f"domains={domains} must have one entry for each of the {n} workers.")
     may = np.ones((n, k), bool) if may_hold is None else as_pattern(may_hold, k)
     if may.shape != (n, k):
         raise InvalidCode(f"may_hold is of shape {may.shape}; {n} capacities and k={k} shards ask for ({n}, {k}).")
     fixed = _owned(owners, n, k, room)
     may = may | fixed
-    if holders is None and s is not None:
-        holders = s + m
-    if holders is None:
-        for most in range(int(min(may.sum(axis=0).min(), room.sum() // k)), 0, -1):
-            if place(may, fixed, room, pace, domains, most) is not None:
-                holders = most
-                break
-        else:
-            raise InvalidCode(obstacle(may, fixed, room, 1, "one holder"))
-    wish = f"s + m = {holders} holders" if s is not None else f"{holders} holders"
-    held = place(may, fixed, room, pace, domains, check_count(holders, "holders"))
+    least = m if s is None else check_tolerance(s, n) + m
+    wish = f"s + m = {least} holder{'' if least == 1 else 's'}"
+    if holders is not None:
+        holders = check_count(holders, "holders")
+        if holders < least:
+            raise InvalidCode(f"holders={holders} of each shard; s={s or 0} and m={m} need at least s + m = {least}.")
+        wish = f"{holders} holder{'' if holders == 1 else 's'}"
+    elif s is not None:
+        holders = least
+    else:
+        # Fewer holders are never harder to place.
+        most = int(min(may.sum(axis=0).min(), room.sum() // k))
+        holders = least + bisect_left(range(least, most + 1), True, key=lambda r: not possible(may, fixed, room, r)) - 1
+        if holders < least:
+            raise InvalidCode(obstacle(may, fixed, room, least, wish))
+    held = place(may, fixed, room, pace, domains, holders)
     if held is None:
         raise InvalidCode(obstacle(may, fixed, room, holders, wish))
     return Assignment(
@@ -188,17 +193,34 @@ def assign(
 
 
 def _capacity(worker: int, value: Any) -> int:
-    if isinstance(value, bool) or value != int(value) or value < 0:
-        raise InvalidCode(f"Worker {worker} has capacity {value!r}; it must be a whole number of at least 0.")
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float | np.integer | np.floating)
+        or not value >= 0
+        or value % 1
+    ):
+        raise InvalidCode(f"Worker {worker} has capacity {value}; it must be a whole number of at least 0.")
     return int(value)
 
 
-def _owned(owners: Sequence[int] | None, n: int, k: int, room: NDArray[np.int_]) -> NDArray[np.bool_]:
+def _paces(speeds: Sequence[Any], n: int) -> NDArray[np.float64]:
+    if len(speeds) != n:
+        raise InvalidCode(f"speeds={speeds} must have one entry for each of the {n} workers.")
+    for worker, speed in enumerate(speeds):
+        if not isinstance(speed, int | float | np.number) or not 0 < speed < np.inf:
+            raise InvalidCode(f"Worker {worker} has speed {speed}; it must be a number greater than 0.")
+    return np.asarray(speeds, float)
+
+
+def _owned(owners: Sequence[Any] | None, n: int, k: int, room: NDArray[np.int_]) -> NDArray[np.bool_]:
     fixed = np.zeros((n, k), bool)
     if owners is None:
         return fixed
-    if len(owners) != k or not all(0 <= worker < n for worker in owners):
-        raise InvalidCode(f"owners={list(owners)} must name one of the workers 0..{n - 1} for each of the {k} shards.")
+    if len(owners) != k or not all(isinstance(i, int | np.integer) and 0 <= i < n for i in owners):
+        raise InvalidCode(
+            f"owners=[{', '.join(map(str, owners))}] must name one of the workers 0..{n - 1} for each of the k={k} "
+            "shards."
+        )
     fixed[list(owners), np.arange(k)] = True
     for worker in np.flatnonzero(fixed.sum(axis=1) > room):
         raise InvalidCode(

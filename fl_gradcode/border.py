@@ -34,6 +34,8 @@ def as_pattern(assignment: Any, k: int | None = None) -> NDArray[np.bool_]:
                 "An assignment is a 0/1 matrix of shape (n, k), or a list with the list of each worker's shard numbers."
             ) from None
         shards = [j for row in rows for j in row]
+        if k is not None and max(shards, default=0) >= k:
+            raise InvalidCode(f"Shard {max(shards)} in the assignment does not exist; with k={k} they are 0..{k - 1}.")
         if min(shards, default=0) < 0:
             raise InvalidCode(f"Shard {min(shards)} in the assignment is negative; shards are numbered from 0.")
         pattern = np.zeros((len(rows), max(max(shards, default=-1) + 1, k or 0)), bool)
@@ -109,13 +111,13 @@ def check_workers(workers: Iterable[int], n: int) -> list[int]:
 
 def check_tolerance(s: Any, n: int) -> int:
     """The straggler tolerance as a whole number in 0..n-1."""
-    if not isinstance(s, int | float | np.number) or s != int(s) or not 0 <= s < n:
+    if not isinstance(s, int | float | np.number) or not 0 <= s < n or s % 1:
         raise InvalidCode(f"s={s!r} stragglers of n={n} workers: s must be a whole number in 0..n-1.")
     return int(s)
 
 
 def check_count(value: Any, name: str) -> int:
     """A whole number of at least 1."""
-    if not isinstance(value, int | float | np.number) or value != int(value) or value < 1:
+    if not isinstance(value, int | float | np.number) or not value >= 1 or value % 1:
         raise InvalidCode(f"{name}={value!r} must be a whole number of at least 1.")
     return int(value)
