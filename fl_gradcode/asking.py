@@ -9,6 +9,7 @@ from flwr.app import Message, RecordDict
 
 from .gradient_code import GradientCode
 from .options import Options
+from .prime_field import PrimeField
 from .roster import Roster
 from .wire import Plan, Row
 
@@ -40,6 +41,7 @@ def make_plan(
         rows={worker: _row(code, worker, shards) for worker in range(code.n)},
         give_up_after=options.give_up_after or 0.0,
         allow_fixed_data=options.allow_fixed_data,
+        fraction_bits=code.numbers.fraction_bits if isinstance(code.numbers, PrimeField) else None,
     )
 
 

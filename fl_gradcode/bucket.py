@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, MetricRecord
 from numpy.typing import NDArray
 
 from . import pack
+from .carry import Carrier
 from .gradient_code import GradientCode
 from .incremental import IncrementalDecoder
 from .wire import Reply
@@ -72,6 +73,7 @@ class Bucket:
     decoder: IncrementalDecoder
     reply: Reply
     key: object
+    carrier: Carrier
     #: By row of the code: (node, worker) that sent it, the coded update, the coded metrics.
     senders: dict[int, tuple[int, int]] = field(default_factory=dict)
     updates: dict[int, NDArray[Any]] = field(default_factory=dict)
@@ -101,7 +103,7 @@ class Bucket:
         order = [*code.order_of(used), *range(code.n, code.n + len(stale))]
         (weight_key, _, _), *_ = self.reply.metrics_layout
         vectors = [*(self.metrics[i] for i in used), *(one.metrics for one in stale)]
-        metrics = np.asarray(code.numbers.decode(vectors, coefficients, order=order), np.float64)
+        metrics = self.carrier.restored(code.numbers.decode(vectors, coefficients, order=order))
         if not 0 < metrics[0] < np.inf:
             return f"the decoded {weight_key!r} is {metrics[0]:g}, and a mean needs a positive, finite one"
         weight, record = pack.rebuild_metrics(self.reply.metrics_layout, metrics, whole=self.whole)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from flwr.app import ArrayRecord, Message
 
 from .bucket import Bucket
+from .carry import carrier_of
 from .gradient_code import GradientCode
 from .roster import Roster
 from .unpack import vectors_of
@@ -59,6 +60,7 @@ class Inbox:
     ) -> None:
         self.plan, self.code, self.before, self.roster = plan, code, before, roster
         self._row_of, self._spare = row_of, spare
+        self._carrier = carrier_of(plan.fraction_bits, plan.k)
         #: Workers whose replies count, in order of arrival; under `spare`, each as often as it answered.
         self.answered: list[int] = []
         self.rejections: list[Rejection] = []
@@ -140,14 +142,14 @@ class Inbox:
         if not reply.metrics_name or (self.before is not None and reply.arrays_name in ("", reply.metrics_name)):
             return f"its records are named {reply.arrays_name!r} and {reply.metrics_name!r}"
         try:
-            update, metrics = vectors_of(reply, message, self.before, self.code)
+            update, metrics = vectors_of(reply, message, self.before, self.code.m, self._carrier)
         except Exception as error:  # a reply holds whatever somebody put there: it must not end the run
             return f"unusable vectors: {last_line(str(error))}"
         self._compare(reply)
         self.answered.append(reply.worker)
         key = (reply.layout, tuple((name, length) for name, length, _ in reply.metrics_layout))
         if key not in self.buckets:
-            self.buckets[key] = Bucket(self.code.incremental(), reply, key)
+            self.buckets[key] = Bucket(self.code.incremental(), reply, key, self._carrier)
         self.buckets[key].add(row, (node, reply.worker), reply, update, metrics)
         return None
 

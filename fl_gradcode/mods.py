@@ -23,7 +23,8 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from numpy.typing import NDArray
 
 from . import pack
-from .errors import UnsuitableApp
+from .carry import carrier_of
+from .errors import Overflow, UnsuitableApp
 from .watched import WatchedConfig
 from .wire import ARRAYS, METRICS, NUM_PARTITIONS, PARTITION_ID, UPDATE, Plan, Reply, is_probe
 
@@ -79,6 +80,7 @@ class _CodedCall:
             call_next,
         )
         self.worker = _worker_of(context)
+        self.carrier = carrier_of(plan.fraction_bits, plan.k)
         if self.worker not in plan.rows:
             raise UnsuitableApp(
                 f"This node reports partition-id {self.worker}, but the code has workers 0..{plan.n - 1}. Start "
@@ -89,8 +91,8 @@ class _CodedCall:
         self.layout: pack.Layout | None = None
         self.metrics_layout: pack.MetricsLayout | None = None
         self.names = ("", "")
-        self.update: NDArray[np.floating] | None = None
-        self.metrics: NDArray[np.floating] | None = None
+        self.update: NDArray[Any] | None = None
+        self.metrics: NDArray[Any] | None = None
         self.sketches: list[tuple[float, ...]] = []
         self.seconds: list[float] = []
         self.arrays: dict[str, dict[str, Array]] = {}  # as they came
@@ -115,7 +117,7 @@ class _CodedCall:
                 self.fixed_data = True  # evaluating on one common test set is fine; the server warns
             try:
                 self._add(reply.content, coefficients)
-            except ValueError as error:
+            except (ValueError, Overflow) as error:
                 raise UnsuitableApp(f"Shard {shard}, {self.plan.label}: {error}.") from error
         return self._answer("coded", row.shards)
 
@@ -181,9 +183,10 @@ class _CodedCall:
         if self.plan.arrays_key:
             with np.errstate(all="ignore"):  # the server rejects what is not finite, and says so
                 update *= update.dtype.type(metrics_vector[0])
-            self.sketches.append(pack.sketch(update))
-            self.update = pack.encode_row(self.update, update, coefficients)
-        self.metrics = pack.encode_row(self.metrics, metrics_vector, coefficients)
+            carried = self.carrier.update(update)
+            self.sketches.append(self.carrier.sketch(carried))
+            self.update = self.carrier.add(self.update, carried, coefficients)
+        self.metrics = self.carrier.add(self.metrics, self.carrier.metrics(metrics_vector), coefficients)
 
     def _answer(self, outcome: str, shards: tuple[int, ...] = ()) -> Message:
         coded = outcome == "coded"
@@ -206,9 +209,9 @@ class _CodedCall:
         records: dict[str, Any] = {}
         if coded:
             assert self.metrics is not None
-            arrays = {METRICS: pack.as_array(self.metrics)}
+            arrays = {METRICS: pack.as_array(self.carrier.sent(self.metrics))}
             if self.update is not None:
-                arrays[ARRAYS] = pack.as_array(self.update)
+                arrays[ARRAYS] = pack.as_array(self.carrier.sent(self.update))
             records[UPDATE] = ArrayRecord(arrays)
         return Message(reply.content(**records), reply_to=self.message)
 

@@ -12,6 +12,7 @@ from .gradient_code import EXACT, GradientCode
 from .inbox import Rejection
 from .pack import wire_dtype
 from .phase import Phase
+from .prime_field import PrimeField
 from .wire import report_key
 
 __all__ = ["figures", "new_row", "phase_entry", "why_undecodable"]
@@ -68,6 +69,7 @@ def phase_entry(phase: Phase, decoded: Decoded | None, *, decoding: float) -> di
         "kappa": kappa,
         "rounding-error": None if decoded is None or kappa is None else _unit_roundoff(decoded) * kappa,
         "coverage": [round(float(c), 6) for c in coverage],
+        "quantisation-error": _quantisation(phase, decoded),
         "filled-in": [{"shards": [*one.shards], "round": one.round} for one in (decoded.stale if decoded else ())],
         "replica-disagreement": inbox.disagreement,
         "bytes-down": wait.bytes_down,
@@ -104,6 +106,14 @@ def _late(phase: Phase, node: int, label: str, wrong: str) -> dict[str, Any]:
 
 def _rejected(one: Rejection) -> dict[str, Any]:
     return {"worker": one.worker, "node": str(one.node), "reason": one.reason}
+
+
+def _quantisation(phase: Phase, decoded: Decoded | None) -> float | None:
+    """Largest error that fixed point leaves in an entry of the mean; None where replies are floats."""
+    numbers = phase.code.numbers
+    if decoded is None or not isinstance(numbers, PrimeField):
+        return None
+    return numbers.rounding(phase.code.k) / float(decoded.metrics[phase.plan.weight_key])  # type: ignore[arg-type]
 
 
 def _unit_roundoff(decoded: Decoded) -> float:

@@ -31,10 +31,8 @@ def for_assignment(
 
     Draw C with s + m random orthonormal rows; the coefficients of a shard are the shortest solution of
     `C[:, holders] beta^(l) = e_l`, l = 1..m. The first m rows of C then decode everyone's replies, and adding
-    multiples of
-    the others cancels any s stragglers: an s x s system. Rows of B are scaled to length 1, which makes the shortest
-        decoding
-    vector the one that amplifies noise least.
+    multiples of the others cancels any s stragglers: an s x s system. Rows of B are scaled to length 1, which makes
+    the shortest decoding vector the one that amplifies noise least.
 
     Coefficients of both signs amplify rounding and replica differences by `kappa`: in the hundreds with s + m holders
     that are given, a few with two holders more, or with holders chosen here (`holders=`).

@@ -3,49 +3,57 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, Message
 from numpy.typing import NDArray
 
 from . import pack
-from .gradient_code import GradientCode
+from .carry import Carrier
+from .prime_field import P
 from .wire import ARRAYS, METRICS, UPDATE, Reply
 
 __all__ = ["vectors_of"]
 
 
 def vectors_of(
-    reply: Reply, message: Message, before: ArrayRecord | None, code: GradientCode
-) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    reply: Reply, message: Message, before: ArrayRecord | None, m: int, carrier: Carrier
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """The coded update and the coded metrics of a reply, checked against what was sent.
 
     Raises:
         ValueError: With the reason; something is missing, mis-shaped, mis-typed or not finite.
     """
-    m = code.m
     record = message.content.get(UPDATE)
     if not isinstance(record, ArrayRecord) or METRICS not in record:
         raise ValueError(f"the record {UPDATE!r} is missing")
-    entries = sum(max(length, 1) if length else 0 for _, length, _ in reply.metrics_layout)
-    metrics = _vector(record, METRICS, entries, np.dtype(np.float64), m)
+    update_dtype, metrics_dtype = carrier.dtypes(reply.layout)
+    numbers = sum(max(length, 1) if length else 0 for _, length, _ in reply.metrics_layout)
+    metrics = _vector(record, METRICS, carrier.entries(numbers), metrics_dtype, m)
     if before is None:
-        _check_finite(np.zeros(0, np.float32), metrics, m)
-        return np.zeros(0, np.float32), metrics
-    for name, dtype, shape in reply.layout:
+        update = np.zeros(0, update_dtype)
+    else:
+        _check_layout(reply.layout, before)
+        update = _vector(record, ARRAYS, pack.size_of(reply.layout), update_dtype, m)
+    if update_dtype.kind == "f":
+        _check_finite(update, metrics, m)
+    elif max(update.max(initial=0), metrics.max(initial=0)) >= P:
+        raise ValueError(f"an entry is outside the field 0..{P - 1}")
+    return update, metrics
+
+
+def _check_layout(layout: pack.Layout, before: ArrayRecord) -> None:
+    for name, dtype, shape in layout:
         if dtype != "bfloat16" and np.dtype(dtype).kind not in "fiub":
             raise ValueError(f"array {name!r} has dtype {dtype}; only real numbers can be averaged")
         if name not in before or tuple(before[name].shape) != shape:
             raise ValueError(f"array {name!r} with shape {shape} does not match what was sent")
-    if len({name for name, _, _ in reply.layout}) != len(reply.layout):
+    if len({name for name, _, _ in layout}) != len(layout):
         raise ValueError("an array is named twice")
-    expected = pack.size_of(reply.layout)
-    update = _vector(record, ARRAYS, expected, pack.wire_dtype(reply.layout), m)
-    _check_finite(update, metrics, m)
-    return update, metrics
 
 
-def _vector(record: ArrayRecord, name: str, entries: int, dtype: np.dtype[np.floating], m: int) -> NDArray[np.floating]:
+def _vector(record: ArrayRecord, name: str, entries: int, dtype: np.dtype[Any], m: int) -> NDArray[Any]:
     if name not in record:
         raise ValueError(f"{name!r} is missing")
     values = pack.view(record[name])

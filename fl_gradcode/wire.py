@@ -76,6 +76,7 @@ class Plan:
         rows: Worker number -> its row: all workers', as long as the server does not know which node this is.
         give_up_after: Seconds after which a client stops between two shards; 0: never.
         allow_fixed_data: Whether an app that does not choose its data by `partition-id` is accepted.
+        fraction_bits: Of the fixed point, under a code over a prime field; None: replies are floats.
     """
 
     run: str
@@ -89,6 +90,7 @@ class Plan:
     rows: dict[int, Row]
     give_up_after: float = 0.0
     allow_fixed_data: bool = False
+    fraction_bits: int | None = None
 
     @property
     def label(self) -> str:
