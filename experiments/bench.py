@@ -22,6 +22,7 @@ from rich.console import Console
 from clients.app import app as client_app
 from clients.data import load_dataset
 from clients.models import build_model
+from experiments.bench_codes import bandwidth, field, vectors
 from fl_gradcode import GradientCode, GradientCoding, VirtualGrid, cyclic_repetition, fractional_repetition, uncoded
 from fl_gradcode.arrivals import Arrival
 from fl_gradcode.combine import combine
@@ -39,6 +40,9 @@ def main(arguments: list[str] | None = None) -> None:
         "encoding": encoding,
         "decodable": decodable,
         "rounds": rounds,
+        "vectors": vectors,
+        "field": field,
+        "bandwidth": bandwidth,
     }
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[*benchmarks, []], help="which; all by default")

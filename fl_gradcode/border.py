@@ -111,13 +111,13 @@ def check_workers(workers: Iterable[int], n: int) -> list[int]:
 
 def check_tolerance(s: Any, n: int) -> int:
     """The straggler tolerance as a whole number in 0..n-1."""
-    if not isinstance(s, int | float | np.number) or not 0 <= s < n or s % 1:
+    if not isinstance(s, int | float | np.integer | np.floating) or not 0 <= s < n or s % 1:
         raise InvalidCode(f"s={s!r} stragglers of n={n} workers: s must be a whole number in 0..n-1.")
     return int(s)
 
 
 def check_count(value: Any, name: str) -> int:
     """A whole number of at least 1."""
-    if not isinstance(value, int | float | np.number) or not value >= 1 or value % 1:
+    if not isinstance(value, int | float | np.integer | np.floating) or not value >= 1 or value % 1:
         raise InvalidCode(f"{name}={value!r} must be a whole number of at least 1.")
     return int(value)

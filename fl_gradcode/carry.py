@@ -8,39 +8,42 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import pack
+from .axpy import axpy
 from .errors import Overflow
-from .prime_field import P, PrimeField
+from .prime_field import P, PrimeField, fold
 
 __all__ = ["Carrier", "FixedPoint", "Floats", "carrier_of"]
 
 # A metric is 5 digits of 15 bits, 30 of the bits behind the point; sums of 2^15 shards' digits fit the field.
 _DIGITS, _BITS, _FRACTION = 5, 15, 30
+# Numbers that stay in a core's cache.
+_CACHED = 1 << 16
 
 
 class Carrier(Protocol):
-    """What is done to a shard's vectors before they are combined, and after they were decoded."""
+    """What is done to shards' vectors while they are combined, and after they were decoded.
 
-    def update(self, update: NDArray[np.floating]) -> NDArray[Any]:
-        """The weighted update as it is combined."""
+    Totals are None before the first shard; `coefficients` has one for each of the m blocks.
+    """
 
-    def metrics(self, metrics: NDArray[np.float64]) -> NDArray[Any]:
-        """The weight and the weighted metrics as they are combined."""
+    def add_update(
+        self, total: NDArray[Any] | None, update: NDArray[np.floating], coefficients: Sequence[float]
+    ) -> tuple[NDArray[Any], tuple[float, ...]]:
+        """The total with one more weighted update, and four numbers in which holders that disagree differ."""
 
-    def add(self, total: NDArray[Any] | None, vector: NDArray[Any], coefficients: Sequence[float]) -> NDArray[Any]:
-        """`total + sum_l coefficients[l] * block_l(vector)`."""
+    def add_metrics(
+        self, total: NDArray[Any] | None, metrics: NDArray[np.float64], coefficients: Sequence[float]
+    ) -> NDArray[Any]:
+        """The total with one more shard's weight and weighted metrics."""
 
     def sent(self, total: NDArray[Any]) -> NDArray[Any]:
-        """A combined vector as it is sent."""
-
-    def sketch(self, vector: NDArray[Any]) -> tuple[float, ...]:
-        """Four numbers in which holders that disagree differ."""
+        """A total as it is sent."""
 
     def dtypes(self, layout: pack.Layout) -> tuple[np.dtype[Any], np.dtype[Any]]:
         """Of the update and the metrics that are sent."""
@@ -55,27 +58,22 @@ class Carrier(Protocol):
 class Floats:
     """As they are."""
 
-    def update(self, update: NDArray[np.floating]) -> NDArray[np.floating]:
-        """As it is."""
-        return update
+    def add_update(
+        self, total: NDArray[Any] | None, update: NDArray[np.floating], coefficients: Sequence[float]
+    ) -> tuple[NDArray[Any], tuple[float, ...]]:
+        """In the update's dtype; holders are compared with a tolerance: float arithmetic differs between machines."""
+        sketch = pack.sketch(update)
+        return pack.encode_row(total, update, tuple(coefficients)), sketch
 
-    def metrics(self, metrics: NDArray[np.float64]) -> NDArray[np.float64]:
-        """As they are."""
-        return metrics
-
-    def add(
-        self, total: NDArray[Any] | None, vector: NDArray[Any], coefficients: Sequence[float]
-    ) -> NDArray[np.floating]:
-        """In the vector's dtype."""
-        return pack.encode_row(total, vector, tuple(coefficients))
+    def add_metrics(
+        self, total: NDArray[Any] | None, metrics: NDArray[np.float64], coefficients: Sequence[float]
+    ) -> NDArray[Any]:
+        """In float64."""
+        return pack.encode_row(total, metrics, tuple(coefficients))
 
     def sent(self, total: NDArray[Any]) -> NDArray[Any]:
         """As it is."""
         return total
-
-    def sketch(self, vector: NDArray[Any]) -> tuple[float, ...]:
-        """Compared with a tolerance: float arithmetic differs between machines."""
-        return pack.sketch(vector)
 
     def dtypes(self, layout: pack.Layout) -> tuple[np.dtype[Any], np.dtype[Any]]:
         """The layout's, and float64."""
@@ -90,33 +88,68 @@ class Floats:
         return np.asarray(metrics, np.float64)
 
 
-@dataclass(frozen=True)
 class FixedPoint:
     """Whole numbers modulo 2^31 - 1; updates of all k shards together have to fit.
 
-    Attributes:
+    Args:
         field: The code's field.
         k: Number of shards; each may use a k-th of the room.
     """
 
-    field: PrimeField
-    k: int
+    def __init__(self, field: PrimeField, k: int) -> None:
+        self.field, self.k = field, k
 
-    def update(self, update: NDArray[np.floating]) -> NDArray[np.int64]:
-        """Rounded to multiples of 2^-fraction_bits.
+    def add_update(
+        self, total: NDArray[Any] | None, update: NDArray[np.floating], coefficients: Sequence[float]
+    ) -> tuple[NDArray[Any], tuple[float, ...]]:
+        """Rounded to multiples of 2^-fraction_bits. The four numbers are of a hash: holders agree in every bit, or
+        decoding makes garbage.
 
         Raises:
             Overflow: An entry is too large, or not finite.
         """
-        return self.field.quantise(update, limit=(P - 1) // 2 // self.k)
+        digest = hashlib.sha256()
+        total = self.add(total, update, coefficients, digest)
+        bits = digest.digest()
+        return total, tuple(1.0 + int.from_bytes(bits[i : i + 6], "little") / 2**48 for i in (0, 6, 12, 18))
 
-    def metrics(self, metrics: NDArray[np.float64]) -> NDArray[np.int64]:
+    def add(
+        self,
+        total: NDArray[Any] | None,
+        update: NDArray[np.floating],
+        coefficients: Sequence[float],
+        digest: Any = None,
+    ) -> NDArray[Any]:
+        """The rounded update times the two 16-bit halves of the coefficients, apart: shape (2, length).
+
+        Each shard uses a k-th of the room at most, so that all sums stay below 2^46, where float64 is exact.
+        """
+        limit = (P - 1) // 2 // self.k
+        length = -(-update.size // len(coefficients))
+        if total is None:
+            total = np.zeros((2, length))
+        scratch = np.empty(min(_CACHED, length))
+        for block, coefficient in enumerate(coefficients):
+            halves = [float(half) for half in divmod(int(coefficient), 65536)]
+            piece = update[block * length : (block + 1) * length]
+            for start in range(0, piece.size, _CACHED):
+                part = piece[start : start + _CACHED]
+                whole = self.field.quantise(part, limit=limit, out=scratch[: part.size])
+                if digest is not None:
+                    digest.update(whole.astype(np.int32).data)
+                for row, half in zip(total, halves, strict=True):
+                    axpy(half, whole, row[start : start + part.size])
+        return total
+
+    def add_metrics(
+        self, total: NDArray[Any] | None, metrics: NDArray[np.float64], coefficients: Sequence[float]
+    ) -> NDArray[Any]:
         """The digits of each.
 
         Raises:
             Overflow: One is too large, or not finite.
         """
-        digits = np.empty((len(metrics), _DIGITS), np.int64)
+        digits = np.empty((len(metrics), _DIGITS))
         for row, value in zip(digits, metrics.tolist(), strict=True):
             scaled = math.ldexp(value, _FRACTION)
             if not abs(scaled) < 2.0 ** (_DIGITS * _BITS):
@@ -124,30 +157,28 @@ class FixedPoint:
                     f"A weighted metric is {value:g}; a code over a prime field carries finite ones below "
                     f"{2.0 ** (_DIGITS * _BITS - _FRACTION):.2g}."
                 )
-            size = abs(round(scaled))
-            row[:] = [math.copysign((size >> _BITS * place) % 2**_BITS, value) for place in range(_DIGITS)]
-        return digits.reshape(-1)
-
-    def add(self, total: NDArray[Any] | None, vector: NDArray[Any], coefficients: Sequence[float]) -> NDArray[np.int64]:
-        """Modulo p."""
-        length = -(-vector.size // len(coefficients))
+            size, sign = abs(round(scaled)), 1 if value >= 0 else -1
+            row[:] = [sign * ((size >> _BITS * place) % 2**_BITS) for place in range(_DIGITS)]
+        whole = digits.reshape(-1)
+        length = -(-whole.size // len(coefficients))
         if total is None:
-            total = np.zeros(length, np.int64)
+            total = np.zeros((2, length))
         for block, coefficient in enumerate(coefficients):
-            piece = vector[block * length : (block + 1) * length]
-            # Two steps of at most 62 bits, without a product of full length kept.
-            total[: piece.size] += piece * int(coefficient) % P
-            total[: piece.size] %= P
+            piece = whole[block * length : (block + 1) * length]
+            for row, half in zip(total, divmod(int(coefficient), 65536), strict=True):
+                row[: piece.size] += piece * float(half)
         return total
 
     def sent(self, total: NDArray[Any]) -> NDArray[np.uint32]:
         """31 bits an entry."""
-        return np.asarray(total, np.uint32)
-
-    def sketch(self, vector: NDArray[Any]) -> tuple[float, ...]:
-        """Of a hash: here holders agree in every bit, or decoding makes garbage."""
-        digest = hashlib.sha256(np.ascontiguousarray(vector).data).digest()
-        return tuple(1.0 + int.from_bytes(digest[i : i + 6], "little") / 2**48 for i in (0, 6, 12, 18))
+        out = np.empty(total.shape[1], np.uint32)
+        for start in range(0, out.size, _CACHED):
+            sums = total[:, start : start + _CACHED].astype(np.int64)
+            fold(sums)
+            sums[0] <<= 16
+            sums[1] += sums[0]
+            out[start : start + _CACHED] = sums[1] % P
+        return out
 
     def dtypes(self, layout: pack.Layout) -> tuple[np.dtype[Any], np.dtype[Any]]:
         """uint32 both."""

@@ -12,8 +12,8 @@ from .gradient_code import GradientCode
 
 __all__ = ["cyclic_mds", "cyclic_repetition", "vandermonde"]
 
-# Beyond, consecutive roots of unity and powers lose every digit (kappa above 1e9 at n = 100).
-_FEW = 20
+# Beyond, consecutive roots of unity and powers lose too many digits (kappa is above 1e9 at n = 100).
+_FEW = 19
 
 
 def cyclic_repetition(n: int, s: int, *, rng: np.random.Generator) -> GradientCode:
@@ -41,7 +41,7 @@ def cyclic_repetition(n: int, s: int, *, rng: np.random.Generator) -> GradientCo
 def cyclic_mds(n: int, s: int) -> GradientCode:
     """Cyclic MDS code: worker i holds shards i - s, ..., i (mod n); coefficients from consecutive roots of unity.
 
-    A baseline: deterministic, and exponentially ill-conditioned as n grows. Warns above n = 20.
+    A baseline: deterministic, and exponentially ill-conditioned as n grows. Warns from n = 20 on.
 
     Raises:
         InvalidCode: n - s is even: the code is then complex.
@@ -50,7 +50,7 @@ def cyclic_mds(n: int, s: int) -> GradientCode:
         Raviv, Tamo, Tandon, Dimakis, "Gradient coding from cyclic MDS codes and expander graphs", 2017.
     """
     n, s = check_count(n, "n"), check_tolerance(s, n)
-    if (n - s) % 2 == 0:
+    if s and (n - s) % 2 == 0:
         raise InvalidCode(
             f"n - s = {n} - {s} is even, and a cyclic MDS code is real only for odd n - s. Change n or s."
         )
@@ -67,7 +67,7 @@ def cyclic_mds(n: int, s: int) -> GradientCode:
 def vandermonde(n: int, s: int) -> GradientCode:
     """The Reed-Solomon code over the reals, at Chebyshev points: a baseline. `reed_solomon` is exact at any size.
 
-    Worker i holds shards i, ..., i + s (mod n). Warns above n = 20.
+    Worker i holds shards i, ..., i + s (mod n). Warns from n = 20 on.
 
     References:
         Halbawi, Azizan, Salehi, Hassibi, "Improving distributed gradient descent using Reed-Solomon codes", 2017.

@@ -19,7 +19,7 @@ __all__ = ["by_group", "estimate", "whole_groups"]
 
 def estimate(code: GradientCode, workers: Sequence[int], ridge: float = 0.0) -> NDArray[np.float64]:
     """The vector of `GradientCode.least_squares_vector`; shape (n,) or (n, m)."""
-    if not ridge >= 0:
+    if not 0 <= ridge < np.inf:
         raise InvalidCode(f"ridge={ridge} must be at least 0.")
     a = np.zeros((code.n, code.m))
     if isinstance(code.numbers, PrimeField):

@@ -67,14 +67,14 @@ def reed_solomon(
 def _coefficients(points: NDArray[np.int64], rho: int, m: int) -> NDArray[np.int64]:
     """beta with `C beta^(l) = e_l`, C the powers rho - 1..0 of the points; shape (holders, m).
 
-    With rho holders these are the leading coefficients of their Lagrange polynomials; with more, the mean over all
-    windows of rho neighbours, so that everyone takes part.
+    With rho holders these are the leading coefficients of their Lagrange polynomials; with more, a weighted mean over
+    all windows of rho neighbours, so that everyone takes part. (Equal weights cancel at equally spaced points.)
     """
-    windows = len(points) - rho + 1
+    weights = [pow(7, t * t, P) for t in range(len(points) - rho + 1)]
     beta = np.zeros((len(points), m), np.int64)
-    for first in range(windows):
-        beta[first : first + rho] += _leading(points[first : first + rho], m)
-    return beta % P * pow(windows, P - 2, P) % P
+    for first, weight in enumerate(weights):
+        beta[first : first + rho] += _leading(points[first : first + rho], m) * weight % P
+    return beta % P * pow(sum(weights), P - 2, P) % P
 
 
 def _leading(points: NDArray[np.int64], m: int) -> NDArray[np.int64]:

@@ -47,7 +47,7 @@ class FieldRule:
         else:
             found = None
             if (code.blocks[self._live].any(axis=2).sum(axis=0) >= code.m).all() and (
-                len(missing) <= code.s or _may_decode_sooner(code)
+                len(missing) <= code.s or not _has_closed_form(code) or _may_decode_sooner(code)
             ):
                 found = self._eliminate()
             if found is None:

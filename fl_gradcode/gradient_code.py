@@ -145,7 +145,8 @@ class GradientCode:
         """The decoding vector a, zero on all others, with `a @ B = 1`.
 
         For a code with groups and m = 1: 1 on the first survivor of each group, in the order given. Otherwise the
-        solution that amplifies noise least (`kappa_of`); over a prime field, any.
+        shortest solution (of all that decode it amplifies noise least where rows of B have equal length, as those
+        of `for_assignment` have); over a prime field, any.
 
         Args:
             survivors: Worker numbers, in order of arrival.

@@ -183,10 +183,9 @@ class _CodedCall:
         if self.plan.arrays_key:
             with np.errstate(all="ignore"):  # the server rejects what is not finite, and says so
                 update *= update.dtype.type(metrics_vector[0])
-            carried = self.carrier.update(update)
-            self.sketches.append(self.carrier.sketch(carried))
-            self.update = self.carrier.add(self.update, carried, coefficients)
-        self.metrics = self.carrier.add(self.metrics, self.carrier.metrics(metrics_vector), coefficients)
+            self.update, sketch = self.carrier.add_update(self.update, update, coefficients)
+            self.sketches.append(sketch)
+        self.metrics = self.carrier.add_metrics(self.metrics, metrics_vector, coefficients)
 
     def _answer(self, outcome: str, shards: tuple[int, ...] = ()) -> Message:
         coded = outcome == "coded"

@@ -32,8 +32,8 @@ class Approximation:
     fill_in: bool = False
 
     def __post_init__(self) -> None:
-        if not self.ridge >= 0:
-            raise InvalidSetting(f"ridge={self.ridge} must be at least 0.")
+        if not 0 <= self.ridge < float("inf"):
+            raise InvalidSetting(f"ridge={self.ridge} must be a number of at least 0.")
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,15 @@ from numpy.typing import ArrayLike, NDArray
 from .errors import InvalidCode, Overflow
 from .reals import blocks_of
 
-__all__ = ["P", "PrimeField", "inverse", "lift", "matmul", "solve"]
+__all__ = ["P", "PrimeField", "combine_mod", "fold", "inverse", "lift", "matmul", "solve"]
 
 #: The field's size, a Mersenne prime; an element takes 31 bits, as much as float32 on the wire.
 P = 2**31 - 1
 _HALF = (P - 1) // 2
 # Products of a 16-bit and a 31-bit number, 64 of them added up, are exact in float64.
 _ROWS = 64
-_BLOCK = 1 << 13
+# Numbers that stay in a core's cache.
+_CACHED = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class PrimeField:
     fraction_bits: int = 16
 
     def __post_init__(self) -> None:
-        if isinstance(self.fraction_bits, bool) or self.fraction_bits not in range(31):
+        if type(self.fraction_bits) is not int or not 0 <= self.fraction_bits <= 30:
             raise InvalidCode(f"fraction_bits={self.fraction_bits!r} must be a whole number in 0..30.")
 
     @property
@@ -61,21 +62,28 @@ class PrimeField:
             raise InvalidCode(f"An encoding matrix over the {self.name} holds whole numbers, not {given.dtype}.")
         return np.asarray(given % P, np.int64)
 
-    def quantise(self, values: ArrayLike, *, limit: int = _HALF) -> NDArray[np.int64]:
-        """Floats as whole multiples of 2^-fraction_bits.
+    def quantise(
+        self, values: ArrayLike, *, limit: int = _HALF, out: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float64]:
+        """Floats as whole numbers, in units of 2^-fraction_bits; float64 holds them exactly. Written to `out` if given.
 
         Raises:
             Overflow: One is beyond `limit` after scaling, or is not finite.
         """
         given = np.asarray(values)
-        largest = float(np.abs(given).max(initial=0.0)) if given.size else 0.0
-        if not largest * 2.0**self.fraction_bits <= limit:
-            room = limit / 2.0**self.fraction_bits
-            raise Overflow(
-                f"An entry of size {largest:.4g} does not fit: at fraction_bits={self.fraction_bits} there is room up "
-                f"to {room:.4g}. Scale the updates down, or take fewer fraction_bits."
-            )
-        return np.asarray(np.rint(given.astype(np.float64) * 2.0**self.fraction_bits), np.int64)
+        with np.errstate(over="ignore", invalid="ignore"):
+            whole = np.multiply(given, 2.0**self.fraction_bits, out=out, dtype=np.float64)
+            # The norm bounds every entry; where it does not, look.
+            bounded = float(np.vdot(whole, whole)) <= float(limit) ** 2
+        if not bounded:
+            largest = max(float(whole.max()), -float(whole.min()))
+            if not largest <= limit:
+                room, size = limit / 2.0**self.fraction_bits, largest / 2.0**self.fraction_bits
+                raise Overflow(
+                    f"An entry of size {size:.4g} does not fit: at fraction_bits={self.fraction_bits} there is room up "
+                    f"to {room:.4g}. Scale the updates down, or take fewer fraction_bits."
+                )
+        return np.asarray(np.rint(whole, out=whole))
 
     def encode(self, B: NDArray[np.int64], updates: NDArray[Any]) -> NDArray[Any]:
         """All workers' replies, 0..p-1: int64 for updates of whole numbers, uint32 for floats.
@@ -84,7 +92,9 @@ class PrimeField:
             Overflow: `2 sum_j max|q_j|` is not below p: the sum might wrap.
         """
         n, k, m = B.shape
-        whole = updates.dtype.kind in "iub"
+        if updates.dtype.kind not in "iubf":
+            raise InvalidCode(f"Updates have dtype {updates.dtype}; only real numbers can be encoded.")
+        whole = updates.dtype.kind != "f"
         q = updates if whole else self.quantise(updates)
         largest = sum(max(int(row.max(initial=0)), -int(row.min(initial=0))) for row in q)
         if largest > _HALF:
@@ -92,12 +102,9 @@ class PrimeField:
                 f"The shards' largest entries add up to {largest}{'' if whole else ' units'}; the sum must stay within "
                 f"(p - 1) / 2 = {_HALF}. Scale the updates down{'' if whole else ', or take fewer fraction_bits'}."
             )
-        rows, flat = B.reshape(n, k * m), blocks_of(np.asarray(q, np.int64), m).reshape(k * m, -1)
-        out = np.empty((n, flat.shape[1]), np.int64 if whole else np.uint32)
-        for worker, row in enumerate(rows):
-            used = np.flatnonzero(row)
-            out[worker] = combine_mod(flat[used], row[used, None])
-        return out
+        flat = blocks_of(q, m).reshape(k * m, -1)
+        replies = combine_mod(flat, B.reshape(n, k * m).T).reshape(n, -1)
+        return replies if whole else replies.astype(np.uint32)
 
     def decode(
         self, replies: Sequence[NDArray[Any]] | NDArray[Any], a: NDArray[Any], *, order: Sequence[int] | None = None
@@ -112,7 +119,7 @@ class PrimeField:
     def shares(self, a: NDArray[np.int64], B: NDArray[np.int64]) -> NDArray[np.float64]:
         """1 where a shard is in the sum as it should be, else 0: there is no "almost" in a field. Shape (k, m, m)."""
         n, k, m = B.shape
-        found = matmul(B.reshape(n, k * m).T, a.reshape(n, m)).reshape(k, m, m)
+        found = matmul(B.reshape(n, k * m).T, np.asarray(a, np.int64).reshape(n, m)).reshape(k, m, m)
         right = (found == np.eye(m, dtype=np.int64)).all(axis=(1, 2))
         return np.asarray(right[:, None, None] * np.eye(m))
 
@@ -152,20 +159,33 @@ def matmul(left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int6
 def combine_mod(vectors: Sequence[NDArray[Any]] | NDArray[Any], coefficients: NDArray[np.int64]) -> NDArray[np.int64]:
     """`sum_t coefficients[t, l] * vectors[t]` modulo p, for each column l; shape (columns * length,).
 
-    16-bit halves of the coefficients times the vectors, added up by the float64 matrix product: exact, at memory speed.
+    16-bit halves of the coefficients times the vectors (below 2^31 in size), added up by the float64 matrix product:
+    exact, at memory speed. What is left is folded by 2^31 = 1.
     """
     c = np.asarray(coefficients, np.int64) % P
-    halves = np.concatenate([c >> 16, c & 0xFFFF], axis=1).T.astype(np.float64)
+    halves = np.ascontiguousarray(np.concatenate([c >> 16, c & 0xFFFF], axis=1).T, np.float64)
     columns, length = c.shape[1], vectors.shape[1] if isinstance(vectors, np.ndarray) else vectors[0].size
     out = np.zeros((columns, length), np.int64)
-    for start in range(0, length, _BLOCK):
-        block = out[:, start : start + _BLOCK]
+    step = max(_CACHED // (4 * columns + min(len(vectors), _ROWS)), 256)
+    for start in range(0, length, step):
+        block = out[:, start : start + step]
         for first in range(0, len(vectors), _ROWS):
-            piece = np.array([v[start : start + _BLOCK] for v in vectors[first : first + _ROWS]], np.float64)
+            piece = np.array([v[start : start + step] for v in vectors[first : first + _ROWS]], np.float64)
             sums = (halves[:, first : first + _ROWS] @ piece).astype(np.int64)
-            block += (sums[:columns] % P) * 65536 + sums[columns:]
-            block %= P
+            fold(sums)
+            sums[:columns] <<= 16
+            block += sums[:columns]
+            block += sums[columns:]
+            fold(block)
+        block %= P
     return out.reshape(-1)
+
+
+def fold(values: NDArray[np.int64]) -> None:
+    """In place: the same modulo p, and from 2^62 down to a little above 2^31 in size; also for negative numbers."""
+    high = values >> 31
+    values &= P
+    values += high
 
 
 def solve(A: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int64] | None:

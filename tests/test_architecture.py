@@ -41,7 +41,7 @@ LAYERS = (
     # Peers: a code hands out the incremental decoder, which is written in terms of the code.
     Layer(
         "mathematics",
-        names("codes gradient_code reals prime_field combine incremental estimate field_decoding border")
+        names("codes gradient_code reals prime_field combine axpy incremental estimate field_decoding border")
         | names("repetition classical universal field_codes approximate"),
         names("numpy scipy"),
         peers=True,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fl_gradcode.combine import combine
 from fl_gradcode.errors import InvalidCode
 
-BLOCK = 65536  # entries in a block of the running sum
+BLOCK = 131072  # entries in a block of the running sum
 LENGTHS = [0, 1, 2, 1000, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 17]
 
 
@@ -53,16 +53,30 @@ def test_each_column_of_coefficients_makes_a_block_of_the_result(length: int, dt
 
 
 @pytest.mark.parametrize("length", [2_800_001, 30 * BLOCK])
-def test_long_vectors_have_the_bits_of_a_plain_loop(length: int) -> None:
+def test_long_vectors_have_the_bits_of_their_pieces(length: int) -> None:
     # So long that the work may be shared by threads: where they meet, nothing may be lost or added twice.
     replies = vectors(5, length, np.float32)
     a = np.array([0.3, 1.0, 0.0, -2.5, 1e-3])
-    expected = replies[0] * np.float32(0.3)
-    for t in (1, 3, 4):
-        expected += replies[t] * np.float32(a[t])
+    pieces = [combine(replies[:, start : start + BLOCK], a) for start in range(0, length, BLOCK)]
+    expected = np.concatenate(pieces)
+    check(replies[:, :1000], a, expected[:1000])
     assert combine(replies, a).tobytes() == expected.tobytes()
     both = combine(replies, np.stack([a, a], axis=1))
     assert both[:length].tobytes() == both[length:].tobytes() == expected.tobytes()
+
+
+def test_copies_are_added_without_rounding_of_their_own() -> None:
+    replies = vectors(4, 3 * BLOCK, np.float32)
+    expected = replies[0].copy()
+    for reply in replies[1:]:
+        expected += reply
+    assert combine(replies, np.ones(4)).tobytes() == expected.tobytes()
+
+
+def test_vectors_that_do_not_lie_in_one_piece_are_combined_too() -> None:
+    replies = vectors(3, 2000)[:, ::2]
+    a = np.array([0.5, -1.5, 2.0])
+    check(replies, a, combine(replies, a))
 
 
 @pytest.mark.parametrize("length", [5, BLOCK + 1])
