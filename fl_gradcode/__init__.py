@@ -10,10 +10,12 @@ from .gradient_code import GradientCode
 from .grid import EarlyStopGrid
 from .ledger import Ledger
 from .mods import gradient_coding_mod
+from .options import Approximation
 from .strategy import GradientCoding
 from .virtual import VirtualGrid
 
 __all__ = [
+    "Approximation",
     "EarlyStopGrid",
     "FlGradcodeError",
     "GradientCode",

@@ -12,8 +12,8 @@ from clients.data import load_dataset
 from clients.errors import AppConfigError
 from clients.models import build_model
 from clients.partition import partition_indices
-from fl_gradcode import EarlyStopGrid, FlGradcodeError, GradientCoding, VirtualGrid
-from server.compose import make_code, make_latency, make_strategy
+from fl_gradcode import EarlyStopGrid, FlGradcodeError, VirtualGrid
+from server.compose import make_coding, make_latency, make_strategy
 from server.evaluation import CentralEvaluation
 from server.settings import Settings
 
@@ -41,14 +41,7 @@ def main(grid: Grid, context: Context) -> None:
     inner = make_strategy(settings)
     strategy = inner
     if settings.code != "none":
-        strategy = GradientCoding(  # type: ignore[assignment]
-            inner,
-            make_code(settings, n),
-            on_undecodable=settings.on_undecodable,
-            seed=settings.seed,
-            ledger=settings.ledger or None,
-            give_up_after=settings.give_up_after or None,
-        )
+        strategy = make_coding(settings, inner, n)  # type: ignore[assignment]
     elif settings.ledger:
         raise AppConfigError("ledger= is written by a coded run; choose a code, or leave ledger empty.")
     clock = time.monotonic

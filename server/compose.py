@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
 
-from fl_gradcode import GradientCode, cyclic_repetition, fractional_repetition, uncoded
+from clients.errors import AppConfigError
+from fl_gradcode import Approximation, GradientCode, GradientCoding
+from fl_gradcode.assignment import Assignment, assign
+from fl_gradcode.codes import cyclic_repetition, for_assignment, fractional_repetition, reed_solomon, uncoded
 from fl_gradcode.latency import (
     Latency,
     Law,
@@ -19,9 +24,9 @@ from fl_gradcode.latency import (
     shifted_exponential,
     trace,
 )
-from server.settings import Settings
+from server.settings import Settings, whole_numbers
 
-__all__ = ["make_code", "make_latency", "make_strategy"]
+__all__ = ["make_code", "make_coding", "make_latency", "make_strategy"]
 
 _FIXED_SHARE = 0.2  # of a healthy client's time for one shard; the rest grows with the number of shards
 
@@ -51,13 +56,51 @@ def make_strategy(settings: Settings) -> FedAvg:
 
 
 def make_code(settings: Settings, n: int) -> GradientCode:
-    """The code for n clients."""
-    if settings.code == "uncoded":
-        return uncoded(n)
-    if settings.code == "cyclic":
-        return cyclic_repetition(n, settings.stragglers, rng=np.random.default_rng(settings.code_seed))
-    # The first clients may be slow for good: dealt one to a group, none waits for two of them.
-    return fractional_repetition(n, settings.stragglers)
+    """The code for n clients, whose own data are the n shards."""
+    s, m = settings.stragglers, settings.upload_reduction
+    match settings.code:
+        case "uncoded":
+            return uncoded(n)
+        case "cyclic":
+            return cyclic_repetition(n, s, rng=np.random.default_rng(settings.code_seed))
+        case "universal":
+            rng = np.random.default_rng(settings.code_seed)
+            if settings.capacities:
+                return for_assignment(_assignment(settings, n), s=s, m=m, rng=rng)
+            return for_assignment(np.ones((n, n), bool), s=s, m=m, holders=s + m, rng=rng)
+        case "reed-solomon":
+            return reed_solomon(n, s, m=m, assignment=_assignment(settings, n) if settings.capacities else None)
+        case _:
+            # The first clients may be slow for good: dealt one to a group, none waits for two of them.
+            return fractional_repetition(n, s, m=m)
+
+
+def make_coding(settings: Settings, inner: FedAvg, n: int) -> GradientCoding:
+    """The inner strategy, coded."""
+    policy: Any = settings.on_undecodable
+    return GradientCoding(
+        inner,
+        make_code(settings, n),
+        send=settings.send,  # type: ignore[arg-type]
+        on_undecodable=Approximation(fill_in=True) if policy == "fill-in" else policy,
+        kappa_max=settings.kappa_max or float("inf"),
+        seed=settings.seed,
+        ledger=settings.ledger or None,
+        give_up_after=settings.give_up_after or None,
+    )
+
+
+def _assignment(settings: Settings, n: int) -> Assignment:
+    """Everybody's own data, and others' as far as capacities allow: as many holders as there is room for."""
+    capacities = whole_numbers(settings.capacities)
+    if len(capacities) != n:
+        raise AppConfigError(
+            f"capacities={settings.capacities!r} are {len(capacities)} numbers; there are {n} clients."
+        )
+    # More holders than s + m keep decoding from amplifying noise; beyond two more it gains little.
+    least = settings.stragglers + settings.upload_reduction
+    most = assign(n, capacities, m=settings.upload_reduction, owners=range(n)).replication
+    return assign(n, capacities, holders=max(least, min(most, least + 2)), owners=range(n))
 
 
 def make_latency(settings: Settings) -> Latency:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
 
 from clients.errors import AppConfigError
 
-__all__ = ["CODES", "LATENCIES", "STRATEGIES", "TRACES", "Settings"]
+__all__ = ["CODES", "LATENCIES", "SENDING", "STRATEGIES", "TRACES", "Settings", "whole_numbers"]
 
 STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedprox")
-CODES = ("none", "uncoded", "fractional", "cyclic")
+CODES = ("none", "uncoded", "fractional", "cyclic", "universal", "reed-solomon")
+SENDING = ("coded", "shards")
 LATENCIES = ("none", "constant", "lognormal", "shifted-exponential", "pareto", "bimodal", "bursty")
 #: A latency that ends so is the absolute path of a file of measured seconds.
 TRACES = (".csv", ".npz")
-_POLICIES = ("skip", "approximate", "raise")
+_POLICIES = ("skip", "approximate", "fill-in", "raise")
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,13 @@ class Settings:
     strategy: str
     code: str
     stragglers: int
+    upload_reduction: int
+    capacities: str
     code_seed: int
+    send: str
+    kappa_max: float
     drop_slowest: int
-    on_undecodable: Literal["skip", "approximate", "raise"]
+    on_undecodable: str
     timeout: float
     give_up_after: float
     fraction_train: float
@@ -69,10 +73,13 @@ class Settings:
         if Path(self.latency).suffix not in TRACES:
             _one_of("latency", self.latency, LATENCIES)
         _one_of("on-undecodable", self.on_undecodable, _POLICIES)
+        _one_of("send", self.send, SENDING)
         for key, least in (
             ("num-server-rounds", 1),
             ("num-clients", 0),
             ("stragglers", 0),
+            ("upload-reduction", 1),
+            ("kappa-max", 0),
             ("drop-slowest", 0),
             ("slow-clients", 0),
             ("owners", 0),
@@ -92,6 +99,15 @@ class Settings:
             raise AppConfigError(
                 f"drop-slowest={self.drop_slowest} drops clients, and code={self.code!r} keeps their data: choose one."
             )
+        if self.upload_reduction > 1 and self.code not in ("fractional", "universal", "reed-solomon"):
+            raise AppConfigError(
+                f"upload-reduction={self.upload_reduction} needs code 'fractional', 'universal' or 'reed-solomon', not "
+                f"{self.code!r}."
+            )
+        if self.capacities and self.code not in ("universal", "reed-solomon"):
+            raise AppConfigError(
+                f"capacities={self.capacities!r} need code 'universal' or 'reed-solomon', not {self.code!r}."
+            )
         if self.give_up_after and self.latency != "none":
             raise AppConfigError(
                 f"give-up-after={self.give_up_after} counts real seconds on the client, and latency={self.latency!r} "
@@ -110,6 +126,20 @@ class Settings:
                     f"{key}={path!r} is a relative path; inside an app the working folder is the engine's, not yours. "
                     "Give an absolute path."
                 )
+
+
+def whole_numbers(text: str) -> list[int]:
+    """ "6,6,3" as numbers.
+
+    Raises:
+        AppConfigError: It is not such a list.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise AppConfigError(
+            f"capacities={text!r} must be whole numbers with commas between, such as '6,6,3'."
+        ) from None
 
 
 def _name(key: str) -> str:

@@ -18,6 +18,7 @@ PUBLIC = (
     "uncoded",
     "fractional_repetition",
     "cyclic_repetition",
+    "Approximation",
     "EarlyStopGrid",
     "VirtualGrid",
     "Ledger",

@@ -62,7 +62,10 @@ def test_coded_rounds_test_as_plain_ones(engine: Engine, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"code": "bogus"}, "code='bogus' is not known; choose one of none, uncoded, fractional, cyclic."),
+        (
+            {"code": "bogus"},
+            "code='bogus' is not known; choose one of none, uncoded, fractional, cyclic, universal, reed-solomon.",
+        ),
         ({"code": "fractional", "num-clients": 9}, "6 nodes are online"),
     ],
     ids=["unknown code", "more clients than nodes"],
@@ -104,6 +107,31 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "6 nodes are online after 0 s; the code has n=9 workers and needs at least n - s = 8.",
     ),
     "more stragglers than clients": ({"code": "cyclic", "stragglers": 6}, FlGradcodeError, "s=6"),
+    "capacities that do not suffice": (
+        {"code": "universal", "stragglers": 2, "capacities": "3,3,3,3,3,2"},
+        FlGradcodeError,
+        "need 18",
+    ),
+    "capacities for other clients": (
+        {"code": "universal", "capacities": "3,3,3"},
+        AppConfigError,
+        "capacities='3,3,3' are 3 numbers; there are 6 clients.",
+    ),
+    "capacities that are no numbers": (
+        {"code": "reed-solomon", "capacities": "3;3"},
+        AppConfigError,
+        "capacities='3;3' must be whole numbers with commas between",
+    ),
+    "a shorter upload than the code can have": (
+        {"code": "cyclic", "upload-reduction": 2},
+        AppConfigError,
+        "upload-reduction=2 needs code 'fractional', 'universal' or 'reed-solomon', not 'cyclic'.",
+    ),
+    "shards under a field": (
+        {"code": "reed-solomon", "send": "shards"},
+        FlGradcodeError,
+        "send='shards' sends plain updates",
+    ),
     "text for a number": ({"stragglers": "two"}, AppConfigError, "stragglers='two' must be a whole number."),
 }
 
