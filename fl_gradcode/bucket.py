@@ -88,6 +88,7 @@ class Bucket:
         self.senders[row], self.updates[row], self.metrics[row] = sender, update, metrics
         self.whole &= reply.metrics_layout[0][2]
         self.decoder.add(row)
+        return True
 
     def decode(
         self, code: GradientCode, vector: NDArray[Any], before: ArrayRecord | None, stale: Sequence[Stale] = ()

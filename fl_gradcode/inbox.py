@@ -63,6 +63,8 @@ class Inbox:
         self._carrier = carrier_of(plan.fraction_bits, plan.k)
         #: Workers whose replies count, in order of arrival; under `spare`, each as often as it answered.
         self.answered: list[int] = []
+        #: Workers with a good reply for which there was one before.
+        self.spare_from: set[int] = set()
         self.rejections: list[Rejection] = []
         self.stateful = False
         self.fixed_data = False
@@ -150,7 +152,8 @@ class Inbox:
         key = (reply.layout, tuple((name, length) for name, length, _ in reply.metrics_layout))
         if key not in self.buckets:
             self.buckets[key] = Bucket(self.code.incremental(), reply, key, self._carrier)
-        self.buckets[key].add(row, (node, reply.worker), reply, update, metrics)
+        if not self.buckets[key].add(row, (node, reply.worker), reply, update, metrics):
+            self.spare_from.add(reply.worker)
         return None
 
     def _compare(self, reply: Reply) -> None:

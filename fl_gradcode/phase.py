@@ -137,9 +137,9 @@ class Phase:
 
     @property
     def survivors(self) -> list[int]:
-        """Workers whose replies count, in order of arrival."""
-        best = self.inbox.best
-        return list(dict.fromkeys(worker for _, worker in best.senders.values())) if best else []
+        """Workers with good replies, whether or not somebody else's was first."""
+        senders = self.inbox.best.senders.values() if self.inbox.best else ()
+        return list(dict.fromkeys([*(worker for _, worker in senders), *sorted(self.inbox.spare_from)]))
 
     @property
     def participants(self) -> list[int]:

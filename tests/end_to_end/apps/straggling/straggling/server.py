@@ -39,6 +39,7 @@ def main(grid: Grid, context: Context) -> None:
     strategy = GradientCoding(
         FedAvg(fraction_evaluate=config["fraction-evaluate"]),
         fractional_repetition(4, 1),
+        send=config["send"],
         ledger=folder / "ledger.jsonl",
         on_round_end=between,
     )
