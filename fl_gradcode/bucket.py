@@ -81,10 +81,10 @@ class Bucket:
     #: Whether the weights of all replies are whole numbers.
     whole: bool = True
 
-    def add(self, row: int, sender: tuple[int, int], reply: Reply, update: NDArray[Any], metrics: NDArray[Any]) -> None:
-        """One more reply, unless there is one for this row."""
+    def add(self, row: int, sender: tuple[int, int], reply: Reply, update: NDArray[Any], metrics: NDArray[Any]) -> bool:
+        """One more reply, unless there is one for this row; whether it was taken."""
         if row in self.senders:
-            return
+            return False
         self.senders[row], self.updates[row], self.metrics[row] = sender, update, metrics
         self.whole &= reply.metrics_layout[0][2]
         self.decoder.add(row)
