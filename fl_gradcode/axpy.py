@@ -15,15 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cython_blas
 
-__all__ = ["Scaled", "axpy"]
+__all__ = ["Scaled"]
 
 _ONE = ctypes.c_int(1)
 _STEP = ctypes.addressof(_ONE)
-
-
-def axpy(a: float, x: NDArray[np.floating], y: NDArray[np.floating]) -> None:
-    """`y += a * x`; vectors of equal length and dtype, float32 or float64."""
-    Scaled(x, a).add_to(y, 0, y.size)
 
 
 class Scaled:
@@ -43,10 +38,14 @@ class Scaled:
 
     def add_to(self, y: NDArray[np.floating], first: int, last: int) -> None:
         """`y[first:last] += a * x[first:last]`."""
-        if self._compiled is None or y.dtype != self.x.dtype or not y.flags.c_contiguous:
-            y[first:last] += self.x[first:last] * self.a
-            return
-        self.add_at(y.ctypes.data, first, last)
+        y[first:last] += self.x[first:last] * self.a
+
+    def add_start_to(self, y: NDArray[np.floating], first: int, length: int) -> None:
+        """`y[first:first + length] += a * x[:length]`; y of the same dtype, and contiguous."""
+        if self._compiled is None:
+            y[first : first + length] += self.x[:length] * self.a
+        else:
+            self.add_at(y.ctypes.data + first * y.itemsize, 0, length)
 
     @property
     def compiled(self) -> bool:

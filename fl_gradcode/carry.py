@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import pack
-from .axpy import axpy
+from .axpy import Scaled
 from .errors import Overflow
 from .prime_field import P, PrimeField, fold
 
@@ -23,7 +23,7 @@ __all__ = ["Carrier", "FixedPoint", "Floats", "carrier_of"]
 # A metric is 5 digits of 15 bits, 30 of the bits behind the point; sums of 2^15 shards' digits fit the field.
 _DIGITS, _BITS, _FRACTION = 5, 15, 30
 # Numbers that stay in a core's cache.
-_CACHED = 1 << 16
+_CACHED = 1 << 17
 
 
 class Carrier(Protocol):
@@ -130,7 +130,7 @@ class FixedPoint:
             total = np.zeros((2, length))
         scratch = np.empty(min(_CACHED, length))
         for block, coefficient in enumerate(coefficients):
-            halves = [float(half) for half in divmod(int(coefficient), 65536)]
+            halves = [Scaled(scratch, float(half)) for half in divmod(int(coefficient), 65536)]
             piece = update[block * length : (block + 1) * length]
             for start in range(0, piece.size, _CACHED):
                 part = piece[start : start + _CACHED]
@@ -138,7 +138,7 @@ class FixedPoint:
                 if digest is not None:
                     digest.update(whole.astype(np.int32).data)
                 for row, half in zip(total, halves, strict=True):
-                    axpy(half, whole, row[start : start + part.size])
+                    half.add_start_to(row, start, part.size)
         return total
 
     def add_metrics(

@@ -6,7 +6,9 @@ before anything is encoded: an overflow is an error, never a wrap.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,12 @@ __all__ = ["P", "PrimeField", "combine_mod", "fold", "inverse", "lift", "matmul"
 P = 2**31 - 1
 _HALF = (P - 1) // 2
 # Products of a 16-bit and a 31-bit number, 64 of them added up, are exact in float64.
-_ROWS = 64
+_EXACT = 64
+# Vectors that are multiplied at once, and entries of each.
+_ROWS, _STEP = 16, 1 << 14
+# Multiplications from which a second thread pays for its start; NumPy lets go of the interpreter meanwhile.
+_WORTH_THREADS = 1 << 23
+_MAX_THREADS = 4
 # Numbers that stay in a core's cache.
 _CACHED = 1 << 17
 
@@ -166,19 +173,45 @@ def combine_mod(vectors: Sequence[NDArray[Any]] | NDArray[Any], coefficients: ND
     halves = np.ascontiguousarray(np.concatenate([c >> 16, c & 0xFFFF], axis=1).T, np.float64)
     columns, length = c.shape[1], vectors.shape[1] if isinstance(vectors, np.ndarray) else vectors[0].size
     out = np.zeros((columns, length), np.int64)
-    step = max(_CACHED // (4 * columns + min(len(vectors), _ROWS)), 256)
-    for start in range(0, length, step):
-        block = out[:, start : start + step]
-        for first in range(0, len(vectors), _ROWS):
-            piece = np.array([v[start : start + step] for v in vectors[first : first + _ROWS]], np.float64)
-            sums = (halves[:, first : first + _ROWS] @ piece).astype(np.int64)
-            fold(sums)
-            sums[:columns] <<= 16
-            block += sums[:columns]
-            block += sums[columns:]
-            fold(block)
-        block %= P
+    step = max(min(_CACHED // columns, _STEP), _ROWS)
+
+    def work(starts: range) -> None:
+        rows = np.empty((_ROWS, step))
+        for start in starts:
+            _add_block(vectors, halves, out[:, start : start + step], start, rows)
+
+    starts = range(0, length, step)
+    threads = min(_MAX_THREADS, os.cpu_count() or 1) if length * len(vectors) * columns >= _WORTH_THREADS else 1
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(work, starts[number::threads]) for number in range(threads)]:
+            done.result()
     return out.reshape(-1)
+
+
+def _add_block(
+    vectors: Sequence[NDArray[Any]] | NDArray[Any],
+    halves: NDArray[np.float64],
+    block: NDArray[np.int64],
+    start: int,
+    rows: NDArray[np.float64],
+) -> None:
+    """Add up what belongs into `block`, which begins at entry `start`; `rows` is scratch."""
+    columns, width = block.shape
+    for first in range(0, len(vectors), _EXACT):
+        sums = np.zeros((2 * columns, width))
+        last = min(first + _EXACT, len(vectors))
+        for at in range(first, last, len(rows)):
+            few = vectors[at : min(at + len(rows), last)]
+            for row, vector in zip(rows, few, strict=False):
+                row[:width] = vector[start : start + width]
+            sums += halves[:, at : at + len(few)] @ rows[: len(few), :width]
+        whole = sums.astype(np.int64)
+        fold(whole)
+        whole[:columns] <<= 16
+        block += whole[:columns]
+        block += whole[columns:]
+        fold(block)
+    block %= P
 
 
 def fold(values: NDArray[np.int64]) -> None:
