@@ -151,6 +151,9 @@ class _Waiting:
             arrival = self.source.next_arrival(self._next_deadline())
             if arrival is not None:
                 self._arrived(arrival)
+                # Whatever came at the same moment comes before handing out: its sender needs no help.
+                while (also := self.source.next_arrival(self.source.now())) is not None:
+                    self._arrived(also)
             elif self.deadline is not None and self.source.now() >= self.deadline:
                 return "timed out"
             elif not self._lapse():
