@@ -23,7 +23,7 @@ from rich.table import Table
 
 from fl_gradcode import GradientCode, GradientCoding, VirtualGrid, gradient_coding_mod
 from fl_gradcode.codes import cyclic_repetition, fractional_repetition
-from fl_gradcode.latency import Latency, bimodal, exponential, pareto, shifted_exponential
+from fl_gradcode.latency import Latency, bimodal, exponential, lognormal, pareto, shifted_exponential
 from fl_gradcode.testing import InProcessGrid
 
 __all__ = ["LATENCIES", "REFERENCE", "Scheme", "mean_seconds", "round_seconds", "schemes"]
@@ -34,6 +34,7 @@ LATENCIES = {
     "Exp(1), all compute": Latency(compute=exponential(1.0)),
     "Exp(1), load-independent": Latency(fixed=exponential(1.0)),
     "1 + Exp(0.5), all compute": Latency(compute=shifted_exponential(1.0, 0.5)),
+    "lognormal 0.1, all compute": Latency(compute=lognormal(1.0, 0.1)),
     "bimodal 5 % x 10, all compute": Latency(compute=bimodal(0.05, 10.0, jitter=0.1)),
     "Pareto(1.5), all compute": Latency(compute=pareto(1.5)),
 }
@@ -45,6 +46,7 @@ class Scheme:
 
     code: GradientCode | None = None
     send: Literal["coded", "shards"] = "coded"
+    patience: float = 0.0
 
 
 def schemes(n: int = N) -> dict[str, Scheme]:
@@ -54,13 +56,15 @@ def schemes(n: int = N) -> dict[str, Scheme]:
         "any-(n-s)": Scheme(cyclic_repetition(n, 3, rng=np.random.default_rng(0))),
         "repetition": Scheme(fractional_repetition(n, 3)),
         "partial work": Scheme(fractional_repetition(n, 3), "shards"),
+        "partial work, patience 2": Scheme(fractional_repetition(n, 3), "shards", 2.0),
         "repetition, r = 2": Scheme(fractional_repetition(n, 1)),
         "partial work, r = 2": Scheme(fractional_repetition(n, 1), "shards"),
     }
 
 
 # (idle start, steady state) of two independent simulations of the same laws, where they exist; a range where those two
-# drew the rate of a worker once a round, or once a job.
+# drew the rate of a worker once a round, or once a job. Partial work from an idle start: of workers that go round their
+# shards in a fixed order, which is 2 to 7 % slower than to hand out the shard that fewest are working on.
 REFERENCE: dict[tuple[str, str], tuple[str, str]] = {
     ("Exp(1), all compute", "uncoded"): ("4.74", "4.7"),
     ("Exp(1), all compute", "any-(n-s)"): ("11.6", "12.2"),
@@ -113,7 +117,7 @@ def round_seconds(
                 fedavg.start(grid, initial, length, timeout=FOREVER, evaluate_fn=_clock(grid, times))
                 seconds += np.diff(times).tolist()
             else:
-                strategy = GradientCoding(fedavg, scheme.code, send=scheme.send)
+                strategy = GradientCoding(fedavg, scheme.code, send=scheme.send, patience=scheme.patience)
                 strategy.start(grid, initial, length, timeout=FOREVER)
                 seconds += [row["train"]["seconds"]["waiting"] for row in strategy.ledger.rows]
     return seconds

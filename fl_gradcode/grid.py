@@ -106,6 +106,7 @@ class _Waiting:
         self.free: list[int] = []  # nodes that the rule may have something for
         self.idle: list[int] = []  # nodes that it had nothing for
         self.unread: list[Arrival] = []
+        self.woken: float | None = None
         self.lost = True  # whether a reply that might have come is known not to
 
     def run(self, messages: Sequence[Message]) -> Wait:
@@ -156,6 +157,9 @@ class _Waiting:
                     self._arrived(also)
             elif self.deadline is not None and self.source.now() >= self.deadline:
                 return "timed out"
+            elif (wake := self._wake()) is not None and self.source.now() >= wake:
+                self.woken = wake
+                self._offer_idle()
             elif not self._lapse():
                 return "timed out"  # nothing is under way any more, and there is no deadline to wait for
 
@@ -165,8 +169,12 @@ class _Waiting:
 
     def _next_deadline(self) -> float | None:
         lapses = [self.debts[node].lapses for node in self.held if node in self.debts]
-        moments = [t for t in [self.deadline, *lapses] if t is not None and t != float("inf")]
+        moments = [t for t in [self.deadline, self._wake(), *lapses] if t is not None and t != float("inf")]
         return min(moments) if moments else None
+
+    def _wake(self) -> float | None:
+        """When the rule wants to be asked again, unless that has been done."""
+        return None if self.rule.wake_at == self.woken else self.rule.wake_at
 
     def _arrived(self, arrival: Arrival) -> None:
         debt = self.debts.get(arrival.node)
@@ -188,7 +196,7 @@ class _Waiting:
         """Give the nodes that are free what the rule has for them."""
         messages = []
         for node in self.free:
-            message = self.rule.next_message(node, self.held.pop(node, None))
+            message = self.rule.next_message(node, self.held.pop(node, None), self.source.now())
             if message is None:
                 self.idle.append(node)
             else:
@@ -232,5 +240,9 @@ class _Waiting:
 
     def _offer(self, arrival: Arrival, reply: Message | None) -> None:
         if not self.rule.offer(arrival, reply, arrival.at - self.start):
-            self.free.extend(self.idle)  # what it should have done is to be done again
-            self.idle.clear()
+            self._offer_idle()  # what it should have done is to be done again
+
+    def _offer_idle(self) -> None:
+        """Ask the rule once more what idle nodes may do."""
+        self.free.extend(self.idle)
+        self.idle.clear()

@@ -42,6 +42,7 @@ class Options:
 
     on_undecodable: Literal["skip", "approximate", "raise"] | Approximation = "skip"
     send: Literal["coded", "shards"] = "coded"
+    patience: float = 0.0
     kappa_max: float = float("inf")
     seed: int = 0
     node_timeout: float = 60.0
@@ -62,6 +63,10 @@ class Options:
         for name, seconds in (("node_timeout", self.node_timeout), ("give_up_after", self.give_up_after)):
             if seconds is not None and not seconds > 0:
                 raise InvalidSetting(f"{name}={seconds} must be a number of seconds greater than 0.")
+        if not 0 <= self.patience < float("inf"):
+            raise InvalidSetting(f"patience={self.patience} must be a number of at least 0.")
+        if self.patience and self.send != "shards":
+            raise InvalidSetting(f"patience={self.patience} is about second copies of a shard: it needs send='shards'.")
         if not self.kappa_max > 0:
             raise InvalidSetting(f"kappa_max={self.kappa_max} must be greater than 0.")
         shardwise = self.send == "shards"

@@ -65,9 +65,14 @@ class Phase:
         """A reply is in, not read yet."""
         self.sending.arrived(arrival)
 
-    def next_message(self, node: int, held: Message | None) -> Message | None:
+    @property
+    def wake_at(self) -> float | None:
+        """When to offer idle nodes work again."""
+        return self.sending.wake_at
+
+    def next_message(self, node: int, held: Message | None, now: float) -> Message | None:
         """What a free node gets."""
-        return self.sending.next_message(node, held, self.inbox)
+        return self.sending.next_message(node, held, self.inbox, now)
 
     def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
         """Those that are needed, in order of arrival; see `StopRule`."""

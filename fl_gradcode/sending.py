@@ -29,6 +29,10 @@ class Sending(Protocol):
     #: Whether several replies for a row are normal.
     spare: bool
 
+    @property
+    def wake_at(self) -> float | None:
+        """When to offer idle nodes work again; see `StopRule`."""
+
     def first_rows(self) -> dict[int, Row]:
         """What each worker is asked for first."""
 
@@ -41,7 +45,7 @@ class Sending(Protocol):
     def arrived(self, arrival: Arrival) -> None:
         """A reply is in, not read yet."""
 
-    def next_message(self, node: int, held: Message | None, inbox: Inbox) -> Message | None:
+    def next_message(self, node: int, held: Message | None, inbox: Inbox, now: float) -> Message | None:
         """What a free node gets; see `StopRule`."""
 
     def choose(self, arrivals: Sequence[Arrival], inbox: Inbox, *, final: bool) -> list[Arrival]:
@@ -69,6 +73,7 @@ class CodedSending:
     """
 
     spare = False
+    wake_at = None
 
     def __init__(self, plan: Plan, code: GradientCode, roster: Roster, *, kappa_max: float = float("inf")) -> None:
         self.plan, self.code, self.roster, self.kappa_max = plan, code, roster, kappa_max
@@ -97,7 +102,7 @@ class CodedSending:
     def arrived(self, arrival: Arrival) -> None:
         """Nothing to do."""
 
-    def next_message(self, node: int, held: Message | None, inbox: Inbox) -> Message | None:
+    def next_message(self, node: int, held: Message | None, inbox: Inbox, now: float) -> Message | None:
         """Its one message."""
         return held
 

@@ -34,7 +34,7 @@ def sending_of(
 ) -> CodedSending | ShardSending:
     """The way to send that the options ask for."""
     if options.send == "shards":
-        return ShardSending(asking.plan, roster, shards, asking.one_shard)
+        return ShardSending(asking.plan, roster, shards, asking.one_shard, options.patience)
     return CodedSending(asking.plan, code, roster, kappa_max=options.kappa_max)
 
 
@@ -59,6 +59,8 @@ class ShardSending:
         roster: Who is who.
         shards: The sampled shards.
         compose: (node, worker, shard) -> the message that asks for this shard.
+        patience: A shard that somebody works on is begun a second time only when that has taken so many times as long
+            as the free node took for its last shard in this phase; 0: at once.
     """
 
     spare = True
@@ -69,15 +71,19 @@ class ShardSending:
         roster: Roster,
         shards: Sequence[int],
         compose: Callable[[int, int, int], Message],
+        patience: float = 0.0,
     ) -> None:
-        self.plan, self.roster = plan, roster
+        self.plan, self.roster, self._patience = plan, roster, patience
         self.code = uncoded(len(shards))
         self._row = {shard: row for row, shard in enumerate(shards)}
         self._shards = {i: row.shards for i, row in plan.rows.items() if row.shards}
         self._start = {worker: row.shards[0] for worker, row in first_rows(plan).items() if row.shards}
         self._compose: Callable[[int, int, int], Message] | None = compose
         self._working: dict[int, int] = {}  # node -> shard
+        self._began: dict[int, float] = {}  # node -> when it was sent that
+        self._took: dict[int, float] = {}  # node -> seconds of the last shard that it did
         self._unread: dict[str, int] = {}  # token -> shard
+        self.wake_at: float | None = None
         self._failed: set[int] = set()  # nodes
 
     def first_rows(self) -> dict[int, Row]:
@@ -98,10 +104,13 @@ class ShardSending:
     def arrived(self, arrival: Arrival) -> None:
         """Its shard counts as covered until it is read."""
         shard = self._working.pop(arrival.node, None)
+        began = self._began.pop(arrival.node, None)
+        if began is not None:
+            self._took[arrival.node] = arrival.at - began
         if shard is not None:
             self._unread[arrival.token] = shard
 
-    def next_message(self, node: int, held: Message | None, inbox: Inbox) -> Message | None:
+    def next_message(self, node: int, held: Message | None, inbox: Inbox, now: float) -> Message | None:
         """The uncovered shard of its own with the fewest workers on it; where that is the same, round from its first.
 
         A node that is not known yet gets what was made for all: each client finds its first shard in it.
@@ -110,17 +119,27 @@ class ShardSending:
         if worker is None:
             return held
         mine = self._shards.get(worker, ())
-        if node in self._failed or not mine:
+        if node in self._failed or not mine or self._compose is None:
             return None
         covered = self._covered(inbox)
-        open_shards = [shard for shard in mine if shard not in covered]
-        if not open_shards or self._compose is None:
+        open_shards = [shard for shard in mine if shard not in covered and self._is_due(shard, node, now)]
+        if not open_shards:
             return None
         busy = list(self._working.values())
         start = mine.index(self._start[worker])
         shard = min(open_shards, key=lambda j: (busy.count(j), (mine.index(j) - start) % len(mine)))
-        self._working[node] = shard
+        self._working[node], self._began[node] = shard, now
         return self._compose(node, worker, shard)
+
+    def _is_due(self, shard: int, node: int, now: float) -> bool:
+        """Whether to begin a copy now; if not, it is looked at again when it may be."""
+        began = [self._began[other] for other, its in self._working.items() if its == shard]
+        if not began or not self._patience or node not in self._took:
+            return True
+        due = min(began) + self._patience * self._took[node]
+        if due > now and (self.wake_at is None or self.wake_at <= now or due < self.wake_at):
+            self.wake_at = due
+        return due <= now
 
     def choose(self, arrivals: Sequence[Arrival], inbox: Inbox, *, final: bool) -> list[Arrival]:
         """The first copy of each shard, once all have one."""
@@ -150,6 +169,7 @@ class ShardSending:
             self._failed.add(arrival.node)
             if not arrival.token:  # the message was refused: it never arrives
                 self._working.pop(arrival.node, None)
+                self._began.pop(arrival.node, None)
 
     def release(self) -> None:
         """Let go of the message that all were made of."""

@@ -49,13 +49,17 @@ class StopRule(Protocol):
     label: str
 
     @property
+    def wake_at(self) -> float | None:
+        """When, in the source's seconds, to offer idle nodes work again though nothing has come in; None: never."""
+
+    @property
     def decided(self) -> bool:
         """Whether the replies read so far suffice."""
 
     def arrived(self, arrival: Arrival) -> None:
         """A reply of this phase is in, not read yet."""
 
-    def next_message(self, node: int, held: Message | None) -> Message | None:
+    def next_message(self, node: int, held: Message | None, now: float) -> Message | None:
         """What to send a node that is free; None: nothing.
 
         `held` is what was to be sent to it when the phase began, the first time that it is free in this phase.
@@ -84,6 +88,8 @@ class StopRule(Protocol):
 class CountRule:
     """Stop after a number of good replies: what dropping the slowest clients means."""
 
+    wake_at = None
+
     def __init__(self, enough: int | None, *, label: str = "") -> None:
         self.label = label
         self._enough = enough
@@ -99,7 +105,7 @@ class CountRule:
     def arrived(self, arrival: Arrival) -> None:
         """Nothing to do."""
 
-    def next_message(self, node: int, held: Message | None) -> Message | None:
+    def next_message(self, node: int, held: Message | None, now: float) -> Message | None:
         """Its one message."""
         return held
 

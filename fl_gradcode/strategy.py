@@ -51,6 +51,8 @@ class GradientCoding(Strategy):
         code: Who holds which shards; worker i is the node whose client reports `partition-id` i.
         send: "coded": one coded vector a worker and round, least upload. "shards": one shard a message; a free node
             gets the uncovered shard that fewest are working on, the first copy wins. Best where compute dominates.
+        patience: With "shards": begin a second copy only when the first has taken so many times as long as the free
+            node took for its last shard; 0: at once. 2 keeps nodes free for the next round where all are alike.
         on_undecodable: When a round ends undecodable, at the timeout or as soon as it is hopeless: "skip" leaves
             the model as it is, "approximate" (or an `Approximation`) uses the least-squares estimate and reports
             its error and coverage, "raise" ends the run.
@@ -76,6 +78,7 @@ class GradientCoding(Strategy):
         code: GradientCode,
         *,
         send: Literal["coded", "shards"] = "coded",
+        patience: float = 0.0,
         on_undecodable: Literal["skip", "approximate", "raise"] | Approximation = "skip",
         kappa_max: float = float("inf"),
         seed: int = 0,
@@ -95,6 +98,7 @@ class GradientCoding(Strategy):
         self.options = Options(
             on_undecodable=on_undecodable,
             send=send,
+            patience=patience,
             kappa_max=kappa_max,
             seed=int(seed),
             node_timeout=node_timeout,
