@@ -146,8 +146,8 @@ class _Waiting:
             coming = outstanding + [arrival.node for arrival in self.unread]
             if self.lost and self.rule.hopeless(coming):
                 return "hopeless"
-            if not coming:
-                return "answered"
+            if not outstanding:
+                return "answered"  # what is unread was not wanted
             self.lost = False
             arrival = self.source.next_arrival(self._next_deadline())
             if arrival is not None:
@@ -236,6 +236,10 @@ class _Waiting:
             if reply is not None and reply.has_content():
                 self.wait.bytes_up += content_bytes(reply.content)
             self._offer(arrival, reply)
+        if arrivals:
+            # Who a node is, which copies count: what is left to do may be another than before.
+            self.free.extend(self.idle)
+            self.idle.clear()
         return bool(arrivals)
 
     def _offer(self, arrival: Arrival, reply: Message | None) -> None:

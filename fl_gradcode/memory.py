@@ -35,6 +35,8 @@ class Memory:
         """Remember what went into a sum."""
         for worker in np.flatnonzero(vector):
             block = tuple(shards[j] for j in code.shards_of(int(worker)))
+            # Under sampling a group sends other shards each time: what overlaps is out of date.
+            self._known = {one: stale for one, stale in self._known.items() if not set(one) & set(block)}
             update, metrics = bucket.updates[int(worker)], bucket.metrics[int(worker)]
             self._known[block] = Stale(block, server_round, update, metrics, bucket.key)
 

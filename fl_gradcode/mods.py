@@ -118,7 +118,7 @@ class _CodedCall:
             try:
                 self._add(reply.content, coefficients)
             except (ValueError, Overflow) as error:
-                raise UnsuitableApp(f"Shard {shard}, {self.plan.label}: {error}.") from error
+                raise UnsuitableApp(f"Shard {shard}, {self.plan.label}: {str(error).removesuffix('.')}.") from error
         return self._answer("coded", row.shards)
 
     def _call_user(self, shard: int) -> tuple[Message, bool]:

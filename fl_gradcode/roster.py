@@ -30,6 +30,11 @@ class Roster:
         """The worker that this node said it is, or None."""
         return self._worker.get(node)
 
+    @property
+    def contested(self) -> bool:
+        """Whether two of the nodes that are listed say that they are the same worker: hear both, to name them."""
+        return len(set(self._worker.values())) < len(self._worker)
+
     def learn(self, node: int, worker: int) -> None:
         """A node reported its worker number."""
         self._worker[node] = worker

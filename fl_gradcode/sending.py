@@ -136,7 +136,7 @@ class CodedSending:
             return False  # only the noise is still waited for
         workers = [self.roster.worker_of(node) for node in nodes]
         outstanding = {i for i in workers if i is not None}
-        if None in workers or len(outstanding) < len(workers):  # two that claim one number: hear both
+        if None in workers or self.roster.contested:
             outstanding.update(self.roster.missing(self._participants))
         outstanding &= self._participants
         outstanding -= {i for bucket in inbox.buckets.values() for i in bucket.senders}

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from flwr.app import Message
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from .arrivals import Arrival
 from .asking import Asking, whole_shard
@@ -39,7 +41,11 @@ def sending_of(
 
 
 def first_rows(plan: Plan) -> dict[int, Row]:
-    """For each worker the shard that it starts with: holders of the same shards start evenly spread over them."""
+    """For each worker the shard that it starts with: as many different ones as can be.
+
+    Holders of the same shards start evenly spread over them; where that is not enough, as in a cyclic assignment, a
+    maximum matching says who starts with what.
+    """
     rows = dict.fromkeys(plan.rows, Row((), ()))
     alike: dict[tuple[int, ...], list[int]] = {}
     for worker, row in sorted(plan.rows.items()):
@@ -48,6 +54,13 @@ def first_rows(plan: Plan) -> dict[int, Row]:
     for shards, workers in alike.items():
         for place, worker in enumerate(workers):
             rows[worker] = whole_shard(shards[len(shards) * place // len(workers)])
+    workers = [i for i in plan.rows if plan.rows[i].shards]
+    everything = sorted({shard for i in workers for shard in plan.rows[i].shards})
+    if len({rows[i].shards for i in workers}) < min(len(workers), len(everything)):
+        held = csr_array([[shard in plan.rows[i].shards for shard in everything] for i in workers])
+        for worker, column in zip(workers, maximum_bipartite_matching(held, perm_type="column"), strict=True):
+            if column >= 0:
+                rows[worker] = whole_shard(everything[column])
     return rows
 
 
@@ -83,6 +96,7 @@ class ShardSending:
         self._began: dict[int, float] = {}  # node -> when it was sent that
         self._took: dict[int, float] = {}  # node -> seconds of the last shard that it did
         self._unread: dict[str, int] = {}  # token -> shard
+        self._sent: dict[int, set[int]] = {}  # node -> shards whose copy came from it
         self.wake_at: float | None = None
         self._failed: set[int] = set()  # nodes
 
@@ -109,6 +123,7 @@ class ShardSending:
             self._took[arrival.node] = arrival.at - began
         if shard is not None:
             self._unread[arrival.token] = shard
+            self._sent.setdefault(arrival.node, set()).add(shard)
 
     def next_message(self, node: int, held: Message | None, inbox: Inbox, now: float) -> Message | None:
         """The uncovered shard of its own with the fewest workers on it; where that is the same, round from its first.
@@ -121,8 +136,9 @@ class ShardSending:
         mine = self._shards.get(worker, ())
         if node in self._failed or not mine or self._compose is None:
             return None
-        covered = self._covered(inbox)
-        open_shards = [shard for shard in mine if shard not in covered and self._is_due(shard, node, now)]
+        # A copy that does not count, because others agree on another layout, would not count the second time either.
+        closed = self._covered(inbox) | self._sent.get(node, set())
+        open_shards = [shard for shard in mine if shard not in closed and self._is_due(shard, node, now)]
         if not open_shards:
             return None
         busy = list(self._working.values())
@@ -155,16 +171,20 @@ class ShardSending:
 
     def hopeless(self, nodes: Sequence[int], inbox: Inbox) -> bool:
         """Whether some shard has no copy and no holder among `nodes`."""
-        workers = {self.roster.worker_of(node) for node in nodes if node not in self._failed}
-        known = {i for i in workers if i is not None}
-        if None in workers:
-            known.update(self.roster.missing(self._shards))
-        covered = self._covered(inbox)
-        return not covered.union(*(self._shards.get(i, ()) for i in known)).issuperset(self._row)
+        workers = {node: self.roster.worker_of(node) for node in nodes if node not in self._failed}
+        possible = self._covered(inbox)
+        for node, worker in workers.items():
+            if worker is not None:
+                possible.update(set(self._shards.get(worker, ())) - self._sent.get(node, set()))
+        if None in workers.values() or self.roster.contested:
+            possible.update(*(self._shards[i] for i in self.roster.missing(self._shards)))
+        return not possible.issuperset(self._row)
 
     def offered(self, arrival: Arrival, *, good: bool) -> None:
         """A node that failed gets no more work in this phase."""
-        self._unread.pop(arrival.token, None)
+        worker = self.roster.worker_of(arrival.node)
+        if self._unread.pop(arrival.token, None) is None and good and worker in self._start:
+            self._sent.setdefault(arrival.node, set()).add(self._start[worker])  # it was asked before it was known
         if not good:
             self._failed.add(arrival.node)
             if not arrival.token:  # the message was refused: it never arrives
