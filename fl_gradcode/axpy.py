@@ -31,7 +31,7 @@ class Scaled:
 
     def __init__(self, x: NDArray[np.floating], a: float) -> None:
         self.x, self.a = x, x.dtype.type(a)
-        self._compiled = _compiled(x.dtype.char) if x.flags.c_contiguous else None
+        self._compiled = _compiled(x.dtype.char) if x.flags.c_contiguous and x.flags.aligned else None
         if self._compiled is not None:
             self._factor = self._compiled[1](a)
             self._a, self._x = ctypes.addressof(self._factor), x.ctypes.data

@@ -33,6 +33,11 @@ def as_pattern(assignment: Any, k: int | None = None) -> NDArray[np.bool_]:
             raise InvalidCode(
                 "An assignment is a 0/1 matrix of shape (n, k), or a list with the list of each worker's shard numbers."
             ) from None
+        if any(len(set(row)) < len(row) for row in rows):
+            raise InvalidCode(
+                "The assignment names a shard twice for one worker. If it is a matrix of zeros and ones, pass it as an "
+                "array: numpy.array(assignment)."
+            )
         shards = [j for row in rows for j in row]
         if k is not None and max(shards, default=0) >= k:
             raise InvalidCode(f"Shard {max(shards)} in the assignment does not exist; with k={k} they are 0..{k - 1}.")
@@ -56,7 +61,8 @@ def as_pattern(assignment: Any, k: int | None = None) -> NDArray[np.bool_]:
 
 def _rows_of_flags(rows: Any) -> bool:
     """Whether nested lists are a matrix of booleans, and not lists of shard numbers."""
-    return all(isinstance(flag, bool | np.bool_) for row in rows if not np.isscalar(row) for flag in row) and any(rows)
+    nested = [row for row in rows if not np.isscalar(row)]
+    return all(isinstance(flag, bool | np.bool_) for row in nested for flag in row) and any(map(len, nested))
 
 
 def check_groups(blocks: NDArray[Any], groups: tuple[tuple[int, ...], ...]) -> None:

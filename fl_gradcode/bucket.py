@@ -104,7 +104,7 @@ class Bucket:
         order = [*code.order_of(used), *range(code.n, code.n + len(stale))]
         (weight_key, _, _), *_ = self.reply.metrics_layout
         vectors = [*(self.metrics[i] for i in used), *(one.metrics for one in stale)]
-        metrics = self.carrier.restored(code.numbers.decode(vectors, coefficients, order=order))
+        metrics = self.carrier.restored(code.numbers.decode(vectors, coefficients[:, :1], order=order))  # in one block
         if not 0 < metrics[0] < np.inf:
             return f"the decoded {weight_key!r} is {metrics[0]:g}, and a mean needs a positive, finite one"
         weight, record = pack.rebuild_metrics(self.reply.metrics_layout, metrics, whole=self.whole)

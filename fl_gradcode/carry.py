@@ -6,7 +6,6 @@ Client and server take the same `Carrier`: one for the plan, one for the code.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -42,6 +41,9 @@ class Carrier(Protocol):
     ) -> NDArray[Any]:
         """The total with one more shard's weight and weighted metrics."""
 
+    def with_metrics(self, sketch: tuple[float, ...] | None, metrics: NDArray[np.float64]) -> tuple[float, ...] | None:
+        """The four numbers of an update (None when evaluating), so that they tell metrics apart too if they must."""
+
     def sent(self, total: NDArray[Any]) -> NDArray[Any]:
         """A total as it is sent."""
 
@@ -71,6 +73,10 @@ class Floats:
         """In float64."""
         return pack.encode_row(total, metrics, tuple(coefficients))
 
+    def with_metrics(self, sketch: tuple[float, ...] | None, metrics: NDArray[np.float64]) -> tuple[float, ...] | None:
+        """As they are: a metric that differs does harm to nothing but itself."""
+        return sketch
+
     def sent(self, total: NDArray[Any]) -> NDArray[Any]:
         """As it is."""
         return total
@@ -97,6 +103,8 @@ class FixedPoint:
     """
 
     def __init__(self, field: PrimeField, k: int) -> None:
+        if k > 2**_BITS:
+            raise Overflow(f"k={k} shards: the metrics of more than {2**_BITS} might not fit a prime field.")
         self.field, self.k = field, k
 
     def add_update(
@@ -110,8 +118,11 @@ class FixedPoint:
         """
         digest = hashlib.sha256()
         total = self.add(total, update, coefficients, digest)
-        bits = digest.digest()
-        return total, tuple(1.0 + int.from_bytes(bits[i : i + 6], "little") / 2**48 for i in (0, 6, 12, 18))
+        return total, _numbers(digest)
+
+    def with_metrics(self, sketch: tuple[float, ...] | None, metrics: NDArray[np.float64]) -> tuple[float, ...] | None:
+        """A hash of both: a metric in which holders differ in one bit would be decoded to a random number."""
+        return _numbers(hashlib.sha256(repr((sketch, (np.rint(metrics * 2.0**_FRACTION) + 0.0).tolist())).encode()))
 
     def add(
         self,
@@ -122,7 +133,8 @@ class FixedPoint:
     ) -> NDArray[Any]:
         """The rounded update times the two 16-bit halves of the coefficients, apart: shape (2, length).
 
-        Each shard uses a k-th of the room at most, so that all sums stay below 2^46, where float64 is exact.
+        Each shard uses a k-th of the room at most, so that all sums stay below m 2^46: float64 is exact up to m = 128,
+        and total is reduced every 64 blocks.
         """
         limit = (P - 1) // 2 // self.k
         length = -(-update.size // len(coefficients))
@@ -139,6 +151,8 @@ class FixedPoint:
                     digest.update(whole.astype(np.int32).data)
                 for row, half in zip(total, halves, strict=True):
                     half.add_start_to(row, start, part.size)
+            if block % 64 == 63:
+                total %= P
         return total
 
     def add_metrics(
@@ -151,7 +165,7 @@ class FixedPoint:
         """
         digits = np.empty((len(metrics), _DIGITS))
         for row, value in zip(digits, metrics.tolist(), strict=True):
-            scaled = math.ldexp(value, _FRACTION)
+            scaled = value * 2.0**_FRACTION
             if not abs(scaled) < 2.0 ** (_DIGITS * _BITS):
                 raise Overflow(
                     f"A weighted metric is {value:g}; a code over a prime field carries finite ones below "
@@ -194,6 +208,11 @@ class FixedPoint:
         rows = whole[: len(whole) // _DIGITS * _DIGITS].reshape(-1, _DIGITS)
         sums = [sum(int(digit) << _BITS * place for place, digit in enumerate(row)) for row in rows]
         return np.array([total / 2**_FRACTION for total in sums])
+
+
+def _numbers(digest: Any) -> tuple[float, ...]:
+    bits = digest.digest()
+    return tuple(1.0 + int.from_bytes(bits[i : i + 6], "little") / 2**48 for i in (0, 6, 12, 18))
 
 
 def carrier_of(fraction_bits: int | None, k: int) -> Carrier:

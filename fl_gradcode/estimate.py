@@ -40,8 +40,9 @@ def by_group(code: GradientCode, replies: Sequence[Sequence[int]]) -> NDArray[np
     if code.m == 1:
         a[[inside[0] for inside in replies if inside]] = 1.0
         return a
-    for inside in replies:
-        if inside:
+    for arrived in replies:
+        if arrived:
+            inside = sorted(arrived)  # the same bits, whoever came first
             shard = int(np.argmax(code.blocks[inside[0]].any(axis=1)))
             a[inside] = np.linalg.pinv(code.blocks[inside, shard]).T
     return a

@@ -29,6 +29,8 @@ class FieldRule:
         self._code = code
         self._live = np.zeros(code.n, dtype=bool)
         self._order: list[int] = []
+        self._span: _Span | None = None
+        self._in_span = 0  # how many of `_order`
         self.added = 0
 
     def add(self, workers: Sequence[int]) -> None:
@@ -49,11 +51,21 @@ class FieldRule:
             if (code.blocks[self._live].any(axis=2).sum(axis=0) >= code.m).all() and (
                 len(missing) <= code.s or not _has_closed_form(code) or _may_decode_sooner(code)
             ):
-                found = self._eliminate()
+                found = self._eliminate() if self._suffices() else None
             if found is None:
                 return None
             a = found
         return a if code.m > 1 else a[:, 0]
+
+    def _suffices(self) -> bool:
+        """Whether the target lies in the span of the rows that are in; each arrival adds one row."""
+        columns = _distinct(self._code)
+        if self._span is None:
+            self._span = _Span(_target(columns.shape[1], self._code.m).T)
+        for worker in self._order[self._in_span :]:
+            self._span.add(columns[worker].reshape(-1))
+        self._in_span = len(self._order)
+        return not self._span.rest.any()
 
     def _eliminate(self) -> NDArray[np.int64] | None:
         code = self._code
@@ -73,6 +85,34 @@ def check_matrix(n: int, rows: int) -> NDArray[np.int64]:
     for row in range(rows - 2, -1, -1):
         C[row] = C[row + 1] * points % P
     return C
+
+
+class _Span:
+    """Rows in reduced echelon form, and what is left of the targets beside them."""
+
+    def __init__(self, targets: NDArray[np.int64]) -> None:
+        self.rest = targets.copy()
+        self._rows = np.zeros((min(64, targets.shape[1]), targets.shape[1]), np.int64)
+        self._pivots: list[int] = []
+
+    def add(self, row: NDArray[np.int64]) -> None:
+        done = len(self._pivots)
+        if done == self._rows.shape[1]:
+            return
+        rows = self._rows[:done]
+        row = (row - matmul(row[None, self._pivots], rows)[0]) % P
+        nonzero = np.flatnonzero(row)
+        if not nonzero.size:
+            return
+        pivot = int(nonzero[0])
+        row = row * pow(int(row[pivot]), P - 2, P) % P
+        rows -= rows[:, pivot, None] * row % P
+        rows %= P
+        self.rest = (self.rest - self.rest[:, pivot, None] * row) % P
+        if done == len(self._rows):
+            self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
+        self._rows[done] = row
+        self._pivots.append(pivot)
 
 
 @lru_cache(maxsize=64)

@@ -170,7 +170,8 @@ class GradientCode:
     def least_squares_vector(self, survivors: Iterable[int], *, ridge: float = 0.0) -> NDArray[np.float64]:
         """The decoding vector that minimises `||a @ B - 1||^2 + ridge sum_i a_i^2 ||b_i||^2`.
 
-        With ridge 0 it is of minimum norm, and exact where that is possible; a little ridge keeps codes with
+        With ridge 0 it is exact where that is possible, and of minimum norm except for a code with groups and m = 1 (1
+        on the first survivor of each); a little ridge keeps codes with
         coefficients of both signs from buying coverage with large, noisy coefficients. A code with groups does without,
         and a code over a field knows no estimates: its vector is zero.
 
@@ -260,7 +261,7 @@ class GradientCode:
 
         By group where replies within a group are alike, else by worker.
         """
-        if self.groups is None:
+        if self.groups is None or self.m > 1:
             return list(workers)
         number = {i: q for q, group in enumerate(self.groups) for i in group}
         return [number.get(i, len(self.groups)) for i in workers]

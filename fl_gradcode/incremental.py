@@ -27,6 +27,10 @@ __all__ = ["IncrementalDecoder"]
 _EXACT = 1e-8
 # Relative squared residual of the normal equations below which the exact test is worth its cost.
 _WORTH_TESTING = 1e-6
+# The same where it is known without loss.
+_NOTHING_LEFT = 1e-14
+# Spare rows from which a system of their size is too slow to be solved at each arrival.
+_MANY = 64
 
 
 class IncrementalDecoder:
@@ -42,7 +46,8 @@ class IncrementalDecoder:
         elif isinstance(code.numbers, PrimeField):
             self._rule = FieldRule(code)
         else:
-            self._rule = _NullSpaceRule(code)
+            spare = _decompose(code)[1].shape[1]
+            self._rule = _RowSpaceRule(code) if 4 * spare > code.n - spare and spare > _MANY else _NullSpaceRule(code)
 
     def add(self, worker: int) -> bool:
         """Worker's reply is in. Returns whether the sum can be decoded now."""
@@ -146,7 +151,7 @@ class _NullSpaceRule:
 
     def __init__(self, code: GradientCode) -> None:
         self._code = code
-        self._a0, self._N, self._norms, self._consistent = _decompose(code)
+        self._a0, self._N, _, self._norms, self._consistent = _decompose(code)
         self._missing = np.ones(code.n, dtype=bool)
         self.improves = True
         self._restart()
@@ -206,11 +211,56 @@ class _NullSpaceRule:
         return residual <= _WORTH_TESTING * self._scale
 
 
-@lru_cache(maxsize=64)
+class _RowSpaceRule:
+    """The same where B has many spare rows, so that the survivors' rows are the smaller system.
+
+    In terms of `y = D a`: `y U = t`, U the orthonormal columns that B spans. The survivors' rows of U are made
+    orthonormal one by one; what is left of t beside them tells whether they suffice.
+    """
+
+    def __init__(self, code: GradientCode) -> None:
+        self._code = code
+        a0, _, self._U, _, self._consistent = _decompose(code)
+        self._live = np.zeros(code.n, dtype=bool)
+        self._basis = np.empty((self._U.shape[1], self._U.shape[1]))
+        self._found = 0
+        self._rest = self._U.T @ a0
+        self._scale = float(np.square(self._rest).sum())
+        self.improves = True
+        self.added = 0
+
+    def add(self, workers: Sequence[int]) -> None:
+        self.added += len(workers)
+        for worker in workers:
+            known, self._live[worker] = bool(self._live[worker]), True
+            if known or self._found == len(self._basis):
+                continue
+            v, basis = self._U[worker].copy(), self._basis[: self._found]
+            before = float(np.linalg.norm(v))
+            for _ in range(2):  # twice is enough
+                v -= basis.T @ (basis @ v)
+            length = float(np.linalg.norm(v))
+            if length > 1e-11 * before:
+                v /= length
+                self._basis[self._found] = v
+                self._found += 1
+                self._rest -= np.outer(v, v @ self._rest)
+
+    def solve(self) -> NDArray[np.float64] | None:
+        # Orthonormal rows keep their digits: what is left is right to rounding, and the test costs a large system.
+        if not self._consistent or float(np.square(self._rest).sum()) > _NOTHING_LEFT * self._scale:
+            return None
+        a = self._code.least_squares_vector(np.flatnonzero(self._live))
+        return a if self._code.error_of(a) <= _EXACT else None
+
+
+# Few: where a share of the shards is sampled, each phase has a code of its own.
+@lru_cache(maxsize=8)
 def _decompose(
     code: GradientCode,
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], bool]:
-    """In terms of `D a`, D the rows' norms: `a0` (n, m), basis `N` (n, n - rank), D (n, 1), and whether a0 is exact.
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], bool]:
+    """In terms of `D a`, D the rows' norms: `a0` (n, m), bases `N` (n, n - rank) and `U` (n, rank), D (n, 1), and
+    whether a0 is exact.
 
     Rows of length 1 keep the digits that rows of very different lengths would cost.
     """
@@ -222,10 +272,10 @@ def _decompose(
     # since every answer is confirmed on B itself.
     rank = int(np.count_nonzero(sigma > 1e-11 * sigma[0]))
     a0 = U[:, :rank] @ ((Vt[:rank] @ np.tile(np.eye(code.m), (code.k, 1))) / sigma[:rank, None])
-    N = U[:, rank:]
-    for array in (a0, N, norms):
+    N, spanned = U[:, rank:], U[:, :rank]
+    for array in (a0, N, spanned, norms):
         array.setflags(write=False)
-    return a0, N, norms, code.error_of(a0 / norms) <= _EXACT
+    return a0, N, spanned, norms, code.error_of(a0 / norms) <= _EXACT
 
 
 def _solve(rows: NDArray[np.float64], right: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

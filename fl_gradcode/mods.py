@@ -118,7 +118,7 @@ class _CodedCall:
             try:
                 self._add(reply.content, coefficients)
             except (ValueError, Overflow) as error:
-                raise UnsuitableApp(f"Shard {shard}, {self.plan.label}: {str(error).removesuffix('.')}.") from error
+                raise UnsuitableApp(f"Shard {shard}, {self.plan.label}: {str(error).rstrip('.')}.") from error
         return self._answer("coded", row.shards)
 
     def _call_user(self, shard: int) -> tuple[Message, bool]:
@@ -166,6 +166,7 @@ class _CodedCall:
         layout: pack.Layout = ()
         update: NDArray[np.floating] = np.zeros(0, np.float32)
         arrays_name = ""
+        sketch: tuple[float, ...] | None = None
         if self.plan.arrays_key:
             if len(array_records) != 1:
                 raise ValueError(f"a reply needs exactly one ArrayRecord, not {len(array_records)}")
@@ -184,8 +185,12 @@ class _CodedCall:
             with np.errstate(all="ignore"):  # the server rejects what is not finite, and says so
                 update *= update.dtype.type(metrics_vector[0])
             self.update, sketch = self.carrier.add_update(self.update, update, coefficients)
-            self.sketches.append(sketch)
-        self.metrics = self.carrier.add_metrics(self.metrics, metrics_vector, coefficients)
+        # All in the first of the m blocks: they are few, and one that differs between holders (seconds, say) or is NaN
+        # must not get into the weight, which would share an entry with it.
+        self.metrics = self.carrier.add_metrics(self.metrics, metrics_vector, coefficients[:1])
+        whole = self.carrier.with_metrics(sketch, metrics_vector)
+        if whole is not None:
+            self.sketches.append(whole)
 
     def _answer(self, outcome: str, shards: tuple[int, ...] = ()) -> Message:
         coded = outcome == "coded"

@@ -85,7 +85,7 @@ class Options:
                 "Over a prime field a sum is exact or unknown: on_undecodable='approximate' needs a code over the "
                 "reals."
             )
-        if self.approximation is not None and self.approximation.fill_in and not can_fill_in(code, shardwise=shardwise):
+        if self.fills_in and not can_fill_in(code, shardwise=shardwise):
             raise InvalidSetting(
                 f"fill_in needs to know single updates, and a {code.name} code mixes them. Take fractional_repetition "
                 "with m = 1, or send='shards'."
@@ -97,6 +97,11 @@ class Options:
         if isinstance(self.on_undecodable, Approximation):
             return self.on_undecodable
         return Approximation() if self.on_undecodable == "approximate" else None
+
+    @property
+    def fills_in(self) -> bool:
+        """Whether missing updates are taken from an earlier round."""
+        return self.approximation is not None and self.approximation.fill_in
 
     @property
     def policy(self) -> str:

@@ -4,8 +4,10 @@ mean."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from flwr.app import ArrayRecord, Message
+from numpy.typing import NDArray
 
 from .arrivals import Arrival
 from .bucket import Decoded, Stale
@@ -14,6 +16,7 @@ from .gradient_code import GradientCode
 from .inbox import Inbox
 from .memory import Memory
 from .options import Approximation
+from .prime_field import PrimeField
 from .roster import Roster
 from .sending import Sending
 from .stop import Wait
@@ -21,8 +24,8 @@ from .wire import Plan
 
 __all__ = ["Phase"]
 
-#: Relative difference of two holders of a shard above which a decoder that mixes the copies would return garbage: such
-#: a phase counts as undecodable.
+#: Relative difference of two holders of a shard, times kappa, above which a decoder that mixes the copies would return
+#: garbage: such a phase counts as undecodable.
 _GARBAGE = 1e-2
 
 
@@ -83,13 +86,13 @@ class Phase:
         return self.sending.hopeless(nodes, self.inbox)
 
     def offer(self, arrival: Arrival, reply: Message | None, at: float) -> bool:
-        """Read one reply: it counts, or is rejected with a reason."""
+        """Read one reply: it counts, or is rejected with a reason. False: there may be work for idle nodes."""
         good = self.inbox.read(arrival.node, reply, arrival.failure) is None
-        self.sending.offered(arrival, good=good)
+        as_expected = self.sending.offered(arrival, self.inbox, good=good)
         best = self.inbox.best
         if best is not None and best.decoder.decodable and self.decodable_after is None:
             self.decodable_after = (len(self.inbox.answered), at)
-        return good
+        return as_expected
 
     def finish(self, wait: Wait) -> list[Message]:
         """Waiting is over. The replies stay here: Flower's loop would keep its list of them for a whole round."""
@@ -113,11 +116,11 @@ class Phase:
         best = self.inbox.best
         if best is None:
             return None
-        if self.mixes_garbage:
+        vector = best.decoder.vector()
+        if self.mixes_garbage(vector):
             pairs = "; ".join(f"{a} and {b} of shard {j}" for j, (a, b) in sorted(self.inbox.disagreeing.items())[:3])
             self.failure = f"holders {pairs} disagree by up to {self.inbox.disagreement:.1e} (relative)"
             return None
-        vector = best.decoder.vector()
         stale: tuple[Stale, ...] = ()
         if vector is None:
             if approximation is None:
@@ -134,11 +137,17 @@ class Phase:
             memory.keep(self.code, self.shards, self.plan.round, best, vector)
         return decoded
 
-    @property
-    def mixes_garbage(self) -> bool:
-        """Whether holders of a shard are so far apart that combining their replies would mean nothing."""
-        alike = self.code.groups is not None and self.code.m == 1
-        return not alike and self.inbox.disagreement > _GARBAGE
+    def mixes_garbage(self, vector: NDArray[Any] | None) -> bool:
+        """Whether holders of a shard are so far apart that combining their replies would mean nothing.
+
+        Over a field one bit is; over the reals decoding amplifies the difference by kappa.
+        """
+        if self.code.groups is not None and self.code.m == 1:
+            return False
+        if isinstance(self.code.numbers, PrimeField):
+            return self.inbox.disagreement > 0
+        kappa = 1.0 if vector is None else max(1.0, self.code.kappa_of(vector))
+        return self.inbox.disagreement * kappa > _GARBAGE
 
     @property
     def survivors(self) -> list[int]:

@@ -6,6 +6,7 @@ before anything is encoded: an overflow is an error, never a wrap.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -86,9 +87,17 @@ class PrimeField:
             largest = max(float(whole.max()), -float(whole.min()))
             if not largest <= limit:
                 room, size = limit / 2.0**self.fraction_bits, largest / 2.0**self.fraction_bits
+                fit = math.floor(math.log2(limit / size)) if 0 < size < math.inf else -1
                 raise Overflow(
                     f"An entry of size {size:.4g} does not fit: at fraction_bits={self.fraction_bits} there is room up "
-                    f"to {room:.4g}. Scale the updates down, or take fewer fraction_bits."
+                    f"to {room:.4g}. "
+                    + (
+                        f"Scale the updates down, or take fraction_bits={fit} or fewer."
+                        if fit >= 0
+                        else "Scale the updates down."
+                        if math.isfinite(size)
+                        else "It must be a finite number."
+                    )
                 )
         return np.asarray(np.rint(whole, out=whole))
 
@@ -120,6 +129,8 @@ class PrimeField:
         dtype = replies[0].dtype if len(replies) else np.dtype(np.int64)
         if dtype not in (np.int64, np.uint32):
             raise InvalidCode(f"Replies over the {self.name} are int64 or uint32, not {dtype}.")
+        if dtype == np.int64 and any(len(x) and not 0 <= x.min() <= x.max() < P for x in replies):
+            raise InvalidCode(f"Replies over the {self.name} lie in 0..{P - 1}.")
         total = lift(combine_mod(replies, a.reshape(len(replies), -1)))
         return total if dtype == np.int64 else total * 2.0**-self.fraction_bits
 

@@ -11,6 +11,7 @@ References:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from flwr.app import Message
@@ -19,6 +20,7 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from .arrivals import Arrival
 from .asking import Asking, whole_shard
+from .bucket import Bucket
 from .codes import uncoded
 from .gradient_code import GradientCode
 from .inbox import Inbox
@@ -99,6 +101,7 @@ class ShardSending:
         self._sent: dict[int, set[int]] = {}  # node -> shards whose copy came from it
         self.wake_at: float | None = None
         self._failed: set[int] = set()  # nodes
+        self._best: Bucket | None = None
 
     def first_rows(self) -> dict[int, Row]:
         """Each worker's first shard."""
@@ -127,6 +130,7 @@ class ShardSending:
 
     def next_message(self, node: int, held: Message | None, inbox: Inbox, now: float) -> Message | None:
         """The uncovered shard of its own with the fewest workers on it; where that is the same, round from its first.
+        No node is asked twice for one.
 
         A node that is not known yet gets what was made for all: each client finds its first shard in it.
         """
@@ -136,14 +140,15 @@ class ShardSending:
         mine = self._shards.get(worker, ())
         if node in self._failed or not mine or self._compose is None:
             return None
+        start = mine.index(self._start[worker])
         # A copy that does not count, because others agree on another layout, would not count the second time either.
         closed = self._covered(inbox) | self._sent.get(node, set())
-        open_shards = [shard for shard in mine if shard not in closed and self._is_due(shard, node, now)]
+        in_turn = [j for j in mine[start:] + mine[:start] if j not in closed]
+        open_shards = [j for j in in_turn if self._is_due(j, node, now)]
         if not open_shards:
             return None
-        busy = list(self._working.values())
-        start = mine.index(self._start[worker])
-        shard = min(open_shards, key=lambda j: (busy.count(j), (mine.index(j) - start) % len(mine)))
+        busy = Counter(self._working.values())
+        shard = min(open_shards, key=lambda j: busy[j])  # the first of those
         self._working[node], self._began[node] = shard, now
         return self._compose(node, worker, shard)
 
@@ -180,16 +185,26 @@ class ShardSending:
             possible.update(*(self._shards[i] for i in self.roster.missing(self._shards)))
         return not possible.issuperset(self._row)
 
-    def offered(self, arrival: Arrival, *, good: bool) -> None:
-        """A node that failed gets no more work in this phase."""
+    def offered(self, arrival: Arrival, inbox: Inbox, *, good: bool) -> bool:
+        """A node that failed gets no more work in this phase.
+
+        A good reply may leave its shard open (it was for another one, or differs in names, dtypes or shapes), or make
+        replies of another kind count than before.
+        """
+        shard = self._unread.pop(arrival.token, None)
         worker = self.roster.worker_of(arrival.node)
-        if self._unread.pop(arrival.token, None) is None and good and worker in self._start:
+        if shard is None and good and worker in self._start:
             self._sent.setdefault(arrival.node, set()).add(self._start[worker])  # it was asked before it was known
+        former, self._best = self._best, inbox.best
         if not good:
             self._failed.add(arrival.node)
             if not arrival.token:  # the message was refused: it never arrives
                 self._working.pop(arrival.node, None)
                 self._began.pop(arrival.node, None)
+            return False
+        best = inbox.best
+        covered = shard is None or (best is not None and self._row[shard] in best.senders)
+        return covered and (former is None or best is former)
 
     def release(self) -> None:
         """Let go of the message that all were made of."""

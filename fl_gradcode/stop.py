@@ -78,7 +78,7 @@ class StopRule(Protocol):
     def offer(self, arrival: Arrival, reply: Message | None, at: float) -> bool:
         """Read a reply, `at` seconds after the phase began; None: there is none, because of `arrival.failure`.
 
-        Returns whether it was good; if not, somebody else may have to do its work.
+        Returns whether all is as it was handed out; if not, an idle node may have to do something over again.
         """
 
     def finish(self, wait: Wait) -> list[Message]:

@@ -92,7 +92,7 @@ class GradientCoding(Strategy):
         check_strategy(strategy)
         if not isinstance(code, GradientCode):
             raise InvalidSetting(
-                f"code is {type(code).__name__}; pass a GradientCode, such as fractional_repetition(n, s)."
+                f"code={type(code).__name__}: pass a GradientCode, such as fractional_repetition(n, s)."
             )
         check_bounds(strategy, code.k)
         self.options = Options(
@@ -155,8 +155,7 @@ class GradientCoding(Strategy):
         self.roster = Roster()  # another start may meet other nodes, and other clients
         self._ever_decoded = False
         self._warned.clear()
-        approximation = self.options.approximation
-        if approximation is not None and approximation.fill_in:
+        if self.options.fills_in:
             self._memory = {"train": Memory(), "evaluate": Memory()}
         self._timeout = timeout
         limit: Any = timeout  # Flower's grids take None for "no limit"

@@ -30,14 +30,14 @@ def vectors_of(
         raise ValueError(f"the record {UPDATE!r} is missing")
     update_dtype, metrics_dtype = carrier.dtypes(reply.layout)
     numbers = sum(max(length, 1) if length else 0 for _, length, _ in reply.metrics_layout)
-    metrics = _vector(record, METRICS, carrier.entries(numbers), metrics_dtype, m)
+    metrics = _vector(record, METRICS, carrier.entries(numbers), metrics_dtype, 1)
     if before is None:
         update = np.zeros(0, update_dtype)
     else:
         _check_layout(reply.layout, before)
         update = _vector(record, ARRAYS, pack.size_of(reply.layout), update_dtype, m)
     if update_dtype.kind == "f":
-        _check_finite(update, metrics, m)
+        _check_finite(update, metrics)
     elif max(update.max(initial=0), metrics.max(initial=0)) >= P:
         raise ValueError(f"an entry is outside the field 0..{P - 1}")
     return update, metrics
@@ -65,10 +65,9 @@ def _vector(record: ArrayRecord, name: str, entries: int, dtype: np.dtype[Any], 
     return np.asarray(values)
 
 
-def _check_finite(update: NDArray[np.floating], metrics: NDArray[np.floating], m: int) -> None:
-    # A metric may be NaN (an accuracy over no examples), as under plain Flower; the weight may not, and for
-    # m > 1 metrics and weight share entries.
+def _check_finite(update: NDArray[np.floating], metrics: NDArray[np.floating]) -> None:
+    # A metric may be NaN (an accuracy over no examples), as under plain Flower; the weight may not.
     if not pack.all_finite(update):
         raise ValueError("its weighted update is not finite (NaN or infinity)")
-    if not (math.isfinite(float(metrics[0])) if m == 1 else np.isfinite(metrics).all()):
+    if not math.isfinite(float(metrics[0])):
         raise ValueError("its number of examples is not finite (NaN or infinity)")

@@ -91,14 +91,16 @@ def make_coding(settings: Settings, inner: FedAvg, n: int) -> GradientCoding:
 
 
 def _assignment(settings: Settings, n: int) -> Assignment:
-    """Everybody's own data, and others' as far as capacities allow: as many holders as there is room for."""
+    """Everybody's own data, and others' as far as capacities allow."""
     capacities = whole_numbers(settings.capacities)
     if len(capacities) != n:
         raise AppConfigError(
             f"capacities={settings.capacities!r} are {len(capacities)} numbers; there are {n} clients."
         )
-    # More holders than s + m keep decoding from amplifying noise; beyond two more it gains little.
     least = settings.stragglers + settings.upload_reduction
+    if settings.code == "reed-solomon":
+        return assign(n, capacities, holders=least, owners=range(n))
+    # More holders than s + m keep decoding over the reals from amplifying noise; beyond two more it gains little.
     most = assign(n, capacities, m=settings.upload_reduction, owners=range(n)).replication
     return assign(n, capacities, holders=max(least, min(most, least + 2)), owners=range(n))
 
