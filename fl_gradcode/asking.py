@@ -52,11 +52,13 @@ class Asking:
         plan: With every worker's row.
         content: The inner strategy's records, which all messages share.
         message_type: As the inner strategy chose it.
-        ttl: Seconds for which the SuperLink keeps a message.
+        timeout: Seconds of the phase.
     """
 
-    def __init__(self, plan: Plan, content: RecordDict, *, message_type: str, ttl: float | None) -> None:
-        self.plan, self._content, self._type, self._ttl = plan, content, message_type, ttl
+    def __init__(self, plan: Plan, content: RecordDict, *, message_type: str, timeout: float | None) -> None:
+        self.plan, self._content, self._type = plan, content, message_type
+        # Several times the timeout: it only bounds how long the SuperLink stores a message.
+        self._ttl = None if timeout is None else max(600.0, 4 * timeout)
 
     def messages(self, nodes: Iterable[int], roster: Roster, rows: Mapping[int, Row]) -> list[Message]:
         """One message for each node whose worker has shards to work on, or is not known yet.

@@ -67,6 +67,11 @@ class Options:
             raise InvalidSetting(f"patience={self.patience} must be a number of at least 0.")
         if self.patience and self.send != "shards":
             raise InvalidSetting(f"patience={self.patience} is about second copies of a shard: it needs send='shards'.")
+        if self.send == "shards" and (self.give_up_after is not None or self.kappa_max != float("inf")):
+            raise InvalidSetting(
+                "give_up_after and kappa_max are about coded vectors: with send='shards' a message is one shard, and "
+                "nothing is amplified. Leave them out."
+            )
         if not self.kappa_max > 0:
             raise InvalidSetting(f"kappa_max={self.kappa_max} must be greater than 0.")
         shardwise = self.send == "shards"

@@ -241,9 +241,7 @@ class GradientCoding(Strategy):
         )
         before = content[arrays_key] if arrays_key else None
         assert before is None or isinstance(before, ArrayRecord)
-        # Several times the timeout: it only bounds how long the SuperLink stores a message.
-        ttl = None if self._timeout is None else max(600.0, 4 * self._timeout)
-        asking = Asking(plan, content, message_type=self._drafts[0].metadata.message_type, ttl=ttl)
+        asking = Asking(plan, content, message_type=self._drafts[0].metadata.message_type, timeout=self._timeout)
         sending = sending_of(self.options, asking, code, shards, self.roster)
         self._phase = Phase(plan, shards, before, self.roster, sending)
         nodes = nodes_of_a_phase(grid, self.code, self._patience, self._phase.hopeless)

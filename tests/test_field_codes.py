@@ -161,8 +161,6 @@ def test_decodable_agrees_with_brute_force_and_with_the_converse() -> None:
             assert min(live) >= code.m or not code.decodable(survivors)
 
 
-# BUG: `_may_decode_sooner` takes rank(B) >= n - s for "never sooner". That holds for `reed_solomon`, not for a matrix
-# of one's own such as [[1, 1], [1, 0]], where worker 0 suffices; over the reals the same matrix decodes.
 def test_decodable_agrees_with_brute_force_on_random_matrices() -> None:
     rng = np.random.default_rng(2)
     for _ in range(100):
@@ -173,8 +171,6 @@ def test_decodable_agrees_with_brute_force_on_random_matrices() -> None:
                 assert code.decodable(survivors) == brute_force(code, survivors), (B.tolist(), survivors)
 
 
-# BUG: `estimate` and `by_group` give vectors of floats, which `PrimeField.shares` shifts: a TypeError here, also where
-# NotDecodable is due, and for groups over the field even where they decode.
 def test_what_does_not_decode_covers_nothing_and_is_refused() -> None:
     B = np.tile(np.eye(2, dtype=int), (2, 1))
     grouped = GradientCode(B, 1, groups=((0, 2), (1, 3)), numbers=PrimeField())
@@ -199,8 +195,6 @@ def test_a_worker_codes_the_shards_that_it_holds_and_no_other() -> None:
             assert len(reed_solomon(n, s, m=m, k=2 * n).shards_of(i)) == 2 * (s + m)
 
 
-# BUG: the mean over windows of neighbours cancels at equally spaced points: of workers 0..7 that all hold a shard, only
-# 0 and 7 have a coefficient at s = 1, and `holders_of` says (0, 7). The docstring says "so that everyone takes part".
 @pytest.mark.parametrize(("n", "s", "m"), [(3, 1, 1), (8, 1, 1), (8, 2, 1), (8, 2, 2)])
 def test_everyone_who_holds_a_shard_takes_part(n: int, s: int, m: int) -> None:
     assert reed_solomon(n, s, m=m, assignment=np.ones((n, 1))).holders_of(0) == tuple(range(n))

@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import FedAvg
 from fl_gradcode import GradientCode, GradientCoding, VirtualGrid, cyclic_repetition, fractional_repetition, uncoded
 from fl_gradcode.arrivals import Arrival, ArrivalSource, ForwardingGrid
 from fl_gradcode.codes import for_assignment
-from fl_gradcode.errors import RoundFailed
+from fl_gradcode.errors import InvalidSetting, RoundFailed
 from fl_gradcode.latency import Latency, Law, lognormal, scaled
 from fl_gradcode.testing import InProcessGrid
 from fl_gradcode.wire import Plan
@@ -273,3 +273,15 @@ def test_two_nodes_that_claim_one_worker_end_the_run_by_name(send: Any) -> None:
         engine = Watched(VirtualGrid(grid, SAME), deployed=True)
         with pytest.raises(RoundFailed, match="both answer as worker 4, in rounds 1 and 2"):
             GradientCoding(FedAvg(), uncoded(6), send=send).start(engine, initial_arrays(), num_rounds=4)
+
+
+@pytest.mark.parametrize("more", [{"kappa_max": 5.0}, {"give_up_after": 3.0}])
+def test_what_is_about_coded_vectors_is_refused(more: dict[str, float]) -> None:
+    with pytest.raises(InvalidSetting, match=r"^give_up_after and kappa_max are about coded vectors: "):
+        GradientCoding(FedAvg(), fractional_repetition(4, 1), send="shards", **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("more", [{"patience": 2.0}, {"send": "shards", "patience": -1.0}])
+def test_patience_that_makes_no_sense_is_refused(more: dict[str, Any]) -> None:
+    with pytest.raises(InvalidSetting, match=r"^patience="):
+        GradientCoding(FedAvg(), fractional_repetition(4, 1), **more)
