@@ -61,7 +61,7 @@ class IncrementalDecoder:
         """Several replies are in: like `add` for each, but asks once."""
         more = list(workers)
         self.survivors.extend(more)
-        if self._vector is None:
+        if more and self._vector is None:
             self._rule.add(more)
             self._vector = self._rule.solve()
         return self.decodable
@@ -70,11 +70,6 @@ class IncrementalDecoder:
     def decodable(self) -> bool:
         """Whether the replies that are in determine the sum."""
         return self._vector is not None
-
-    @property
-    def enough(self) -> bool:
-        """Whether there is nothing to wait for: the sum is decodable, or the code only promises an estimate of it."""
-        return self.decodable or (not self.code.exact and len(set(self.survivors)) >= self.code.n - self.code.s)
 
     def vector(self) -> NDArray[Any] | None:
         """The decoding vector, shape (n,) or (n, m), of all survivors so far; None while undecodable.

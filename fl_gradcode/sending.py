@@ -78,6 +78,7 @@ class CodedSending:
     def __init__(self, plan: Plan, code: GradientCode, roster: Roster, *, kappa_max: float = float("inf")) -> None:
         self.plan, self.code, self.roster, self.kappa_max = plan, code, roster, kappa_max
         self._participants = {i for i, row in plan.rows.items() if row.shards}
+        self._trial: IncrementalDecoder | None = None
 
     def first_rows(self) -> dict[int, Row]:
         """All it holds."""
@@ -118,8 +119,7 @@ class CodedSending:
             return []
         new = [i for i in worker_of.values() if i is not None and inbox.sender_of(i) is None]
         needed = {*survivors, *new}
-        decoder = self.code.incremental()
-        decoder.update([*survivors, *new])
+        decoder = self._told_of([*survivors, *new])
         if groups is not None:  # the first m replies of a group suffice; with m > 1, more may lower the noise
             few = _first([*survivors, *new], groups, self.code.m)
             trial = self.code.incremental()
@@ -129,6 +129,14 @@ class CodedSending:
         if not final and not self.enough(decoder):
             return []
         return [arrival for arrival in arrivals if worker_of[arrival.token] in needed]
+
+    def _told_of(self, workers: Sequence[int]) -> IncrementalDecoder:
+        """A decoder that knows these workers' replies; the last one, if they only have become more."""
+        trial = self._trial
+        if trial is None or list(workers[: len(trial.survivors)]) != trial.survivors:
+            trial = self._trial = self.code.incremental()
+        trial.update(workers[len(trial.survivors) :])
+        return trial
 
     def hopeless(self, nodes: Sequence[int], inbox: Inbox) -> bool:
         """Whether it stays undecodable even with all of `nodes`."""
@@ -151,7 +159,8 @@ class CodedSending:
         return good
 
     def release(self) -> None:
-        """Nothing to let go of."""
+        """Let go of the decoder."""
+        self._trial = None
 
 
 def _first(workers: Sequence[int], groups: Sequence[Sequence[int]], m: int) -> list[int]:
