@@ -14,9 +14,9 @@ from .errors import InvalidCode
 
 __all__ = ["combine"]
 
-# 128 Ki entries: one block of the running sum stays in a core's cache while all replies are added to it. Smaller ones
+# 256 Ki entries: one block of the running sum stays in a core's cache while all replies are added to it. Smaller ones
 # spend more on calls than they gain.
-_BLOCK = 1 << 17
+_BLOCK = 1 << 18
 # Entries to add up from which a second thread pays for its start; NumPy lets go of the interpreter meanwhile.
 _WORTH_THREADS = 1 << 23
 _MAX_THREADS = 4

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fl_gradcode.combine import combine
 from fl_gradcode.errors import InvalidCode
 
-BLOCK = 131072  # entries in a block of the running sum
+BLOCK = 262144  # entries in a block of the running sum
 LENGTHS = [0, 1, 2, 1000, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 17]
 
 
