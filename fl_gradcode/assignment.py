@@ -154,8 +154,8 @@ def assign(
         InvalidCode: It cannot be done; names the shards or workers that are in the way.
 
     References:
-        Loads in proportion to speed: Wang, Guo, Wang, Yan, Wan, "Heterogeneity-aware gradient coding", 2019
-        (arXiv 1901.09339). Placing within constraints is a maximum flow.
+        Loads in proportion to speed: "Heterogeneity-aware gradient coding for straggler tolerance", 2019 (arXiv
+        1901.09339). Placing within constraints is a maximum flow.
     """
     k, m, n = check_count(k, "k"), check_count(m, "m"), len(capacities)
     if n == 0:

@@ -222,7 +222,9 @@ class _Waiting:
             self.wait.asked.append(node)
             self.wait.bytes_down += content_bytes(message.content)
             if token is None:
-                self._offer(Arrival("", node, now, failure="the SuperLink refused the message"), None)
+                refused = Arrival("", node, now, failure="the SuperLink refused the message")
+                self.rule.offer(refused, None, now - self.start)
+                self._offer_idle()
                 self.lost = True
             else:
                 self.debts[node] = _Debt(token, self.rule, now + self.patience)
@@ -235,16 +237,10 @@ class _Waiting:
         for arrival, reply in zip(arrivals, self.source.fetch(arrivals), strict=True):
             if reply is not None and reply.has_content():
                 self.wait.bytes_up += content_bytes(reply.content)
-            self._offer(arrival, reply)
-        if arrivals:
-            # Who a node is, which copies count: what is left to do may be another than before.
-            self.free.extend(self.idle)
-            self.idle.clear()
+            self.rule.offer(arrival, reply, arrival.at - self.start)
+        if arrivals:  # who a node is, which copies count: what is left to do may be another than before
+            self._offer_idle()
         return bool(arrivals)
-
-    def _offer(self, arrival: Arrival, reply: Message | None) -> None:
-        if not self.rule.offer(arrival, reply, arrival.at - self.start):
-            self._offer_idle()  # what it should have done is to be done again
 
     def _offer_idle(self) -> None:
         """Ask the rule once more what idle nodes may do."""

@@ -85,14 +85,13 @@ class Phase:
         """Whether they would not suffice even with those of `nodes`."""
         return self.sending.hopeless(nodes, self.inbox)
 
-    def offer(self, arrival: Arrival, reply: Message | None, at: float) -> bool:
-        """Read one reply: it counts, or is rejected with a reason. False: there may be work for idle nodes."""
+    def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
+        """Read one reply: it counts, or is rejected with a reason."""
         good = self.inbox.read(arrival.node, reply, arrival.failure) is None
-        as_expected = self.sending.offered(arrival, self.inbox, good=good)
+        self.sending.offered(arrival, good=good)
         best = self.inbox.best
         if best is not None and best.decoder.decodable and self.decodable_after is None:
             self.decodable_after = (len(self.inbox.answered), at)
-        return as_expected
 
     def finish(self, wait: Wait) -> list[Message]:
         """Waiting is over. The replies stay here: Flower's loop would keep its list of them for a whole round."""

@@ -55,8 +55,8 @@ class Sending(Protocol):
         """Whether it stays undecodable with replies of all these nodes; one that is not known may be any missing
         worker."""
 
-    def offered(self, arrival: Arrival, inbox: Inbox, *, good: bool) -> bool:
-        """A reply was read. False: it is not what was expected, and idle nodes may have something to do."""
+    def offered(self, arrival: Arrival, *, good: bool) -> None:
+        """A reply was read."""
 
     def release(self) -> None:
         """The phase is over: let go of what is large."""
@@ -154,9 +154,8 @@ class CodedSending:
                 return False  # what the code guarantees
         return not self.code.exact or all(decoder.hopeless(outstanding) for decoder in decoders)
 
-    def offered(self, arrival: Arrival, inbox: Inbox, *, good: bool) -> bool:
-        """Whether it counts."""
-        return good
+    def offered(self, arrival: Arrival, *, good: bool) -> None:
+        """Nothing to do."""
 
     def release(self) -> None:
         """Let go of the decoder."""

@@ -1,12 +1,13 @@
 """Partial work: one shard a message. Whenever a node is free it gets an uncovered shard; the first copy of each wins.
 
-With equal speeds everybody does one shard, and the round lasts no longer than without a code; a worker that is fast
-does some of what a slow one would have done. The price: a message for each shard, and the server sees single shards'
+From an idle start with equal speeds everybody does one shard, and the round lasts no longer than without a code; a
+worker that is fast does some of what a slow one would have done. Over a run, second copies that nobody needs any more
+keep nodes busy: `patience` begins them later. The price: a message for each shard, and the server sees single shards'
 updates.
 
 References:
-    Ozfatura, Ulukus, Gunduz, "Distributed gradient descent with coded partial gradient computations", 2019
-    (arXiv 1811.09271), and arXiv 1901.03974 for several messages a worker; handing out the least covered shard is ours.
+    Related: several messages a worker (arXiv 1901.03974), and the order of chunks for partial stragglers (arXiv
+    2405.19509). Handing out the shard that fewest are working on is ours.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from .arrivals import Arrival
 from .asking import Asking, whole_shard
-from .bucket import Bucket
 from .codes import uncoded
 from .gradient_code import GradientCode
 from .inbox import Inbox
@@ -101,7 +101,6 @@ class ShardSending:
         self._sent: dict[int, set[int]] = {}  # node -> shards whose copy came from it
         self.wake_at: float | None = None
         self._failed: set[int] = set()  # nodes
-        self._best: Bucket | None = None
 
     def first_rows(self) -> dict[int, Row]:
         """Each worker's first shard."""
@@ -185,26 +184,16 @@ class ShardSending:
             possible.update(*(self._shards[i] for i in self.roster.missing(self._shards)))
         return not possible.issuperset(self._row)
 
-    def offered(self, arrival: Arrival, inbox: Inbox, *, good: bool) -> bool:
-        """A node that failed gets no more work in this phase.
-
-        A good reply may leave its shard open (it was for another one, or differs in names, dtypes or shapes), or make
-        replies of another kind count than before.
-        """
-        shard = self._unread.pop(arrival.token, None)
+    def offered(self, arrival: Arrival, *, good: bool) -> None:
+        """A node that failed gets no more work in this phase."""
         worker = self.roster.worker_of(arrival.node)
-        if shard is None and good and worker in self._start:
+        if self._unread.pop(arrival.token, None) is None and good and worker in self._start:
             self._sent.setdefault(arrival.node, set()).add(self._start[worker])  # it was asked before it was known
-        former, self._best = self._best, inbox.best
         if not good:
             self._failed.add(arrival.node)
             if not arrival.token:  # the message was refused: it never arrives
                 self._working.pop(arrival.node, None)
                 self._began.pop(arrival.node, None)
-            return False
-        best = inbox.best
-        covered = shard is None or (best is not None and self._row[shard] in best.senders)
-        return covered and (former is None or best is former)
 
     def release(self) -> None:
         """Let go of the message that all were made of."""

@@ -75,11 +75,8 @@ class StopRule(Protocol):
     def hopeless(self, nodes: Sequence[int]) -> bool:
         """Whether they would not suffice even with those of `nodes`, all that may still come."""
 
-    def offer(self, arrival: Arrival, reply: Message | None, at: float) -> bool:
-        """Read a reply, `at` seconds after the phase began; None: there is none, because of `arrival.failure`.
-
-        Returns whether all is as it was handed out; if not, an idle node may have to do something over again.
-        """
+    def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
+        """Read a reply, `at` seconds after the phase began; None: there is none, because of `arrival.failure`."""
 
     def finish(self, wait: Wait) -> list[Message]:
         """Waiting is over: what `send_and_receive` returns."""
@@ -118,13 +115,11 @@ class CountRule:
         """Never: fewer replies than wished are still worth having."""
         return False
 
-    def offer(self, arrival: Arrival, reply: Message | None, at: float) -> bool:
+    def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
         """Keep the reply; errors do not count."""
-        if reply is None:
-            return False
-        self._replies.append(reply)
-        self._good += not reply.has_error()
-        return not reply.has_error()
+        if reply is not None:
+            self._replies.append(reply)
+            self._good += not reply.has_error()
 
     def finish(self, wait: Wait) -> list[Message]:
         """All replies that were read, errors too, as Flower's grids return them."""

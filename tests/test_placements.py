@@ -1,4 +1,4 @@
-"""Real data where it lies: unequal capacities, shorter uploads, and still the model of full participation."""
+"""Real data (embedded digits where it is not at hand) on unequal clients: shorter uploads, and everybody's model."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def sizes(app: Once) -> set[int]:
 def hospitals() -> dict[str, Any]:
     folder = REAL / "heart_disease"
     if not folder.is_dir():
-        pytest.skip("the heart-disease data is not here")
+        return config()  # digits, which need no files
     return config(dataset="heart-disease", **{"data-dir": str(folder), "partitioner": "natural"})
 
 
@@ -104,7 +104,7 @@ def clothes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The first 6,000 and 1,000 images of Fashion-MNIST; 20 clients with Dirichlet shares of them."""
     source = REAL / "fashion_mnist"
     if not source.is_dir():
-        pytest.skip("Fashion-MNIST is not here")
+        return config(partitioner="dirichlet", alpha=0.3)  # digits, which need no files
     folder = tmp_path_factory.mktemp("fashion")
     for file in source.glob("*.gz"):
         raw = gzip.decompress(file.read_bytes())
@@ -137,6 +137,7 @@ def test_twenty_clients_of_three_capacities_upload_a_fraction(clothes: dict[str,
             assert row["outcome"] == "exact" and not set(missing) & set(row["used"])
             assert relative(actual, expected) < 1e-5, (m, missing, row["kappa"])
         (weight[m],) = sizes(app)
-    for m in (2, 4):
-        print(f"{family}, m = {m}: {weight[m]} bytes a reply, {weight[1]} at m = 1, ratio {weight[1] / weight[m]:.3f}")
-        assert weight[1] / weight[m] == pytest.approx(m, rel=0.02)  # 128 bytes are the array's header
+    entries = sum(array.size for array in model_of(clothes).to_numpy_ndarrays())
+    for m in (1, 2, 4):
+        print(f"{family}, m = {m}: {weight[m]} bytes a reply, ratio {weight[1] / weight[m]:.3f}")
+        assert weight[m] == 128 + 4 * -(-entries // m)  # a header, and float32 or field elements
