@@ -140,6 +140,16 @@ def test_what_does_not_fit_a_field_rejects_that_worker_alone(value: float) -> No
         assert one["reason"].endswith(".") and not one["reason"].endswith("..")
 
 
+def test_holders_that_differ_by_more_than_decoding_can_bear_make_no_model() -> None:
+    code, bad = cyclic_repetition(12, 4, rng=np.random.default_rng(0)), node_of(5, 12)
+    assert code.kappa([i for i in range(12) if i > 3]) > 3
+    for apart, outcome in ((1e-4, "exact"), (8e-3, "skipped")):  # both below 1e-2, until decoding amplifies them
+        scale = {bad: 0.5 * (1 + apart)}
+        app = app_with(lambda node, shard, scale=scale: np.full(4, scale.get(node, 0.5)))  # type: ignore[misc]
+        _, (row,) = run(code, silent(0, 1, 2, 3), app=app, arrays=COUNTING)
+        assert row["train"]["outcome"] == outcome
+
+
 def test_replicas_that_differ_by_one_bit_under_a_field_make_no_model() -> None:
     bad = node_of(0, 5)  # shard 0, with one example, is on workers 0 and 4
     app = app_with(lambda node, shard: np.full(4, 0.5 + (2.0**-16 if node == bad and shard == 0 else 0.0)))

@@ -232,6 +232,17 @@ def test_a_node_that_is_first_with_another_dtype_does_not_hold_up_the_round() ->
 
 
 @BOTH
+def test_a_node_whose_copy_does_not_count_is_not_asked_for_it_again(deployed: bool) -> None:
+    # Worker 0 alone is left for shards 0 and 3, and answers in another dtype than the four others.
+    wide = with_reply(layout=[["0", "float64", [3, 2]], ["1", "float64", [5]]])
+    lie = lambda w, message, reply: reply if w else wide(with_update(lambda x: x.astype(np.float64))(reply))  # noqa: E731
+    latency = table({3: float("inf")})
+    _, (row,), _ = run(fractional_repetition(6, 1), latency, tamper=lie, deployed=deployed)
+    assert row["train"]["outcome"] == "skipped"
+    assert row["train"]["asked"].count(0) + row["train"]["asked"].count(None) <= 6 + 2
+
+
+@BOTH
 def test_a_shard_whose_holders_all_fail_leaves_it_to_the_policy(deployed: bool) -> None:
     code, how = fractional_repetition(4, 1), {"tamper": broken(0, 2), "deployed": deployed}
     result, (row,), _ = run(code, SAME, **how)
