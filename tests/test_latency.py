@@ -242,7 +242,7 @@ def test_a_csv_with_one_column_is_a_trace_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "seconds\n", "\n\n"])
 def test_an_empty_csv_makes_no_trace(tmp_path: Path, text: str) -> None:
     (tmp_path / "times.csv").write_text(text)
-    with pytest.raises(InvalidSetting, match="A trace has shape"):
+    with pytest.raises(InvalidSetting, match="^The trace times.csv has no rows of times"):
         trace(read_trace(tmp_path / "times.csv"))
 
 
