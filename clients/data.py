@@ -6,7 +6,8 @@ from functools import lru_cache
 from clients.dataset import Dataset
 from clients.errors import AppConfigError
 from clients.images import load_digits, load_idx
-from clients.tables import load_heart_disease
+from clients.tables import load_adult, load_heart_disease
+from clients.text import load_shakespeare
 
 __all__ = ["DATASET_NAMES", "Dataset", "load_dataset"]
 
@@ -15,6 +16,8 @@ _LOADERS: dict[str, Callable[[str, str], Dataset]] = {
     "fashion-mnist": load_idx,
     "mnist": load_idx,
     "heart-disease": load_heart_disease,
+    "adult": load_adult,
+    "shakespeare": load_shakespeare,
 }
 DATASET_NAMES = tuple(_LOADERS)
 

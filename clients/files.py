@@ -9,11 +9,22 @@ from clients.errors import AppConfigError
 __all__ = ["FOLDERS", "folder_with", "read_gzip"]
 
 #: What the folder of each data set is called.
-FOLDERS = {"fashion-mnist": "fashion_mnist", "mnist": "mnist", "heart-disease": "heart_disease"}
+FOLDERS = {
+    "fashion-mnist": "fashion_mnist",
+    "mnist": "mnist",
+    "heart-disease": "heart_disease",
+    "adult": "adult",
+    "shakespeare": "tinyshakespeare",
+}
 
 
 def folder_with(name: str, data_dir: str, files: tuple[str, ...]) -> Path:
     """Return the folder that holds `files`: `data_dir/<folder of the data set>` or `data_dir` itself."""
+    if not data_dir:
+        raise AppConfigError(
+            f"{name} is not taken from the hub. Set data-dir to the absolute path of the folder that holds "
+            f"{', '.join(files)}."
+        )
     given = Path(data_dir)
     if not given.is_absolute():
         raise AppConfigError(

@@ -11,52 +11,15 @@ from sklearn.datasets import load_digits
 from clients import data
 from clients.data import DATASET_NAMES, load_dataset
 from clients.errors import AppConfigError
+from tests.clients.conftest import REAL, write_images
 
-REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
-LOCAL_NAMES = ("fashion-mnist", "mnist", "heart-disease")
-HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
-
-
-def write_idx(path: Path, array: np.ndarray) -> None:
-    head = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
-    path.write_bytes(gzip.compress(head + array.astype(np.uint8).tobytes()))
-
-
-def write_images(folder: Path, *, seed: int) -> dict[str, np.ndarray]:
-    """Write 20 + 10 images of 6x5 pixels."""
-    folder.mkdir()
-    rng = np.random.default_rng(seed)
-    arrays = {
-        "train-images-idx3-ubyte.gz": rng.integers(0, 256, (20, 6, 5)),
-        "train-labels-idx1-ubyte.gz": np.arange(20) % 10,
-        "t10k-images-idx3-ubyte.gz": rng.integers(0, 256, (10, 6, 5)),
-        "t10k-labels-idx1-ubyte.gz": np.arange(10),
-    }
-    for file, array in arrays.items():
-        write_idx(folder / file, array)
-    return arrays
-
-
-def write_hospitals(folder: Path) -> None:
-    """Write 10, 15, 20 and 25 rows; the third feature is missing in every third row, the last one always."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i, hospital in enumerate(HOSPITALS):
-        rows = []
-        for row in range(10 + 5 * i):
-            cells = [f"{value:.3f}" for value in rng.normal(5, 2, size=13)]
-            cells[2] = "?" if row % 3 == 0 else cells[2]
-            cells[12] = "?"
-            rows.append(",".join([*cells, str(row % 5)]))
-        (folder / f"processed.{hospital}.data").write_text("\n".join(rows) + "\n")
-
-
-@pytest.fixture
-def synthetic(tmp_path: Path) -> Path:
-    write_images(tmp_path / "fashion_mnist", seed=1)
-    write_images(tmp_path / "mnist", seed=2)
-    write_hospitals(tmp_path / "heart_disease")
-    return tmp_path
+FOLDERS = {
+    "fashion-mnist": "fashion_mnist",
+    "mnist": "mnist",
+    "heart-disease": "heart_disease",
+    "adult": "adult",
+    "shakespeare": "tinyshakespeare",
+}
 
 
 def test_digits_is_all_of_scikit_learns_digits_split_once() -> None:
@@ -86,7 +49,10 @@ def test_every_data_set_keeps_its_promises(name: str, source: str, synthetic: Pa
         assert x.dtype == np.float32
         assert y.dtype == np.int64
         assert len(x) == len(y) > 0
-        assert set(np.unique(y)) == set(range(dataset.classes))
+        if name == "shakespeare":  # rare characters may follow nowhere
+            assert 0 <= y.min() < y.max() < dataset.classes
+        else:
+            assert set(np.unique(y)) == set(range(dataset.classes))
         assert not x.flags.writeable
         assert not y.flags.writeable
         assert np.isfinite(x).all()
@@ -95,7 +61,13 @@ def test_every_data_set_keeps_its_promises(name: str, source: str, synthetic: Pa
             assert 0 <= x.min() < 0.1 < 0.9 < x.max() <= 1
         else:
             assert x.ndim == 2
-    assert (dataset.groups is not None) == (name == "heart-disease")
+    assert dataset.train_x.shape[1:] == dataset.test_x.shape[1:]
+    assert (dataset.groups is not None) == (name in ("heart-disease", "adult", "shakespeare"))
+    if dataset.groups is not None:
+        assert dataset.groups.dtype == np.int64
+        assert dataset.groups.shape == dataset.train_y.shape
+        assert set(np.unique(dataset.groups)) == set(range(dataset.groups.max() + 1))
+        assert not dataset.groups.flags.writeable
 
 
 @pytest.mark.parametrize("name", ["fashion-mnist", "mnist"])
@@ -109,10 +81,10 @@ def test_images_are_the_bytes_of_the_files_divided_by_255(name: str, tmp_path: P
     np.testing.assert_array_equal(dataset.test_y, written["t10k-labels-idx1-ubyte.gz"])
 
 
-@pytest.mark.parametrize("name", LOCAL_NAMES)
+@pytest.mark.parametrize("name", FOLDERS)
 def test_data_dir_may_be_the_folder_or_its_parent(name: str, synthetic: Path) -> None:
     from_parent = load_dataset(name, str(synthetic))
-    from_folder = load_dataset(name, str(synthetic / name.replace("-", "_")))
+    from_folder = load_dataset(name, str(synthetic / FOLDERS[name]))
     np.testing.assert_array_equal(from_parent.train_x, from_folder.train_x)
 
 
@@ -168,7 +140,12 @@ def test_heart_features_are_standardised_over_the_training_part_alone(synthetic:
         ("mnist", "{}/fashion_mnist", "the folder of another data set; mnist belongs in a folder 'mnist'"),
         ("mnist", "{}/empty", "lacks train-images-idx3-ubyte.gz, .* needed for mnist. Set data-dir to"),
         ("heart-disease", "{}/empty", "lacks processed.cleveland.data, .* needed for heart-disease"),
-        ("heart-disease", "", "heart-disease is not on the hub. Set data-dir to"),
+        ("heart-disease", "", "heart-disease is not taken from the hub. Set data-dir to .* holds processed.cleveland"),
+        ("adult", "", "adult is not taken from the hub. Set data-dir to .* holds adult.data.gz, adult.test.gz"),
+        ("adult", "{}/empty", "lacks adult.data.gz, adult.test.gz, needed for adult"),
+        ("adult", "{}/mnist", "the folder of another data set; adult belongs in a folder 'adult'"),
+        ("shakespeare", "", "shakespeare is not taken from the hub. Set data-dir to .* holds input.txt"),
+        ("shakespeare", "{}/empty", "lacks input.txt, needed for shakespeare. .* called 'tinyshakespeare'"),
     ],
 )
 def test_says_what_is_wrong_with_a_name_or_folder(name: str, data_dir: str, sentence: str, synthetic: Path) -> None:
