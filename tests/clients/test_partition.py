@@ -37,7 +37,7 @@ HOSPITALS = tabular([0, 1] * 15, groups=[3, 0, 1, 2, 3, 0] * 5)
         (HOSPITALS, "iid", 30, 0.3),
         (load_dataset("digits"), "dirichlet", 64, 0.01),
         (HOSPITALS, "dirichlet", 30, 0.3),
-        (HOSPITALS, "natural", 4, 0.3),
+        *((HOSPITALS, "natural", count, 0.3) for count in (1, 2, 3, 4)),
         (HOSPITALS, "pathological", 4, 0.3),
         (HOSPITALS, "dirichlet", 20, 0.01),
     ],
@@ -102,6 +102,16 @@ def test_natural_partitions_are_the_groups_in_order(capfd: pytest.CaptureFixture
     assert capfd.readouterr() == ("", "")  # no progress bar
 
 
+def test_natural_merges_whole_groups_largest_first_where_the_fewest_are() -> None:
+    sizes = [3, 9, 1, 4, 7, 4]
+    dataset = tabular([0, 1] * 14, groups=np.random.default_rng(0).permutation(np.repeat(range(6), sizes)).tolist())
+    assert dataset.groups is not None
+    parts = partition_indices(dataset, 3, partitioner="natural", **OPTIONS)
+    # 9 | 7 | 4, then 4 to the third (8), 3 to the second (10), 1 to the third (9)
+    assert [set(dataset.groups[part].tolist()) for part in parts] == [{1}, {4, 0}, {3, 5, 2}]
+    assert [len(part) for part in parts] == [9, 10, 9]
+
+
 @pytest.mark.parametrize(("num_partitions", "owners"), [(10, 2), (10, 3), (64, 8), (3, 1)])
 def test_owners_alone_hold_the_last_two_labels_and_nothing_else(num_partitions: int, owners: int) -> None:
     digits = load_dataset("digits")
@@ -128,7 +138,7 @@ def test_owners_alone_hold_the_last_two_labels_and_nothing_else(num_partitions: 
         (HOSPITALS, "iid", 4, {"seed": -1}, "seed is -1; it has to be 0 or more"),
         (HOSPITALS, "dirichlet", 4, {"alpha": 0.0}, "alpha is 0.0; .* above 0"),
         (HOSPITALS, "dirichlet", 4, {"alpha": float("nan")}, "alpha is nan"),
-        (HOSPITALS, "natural", 5, {}, "num-partitions is 5; .* has exactly 4 partitions"),
+        (HOSPITALS, "natural", 5, {}, "num-partitions is 5; .* has at most 4 partitions"),
         (tabular([0, 1, 2]), "natural", 3, {}, "this data set has no groups"),
         (tabular([0, 1, 2] * 5), "pathological", 2, {}, "num-partitions is 2; .* at least 3"),
         (
