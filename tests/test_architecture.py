@@ -47,7 +47,7 @@ LAYERS = (
         peers=True,
     ),
     # Planning reads codes and clocks; it must run without Flower.
-    Layer("plan", names("latency laws marginals traces assignment placing"), peers=True),
+    Layer("plan", names("latency laws marginals traces schemes round_times order_statistics populations history planner assignment placing"), peers=True),
     # Flower's public names alone: the rest is internal or legacy, and changes without notice.
     Layer(
         "Flower",
