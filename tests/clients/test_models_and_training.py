@@ -19,6 +19,7 @@ from clients.training import class_accuracies, evaluate, local_seed, train
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
+IMAGE_MODELS = ("logistic", "cnn", "small-cnn")
 
 
 def images(side: int) -> Dataset:
@@ -31,6 +32,13 @@ def tabular() -> Dataset:
     x = np.random.default_rng(0).normal(size=(6, 26)).astype(np.float32)
     y = np.arange(6, dtype=np.int64) % 2
     return Dataset(x, y, x.copy(), y.copy(), classes=2)
+
+
+def characters() -> Dataset:
+    x = np.random.default_rng(0).integers(0, 65, (6, 20)).astype(np.float32)
+    x[0, :2] = 0, 64
+    y = np.arange(6, dtype=np.int64)
+    return Dataset(x, y, x.copy(), y.copy(), classes=65)
 
 
 def examples(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,6 +59,11 @@ def flat(model: nn.Module) -> torch.Tensor:
         ("cnn", images(8)),
         ("cnn", images(28)),
         ("cnn", images(5)),
+        ("small-cnn", images(8)),
+        ("small-cnn", images(28)),
+        ("small-cnn", images(5)),
+        ("char", characters()),
+        ("logistic", characters()),
     ],
 )
 def test_model_maps_examples_to_one_logit_a_class(name: str, dataset: Dataset) -> None:
@@ -63,9 +76,22 @@ def test_cnn_is_small(side: int) -> None:
     assert 15_000 < len(flat(build_model("cnn", images(side), 0))) < 60_000
 
 
+@pytest.mark.parametrize(
+    ("name", "dataset", "parameters"),
+    [
+        ("small-cnn", images(8), 80 + 16 + 1_168 + 32 + 65 * 10),
+        ("small-cnn", images(28), 80 + 16 + 1_168 + 32 + 785 * 10),
+        ("char", characters(), 65 * 8 + 161 * 128 + 129 * 65),
+    ],
+)
+def test_cheap_models_have_no_more_parameters_than_they_say(name: str, dataset: Dataset, parameters: int) -> None:
+    assert len(flat(build_model(name, dataset, 0))) == parameters
+
+
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_the_seed_alone_decides_the_initial_values(name: str) -> None:
-    first, same, other = (flat(build_model(name, images(8), seed)) for seed in (1, 1, 2))
+    dataset = characters() if name == "char" else images(8)
+    first, same, other = (flat(build_model(name, dataset, seed)) for seed in (1, 1, 2))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
 
@@ -80,9 +106,12 @@ def test_building_and_training_leave_the_global_generator_alone() -> None:
 @pytest.mark.parametrize(
     ("name", "dataset", "seed", "sentence"),
     [
-        ("resnet", images(8), 0, "There is no model 'resnet'; model is one of logistic, cnn"),
+        ("resnet", images(8), 0, "There is no model 'resnet'; model is one of logistic, cnn, small-cnn, char"),
         ("cnn", tabular(), 0, r"has shape \(26,\). Set model to 'logistic'"),
         ("cnn", images(3), 0, "needs images of 4x4 or more"),
+        ("small-cnn", tabular(), 0, r"model is 'small-cnn', .* has shape \(26,\). Set model to 'logistic'"),
+        ("char", tabular(), 0, "needs characters as whole numbers from 0 to 1, as in shakespeare"),
+        ("char", images(8), 0, "needs characters as whole numbers from 0 to 9"),
         ("logistic", tabular(), -1, "seed is -1; it has to be 0 or more"),
     ],
 )
@@ -107,7 +136,7 @@ def test_one_full_batch_step_is_the_closed_form_gradient_of_logistic_regression(
 
 
 @pytest.mark.parametrize("proximal_mu", [0.0, 0.7])
-@pytest.mark.parametrize("name", MODEL_NAMES)
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 def test_training_agrees_with_torchs_sgd(name: str, proximal_mu: float) -> None:
     x, y = examples(40)
     ours, theirs = (build_model(name, load_dataset("digits"), 0) for _ in range(2))
@@ -171,13 +200,22 @@ def test_a_single_example_can_be_trained_on() -> None:
     assert losses[0] > losses[1] > losses[2]
 
 
-@pytest.mark.parametrize("name", MODEL_NAMES)
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 def test_learns_digits(name: str) -> None:
     digits = load_dataset("digits")
     model = build_model(name, digits, 0)
     train(model, *examples(1437), epochs=4, batch_size=16, learning_rate=0.2, seed=0, device=CPU)
     _, accuracy = evaluate(model, torch.tensor(digits.test_x), torch.tensor(digits.test_y), CPU)
     assert accuracy > 0.9
+
+
+def test_char_learns_which_character_follows() -> None:
+    text = np.array([(3 * i + i // 5) % 7 for i in range(2_000)])  # repeats itself after 35 characters
+    windows = np.lib.stride_tricks.sliding_window_view(text, 21)
+    x, y = windows[:, :-1].astype(np.float32), windows[:, -1].astype(np.int64)
+    model = build_model("char", Dataset(x, y, x.copy(), y.copy(), classes=7), 0)
+    train(model, torch.tensor(x), torch.tensor(y), epochs=4, batch_size=16, learning_rate=0.1, seed=0, device=CPU)
+    assert evaluate(model, torch.tensor(x), torch.tensor(y), CPU)[1] == 1
 
 
 def test_evaluation_agrees_with_scikit_learn() -> None:
