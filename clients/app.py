@@ -97,7 +97,12 @@ def _local(context: Context) -> _Local:
         )
     run_config = context.run_config
     seed = _integer(run_config, "seed", _RUN)
-    dataset = load_dataset(_text(run_config, "dataset", _RUN), _text(run_config, "data-dir", _RUN))
+    dataset = load_dataset(
+        _text(run_config, "dataset", _RUN),
+        _text(run_config, "data-dir", _RUN),
+        _integer(run_config, "train-examples", _RUN) if "train-examples" in run_config else 0,
+        seed=seed,
+    )
     indices = partition_indices(
         dataset,
         num_partitions,

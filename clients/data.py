@@ -1,7 +1,10 @@
 """Loads a named data set whole, as read-only NumPy arrays; the same arrays in every process."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
+
+import numpy as np
 
 from clients.dataset import Dataset
 from clients.errors import AppConfigError
@@ -22,18 +25,23 @@ _LOADERS: dict[str, Callable[[str, str], Dataset]] = {
 DATASET_NAMES = tuple(_LOADERS)
 
 
-def load_dataset(name: str, data_dir: str = "") -> Dataset:
+def load_dataset(name: str, data_dir: str = "", train_examples: int = 0, *, seed: int = 0) -> Dataset:
     """Return the named data set; a second call in the same process returns the same object.
 
     Args:
         name: One of `DATASET_NAMES`.
         data_dir: Absolute path of the folder with the data set's files, or of its parent. Empty:
             from the Hugging Face hub, through flwr-datasets. `digits` needs neither.
+        train_examples: Keep so many examples of the training part, drawn at random and in their order; 0: all.
+            Fewer are a part of more. What is standardised stays so by the whole training part, and groups that
+            are left without an example are gone: the others close ranks.
+        seed: Seed of that draw.
 
     Raises:
-        AppConfigError: The name is unknown, or the files are missing, unreadable or out of reach.
+        AppConfigError: The name is unknown, the files are missing, unreadable or out of reach, or there are not
+            so many examples.
     """
-    return _load_dataset(name, data_dir)
+    return _train_subset(name, data_dir, train_examples, seed) if train_examples else _load_dataset(name, data_dir)
 
 
 @lru_cache(maxsize=8)
@@ -41,3 +49,23 @@ def _load_dataset(name: str, data_dir: str) -> Dataset:
     if name not in _LOADERS:
         raise AppConfigError(f"There is no data set {name!r}; dataset is one of {', '.join(DATASET_NAMES)}.")
     return _LOADERS[name](name, data_dir)
+
+
+@lru_cache(maxsize=8)
+def _train_subset(name: str, data_dir: str, train_examples: int, seed: int) -> Dataset:
+    whole = _load_dataset(name, data_dir)
+    examples = len(whole.train_y)
+    if not 0 < train_examples <= examples:
+        raise AppConfigError(
+            f"train-examples is {train_examples}; {name} has {examples} training examples: choose between 1 and "
+            f"{examples}, or 0 for all."
+        )
+    if seed < 0:
+        raise AppConfigError(f"seed is {seed}; it has to be 0 or more.")
+    # a draw of its own, apart from those of the partitions
+    order = np.random.default_rng((seed, *b"train-examples")).permutation(examples)
+    kept = np.sort(order[:train_examples])
+    groups = None
+    if whole.groups is not None:
+        groups = np.unique(whole.groups[kept], return_inverse=True)[1].astype(np.int64)
+    return replace(whole, train_x=whole.train_x[kept], train_y=whole.train_y[kept], groups=groups)

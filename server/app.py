@@ -8,7 +8,7 @@ import time
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
-from clients.data import load_dataset
+from clients.data import Dataset, load_dataset
 from clients.errors import AppConfigError
 from clients.models import build_model
 from clients.partition import partition_indices
@@ -32,9 +32,9 @@ def main(grid: Grid, context: Context) -> None:
     logging.getLogger("fl_gradcode").setLevel(logging.INFO)
     settings = Settings.read(context.run_config)
     n = settings.num_clients or _online(grid)
-    dataset = load_dataset(settings.dataset, settings.data_dir)
+    dataset = load_dataset(settings.dataset, settings.data_dir, settings.train_examples, seed=settings.seed)
     model = build_model(settings.model, dataset, seed=settings.seed)
-    _check_partitions(settings, n)
+    _check_partitions(settings, dataset, n)
     if settings.drop_slowest >= n:
         raise AppConfigError(f"drop-slowest={settings.drop_slowest} of {n} clients leaves nobody; choose less.")
 
@@ -69,10 +69,10 @@ def _online(grid: Grid) -> int:
     return nodes
 
 
-def _check_partitions(settings: Settings, n: int) -> None:
+def _check_partitions(settings: Settings, dataset: Dataset, n: int) -> None:
     """Whatever would fail on every client fails here first, once and in one sentence."""
     partition_indices(
-        load_dataset(settings.dataset, settings.data_dir),
+        dataset,
         n,
         partitioner=settings.partitioner,
         alpha=settings.alpha,

@@ -41,6 +41,7 @@ class Settings:
     fraction_evaluate: float
     dataset: str
     data_dir: str
+    train_examples: int
     partitioner: str
     alpha: float
     owners: int
@@ -82,6 +83,7 @@ class Settings:
             ("kappa-max", 0),
             ("drop-slowest", 0),
             ("slow-clients", 0),
+            ("train-examples", 0),
             ("owners", 0),
             ("give-up-after", 0),
             ("slow-factor", 1),
