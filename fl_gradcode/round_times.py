@@ -8,7 +8,6 @@ worker that owes a reply gets no new work; it gets the current round's as soon a
 from __future__ import annotations
 
 import heapq
-from collections import Counter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,6 +125,7 @@ class _Shardwise:
         self.closed: set[int] = set()
         self.working: dict[int, int] = {}  # worker -> shard
         self.began: dict[int, float] = {}
+        self.copies: list[list[float]] = [[] for _ in range(self.n)]  # of each shard, since when it is worked on
         self.took: dict[int, float] = {}
         self.wake = None
         woken: float | None = None
@@ -151,8 +151,10 @@ class _Shardwise:
             while self.events and self.events[0][0] <= self.now:
                 _, _, worker, late = heapq.heappop(self.events)
                 if not late:
-                    self.closed.add(self.working.pop(worker))
-                    self.took[worker] = self.now - self.began.pop(worker)
+                    shard, began = self.working.pop(worker), self.began.pop(worker)
+                    self.closed.add(shard)
+                    self.copies[shard].remove(began)
+                    self.took[worker] = self.now - began
                 free.append(worker)
             if len(self.closed) < self.n:
                 self._hand_out(free)
@@ -166,24 +168,21 @@ class _Shardwise:
             block = self.blocks[worker]
             start = block.index(worker)  # k = n: its own shard
             left = [j for j in block[start:] + block[:start] if j not in self.closed]
-            busy = Counter(self.working.values())
             due = [j for j in left if self._is_due(j, worker)]
             if not due:
                 self.idle.append(worker)
                 continue
-            shard = min(due, key=lambda j: busy[j])
+            shard = min(due, key=lambda j: len(self.copies[j]))
             self.working[worker], self.began[worker] = shard, self.now
+            self.copies[shard].append(self.now)
             heapq.heappush(self.events, (self.now + self.duration[worker], self.order, worker, False))
             self.order += 1
             self.messages += 1
 
     def _is_due(self, shard: int, worker: int) -> bool:
-        if not self.patience or worker not in self.took:
+        if not self.patience or worker not in self.took or not self.copies[shard]:
             return True
-        began = [self.began[other] for other, its in self.working.items() if its == shard]
-        if not began:
-            return True
-        due = min(began) + self.patience * self.took[worker]
+        due = min(self.copies[shard]) + self.patience * self.took[worker]
         if due > self.now and (self.wake is None or self.wake <= self.now or due < self.wake):
             self.wake = due
         return due <= self.now

@@ -1,0 +1,172 @@
+"""What past rounds say about the workers: measured job times, split into what is fixed and what grows with the shards.
+
+A ledger row has the times; `History` turns those of the last rounds into a `Latency` that replays them, so that a
+planner (or the strategy itself, with `send="adaptive"`) can ask how long rounds would have taken under another scheme.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InvalidSetting
+from .latency import Latency
+from .traces import trace
+
+__all__ = ["History", "Timing"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One job of one worker.
+
+    Attributes:
+        round: The round that asked.
+        worker: Who did it.
+        shards: How many shards it was.
+        seconds: From send to reply; with `owing`, so far.
+        computing: Seconds that the client spent on the shards, as it says; None if it did not.
+        owing: The reply is not in yet: `seconds` is a lower bound.
+    """
+
+    round: int
+    worker: int
+    shards: float
+    seconds: float
+    computing: float | None = None
+    owing: bool = False
+
+
+class History:
+    """Timings of n workers.
+
+    Args:
+        n: Number of workers.
+        window: How many rounds back count; None: all.
+    """
+
+    def __init__(self, n: int, window: int | None = None) -> None:
+        self.n, self.window = n, window
+        self._timings: list[Timing] = []
+
+    @classmethod
+    def of_ledger(cls, rows: Sequence[Mapping[str, Any]]) -> History:
+        """The training times of a ledger.
+
+        Raises:
+            InvalidSetting: No row, rows of an older version, or of codes for different numbers of workers.
+        """
+        sizes = {int(row["code"]["n"]) for row in rows if isinstance(row.get("code"), Mapping)}
+        if not rows or not sizes:
+            raise InvalidSetting("The ledger has no rounds yet; let the run finish at least one.")
+        if len(sizes) > 1:
+            raise InvalidSetting(f"The ledger has codes for {sorted(sizes)} workers; give one that is of one run.")
+        history = cls(sizes.pop())
+        for row in rows:
+            history.add_row(row)
+        if not history.rounds:
+            raise InvalidSetting(
+                "The ledger has no training times: it was written by an older version, or by no round."
+            )
+        return history
+
+    def add_row(self, row: Mapping[str, Any]) -> None:
+        """Learn from a ledger row."""
+        entry = row.get("train") or {}
+        self.add(
+            Timing(int(one["round"]), int(one["worker"]), float(one["shards"]), float(one["seconds"]), one["computing"])
+            for one in entry.get("timings", ())
+            if one["worker"] is not None and one["kind"] == "train" and one["seconds"] is not None
+        )
+        self.add(
+            Timing(int(one["round"]), int(one["worker"]), float(one["shards"]), float(one["seconds"]), owing=True)
+            for one in entry.get("owing", ())
+            if one["worker"] is not None and one["kind"] == "train" and one["seconds"] is not None
+        )
+
+    def add(self, timings: Iterable[Timing]) -> None:
+        """Learn; what is older than the window is forgotten."""
+        self._timings += [one for one in timings if one.shards > 0 and 0 <= one.worker < self.n]
+        if self.window is not None and self._timings:
+            oldest = max(one.round for one in self._timings) - self.window
+            self._timings = [one for one in self._timings if one.round > oldest]
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds have left a time."""
+        return len({one.round for one in self._timings})
+
+    def split(self) -> float:
+        """Share of compute in a job of one shard, of the median job that says so; 1 if none does.
+
+        1 is the cautious guess: under it redundancy costs most.
+        """
+        shares = [
+            (one.computing / one.shards) / (one.seconds - one.computing + one.computing / one.shards)
+            for one in self._timings
+            if one.computing is not None and one.seconds > 0 and 0 < one.computing <= one.seconds
+        ]
+        return float(np.median(shares)) if shares else 1.0
+
+    def tables(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(fixed seconds, compute seconds a shard) of each round and worker, each of shape (rounds, n).
+
+        A round in which a worker left no time takes its nearest one; a worker that never did, the median of the others,
+        or what it has owed for so long if that is more.
+        """
+        rounds = sorted({one.round for one in self._timings})
+        if not rounds:
+            raise InvalidSetting("There are no times to plan with.")
+        place = {number: t for t, number in enumerate(rounds)}
+        share = self.split()
+        seen: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
+        heard = {(one.round, one.worker) for one in self._timings if not one.owing}
+        owed: dict[tuple[int, int], Timing] = {}
+        for one in self._timings:
+            if not one.owing:
+                seen[place[one.round], one.worker].append(_parts(one, share))
+            elif (one.round, one.worker) not in heard:
+                owed[one.round, one.worker] = one  # the last word counts: it has owed longest
+        for key, one in owed.items():
+            seen[place[key[0]], key[1]].append(_parts(one, share))
+        values = np.full((2, len(rounds), self.n), np.nan)
+        for (t, worker), pairs in seen.items():
+            values[:, t, worker] = np.mean(pairs, axis=0)
+        return _filled(values[0]), _filled(values[1])
+
+    def latency(self) -> Latency:
+        """A latency that replays the rounds, from the first again after the last."""
+        fixed, compute = self.tables()
+        # A law's tick is half a round.
+        return Latency(
+            fixed=trace(np.repeat(fixed, 2, axis=0), name="ledger, fixed"),
+            compute=trace(np.repeat(compute, 2, axis=0), name="ledger, compute"),
+        )
+
+
+def _parts(one: Timing, share: float) -> tuple[float, float]:
+    """Fixed seconds, and compute seconds of a shard."""
+    if one.computing is not None and 0 < one.computing <= one.seconds:
+        return one.seconds - one.computing, one.computing / one.shards
+    unit = one.seconds / (1 - share + share * one.shards)
+    return (1 - share) * unit, share * unit
+
+
+def _filled(table: NDArray[np.float64]) -> NDArray[np.float64]:
+    """No gaps: the nearest round of the same worker, or else the median of all."""
+    known = ~np.isnan(table)
+    middle = float(np.median(table[known]))
+    result = table.copy()
+    for worker in range(table.shape[1]):
+        rows = np.flatnonzero(known[:, worker])
+        if not len(rows):
+            result[:, worker] = middle
+            continue
+        nearest = rows[np.abs(np.arange(len(table))[:, None] - rows[None, :]).argmin(axis=1)]
+        result[:, worker] = table[nearest, worker]
+    return result

@@ -1,0 +1,233 @@
+"""Does coding pay for these clients? Expected round times of every scheme, what they cost, and one recommendation.
+
+    plan = make_plan(named("virtual-machines"), n=30)
+    print(plan.verdict)
+    print(plan.recommended.scheme.python)
+
+The recommendation follows the steady state of a run; the idle start is shown beside it, in closed form where there is
+one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .border import check_count
+from .errors import InvalidSetting
+from .latency import Latency, Parts
+from .order_statistics import idle_mean
+from .repetition import fractional_repetition
+from .round_times import idle_rounds, steady_rounds
+from .schemes import Scheme, any_code, drop_slowest, over_selection, partial_work, repetition, wait_for_all
+
+__all__ = ["GAIN", "Line", "RoundPlan", "candidates", "make_plan", "spread"]
+
+#: Coding is recommended if it makes rounds at least so much shorter: below that it is not worth its storage.
+GAIN = 0.05
+#: A scheme this close to the fastest is preferred if it stores or computes less.
+_CLOSE = 0.04
+_TOLERANCES = (1, 2, 3, 4, 5, 7)
+#: A worker this many times slower than the median one, in every draw of the population, is slow for good.
+_SLOW = 1.5
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one scheme is expected to do.
+
+    Attributes:
+        scheme: The scheme.
+        idle: Expected seconds of a round in which everybody starts idle.
+        closed_form: Whether `idle` is a closed form; otherwise it was simulated.
+        steady: Mean seconds of a round over a run.
+        error: Standard error of `steady`; NaN if it cannot be told.
+        computed: Shards that are worked on in a round, needed or not, in units of n: 1 without a code.
+        upload: Megabytes that a round's replies take, needed or not.
+        storage: Shards that a worker has to store, at most.
+    """
+
+    scheme: Scheme
+    idle: float
+    closed_form: bool
+    steady: float
+    error: float
+    computed: float
+    upload: float
+    storage: int
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """All lines, and which to take.
+
+    Attributes:
+        lines: One for each scheme; the first is waiting for all.
+        recommended: The exact scheme to use: the first line if coding does not pay.
+        verdict: One sentence, "do not code: ..." if so.
+        n: Number of workers.
+        slow: Workers that are slow for good, slowest first.
+    """
+
+    lines: tuple[Line, ...]
+    recommended: Line
+    verdict: str
+    n: int
+    slow: tuple[int, ...]
+
+    @property
+    def codes(self) -> bool:
+        """Whether coding is recommended."""
+        return self.recommended is not self.lines[0]
+
+    def speedup(self, line: Line) -> float:
+        """How many times shorter its rounds are than waiting for all."""
+        return self.lines[0].steady / line.steady if line.steady else float("nan")
+
+
+def make_plan(
+    latency: Latency,
+    n: int,
+    *,
+    model_megabytes: float = 0.0,
+    tolerances: Iterable[int] | None = None,
+    rounds: int = 120,
+    populations: int = 4,
+    seed: int = 0,
+    schemes: Sequence[Scheme] | None = None,
+) -> RoundPlan:
+    """Compare schemes for n workers under a latency.
+
+    Args:
+        latency: Of one job; see `Latency`, `populations.named` and `History.latency`.
+        n: Number of workers, at least 2; each has one shard of its own.
+        model_megabytes: Size of the model, which every message carries down and every reply (1/m of it) up.
+        tolerances: Values of s to try; by default a few up to n / 3.
+        rounds: Rounds simulated for each population.
+        populations: How often the population is drawn anew: devices differ from draw to draw.
+        seed: Of the first population.
+        schemes: What to compare; by default `candidates`.
+
+    Raises:
+        InvalidSetting: Fewer than 2 workers, or a number that makes no sense.
+    """
+    n = check_count(n, "n")
+    if n < 2:
+        raise InvalidSetting(f"n={n}: one worker has nobody to share its work with; planning needs at least 2.")
+    if not 0 <= model_megabytes < float("inf"):
+        raise InvalidSetting(f"model_megabytes={model_megabytes} must be a number of at least 0.")
+    for name, value, least in (("rounds", rounds, 20), ("populations", populations, 1)):
+        if value < least:
+            raise InvalidSetting(f"{name}={value} must be at least {least}.")
+    draws = [latency.parts(seed=seed + number, n=n, rounds=rounds) for number in range(populations)]
+    slow = _slow_for_good(draws, model_megabytes)
+    chosen = schemes if schemes is not None else candidates(n, tolerances, slow=slow, m=bool(model_megabytes))
+    chosen = [wait_for_all(n), *(one for one in chosen if one.enough != n or one.s)]
+    lines = tuple(_line(scheme, latency, draws, model_megabytes) for scheme in chosen)
+    recommended, verdict = _recommend(lines)
+    return RoundPlan(lines, recommended, verdict, n, slow)
+
+
+def candidates(
+    n: int, tolerances: Iterable[int] | None = None, *, slow: Sequence[int] = (), m: bool = False
+) -> list[Scheme]:
+    """What there is to compare, for some values of s.
+
+    Args:
+        n: Number of workers.
+        tolerances: Values of s; by default a few up to n / 3.
+        slow: Workers that are slow for good: they are spread over the groups.
+        m: Whether replies of half the length are worth a line.
+    """
+    wanted = [s for s in _TOLERANCES if s <= max(1, n // 3)] if tolerances is None else sorted(set(tolerances))
+    for s in wanted:
+        if not 1 <= s < n:
+            raise InvalidSetting(f"s={s}: with n={n} workers a tolerance lies in 1..{n - 1}.")
+    result = [over_selection(n)] if n >= 4 else []
+    for s in wanted:
+        order = spread(slow, n, s)
+        result += [drop_slowest(n, s), any_code(n, s), repetition(n, s, order=order)]
+        if m and s + 2 <= n:
+            result.append(repetition(n, s, m=2, order=spread(slow, n, s, m=2)))
+        result += [partial_work(n, s, patience=patience, order=order) for patience in (0.0, 2.0)]
+    return result
+
+
+def spread(slow: Sequence[int], n: int, s: int, *, m: int = 1) -> list[int] | None:
+    """The `order=` for `fractional_repetition` that spreads slow workers over groups; None if they are without it."""
+    groups = fractional_repetition(n, s, m=m).groups
+    assert groups is not None
+    if max(len(set(group) & set(slow)) for group in groups) <= -(-len(slow) // len(groups)):
+        return None
+    return [*slow, *(i for i in range(n) if i not in set(slow))]
+
+
+def _slow_for_good(draws: Sequence[Parts], model_megabytes: float) -> tuple[int, ...]:
+    """Workers that are much slower than the median one in every draw, slowest first."""
+    relative = []
+    for parts in draws:
+        mean = np.median(parts.seconds(1.0, 2 * model_megabytes), axis=0)
+        relative.append(mean / max(float(np.median(mean)), 1e-300))
+    least = np.min(relative, axis=0)
+    return tuple(int(i) for i in np.argsort(-least, kind="stable") if least[i] > _SLOW)
+
+
+def _line(scheme: Scheme, latency: Latency, draws: Sequence[Parts], model: float) -> Line:
+    runs = [steady_rounds(scheme, parts, model_megabytes=model) for parts in draws]
+    closed = idle_mean(scheme, latency, model_megabytes=model)
+    idle = (
+        float(np.mean([idle_rounds(scheme, parts, model_megabytes=model).seconds.mean() for parts in draws]))
+        if closed is None
+        else closed
+    )
+    means = np.array([run.mean for run in runs])
+    if len(runs) > 1 and np.isfinite(means).all():
+        error = float(means.std(ddof=1) / np.sqrt(len(means)))
+    else:
+        error = runs[0].error
+    messages = float(np.mean([run.messages for run in runs]))
+    return Line(
+        scheme,
+        idle,
+        closed is not None,
+        float(means.mean()),
+        error,
+        float(np.mean([run.computed for run in runs])) / scheme.n,
+        messages * model / scheme.m,
+        int(scheme.loads.max()),
+    )
+
+
+def _recommend(lines: Sequence[Line]) -> tuple[Line, str]:
+    plain = lines[0]
+    coded = [line for line in lines[1:] if line.scheme.exact and np.isfinite(line.steady)]
+    if not coded:
+        return plain, "do not code: no code was compared that any worker may miss."
+    fastest = min(coded, key=lambda line: line.steady)
+    if np.isfinite(plain.steady) and fastest.steady > (1 - GAIN) * plain.steady:
+        change = fastest.steady / plain.steady - 1
+        how = (
+            f"{change:.0%} longer"
+            if change > 0.005
+            else f"only {-change:.0%} shorter"
+            if change < -0.005
+            else "as long"
+        )
+        return plain, (
+            f"do not code: waiting for all takes {_seconds(plain.steady)} a round, and with the best code "
+            f"({fastest.scheme.name}) a round is {how}."
+        )
+    close = [line for line in coded if line.steady <= (1 + _CLOSE) * fastest.steady]
+    best = min(close, key=lambda line: (line.storage, line.computed, line.steady))
+    gain = f"{plain.steady / best.steady:.2f}x faster than" if np.isfinite(plain.steady) else "where nothing else ends:"
+    against = f"waiting for all ({_seconds(plain.steady)})" if np.isfinite(plain.steady) else "some never answer"
+    return best, (
+        f"code: {best.scheme.name} takes {_seconds(best.steady)} a round, {gain} {against}; each worker stores "
+        f"{best.storage} shards, and {best.computed:.2f} times as much is computed."
+    )
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s"
