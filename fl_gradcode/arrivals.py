@@ -33,6 +33,7 @@ class Arrival:
         at: When, in the source's seconds.
         reply: The reply where the source has it at hand; None: `fetch` computes it.
         failure: Why there is no reply, and none will come.
+        computing: Seconds that the node spent on its shards, where the source knows; else the reply may say.
     """
 
     token: str
@@ -40,6 +41,7 @@ class Arrival:
     at: float
     reply: Message | None = None
     failure: str = ""
+    computing: float | None = None
 
 
 class ArrivalSource(ABC):

@@ -16,8 +16,8 @@ from flwr.serverapp import Grid
 
 from .arrivals import Arrival, ArrivalSource, ForwardingGrid, PollingArrivals
 from .errors import InvalidSetting
-from .stop import CountRule, StopRule, Wait
-from .wire import content_bytes, error_text
+from .stop import CountRule, JobTime, StopRule, Wait
+from .wire import computing_seconds, content_bytes, error_text, loads_of
 
 __all__ = ["EarlyStopGrid"]
 
@@ -28,6 +28,8 @@ class _Debt:
 
     token: str
     rule: StopRule
+    sent: float
+    loads: dict[int, int]
     lapses: float
 
 
@@ -126,6 +128,10 @@ class _Waiting:
         self.wait.ended = "decoded" if self.rule.decided else ended
         self.wait.seconds = self.source.now() - self.start
         self.wait.never_sent = list(self.held)
+        now = self.source.now()
+        self.wait.owing = [
+            JobTime(node, debt.rule.label, debt.loads, now - debt.sent) for node, debt in self.debts.items()
+        ]
         self.wait.unread = [arrival.node for arrival in self.unread]
         for arrival in self.unread:
             self.source.forget(arrival.token)
@@ -181,11 +187,15 @@ class _Waiting:
         if debt is None or debt.token != arrival.token:
             return  # its debt lapsed: the node has been given other work since
         del self.debts[arrival.node]
+        reply = arrival.reply
+        if not (arrival.failure or (reply is not None and reply.has_error())):
+            computing = arrival.computing if reply is None else computing_seconds(reply)
+            taken = JobTime(arrival.node, debt.rule.label, debt.loads, arrival.at - debt.sent, computing)
+            self.wait.times.append(taken)
         if debt.rule is self.rule:
             self.unread.append(arrival)
             self.rule.arrived(arrival)
         else:
-            reply = arrival.reply
             wrong = error_text(reply) if reply is not None and reply.has_error() else arrival.failure
             self.wait.late.append((arrival.node, debt.rule.label, wrong))
             if self.on_late is not None:
@@ -227,7 +237,7 @@ class _Waiting:
                 self._offer_idle()
                 self.lost = True
             else:
-                self.debts[node] = _Debt(token, self.rule, now + self.patience)
+                self.debts[node] = _Debt(token, self.rule, now, loads_of(message), now + self.patience)
 
     def _read(self, *, final: bool) -> bool:
         """Read what is needed of what is in; whether anything was."""

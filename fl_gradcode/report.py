@@ -13,6 +13,7 @@ from .inbox import Rejection
 from .pack import wire_dtype
 from .phase import Phase
 from .prime_field import PrimeField
+from .stop import JobTime
 from .wire import report_key
 
 __all__ = ["figures", "new_row", "phase_entry", "why_undecodable"]
@@ -72,6 +73,8 @@ def phase_entry(phase: Phase, decoded: Decoded | None, *, decoding: float) -> di
         "quantisation-error": _quantisation(phase, decoded),
         "filled-in": [{"shards": [*one.shards], "round": one.round} for one in (decoded.stale if decoded else ())],
         "replica-disagreement": inbox.disagreement,
+        "timings": [_timed(phase, one) for one in wait.times],
+        "owing": [_timed(phase, one) for one in wait.owing],
         "bytes-down": wait.bytes_down,
         "bytes-up": wait.bytes_up,
         "seconds": {"waiting": wait.seconds, "decoding": decoding, "aggregating": 0.0},
@@ -102,6 +105,19 @@ def figures(entry: dict[str, Any]) -> dict[str, Any]:
 def _late(phase: Phase, node: int, label: str, wrong: str) -> dict[str, Any]:
     entry: dict[str, Any] = {"worker": phase.roster.worker_of(node), "node": str(node), "from": label}
     return {**entry, "reason": wrong} if wrong else entry
+
+
+def _timed(phase: Phase, one: JobTime) -> dict[str, Any]:
+    worker = phase.roster.worker_of(one.node)
+    kind, _, asked = one.label.partition(" ")
+    return {
+        "worker": worker,
+        "kind": kind,
+        "round": int(asked) if asked.isdigit() else None,
+        "shards": one.loads.get(worker, 0) if worker is not None else 0,
+        "seconds": one.seconds,
+        "computing": one.computing,
+    }
 
 
 def _rejected(one: Rejection) -> dict[str, Any]:

@@ -10,7 +10,26 @@ from flwr.app import Message
 
 from .arrivals import Arrival
 
-__all__ = ["CountRule", "StopRule", "Wait"]
+__all__ = ["CountRule", "JobTime", "StopRule", "Wait"]
+
+
+@dataclass(frozen=True)
+class JobTime:
+    """How long a node took for a message.
+
+    Attributes:
+        node: Who.
+        label: Of the phase that asked: "train 3".
+        loads: Worker -> shards, of whatever worker the node may be; empty: the message had no plan.
+        seconds: From send to reply, or so far.
+        computing: Seconds that the node spent on its shards, if that is known.
+    """
+
+    node: int
+    label: str
+    loads: dict[int, int]
+    seconds: float
+    computing: float | None = None
 
 
 @dataclass
@@ -26,6 +45,8 @@ class Wait:
         late: (node, label of the phase it answers, what went wrong) of replies to earlier phases that came in
             meanwhile; the third is empty unless the reply is an error.
         lapsed: Nodes whose debt was given up on.
+        times: How long each reply took that came in meanwhile, of this phase or an earlier one; not of errors.
+        owing: How long each node that still owes a reply has had its message.
         bytes_down, bytes_up: Payload sent, and payload of the replies that were read.
         seconds: From the first message to the end of waiting.
         ended: "decoded", "hopeless", "answered" (nobody is left) or "timed out".
@@ -37,6 +58,8 @@ class Wait:
     unread: list[int] = field(default_factory=list)
     late: list[tuple[int, str, str]] = field(default_factory=list)
     lapsed: list[int] = field(default_factory=list)
+    times: list[JobTime] = field(default_factory=list)
+    owing: list[JobTime] = field(default_factory=list)
     bytes_down: int = 0
     bytes_up: int = 0
     seconds: float = 0.0

@@ -18,15 +18,51 @@ from flwr.serverapp import Grid
 from .arrivals import Arrival, ArrivalSource, ForwardingGrid
 from .errors import UnsuitableApp
 from .latency import Latency
-from .wire import Reply, content_bytes, error_text, is_evaluation, load_of, plan_bytes, probe_content, round_of
+from .wire import (
+    Reply,
+    content_bytes,
+    error_text,
+    is_evaluation,
+    load_of,
+    plan_bytes,
+    probe_content,
+    reply_part,
+    round_of,
+)
 
-__all__ = ["VirtualGrid"]
+__all__ = ["Job", "VirtualGrid"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one message made a node do.
+
+    Attributes:
+        worker: Who.
+        round: The server round; the worker's job number where the message does not say.
+        evaluating: Whether it asks to evaluate.
+        shards: How many shards it asks for, or which part of one.
+        sent, began, finished: Virtual seconds; a node that was busy begins later than the message was sent.
+        computing: Seconds that it spends on its shards.
+        megabytes_down, megabytes_up: Payload.
+    """
+
+    worker: int
+    round: int
+    evaluating: bool
+    shards: float
+    sent: float
+    began: float
+    finished: float
+    computing: float
+    megabytes_down: float
+    megabytes_up: float
 
 
 @dataclass
-class _Job:
+class _Pending:
     node: int
-    finish: float
+    job: Job
     message: Message | None
 
 
@@ -39,8 +75,8 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
 
     A node works off its messages one by one, in the order sent, as Flower's do. Evaluating a shard takes
     `latency.evaluation` times as long as training it; transfer is charged for the message and a reply of the
-    same size (a model goes both ways), and one way only when evaluating. A latency of infinity loses the message: no
-    reply ever comes, and the node is free for the next message at once.
+    same size (a model goes both ways; 1/m of it under a code that divides updates), and one way only when evaluating.
+    A latency of infinity loses the message: no reply ever comes, and the node is free for the next message at once.
 
     Args:
         grid: Where replies are computed: the simulation's grid, or `fl_gradcode.testing.InProcessGrid`.
@@ -72,7 +108,9 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
         self._now = 0.0
         self._order = itertools.count()
         self._heap: list[tuple[float, int, str]] = []
-        self._jobs: dict[str, _Job] = {}
+        #: What all nodes were made to do, in the order sent, needed or not.
+        self.jobs: list[Job] = []
+        self._jobs: dict[str, _Pending] = {}
         self._busy_until: dict[int, float] = {}
         self._sent: dict[tuple[int, bool], int] = {}
 
@@ -97,10 +135,12 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
             number = next(self._order)
             token = f"virtual-{number}"
             start = max(self._now, self._busy_until.get(node, 0.0))
-            finish = start + self._duration(message, workers.get(node, 0))
+            job = self._job(message, workers.get(node, 0), start)
+            finish = job.finished
             if finish != float("inf"):
                 self._busy_until[node] = finish
-            self._jobs[token] = _Job(node, finish, message)
+            self.jobs.append(job)
+            self._jobs[token] = _Pending(node, job, message)
             heapq.heappush(self._heap, (finish, number, token))
             tokens.append(token)
         return tokens
@@ -113,10 +153,10 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
             if token not in self._jobs:
                 continue  # forgotten
             self._now = max(self._now, finish)
-            job = self._jobs[token]
-            if job.message is None:  # abandoned: nobody will fetch it
+            pending = self._jobs[token]
+            if pending.message is None:  # abandoned: nobody will fetch it
                 del self._jobs[token]
-            return Arrival(token, job.node, self._now)
+            return Arrival(token, pending.node, self._now, computing=pending.job.computing)
         if limit != float("inf"):
             self._now = max(self._now, limit)
         return None
@@ -165,31 +205,35 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
         wanted = [token for token in dict.fromkeys(message_ids) if token in self._jobs]
         if not wanted:
             return []
-        first = min(self._jobs[token].finish for token in wanted)
+        first = min(map(self._finish, wanted))
         if first == float("inf"):
             return []
         self._now = max(self._now, first)
-        due = sorted((t for t in wanted if self._jobs[t].finish <= self._now), key=lambda t: self._jobs[t].finish)
-        replies = self.fetch([Arrival(t, self._jobs[t].node, self._jobs[t].finish) for t in due])
+        due = sorted((t for t in wanted if self._finish(t) <= self._now), key=self._finish)
+        replies = self.fetch([Arrival(t, self._jobs[t].node, self._finish(t)) for t in due])
         return [reply for reply in replies if reply is not None]
 
-    def _duration(self, message: Message, worker: int) -> float:
+    def shards_of(self, message: Message, worker: int) -> float:
+        """How many shards' worth of training `message` asks for; to be overridden where an app does less."""
+        return load_of(message, worker)
+
+    def _finish(self, token: str) -> float:
+        return self._jobs[token].job.finished
+
+    def _job(self, message: Message, worker: int, start: float) -> Job:
         evaluating = is_evaluation(message)
         # A strategy that does not say which round it is: the worker's first job of a kind is round 1.
-        job = self._sent[worker, evaluating] = self._sent.get((worker, evaluating), 0) + 1
+        count = self._sent[worker, evaluating] = self._sent.get((worker, evaluating), 0) + 1
         server_round = round_of(message)
-        tick = 2 * (job if server_round is None else server_round) + evaluating
-        down = content_bytes(message.content)
-        back = 0 if evaluating else down - plan_bytes(message.content)
-        megabytes = (down + back) / 1e6
-        return self.latency.seconds(
-            seed=self.seed,
-            worker=worker,
-            tick=tick,
-            shards=load_of(message, worker),
-            megabytes=megabytes,
-            evaluating=evaluating,
-        )
+        number = count if server_round is None else server_round
+        tick = 2 * number + evaluating
+        down = content_bytes(message.content) / 1e6
+        up = 0.0 if evaluating else (down - plan_bytes(message.content) / 1e6) * reply_part(message, worker)
+        shards = self.shards_of(message, worker)
+        draw = {"seed": self.seed, "worker": worker, "tick": tick}
+        seconds = self.latency.seconds(**draw, shards=shards, megabytes=down + up, evaluating=evaluating)
+        computing = self.latency.computing(**draw, shards=shards, evaluating=evaluating)
+        return Job(worker, number, evaluating, shards, self._now, start, start + seconds, computing, down, up)
 
     def _probe(self, nodes: list[int]) -> dict[int, int]:
         messages = [Message(probe_content(), dst_node_id=node, message_type="train") for node in nodes]

@@ -6,6 +6,7 @@ vectors, plus `fl-gradcode.reply`, what they mean. Record names are spelled here
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass, field, replace
@@ -23,14 +24,17 @@ __all__ = [
     "Plan",
     "Reply",
     "Row",
+    "computing_seconds",
     "content_bytes",
     "error_text",
     "is_evaluation",
     "is_probe",
     "last_line",
     "load_of",
+    "loads_of",
     "plan_bytes",
     "probe_content",
+    "reply_part",
     "report_key",
     "round_of",
 ]
@@ -222,6 +226,28 @@ def load_of(message: Message, worker: int) -> int:
         return 1
     row = plan.rows.get(worker)
     return len(row.shards) if row else 0
+
+
+def loads_of(message: Message) -> dict[int, int]:
+    """Worker -> how many shards it is asked for, of all that the plan names; empty for a message without a plan."""
+    plan = Plan.find_in(message.content)
+    return {} if plan is None else {worker: len(row.shards) for worker, row in plan.rows.items()}
+
+
+def reply_part(message: Message, worker: int) -> float:
+    """Which part of a model's length the reply has: 1/m under a code that divides updates by m, else 1."""
+    plan = Plan.find_in(message.content)
+    row = None if plan is None else plan.rows.get(worker)
+    return 1 / len(row.coefficients[0]) if row and row.coefficients and row.coefficients[0] else 1.0
+
+
+def computing_seconds(message: Message) -> float | None:
+    """Seconds that the client says it spent on its shards; None if it does not say."""
+    with contextlib.suppress(ValueError):
+        reply = Reply.find_in(message.content) if message.has_content() else None
+        if reply is not None and reply.seconds:
+            return sum(reply.seconds)
+    return None
 
 
 def content_bytes(content: RecordDict) -> int:

@@ -83,7 +83,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown code": ({"code": "bogus"}, AppConfigError, "code='bogus' is not known; choose one of none, "),
     "unknown strategy": ({"strategy": "krum"}, AppConfigError, "strategy='krum' is not known; choose one of fedavg, "),
     "unknown data set": ({"dataset": "nope"}, AppConfigError, "There is no data set 'nope'; dataset is one of "),
-    "unknown model": ({"model": "llm"}, AppConfigError, "There is no model 'llm'; model is one of logistic, cnn."),
+    "unknown model": ({"model": "llm"}, AppConfigError, "There is no model 'llm'; model is one of logistic, cnn"),
     "unknown partitioner": ({"partitioner": "zigzag"}, AppConfigError, "'zigzag'"),
     "missing folder": (
         {"dataset": "mnist", "data-dir": "/nowhere/at/all"},
