@@ -45,7 +45,7 @@ class Scheme:
     """A way to run rounds: no code (plain FedAvg), or a code and how it sends."""
 
     code: GradientCode | None = None
-    send: Literal["coded", "shards"] = "coded"
+    send: Literal["coded", "shards", "adaptive"] = "coded"
     patience: float = 0.0
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InvalidSetting
-from .latency import Latency
+from .latency import Latency, Parts
 from .traces import trace
 
 __all__ = ["History", "Timing"]
@@ -109,7 +109,7 @@ class History:
         shares = [
             (one.computing / one.shards) / (one.seconds - one.computing + one.computing / one.shards)
             for one in self._timings
-            if one.computing is not None and one.seconds > 0 and 0 < one.computing <= one.seconds
+            if one.computing is not None and one.seconds > 0 and 0 <= one.computing <= one.seconds
         ]
         return float(np.median(shares)) if shares else 1.0
 
@@ -139,6 +139,12 @@ class History:
             values[:, t, worker] = np.mean(pairs, axis=0)
         return _filled(values[0]), _filled(values[1])
 
+    def replay(self, rounds: int) -> Parts:
+        """The rounds as they were, again and again: what a simulation of other schemes needs."""
+        fixed, compute = self.tables()
+        turns = np.arange(rounds) % len(fixed)
+        return Parts(fixed[turns], compute[turns], np.zeros((rounds, self.n)))
+
     def latency(self) -> Latency:
         """A latency that replays the rounds, from the first again after the last."""
         fixed, compute = self.tables()
@@ -151,7 +157,7 @@ class History:
 
 def _parts(one: Timing, share: float) -> tuple[float, float]:
     """Fixed seconds, and compute seconds of a shard."""
-    if one.computing is not None and 0 < one.computing <= one.seconds:
+    if one.computing is not None and 0 <= one.computing <= one.seconds:
         return one.seconds - one.computing, one.computing / one.shards
     unit = one.seconds / (1 - share + share * one.shards)
     return (1 - share) * unit, share * unit

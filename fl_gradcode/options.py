@@ -13,7 +13,7 @@ from .prime_field import PrimeField
 __all__ = ["Approximation", "Options"]
 
 _POLICIES = ("skip", "approximate", "raise")
-_SENDING = ("coded", "shards")
+_SENDING = ("coded", "shards", "adaptive")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Options:
     """The checked settings of one `GradientCoding`; its docstring explains them."""
 
     on_undecodable: Literal["skip", "approximate", "raise"] | Approximation = "skip"
-    send: Literal["coded", "shards"] = "coded"
+    send: Literal["coded", "shards", "adaptive"] = "coded"
     patience: float = 0.0
     kappa_max: float = float("inf")
     seed: int = 0
@@ -67,20 +67,28 @@ class Options:
             raise InvalidSetting(f"patience={self.patience} must be a number of at least 0.")
         if self.patience and self.send != "shards":
             raise InvalidSetting(f"patience={self.patience} is about second copies of a shard: it needs send='shards'.")
-        if self.send == "shards" and (self.give_up_after is not None or self.kappa_max != float("inf")):
+        shardwise = self.send in ("shards", "adaptive")
+        if shardwise and (self.give_up_after is not None or self.kappa_max != float("inf")):
             raise InvalidSetting(
-                "give_up_after and kappa_max are about coded vectors: with send='shards' a message is one shard, and "
-                "nothing is amplified. Leave them out."
+                f"give_up_after and kappa_max are about coded vectors: with send={self.send!r} a message may be one "
+                "shard, where nothing is amplified. Leave them out."
             )
         if not self.kappa_max > 0:
             raise InvalidSetting(f"kappa_max={self.kappa_max} must be greater than 0.")
-        shardwise = self.send == "shards"
         if shardwise and code.m > 1:
             raise InvalidSetting(
-                f"send='shards' sends whole updates, and this code divides them by m={code.m}. Take a code with m = 1."
+                f"send={self.send!r} sends whole updates, and this code divides them by m={code.m}. Take a code with "
+                "m = 1."
             )
         if shardwise and isinstance(code.numbers, PrimeField):
-            raise InvalidSetting("send='shards' sends plain updates; a code over a prime field codes them. Choose one.")
+            raise InvalidSetting(
+                f"send={self.send!r} sends plain updates; a code over a prime field codes them. Choose one."
+            )
+        if self.send == "adaptive" and (self.fills_in or not code.exact):
+            what = "fill_in remembers what was sent one way" if self.fills_in else f"a {code.name} code is not exact"
+            raise InvalidSetting(
+                f"send='adaptive' changes between two exact ways to send: {what}. Choose one of the two."
+            )
         if not code.exact and not shardwise and self.approximation is None:
             raise InvalidSetting(
                 f"A {code.name} code promises no exact sum: say on_undecodable='approximate', or take another code."

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .latency import Parts
-from .schemes import Scheme
+from .schemes import Scheme, first_shards
 
 __all__ = ["RoundTimes", "idle_rounds", "steady_rounds"]
 
@@ -114,7 +114,12 @@ class _Shardwise:
     """One shard a message: an event loop with the rules of `shardwise.ShardSending`."""
 
     def __init__(self, scheme: Scheme) -> None:
-        self.blocks, self.patience, self.n = scheme.blocks, scheme.patience, scheme.n
+        self.patience, self.n, self.k = scheme.patience, scheme.n, scheme.k
+        first = first_shards(dict(enumerate(scheme.blocks)))
+        self.turns: list[tuple[int, ...]] = []  # of each worker, its shards from its first on
+        for worker, block in enumerate(scheme.blocks):
+            start = block.index(first[worker]) if block else 0
+            self.turns.append((*block[start:], *block[:start]))
         self.now = 0.0
         self.owed: list[tuple[float, int]] = []  # of earlier rounds: (finish, worker)
         self.messages = 0
@@ -125,7 +130,7 @@ class _Shardwise:
         self.closed: set[int] = set()
         self.working: dict[int, int] = {}  # worker -> shard
         self.began: dict[int, float] = {}
-        self.copies: list[list[float]] = [[] for _ in range(self.n)]  # of each shard, since when it is worked on
+        self.copies: list[list[float]] = [[] for _ in range(self.k)]  # of each shard, since when it is worked on
         self.took: dict[int, float] = {}
         self.wake = None
         woken: float | None = None
@@ -135,7 +140,7 @@ class _Shardwise:
         held = {worker for _, worker in self.owed}
         self.idle: list[int] = []
         self._hand_out([worker for worker in range(self.n) if worker not in held])
-        while len(self.closed) < self.n:
+        while len(self.closed) < self.k:
             wake = self._wake_after(woken)
             if wake is not None and (not self.events or wake < self.events[0][0]):
                 self.now = max(self.now, wake)
@@ -156,7 +161,7 @@ class _Shardwise:
                     self.copies[shard].remove(began)
                     self.took[worker] = self.now - began
                 free.append(worker)
-            if len(self.closed) < self.n:
+            if len(self.closed) < self.k:
                 self._hand_out(free)
         self.owed = [(finish, worker) for finish, _, worker, _ in sorted(self.events)]
 
@@ -165,10 +170,7 @@ class _Shardwise:
 
     def _hand_out(self, workers: list[int]) -> None:
         for worker in workers:
-            block = self.blocks[worker]
-            start = block.index(worker)  # k = n: its own shard
-            left = [j for j in block[start:] + block[:start] if j not in self.closed]
-            due = [j for j in left if self._is_due(j, worker)]
+            due = [j for j in self.turns[worker] if j not in self.closed and self._is_due(j, worker)]
             if not due:
                 self.idle.append(worker)
                 continue

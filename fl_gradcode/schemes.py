@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from .border import check_count, check_tolerance
 from .errors import InvalidSetting
@@ -17,6 +19,7 @@ __all__ = [
     "Scheme",
     "any_code",
     "drop_slowest",
+    "first_shards",
     "over_selection",
     "partial_work",
     "repetition",
@@ -26,7 +29,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Scheme:
-    """One way to run rounds of n workers with k = n shards.
+    """One way to run rounds of n workers.
 
     Attributes:
         name: For people.
@@ -59,6 +62,11 @@ class Scheme:
         return len(self.blocks)
 
     @property
+    def k(self) -> int:
+        """Number of shards."""
+        return 1 + max(shard for block in self.blocks for shard in block)
+
+    @property
     def loads(self) -> NDArray[np.int64]:
         """Shards that each worker holds, shape (n,)."""
         return np.array([len(block) for block in self.blocks])
@@ -68,6 +76,32 @@ class Scheme:
         """Groups as rows of one array, shape (groups, largest group); n fills up smaller ones."""
         width = max(map(len, self.groups))
         return np.array([[*group, *[self.n] * (width - len(group))] for group in self.groups])
+
+
+def first_shards(blocks: Mapping[int, Sequence[int]]) -> dict[int, int]:
+    """For each worker that holds any the shard that it starts with: as many different ones as can be.
+
+    Holders of the same shards start evenly spread over them; where that is not enough, as in a cyclic assignment, a
+    maximum matching says who starts with what.
+
+    Args:
+        blocks: Worker -> the shards that it holds, ascending.
+    """
+    workers = [i for i in sorted(blocks) if len(blocks[i])]
+    first: dict[int, int] = {}
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for worker in workers:
+        alike.setdefault(tuple(blocks[worker]), []).append(worker)
+    for shards, same in alike.items():
+        for place, worker in enumerate(same):
+            first[worker] = shards[len(shards) * place // len(same)]
+    everything = sorted({shard for i in workers for shard in blocks[i]})
+    if len(set(first.values())) < min(len(workers), len(everything)):
+        held = csr_array([[shard in blocks[i] for shard in everything] for i in workers])
+        for worker, column in zip(workers, maximum_bipartite_matching(held, perm_type="column"), strict=True):
+            if column >= 0:
+                first[worker] = everything[column]
+    return first
 
 
 def wait_for_all(n: int) -> Scheme:

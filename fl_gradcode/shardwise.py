@@ -16,8 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from flwr.app import Message
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from .arrivals import Arrival
 from .asking import Asking, whole_shard
@@ -25,45 +23,29 @@ from .codes import uncoded
 from .gradient_code import GradientCode
 from .inbox import Inbox
 from .incremental import IncrementalDecoder
-from .options import Options
 from .roster import Roster
+from .schemes import first_shards
 from .sending import CodedSending
+from .ways import Way
 from .wire import Plan, Reply, Row
 
 __all__ = ["ShardSending", "first_rows", "sending_of"]
 
 
 def sending_of(
-    options: Options, asking: Asking, code: GradientCode, shards: Sequence[int], roster: Roster
+    way: Way, asking: Asking, code: GradientCode, shards: Sequence[int], roster: Roster, *, kappa_max: float
 ) -> CodedSending | ShardSending:
-    """The way to send that the options ask for."""
-    if options.send == "shards":
-        return ShardSending(asking.plan, roster, shards, asking.one_shard, options.patience)
-    return CodedSending(asking.plan, code, roster, kappa_max=options.kappa_max)
+    """How the phase sends; `code` is the way's, over the sampled shards."""
+    if way.send == "shards":
+        return ShardSending(asking.plan, roster, shards, asking.one_shard, way.patience)
+    return CodedSending(asking.plan, code, roster, kappa_max=kappa_max)
 
 
 def first_rows(plan: Plan) -> dict[int, Row]:
-    """For each worker the shard that it starts with: as many different ones as can be.
-
-    Holders of the same shards start evenly spread over them; where that is not enough, as in a cyclic assignment, a
-    maximum matching says who starts with what.
-    """
+    """For each worker the shard that it starts with; see `first_shards`."""
     rows = dict.fromkeys(plan.rows, Row((), ()))
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for worker, row in sorted(plan.rows.items()):
-        if row.shards:
-            alike.setdefault(row.shards, []).append(worker)
-    for shards, workers in alike.items():
-        for place, worker in enumerate(workers):
-            rows[worker] = whole_shard(shards[len(shards) * place // len(workers)])
-    workers = [i for i in plan.rows if plan.rows[i].shards]
-    everything = sorted({shard for i in workers for shard in plan.rows[i].shards})
-    if len({rows[i].shards for i in workers}) < min(len(workers), len(everything)):
-        held = csr_array([[shard in plan.rows[i].shards for shard in everything] for i in workers])
-        for worker, column in zip(workers, maximum_bipartite_matching(held, perm_type="column"), strict=True):
-            if column >= 0:
-                rows[worker] = whole_shard(everything[column])
-    return rows
+    first = first_shards({worker: row.shards for worker, row in plan.rows.items()})
+    return {**rows, **{worker: whole_shard(shard) for worker, shard in first.items()}}
 
 
 class ShardSending:

@@ -15,18 +15,18 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from . import report
 from .arrivals import Arrival
-from .asking import Asking, make_plan
 from .contract import broken_promises, refuse_unsuitable
 from .errors import InvalidSetting, RoundFailed
 from .gradient_code import GradientCode
 from .grid import EarlyStopGrid
-from .inner import ShardGrid, aggregate, arrays_key_of, check_bounds, check_strategy, common_content, has_custom_metrics
+from .inner import ShardGrid, aggregate, check_bounds, check_strategy, has_custom_metrics
 from .ledger import Ledger
 from .memory import Memory
+from .opening import Opening
 from .options import Approximation, Options
 from .phase import Phase
 from .roster import Roster, nodes_of_a_phase, wait_for_nodes
-from .shardwise import sending_of
+from .ways import AdaptiveWays, FixedWay, Way, Ways
 
 __all__ = ["GradientCoding"]
 
@@ -51,6 +51,8 @@ class GradientCoding(Strategy):
         code: Who holds which shards; worker i is the node whose client reports `partition-id` i.
         send: "coded": one coded vector a worker and round, least upload. "shards": one shard a message; a free node
             gets the uncovered shard that fewest are working on, the first copy wins. Best where compute dominates.
+            "adaptive": chosen anew every few rounds from what the last ones took, by replaying them; so is how much of
+            what is stored is computed. Never slower than no code for long.
         patience: With "shards": begin a second copy only when the first has taken so many times as long as the free
             node took for its last shard; 0: at once. 2 keeps nodes free for the next round where all are alike.
         on_undecodable: When a round ends undecodable, at the timeout or as soon as it is hopeless: "skip" leaves
@@ -77,7 +79,7 @@ class GradientCoding(Strategy):
         strategy: Strategy,
         code: GradientCode,
         *,
-        send: Literal["coded", "shards"] = "coded",
+        send: Literal["coded", "shards", "adaptive"] = "coded",
         patience: float = 0.0,
         on_undecodable: Literal["skip", "approximate", "raise"] | Approximation = "skip",
         kappa_max: float = float("inf"),
@@ -112,8 +114,9 @@ class GradientCoding(Strategy):
         self.on_round_end = on_round_end
         self.run = run or uuid.uuid4().hex
         self.roster = Roster()
-        self._weight_key = str(getattr(strategy, "weighted_by_key", "num-examples"))
-        self._timeout: float | None = None
+        self._ways: Ways = FixedWay(Way(code, "coded"))
+        self._way: Way | None = None
+        self._opening = self._open(None)
         self._patience = 0.0
         self._drafts: list[Message] = []
         self._phase: Phase | None = None
@@ -157,7 +160,8 @@ class GradientCoding(Strategy):
         self._warned.clear()
         if self.options.fills_in:
             self._memory = {"train": Memory(), "evaluate": Memory()}
-        self._timeout = timeout
+        self._opening = self._open(timeout)
+        self._way = None
         limit: Any = timeout  # Flower's grids take None for "no limit"
         self._arrays = initial_arrays
         settling = 0.0 if waiting.source.fixed_nodes else self.options.node_timeout
@@ -224,35 +228,28 @@ class GradientCoding(Strategy):
                 f"metrics {kind}",
                 f"The custom {kind} metric aggregation is called on one decoded record, not on one for each client.",
             )
-        content = common_content(self._drafts)
-        shards = sorted({message.metadata.dst_node_id for message in self._drafts})
-        code = self.code.restrict(shards)
-        arrays_key = arrays_key_of(self.strategy, content) if kind == "train" else ""
-        plan = make_plan(
-            code,
-            shards,
-            self.options,
-            k=self.code.k,
-            run=self.run,
-            server_round=server_round,
-            kind=kind,
-            weight_key=self._weight_key,
-            arrays_key=arrays_key,
-        )
-        before = content[arrays_key] if arrays_key else None
-        assert before is None or isinstance(before, ArrayRecord)
-        asking = Asking(plan, content, message_type=self._drafts[0].metadata.message_type, timeout=self._timeout)
-        sending = sending_of(self.options, asking, code, shards, self.roster)
-        self._phase = Phase(plan, shards, before, self.roster, sending)
+        if kind == "train" or self._way is None:
+            self._way = self._ways.choose()
+        self._phase, asking = self._opening.phase(kind, server_round, self._drafts, self._way)
+        self._row["way"] = self._way.entry
         nodes = nodes_of_a_phase(grid, self.code, self._patience, self._phase.hopeless)
         self.roster.keep(nodes)
         if isinstance(grid, EarlyStopGrid):
             for node, worker in grid.source.known_workers().items():
                 self.roster.learn(node, worker)
             grid.expect(self._phase)
-        elif self.options.send == "shards":
+        elif self._way.send == "shards":
             raise InvalidSetting("send='shards' hands out work as nodes become free: run the strategy by its start().")
-        return asking.messages(nodes, self.roster, sending.first_rows())
+        return asking.messages(nodes, self.roster, self._phase.sending.first_rows())
+
+    def _open(self, timeout: float | None) -> Opening:
+        """What a run needs anew: nobody is known yet, nothing has been learnt."""
+        weight_key = str(getattr(self.strategy, "weighted_by_key", "num-examples"))
+        if self.options.send == "adaptive":
+            self._ways = AdaptiveWays(self.code)
+        else:
+            self._ways = FixedWay(Way(self.code, self.options.send, self.options.patience))
+        return Opening(self.strategy, self.options, self.code.k, self.run, weight_key, self.roster, timeout)
 
     def _aggregate(
         self, server_round: int, replies: Iterable[Message]
@@ -291,6 +288,7 @@ class GradientCoding(Strategy):
     def _close_row(self) -> dict[str, Any]:
         row, self._row = self._row, {}
         self.ledger.append(row)
+        self._ways.learn(row)
         return row
 
     def _warn_once(self, key: str, text: str) -> None:

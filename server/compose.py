@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from fl_gradcode.latency import (
     shifted_exponential,
     trace,
 )
+from fl_gradcode.populations import named
 from server.settings import Settings, whole_numbers
 
 __all__ = ["make_code", "make_coding", "make_latency", "make_strategy"]
@@ -107,6 +109,11 @@ def _assignment(settings: Settings, n: int) -> Assignment:
 
 def make_latency(settings: Settings) -> Latency:
     """A healthy client takes about a second for one shard, 80 % of it compute; the first clients are slower."""
+    slow = dict.fromkeys(range(settings.slow_clients), settings.slow_factor)
+    if settings.latency in ("serverless", "virtual-machines", "phones"):
+        latency = named(settings.latency, 1 - _FIXED_SHARE)
+        slowdown = latency.slowdown if isinstance(latency.slowdown, Law) else constant(latency.slowdown)
+        return replace(latency, slowdown=scaled(slowdown, slow))
     laws: dict[str, Law] = {
         "constant": constant(1.0),
         "lognormal": lognormal(1.0, 0.3),
@@ -115,8 +122,8 @@ def make_latency(settings: Settings) -> Latency:
         "bimodal": bimodal(0.05, 10.0, jitter=0.1),
         "bursty": bursty(0.02, 0.2, 10.0, jitter=0.1),
     }
-    law = trace(read_trace(settings.latency)) if settings.latency not in laws else laws[settings.latency]
-    law = scaled(law, dict.fromkeys(range(settings.slow_clients), settings.slow_factor))
+    law = laws[settings.latency] if settings.latency in laws else trace(read_trace(settings.latency))
+    law = scaled(law, slow)
     return Latency(fixed=_times(law, _FIXED_SHARE), compute=_times(law, 1 - _FIXED_SHARE))
 
 

@@ -12,8 +12,11 @@ __all__ = ["CODES", "LATENCIES", "SENDING", "STRATEGIES", "TRACES", "Settings", 
 
 STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedprox")
 CODES = ("none", "uncoded", "fractional", "cyclic", "universal", "reed-solomon")
-SENDING = ("coded", "shards")
-LATENCIES = ("none", "constant", "lognormal", "shifted-exponential", "pareto", "bimodal", "bursty")
+SENDING = ("coded", "shards", "adaptive")
+LATENCIES = (
+    *("none", "constant", "lognormal", "shifted-exponential", "pareto", "bimodal", "bursty"),
+    *("serverless", "virtual-machines", "phones"),
+)
 #: A latency that ends so is the absolute path of a file of measured seconds.
 TRACES = (".csv", ".npz")
 _POLICIES = ("skip", "approximate", "fill-in", "raise")

@@ -47,12 +47,17 @@ LAYERS = (
         peers=True,
     ),
     # Planning reads codes and clocks; it must run without Flower.
-    Layer("plan", names("latency laws marginals traces schemes round_times order_statistics populations history planner assignment placing"), peers=True),
+    Layer(
+        "plan",
+        names("latency laws marginals traces populations history assignment placing")
+        | names("schemes round_times order_statistics planner"),
+        peers=True,
+    ),
     # Flower's public names alone: the rest is internal or legacy, and changes without notice.
     Layer(
         "Flower",
         names("wire pack unpack mods watched roster bucket inbox carry phase sending shardwise memory options")
-        | names("report contract inner asking strategy")
+        | names("report contract inner asking opening ways strategy")
         | names("arrivals stop grid virtual ledger testing"),
         names("flwr.app flwr.clientapp flwr.clientapp.mod")
         | names("flwr.serverapp flwr.serverapp.strategy flwr.serverapp.exception"),

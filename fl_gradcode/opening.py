@@ -1,0 +1,65 @@
+"""Opening a phase: from the messages that the wrapped strategy drafted to what is asked, and how replies add up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flwr.app import ArrayRecord, Message
+from flwr.serverapp.strategy import Strategy
+
+from .asking import Asking, make_plan
+from .inner import arrays_key_of, common_content
+from .options import Options
+from .phase import Phase
+from .roster import Roster
+from .shardwise import sending_of
+from .ways import Way
+
+__all__ = ["Opening"]
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What stays the same over the phases of a run.
+
+    Attributes:
+        strategy: The wrapped one.
+        options: As the user set them.
+        k: Number of shards of the code.
+        run: Name of the run.
+        weight_key: The metric that holds the number of examples.
+        roster: Who is who.
+        timeout: Seconds of a phase.
+    """
+
+    strategy: Strategy
+    options: Options
+    k: int
+    run: str
+    weight_key: str
+    roster: Roster
+    timeout: float | None
+
+    def phase(self, kind: str, server_round: int, drafts: Sequence[Message], way: Way) -> tuple[Phase, Asking]:
+        """A phase over the shards that were sampled, and the maker of its messages."""
+        content = common_content(drafts)
+        shards = sorted({message.metadata.dst_node_id for message in drafts})
+        code = way.code.restrict(shards)
+        arrays_key = arrays_key_of(self.strategy, content) if kind == "train" else ""
+        plan = make_plan(
+            code,
+            shards,
+            self.options,
+            k=self.k,
+            run=self.run,
+            server_round=server_round,
+            kind=kind,
+            weight_key=self.weight_key,
+            arrays_key=arrays_key,
+        )
+        before = content[arrays_key] if arrays_key else None
+        assert before is None or isinstance(before, ArrayRecord)
+        asking = Asking(plan, content, message_type=drafts[0].metadata.message_type, timeout=self.timeout)
+        sending = sending_of(way, asking, code, shards, self.roster, kappa_max=self.options.kappa_max)
+        return Phase(plan, shards, before, self.roster, sending), asking
