@@ -116,8 +116,10 @@ class History:
     def tables(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(fixed seconds, compute seconds a shard) of each round and worker, each of shape (rounds, n).
 
-        A round in which a worker left no time takes its nearest one; a worker that never did, the median of the others,
-        or what it has owed for so long if that is more.
+        A round in which a worker left no time takes that of the next round in which it did: how long it was busy says
+        nothing of what comes after, whereas the time that kept it busy would count once for each round that it missed.
+        After its last one, that one; a worker that never left a time, the median of the others. What is owed counts as
+        a time, so far.
         """
         rounds = sorted({one.round for one in self._timings})
         if not rounds:
@@ -164,7 +166,7 @@ def _parts(one: Timing, share: float) -> tuple[float, float]:
 
 
 def _filled(table: NDArray[np.float64]) -> NDArray[np.float64]:
-    """No gaps: the nearest round of the same worker, or else the median of all."""
+    """No gaps: the next known round of the same worker, after the last one that one, or else the median of all."""
     known = ~np.isnan(table)
     middle = float(np.median(table[known]))
     result = table.copy()
@@ -173,6 +175,6 @@ def _filled(table: NDArray[np.float64]) -> NDArray[np.float64]:
         if not len(rows):
             result[:, worker] = middle
             continue
-        nearest = rows[np.abs(np.arange(len(table))[:, None] - rows[None, :]).argmin(axis=1)]
-        result[:, worker] = table[nearest, worker]
+        following = np.minimum(np.searchsorted(rows, np.arange(len(table))), len(rows) - 1)
+        result[:, worker] = table[rows[following], worker]
     return result
