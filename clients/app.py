@@ -49,6 +49,7 @@ def train(message: Message, context: Context) -> Message:
         batch_size=_positive(context.run_config, "batch-size", _RUN),
         learning_rate=_number(context.run_config, "learning-rate", _RUN),
         proximal_mu=_number(config, "proximal-mu", _MESSAGE) if "proximal-mu" in config else 0.0,
+        work_share=_share(config),
         seed=training.local_seed(local.seed, server_round, local.partition_id),
         device=_DEVICE,
     )
@@ -148,6 +149,13 @@ def _positive(values: Mapping[str, object], key: str, place: str) -> int:
     if value < 1:
         raise AppConfigError(f"{key} in the {place} is {value}; it has to be 1 or more.")
     return value
+
+
+def _share(config: ConfigRecord) -> float:
+    share = _number(config, "work-share", _MESSAGE) if "work-share" in config else 1.0
+    if not 0 < share <= 1:
+        raise AppConfigError(f"work-share in the {_MESSAGE} is {share}; it has to be above 0 and at most 1.")
+    return share
 
 
 def _number(values: Mapping[str, object], key: str, place: str) -> float:

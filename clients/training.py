@@ -1,6 +1,7 @@
 """Trains a model on tensors with plain SGD and measures it; the same bits from the same seed."""
 
 import hashlib
+import math
 
 import numpy as np
 import torch
@@ -28,10 +29,11 @@ def train(
     batch_size: int,
     learning_rate: float,
     proximal_mu: float = 0.0,
+    work_share: float = 1.0,
     seed: int,
     device: torch.device,
 ) -> float:
-    """Train the model in place with plain SGD and return the mean loss over the last epoch.
+    """Train the model in place with plain SGD and return the mean loss over the last epoch that was begun.
 
     Args:
         model: The model, with the values to start from.
@@ -41,6 +43,7 @@ def train(
         batch_size: Examples a step; the last batch of an epoch may be smaller.
         learning_rate: Step size.
         proximal_mu: Adds (mu/2) ||w - w_start||^2 to what is minimised; it is not part of the returned loss.
+        work_share: Do this part of the steps only, at least one: what a slow client may do by a deadline (FedProx).
         seed: Seed of the order of the examples.
         device: Where to compute; model and data are moved there.
 
@@ -53,10 +56,17 @@ def train(
     start = [parameter.detach().clone() for parameter in parameters] if proximal_mu > 0 else []
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that all devices draw the same order
     total = torch.zeros((), device=device)
+    left = max(1, math.ceil(work_share * epochs * math.ceil(len(y) / batch_size)))
+    seen = 0
     for _ in range(epochs):
+        if not left:
+            break
         total.zero_()
+        seen = 0
         order = torch.randperm(len(y), generator=generator).to(device)
-        for batch in torch.split(order, batch_size):
+        for batch in torch.split(order, batch_size)[:left]:
+            left -= 1
+            seen += len(batch)
             loss = F.cross_entropy(model(x[batch]), y[batch])
             # by hand: torch.optim imports its compiler on first use, longer than a whole round here
             gradients = torch.autograd.grad(loss, parameters)
@@ -66,7 +76,7 @@ def train(
                         gradient = gradient.add(parameter - start[i], alpha=proximal_mu)
                     parameter.sub_(gradient, alpha=learning_rate)
                 total += loss.detach() * len(batch)
-    return float(total) / len(y)
+    return float(total) / seen
 
 
 def evaluate(model: nn.Module, x: Tensor, y: Tensor, device: torch.device) -> tuple[float, float]:

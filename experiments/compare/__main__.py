@@ -1,0 +1,106 @@
+"""`python -m experiments.compare`: run what is missing of a comparison, then say where the rows are.
+
+A run that was killed goes on where it was: each task is a row of its own. `make report` turns the rows into a page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from clients.data import load_dataset
+from clients.errors import AppConfigError
+from experiments.compare.problems import PROBLEMS
+from experiments.compare.runs import run
+from experiments.compare.store import ROOT, Store, Task
+from experiments.compare.suites import SUITES, cost_of
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the missing tasks of a suite; the exit code is 0 if all have rows."""
+    options = _options(arguments)
+    console = Console()
+    data_dir = str(Path(options.data_dir).expanduser().resolve()) if options.data_dir else ""
+    tasks = SUITES[options.suite]()
+    store = Store(Path(options.rows).expanduser())
+    missing = store.missing(tasks)
+    console.print(f"{options.suite}: {len(tasks)} tasks, {len(tasks) - len(missing)} have rows in {store.path}.")
+    try:
+        for name in dict.fromkeys(task.problem for task in missing):
+            problem = PROBLEMS[name]
+            load_dataset(problem.dataset, data_dir, problem.train_examples)
+    except AppConfigError as error:
+        console.print(f"[bold red]{error}")
+        return 2
+    started = time.perf_counter()
+    failed = _run_all(missing, store, data_dir, options.processes, console)
+    console.print(f"{len(missing) - failed} tasks in {time.perf_counter() - started:.0f} s; rows: {store.path}")
+    return 1 if failed else 0
+
+
+def _run_all(tasks: list[Task], store: Store, data_dir: str, processes: int, console: Console) -> int:
+    if not tasks:
+        return 0
+    failed = 0
+    progress = Progress(
+        TextColumn("{task.description:44}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
+    queue = sorted(tasks, key=cost_of, reverse=True)
+    with progress, ProcessPoolExecutor(processes, mp_context=context) as pool:
+        total = sum(map(cost_of, tasks))
+        bar = progress.add_task("", total=total)
+        running: dict[Future[dict[str, Any]], Task] = {}
+        try:
+            while queue or running:
+                while queue and len(running) < processes:
+                    task = queue.pop(0)
+                    running[pool.submit(run, task, data_dir)] = task
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    task = running.pop(future)
+                    error = future.exception()
+                    name = f"{task.problem} {task.law or 'no clock'} {task.scheme} seed {task.seed}"
+                    if error is None:
+                        store.add(task, future.result())
+                    else:
+                        failed += 1
+                        console.print(f"[red]{name}: {type(error).__name__}: {error}")
+                    progress.update(bar, advance=cost_of(task), description=name)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            console.print("Interrupted; what has a row is kept.")
+            raise SystemExit(130) from None
+    return failed
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m experiments.compare", description=__doc__)
+    parser.add_argument("--suite", choices=tuple(SUITES), default="quick")
+    parser.add_argument("--data-dir", default="", help="folder with the data sets' folders; digits needs none")
+    parser.add_argument("--rows", default=str(ROOT / "out" / "compare" / "rows.jsonl"))
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args(arguments)
+    if options.processes < 1:
+        parser.error(f"--processes {options.processes} must be at least 1")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

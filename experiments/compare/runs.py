@@ -1,0 +1,266 @@
+"""One task, run: a trajectory of models on real data, or the times of a scheme's rounds."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord
+from flwr.serverapp.strategy import FedAvg
+
+from clients.app import app as client_app
+from clients.data import Dataset, load_dataset
+from clients.models import build_model
+from clients.training import class_accuracies, evaluate
+from experiments.compare.asynchronous import fedbuff, semi_asynchronous
+from experiments.compare.problems import OWNERS, PROBLEMS, Problem, latency_of
+from experiments.compare.store import Task
+from experiments.compare.synchronous import PartialProx, WorkShareGrid, quiet
+from experiments.rounds import app as idle_app
+from fl_gradcode import EarlyStopGrid, GradientCode, GradientCoding, VirtualGrid
+from fl_gradcode.codes import cyclic_repetition, for_assignment, fractional_repetition
+from fl_gradcode.planner import candidates, make_plan
+from fl_gradcode.round_times import steady_rounds
+from fl_gradcode.schemes import partial_work, wait_for_all
+from fl_gradcode.testing import InProcessGrid
+
+__all__ = ["ASYNCHRONOUS", "EXACT", "INEXACT", "run", "scheme_titles"]
+
+FOREVER = 1e9
+#: name -> (title, code of (n, s), how it sends, patience). None: plain FedAvg.
+Send = Literal["coded", "shards", "adaptive"]
+EXACT: dict[str, tuple[str, Callable[[int, int], GradientCode] | None, Send, float]] = {
+    "wait": ("FedAvg, wait for all", None, "coded", 0.0),
+    "repetition": ("repetition", fractional_repetition, "coded", 0.0),
+    "cyclic": ("cyclic", lambda n, s: cyclic_repetition(n, s, rng=np.random.default_rng(0)), "coded", 0.0),
+    "general": ("general", lambda n, s: _general(n, s), "coded", 0.0),
+    "repetition-m2": ("repetition, m = 2", lambda n, s: fractional_repetition(n, s, m=2), "coded", 0.0),
+    "replication": ("uncoded replication", fractional_repetition, "shards", 0.0),
+    "partial": ("partial work", fractional_repetition, "shards", 2.0),
+    "adaptive": ("adaptive", fractional_repetition, "adaptive", 0.0),
+}
+INEXACT = {
+    "drop-s": "drop the slowest s",
+    "drop-owners": f"drop the slowest {OWNERS}",
+    "deadline": "deadline",
+    "over-selection": "over-select 130 %",
+    "fedprox": "FedProx, partial epochs",
+    "semi": "semi-asynchronous",
+    "fedbuff": "FedBuff",
+}
+ASYNCHRONOUS = ("semi", "fedbuff")
+_LONGER = 2  # a faster baseline may go on for so many times the rounds, up to the time that partial work takes
+_TIMELINE = 6  # rounds of which every job is kept
+
+
+def scheme_titles() -> dict[str, str]:
+    """Name -> what people read."""
+    return {**{name: title for name, (title, *_) in EXACT.items()}, **INEXACT}
+
+
+def run(task: Task, data_dir: str) -> dict[str, Any]:
+    """The row of a task, without its provenance."""
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    problem = PROBLEMS[task.problem]
+    started = time.perf_counter()
+    if task.scheme == "hindsight":
+        result = _hindsight(task, problem, data_dir)
+    elif task.scheme in EXACT and task.law:
+        result = _times(task, problem, data_dir)
+    else:
+        result = _trajectory(task, problem, data_dir)
+    return {**result, "real-seconds": round(time.perf_counter() - started, 2)}
+
+
+class _Enough(Exception):
+    """The run has gone on for long enough."""
+
+
+class _Curve:
+    """Points of one run: called by Flower, or by a baseline, after each server round."""
+
+    def __init__(self, problem: Problem, dataset: Dataset, seed: int, now: Callable[[], float]) -> None:
+        self.problem, self.dataset, self.now = problem, dataset, now
+        self.model = build_model(problem.model, dataset, seed=seed)
+        self.initial = ArrayRecord(self.model.state_dict())
+        self.points: list[dict[str, Any]] = []
+        self.seconds: list[float] = []
+
+    def measure(self, server_round: int, arrays: ArrayRecord) -> None:
+        self.model.load_state_dict(arrays.to_torch_state_dict())
+        x, y = torch.tensor(self.dataset.test_x), torch.tensor(self.dataset.test_y)
+        loss, accuracy = evaluate(self.model, x, y, torch.device("cpu"))
+        by_class = class_accuracies(self.model, x, y, self.dataset.classes, torch.device("cpu"))
+        point = {
+            "round": server_round,
+            "seconds": round(self.now(), 4),
+            "loss": loss if math.isfinite(loss) else None,
+            "accuracy": accuracy,
+            "worst": float(np.nanmin(by_class)),
+        }
+        if self.problem.owners:
+            point["owned"] = float(np.mean(by_class[-2:]))
+        self.points.append(point)
+
+
+def _trajectory(task: Task, problem: Problem, data_dir: str) -> dict[str, Any]:
+    dataset = load_dataset(problem.dataset, data_dir, problem.train_examples, seed=task.seed)
+    with InProcessGrid(client_app, problem.n, run_config=problem.run_config(data_dir, task.seed)) as inner:
+        latency = latency_of(task.law or "none")
+        grid = WorkShareGrid(inner, latency, seed=task.seed)
+        curve = _Curve(problem, dataset, task.seed, grid.now)
+        horizon = 0.0
+        if task.law:
+            parts = latency.parts(seed=task.seed, n=problem.n, rounds=task.rounds)
+            horizon = float(steady_rounds(partial_work(problem.n, problem.s), parts).seconds.sum())
+
+        def after(server_round: int, arrays: ArrayRecord) -> None:
+            over = server_round >= task.rounds and grid.now() >= horizon
+            if server_round % problem.every == 0 or over or server_round == task.rounds:
+                curve.measure(server_round, arrays)
+            if over:
+                raise _Enough
+
+        after(0, curve.initial)
+        with _until_enough():
+            _baseline(task, problem, grid, curve, after, horizon)
+    return {"points": curve.points, "work": _work(grid)}
+
+
+@contextmanager
+def _until_enough() -> Iterator[None]:
+    try:
+        yield
+    except _Enough:
+        return
+
+
+def _baseline(
+    task: Task,
+    problem: Problem,
+    grid: VirtualGrid,
+    curve: _Curve,
+    after: Callable[[int, ArrayRecord], None],
+    horizon: float,
+) -> None:
+    n, most = problem.n, task.rounds * _LONGER
+    options = dict(task.options)
+    deadline = 1.5 * _typical_seconds(task, n)
+
+    def evaluate_fn(server_round: int, arrays: ArrayRecord) -> None:
+        if server_round:
+            after(server_round, arrays)
+
+    def fedavg(waiting: Any, timeout: float = FOREVER, strategy: FedAvg | None = None) -> None:
+        (strategy or FedAvg(**quiet)).start(waiting, curve.initial, most, timeout=timeout, evaluate_fn=evaluate_fn)
+
+    match task.scheme:
+        case "exact":
+            fedavg(grid)
+        case "drop-s":
+            fedavg(EarlyStopGrid(grid, stop_after=n - problem.s))
+        case "drop-owners":
+            fedavg(EarlyStopGrid(grid, stop_after=max(1, n - OWNERS)))
+        case "over-selection":
+            fedavg(EarlyStopGrid(grid, stop_after=math.ceil(n / 1.3)))
+        case "deadline":
+            fedavg(EarlyStopGrid(grid), timeout=deadline)
+        case "fedprox":
+            least = problem.n * problem.batch_size / max(1, problem.train_examples or 500 * n)
+            fedavg(grid, strategy=PartialProx(deadline=deadline, least=least, mu=options.get("mu", 0.01)))
+        case "semi":
+            wanted = max(1, round(0.8 * n))
+            semi_asynchronous(grid, curve.initial, wanted=wanted, rounds=most, on_update=after)
+        case "fedbuff":
+            buffer = max(1, round(n / 3))
+            steps = n / buffer  # server updates for as many trainings as a round has
+
+            def scaled(update: int, arrays: ArrayRecord) -> None:
+                if update % max(1, round(steps)) == 0:
+                    after(round(update / steps), arrays)
+
+            fedbuff(
+                grid,
+                curve.initial,
+                buffer=buffer,
+                server_rate=options.get("server-rate", 1.0),
+                updates=round(most * steps),
+                until=FOREVER,
+                on_update=scaled,
+            )
+        case _:
+            raise ValueError(f"There is no scheme {task.scheme!r}.")
+
+
+def _typical_seconds(task: Task, n: int) -> float:
+    parts = latency_of(task.law or "none").parts(seed=task.seed, n=n, rounds=20)
+    return float(np.median(parts.seconds(1.0, 0.0)))
+
+
+def _times(task: Task, problem: Problem, data_dir: str) -> dict[str, Any]:
+    """Rounds of an exact scheme: the models are those of waiting for all, so the app here does nothing."""
+    _, make, send, patience = EXACT[task.scheme]
+    dataset = load_dataset(problem.dataset, data_dir, problem.train_examples, seed=task.seed)
+    initial = ArrayRecord(build_model(problem.model, dataset, seed=task.seed).state_dict())
+    with InProcessGrid(idle_app, problem.n) as inner:
+        grid = VirtualGrid(inner, latency_of(task.law), seed=task.seed)
+        ends: list[float] = []
+
+        def clock(server_round: int, arrays: ArrayRecord) -> None:
+            ends.append(grid.now())
+
+        result: dict[str, Any] = {}
+        if make is None:
+            FedAvg(**quiet).start(grid, initial, task.rounds, timeout=FOREVER, evaluate_fn=clock)
+        else:
+            coding = GradientCoding(FedAvg(**quiet), make(problem.n, problem.s), send=send, patience=patience)
+            coding.start(grid, initial, task.rounds, timeout=FOREVER, evaluate_fn=clock)
+            rows = coding.ledger.rows
+            assert all(row["train"]["outcome"] == "exact" for row in rows)
+            result["used"] = [row["train"]["used"] for row in rows[:_TIMELINE]]
+            result["ways"] = [row["way"] for row in rows] if send == "adaptive" else []
+    seconds = np.diff(ends)
+    jobs = [
+        [job.worker, job.round, *(round(t, 3) for t in (job.began, job.finished))]
+        for job in grid.jobs
+        if job.round <= _TIMELINE and task.seed == 0
+    ]
+    return {**result, "seconds": [round(float(t), 5) for t in seconds], "work": _work(grid), "jobs": jobs}
+
+
+def _work(grid: VirtualGrid) -> dict[str, float]:
+    """What all clients did, needed or not."""
+    return {
+        "messages": len(grid.jobs),
+        "shards": round(float(sum(job.shards for job in grid.jobs)), 3),
+        "megabytes-up": round(sum(job.megabytes_up for job in grid.jobs), 4),
+        "megabytes-down": round(sum(job.megabytes_down for job in grid.jobs), 4),
+    }
+
+
+def _hindsight(task: Task, problem: Problem, data_dir: str) -> dict[str, Any]:
+    """Mean round seconds of every exact scheme over runs that the planner has not seen, and what it chose before."""
+    dataset = load_dataset(problem.dataset, data_dir, problem.train_examples, seed=task.seed)
+    model = build_model(problem.model, dataset, seed=task.seed)
+    megabytes = sum(4 * value.numel() for value in model.state_dict().values()) / 1e6
+    latency, n = latency_of(task.law), problem.n
+    plan = make_plan(latency, n, model_megabytes=megabytes, seed=1000)
+    schemes = [wait_for_all(n), *(one for one in candidates(n, slow=plan.slow, m=True) if one.exact)]
+    draws = [latency.parts(seed=task.seed + number, n=n, rounds=task.rounds) for number in range(12)]
+    means = {
+        one.name: float(np.mean([steady_rounds(one, parts, model_megabytes=megabytes).mean for parts in draws]))
+        for one in schemes
+    }
+    return {"means": means, "planned": plan.recommended.scheme.name, "codes": plan.codes, "verdict": plan.verdict}
+
+
+def _general(n: int, s: int) -> GradientCode:
+    """Holders chosen among all, s + 1 of them a shard; the coefficients are the universal construction's."""
+    return for_assignment(np.ones((n, n), bool), s=s, holders=s + 1, rng=np.random.default_rng(0))
