@@ -34,7 +34,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint format bench build clean venv
+.PHONY: help demo chapter test check lint format bench build clean venv
 
 help: ## list every command
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /\1\t/' | \
@@ -42,6 +42,9 @@ help: ## list every command
 
 demo: $(STAMP) ## run the demonstration (first run installs)
 	$(BIN)/python -m experiments.demo $(ARGS)
+
+chapter: $(STAMP) ## recompute the source chapter's results
+	$(BIN)/python -m experiments.chapter $(ARGS)
 
 test: $(STAMP) ## run all tests, slow ones included
 	$(BIN)/python -m pytest -q $(ARGS)
