@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,9 @@ class History:
 
     @classmethod
     def of_ledger(cls, rows: Sequence[Mapping[str, Any]]) -> History:
-        """The training times of a ledger.
+        """The training times of a ledger; a shard is counted as what a worker owns, one n-th of the data.
+
+        Runs that were appended to one file follow each other.
 
         Raises:
             InvalidSetting: No row, rows of an older version, or of codes for different numbers of workers.
@@ -67,34 +69,53 @@ class History:
         if len(sizes) > 1:
             raise InvalidSetting(f"The ledger has codes for {sorted(sizes)} workers; give one that is of one run.")
         history = cls(sizes.pop())
+        before: tuple[Any, int] | None = None
+        first = 0
         for row in rows:
-            history.add_row(row)
+            run, number = row.get("run"), int(row["round"])
+            if before is not None and (run != before[0] or number <= before[1]):
+                first = max((one.round for one in history._timings), default=0)
+            before = run, number
+            code = row.get("code") or {}
+            history.add_row(row, first=first, size=history.n / int(code.get("k", history.n)))
         if not history.rounds:
             raise InvalidSetting(
                 "The ledger has no training times: it was written by an older version, or by no round."
             )
         return history
 
-    def add_row(self, row: Mapping[str, Any]) -> None:
-        """Learn from a ledger row."""
-        entry = row.get("train") or {}
-        self.add(
-            Timing(int(one["round"]), int(one["worker"]), float(one["shards"]), float(one["seconds"]), one["computing"])
-            for one in entry.get("timings", ())
-            if one["worker"] is not None and one["kind"] == "train" and one["seconds"] is not None
-        )
-        self.add(
-            Timing(int(one["round"]), int(one["worker"]), float(one["shards"]), float(one["seconds"]), owing=True)
-            for one in entry.get("owing", ())
-            if one["worker"] is not None and one["kind"] == "train" and one["seconds"] is not None
-        )
+    def add_row(self, row: Mapping[str, Any], *, first: int = 0, size: float = 1.0) -> None:
+        """Learn from a ledger row.
+
+        Args:
+            row: Late replies to training are also in what it says of evaluation.
+            first: What to add to the numbers of its rounds.
+            size: What to count one of its shards as.
+        """
+        for owing, name in ((False, "timings"), (True, "owing")):
+            self.add(
+                Timing(
+                    first + int(one["round"]),
+                    int(one["worker"]),
+                    size * float(one["shards"]),
+                    float(one["seconds"]),
+                    None if owing else one.get("computing"),
+                    owing,
+                )
+                for kind in ("train", "evaluate")
+                for one in (row.get(kind) or {}).get(name, ())
+                if one["worker"] is not None and one["kind"] == "train" and one["seconds"] is not None
+            )
 
     def add(self, timings: Iterable[Timing]) -> None:
-        """Learn; what is older than the window is forgotten."""
-        self._timings += [one for one in timings if one.shards > 0 and 0 <= one.worker < self.n]
-        if self.window is not None and self._timings:
-            oldest = max(one.round for one in self._timings) - self.window
-            self._timings = [one for one in self._timings if one.round > oldest]
+        """Learn; what is older than the window is forgotten, but not that somebody still owes a reply."""
+        new = [one for one in timings if one.shards > 0 and 0 <= one.worker < self.n]
+        if self.window is not None and new:
+            oldest = max(one.round for one in (*self._timings, *new)) - self.window + 1
+            new = [replace(one, round=max(one.round, oldest)) if one.owing else one for one in new]
+            self._timings = [one for one in self._timings if one.round >= oldest]
+            new = [one for one in new if one.round >= oldest]
+        self._timings += new
 
     @property
     def rounds(self) -> int:
@@ -127,13 +148,16 @@ class History:
         place = {number: t for t, number in enumerate(rounds)}
         share = self.split()
         seen: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
-        heard = {(one.round, one.worker) for one in self._timings if not one.owing}
-        owed: dict[tuple[int, int], Timing] = {}
+        longest: dict[tuple[int, int], float] = defaultdict(lambda: -1.0)
         for one in self._timings:
             if not one.owing:
                 seen[place[one.round], one.worker].append(_parts(one, share))
-            elif (one.round, one.worker) not in heard:
-                owed[one.round, one.worker] = one  # the last word counts: it has owed longest
+                longest[one.round, one.worker] = max(one.seconds, longest[one.round, one.worker])
+        owed: dict[tuple[int, int], Timing] = {}
+        for one in self._timings:
+            # Had it come in, it would have taken longer than this. The last word counts: it has owed longest.
+            if one.owing and one.seconds > longest[one.round, one.worker]:
+                owed[one.round, one.worker] = one
         for key, one in owed.items():
             seen[place[key[0]], key[1]].append(_parts(one, share))
         values = np.full((2, len(rounds), self.n), np.nan)

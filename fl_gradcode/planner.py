@@ -93,8 +93,8 @@ def make_plan(
     *,
     model_megabytes: float = 0.0,
     tolerances: Iterable[int] | None = None,
-    rounds: int = 120,
-    populations: int = 4,
+    rounds: int = 100,
+    populations: int = 8,
     seed: int = 0,
     schemes: Sequence[Scheme] | None = None,
 ) -> RoundPlan:

@@ -163,11 +163,16 @@ def partial_work(n: int, s: int, *, patience: float = 2.0, order: Sequence[int] 
     base = repetition(n, s, order=order)
     return replace(
         base,
-        name=f"partial work, s = {s}" + ("" if patience == 2.0 else f", patience {patience:g}"),
+        name=f"partial work, s = {s}" + _patience(patience),
         shardwise=True,
         patience=patience,
         python=f'strategy = GradientCoding(strategy, {_call(n, s, 1, order)}, send="shards", patience={patience:g})',
     )
+
+
+def _patience(patience: float) -> str:
+    """2 is what to take unless there is a reason; 0 starts second copies at once."""
+    return "" if patience == 2.0 else ", at once" if patience == 0.0 else f", patience {patience:g}"
 
 
 def _own(n: int) -> tuple[tuple[int, ...], ...]:

@@ -6,6 +6,7 @@ import csv
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -64,6 +65,12 @@ def read_trace(path: str | Path, *, key: str | None = None) -> NDArray[np.float6
     if file.suffix == ".npz":
         return _array_of(file, key)
     _, rows = read_table(file)
+    uneven = next((row for row in rows if len(row) != len(rows[0])), None)
+    if uneven is not None:
+        raise InvalidSetting(
+            f"The trace {file.name} is not a table of numbers: it has a row of {len(uneven)} and one of "
+            f"{len(rows[0])}; each worker is a column."
+        )
     try:
         return np.array(rows, dtype=np.float64)
     except ValueError as error:
@@ -98,8 +105,9 @@ def _array_of(file: Path, key: str | None) -> NDArray[np.float64]:
     try:
         with np.load(file) as arrays:
             table = dict(arrays)
-    except (OSError, ValueError, EOFError) as error:
-        raise InvalidSetting(f"The trace {file.name} cannot be read as an .npz file: {error}.") from error
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        what = f"{type(error).__name__}, or it holds objects instead of numbers"
+        raise InvalidSetting(f"The trace {file.name} cannot be read as an .npz file ({what}).") from error
     chosen = next(iter(table)) if key is None and len(table) == 1 else key
     if chosen not in table:
         raise InvalidSetting(f"The trace {file.name} has arrays {', '.join(table)}: name one of them as key.")

@@ -64,7 +64,7 @@ LAYERS = (
         peers=True,
     ),
     # The command line sits on top of everything.
-    Layer("face", names("cli")),
+    Layer("face", names("cli sources plan_figure"), names("typer rich matplotlib"), peers=True),
     # The package itself re-exports: it sees all, and no module may import it.
     Layer("package", names("__init__")),
 )
@@ -81,7 +81,7 @@ EXTRAS = {
 # Two halves that run on different machines: what they share goes into `wire`.
 NEVER = {("strategy", "mods"), ("mods", "strategy")}
 
-WHOLE_PACKAGES = names("numpy scipy torch flwr.supercore")
+WHOLE_PACKAGES = names("numpy scipy torch flwr.supercore typer rich matplotlib")
 
 # The reference client is the honest baseline only while it knows nothing of coding.
 CODING_WORDS = ("coded", "straggler", "gradient_coding")

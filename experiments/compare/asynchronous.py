@@ -101,18 +101,20 @@ def fedbuff(
     *,
     buffer: int,
     server_rate: float,
+    staleness: float,
     updates: int,
     until: float,
     on_update: OnUpdate,
 ) -> ArrayRecord:
     """FedBuff: whoever has finished gets the newest model at once; the server moves at each `buffer`-th update.
 
-    An update that is tau versions behind counts 1 / sqrt(1 + tau). Slow spells last by the clock: the round of a job,
+    An update that is tau versions behind counts (1 + tau)^-staleness. Slow spells last by the clock: the round of a job,
     on which its latency depends, is the number of seconds since the start.
 
     Args:
         buffer: K.
         server_rate: The server's learning rate.
+        staleness: 0.5 in the paper.
         updates: Server updates after which it ends.
         until: Virtual seconds after which it ends.
 
@@ -125,7 +127,7 @@ def fedbuff(
         terms = []
         for _ in range(buffer):
             ((node, behind, update, _),) = server.arrivals(1)
-            terms.append((server_rate / buffer / np.sqrt(1.0 + behind), update))
+            terms.append((server_rate / buffer / (1.0 + behind) ** staleness, update))
             if len(terms) == buffer:
                 server.move(terms)
             server.send([node], 1 + int(grid.now()))

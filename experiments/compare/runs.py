@@ -191,6 +191,7 @@ def _baseline(
                 curve.initial,
                 buffer=buffer,
                 server_rate=options.get("server-rate", 1.0),
+                staleness=options.get("staleness", 0.5),
                 updates=round(most * steps),
                 until=FOREVER,
                 on_update=scaled,

@@ -1,0 +1,179 @@
+"""The command line: `fl-gradcode plan`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .errors import FlGradcodeError
+from .plan_figure import draw_plan
+from .planner import Line, RoundPlan, make_plan
+from .populations import POPULATIONS
+from .sources import Source, read_source
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Gradient coding for Flower: rounds that neither wait for slow clients nor lose their data.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _commands() -> None:
+    """Gradient coding for Flower: rounds that neither wait for slow clients nor lose their data."""
+
+
+@app.command()
+def plan(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help=f"A law ({', '.join(POPULATIONS)}); a .csv or .npz of measured seconds (one column a worker and one "
+            "row a round, or a header with worker,seconds[,round,shards,computing]); or a run's ledger (.jsonl)."
+        ),
+    ],
+    workers: Annotated[
+        int | None, typer.Option("--workers", "-n", help="Number of workers; a file may say it.")
+    ] = None,
+    model: Annotated[float, typer.Option(help="Size of the model, MB.")] = 0.0,
+    link: Annotated[float | None, typer.Option(help="Link speed of a client, Mbit/s each way.")] = None,
+    compute_share: Annotated[
+        float | None,
+        typer.Option(help="Share of a job's time that grows with its shards [0.8, or what a ledger says]."),
+    ] = None,
+    s: Annotated[list[int] | None, typer.Option("--s", help="Tolerances to try; may be given several times.")] = None,
+    unit: Annotated[str, typer.Option(help="Of a file's times: s, ms or us.")] = "s",
+    key: Annotated[str | None, typer.Option(help="Which array of an .npz file.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Write a figure (.png, .svg, .pdf).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the simulated runs.")] = 0,
+) -> None:
+    """Does coding pay for these clients? Round times, costs, and the line to paste."""
+    console = Console()
+    try:
+        read = read_source(
+            source, n=workers, compute_share=compute_share, model_megabytes=model, link=link, unit=unit, key=key
+        )
+        n = _workers(workers, read)
+        with console.status("Simulating runs ...") if console.is_terminal else _Quiet():
+            result = make_plan(read.latency, n, model_megabytes=model, tolerances=s or None, seed=seed)
+        if figure is not None:
+            draw_plan(result, figure, title=f"{n} workers, {read.told}")
+    except (FlGradcodeError, ImportError) as error:
+        typer.echo(f"fl-gradcode: {error}", err=True)
+        raise typer.Exit(2) from None
+    if as_json:
+        typer.echo(json.dumps(_as_json(result, read), indent=2))
+        return
+    console.print(_table(result, read, uploads=bool(model)))
+    console.print(result.verdict[0].upper() + result.verdict[1:], highlight=False)
+    if result.slow:
+        console.print(f"Slow for good: workers {', '.join(map(str, result.slow))}.", highlight=False)
+    console.print(f"\n    {result.recommended.scheme.python}\n", highlight=False, soft_wrap=True, markup=False)
+    if read.fits:
+        best = read.fits[0]
+        console.print(f"Closest law: {best.code} (Kolmogorov-Smirnov distance {best.distance:.2f}).", highlight=False)
+    if figure is not None:
+        console.print(f"Figure: {figure}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point of the command `fl-gradcode`."""
+    app()
+
+
+def _workers(given: int | None, read: Source) -> int:
+    if given is None and read.n is None:
+        raise FlGradcodeError("The number of workers is missing: say --workers N.")
+    if given is not None and read.n is not None and given != read.n:
+        raise FlGradcodeError(f"--workers {given}, but {read.told}. Leave --workers out, or give a table for {given}.")
+    chosen = given if given is not None else read.n
+    assert chosen is not None
+    if chosen < 2:
+        raise FlGradcodeError(f"{chosen} worker has nobody to share its work with: planning needs at least 2.")
+    return chosen
+
+
+def _table(result: RoundPlan, read: Source, *, uploads: bool) -> Table:
+    caption = (
+        "run: mean seconds a round over a run, where workers that were not needed are still busy; ±: its standard "
+        "error; gain: against waiting for all; idle: seconds of a round that finds everybody idle (* closed form); "
+        f"work: times what plain FedAvg computes; {'up: MB of all replies of a round; ' if uploads else ''}"
+        "holds: shards that a worker stores; †: loses data."
+    )
+    table = Table(
+        title=f"{result.n} workers, {read.told}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
+        padding=(0, 1, 0, 0), caption=caption, caption_justify="left",
+    )  # fmt: skip
+    table.add_column("scheme", no_wrap=True)
+    columns = ["run", "±", "gain", "idle", "work", *(["up"] if uploads else []), "holds"]
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for line in result.lines:
+        cells = [
+            _seconds(line.steady),
+            _seconds(line.error, 1),
+            f"{result.speedup(line):.2f}x",
+            _seconds(line.idle) + ("*" if line.closed_form else " "),
+            f"{line.computed:.2f}x",
+            *([f"{line.upload:.3g}"] if uploads else []),
+            str(line.storage),
+        ]
+        style = "bold green" if line is result.recommended else None if line.scheme.exact else "dim"
+        table.add_row(line.scheme.name + ("" if line.scheme.exact else " †"), *cells, style=style)
+    return table
+
+
+def _seconds(value: float, digits: int = 3) -> str:
+    return "-" if math.isnan(value) else "never" if math.isinf(value) else f"{value:.{digits}g}"
+
+
+def _as_json(result: RoundPlan, read: Source) -> dict[str, Any]:
+    return {
+        "source": read.told,
+        "workers": result.n,
+        "verdict": result.verdict,
+        "recommended": _line(result.recommended),
+        "slow-for-good": list(result.slow),
+        "fits": [{"law": one.code, "distance": one.distance} for one in read.fits],
+        "schemes": [_line(line) for line in result.lines],
+    }
+
+
+def _line(line: Line) -> dict[str, Any]:
+    numbers = {
+        "seconds-over-a-run": line.steady,
+        "standard-error": line.error,
+        "seconds-idle-start": line.idle,
+        "computed": line.computed,
+        "megabytes-up": line.upload,
+    }
+    return {
+        "scheme": line.scheme.name,
+        "s": line.scheme.s,
+        "exact": line.scheme.exact,
+        **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
+        "idle-start-is-closed-form": line.closed_form,
+        "shards-stored": line.storage,
+        "python": line.scheme.python,
+    }
+
+
+class _Quiet:
+    """No spinner where nobody looks."""
+
+    def __enter__(self) -> None:
+        """Nothing."""
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing."""
