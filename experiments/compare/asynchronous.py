@@ -108,8 +108,8 @@ def fedbuff(
 ) -> ArrayRecord:
     """FedBuff: whoever has finished gets the newest model at once; the server moves at each `buffer`-th update.
 
-    An update that is tau versions behind counts (1 + tau)^-staleness. Slow spells last by the clock: the round of a job,
-    on which its latency depends, is the number of seconds since the start.
+    An update that is tau versions behind counts (1 + tau)^-staleness. Slow spells last by the clock: the round of a
+    job, on which its latency depends, is the number of seconds since the start.
 
     Args:
         buffer: K.
