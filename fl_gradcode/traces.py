@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -44,9 +45,12 @@ def checked_times(times: ArrayLike) -> NDArray[np.float64]:
     """Times as a table of shape (ticks, workers).
 
     Raises:
-        InvalidSetting: Another shape, nothing, or a time that is negative or not finite.
+        InvalidSetting: Another shape, nothing, no numbers, or a time that is negative or not finite.
     """
-    table = np.array(times, dtype=np.float64)
+    try:
+        table = np.array(times, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InvalidSetting(f"A trace is numbers, of shape (ticks, workers) or (ticks,): {error}.") from error
     if table.ndim == 1:
         table = table[:, None]
     if table.ndim != 2 or not table.size:
@@ -103,14 +107,19 @@ def read_table(path: str | Path) -> tuple[list[str], list[list[str]]]:
 
 def _array_of(file: Path, key: str | None) -> NDArray[np.float64]:
     try:
-        with np.load(file) as arrays:
-            table = dict(arrays)
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        with file.open("rb") as raw:  # which NumPy leaves open where the file is broken
+            loaded = np.load(raw)
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
+                raise ValueError("it is a single array")
+            table = dict(loaded)
+    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
         what = f"{type(error).__name__}, or it holds objects instead of numbers"
         raise InvalidSetting(f"The trace {file.name} cannot be read as an .npz file ({what}).") from error
     chosen = next(iter(table)) if key is None and len(table) == 1 else key
     if chosen not in table:
         raise InvalidSetting(f"The trace {file.name} has arrays {', '.join(table)}: name one of them as key.")
+    if table[chosen].dtype.kind not in "fiub":
+        raise InvalidSetting(f"The array {chosen} of {file.name} is not of numbers, but of {table[chosen].dtype}.")
     return np.asarray(table[chosen], dtype=np.float64)
 
 
