@@ -202,10 +202,11 @@ def _two_speeds(table: NDArray[np.float64]) -> Fit | None:
     distance, aic = _quality(x, density, np.asarray(cdf), 4)
     after = slow[1:][slow[:-1]]
     if table.shape[1] > 1 and len(after) >= 5 and after.mean() > 2 * share:
-        # A law's tick is half a round: twice as many chances to change as rows show.
-        stay = math.sqrt(float(min(after.mean(), 1 - 0.5 / len(after))))
-        leave = 1 - stay
-        enter = leave * share / (1 - share)
+        # A law's tick is half a round. What lasts of an excess over the share, from one tick to the next, squared is
+        # what lasts over a round: the second eigenvalue of the chain.
+        stay = float(min(after.mean(), 1 - 0.5 / len(after)))
+        lasts = math.sqrt((stay - share) / (1 - share))
+        leave, enter = (1 - share) * (1 - lasts), share * (1 - lasts)
         rest = f"{slowdown:.4g}, base={base:.4g}, jitter={jitter:.4g}"
         law = bursty(enter, leave, slowdown, base=base, jitter=jitter)
         return Fit(law, f"bursty({enter:.4g}, {leave:.4g}, {rest})", distance, aic)
