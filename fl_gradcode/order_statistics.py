@@ -93,10 +93,11 @@ def idle_mean(scheme: Scheme, latency: Latency, *, model_megabytes: float = 0.0)
         return None
     if all(one.atoms is not None for one in marginals):
         points = np.unique([atom for one in marginals for atom in one.atoms or ()])
-        below = np.append(0.0, idle_distribution(scheme, marginals, points[:-1]))
-        if points[-1] == np.inf:
+        points = points[points < np.inf]
+        ended = idle_distribution(scheme, marginals, points)
+        if not len(points) or ended[-1] < 1 - 1e-12:  # with some probability too many never answer
             return float("inf")
-        return float(points[0] + np.sum(np.diff(points) * (1 - below[1:])))
+        return float(points[0] + np.sum(np.diff(points) * (1 - ended[:-1])))
     return _integral(scheme, marginals)
 
 
