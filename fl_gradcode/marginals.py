@@ -59,8 +59,12 @@ def two_speeds(probability: float, slowdown: float, base: float, jitter: float) 
 
 
 def mixture(modes: Sequence[tuple[float, float]], sigma: float) -> Marginal:
-    """Lognormals with these weights and medians, or just the medians if sigma is 0."""
-    if not sigma or not all(median for _, median in modes):
+    """Lognormals with these weights and medians, or just the medians if sigma is 0, or they are 0 or infinite."""
+    fixed = [not sigma or median in (0.0, np.inf) for _, median in modes]
+    if all(fixed):
         return Marginal.of_values([median for _, median in modes], [weight for weight, _ in modes])
-    parts = [(weight, stats.lognorm(sigma, scale=median)) for weight, median in modes]
+    parts = [
+        (weight, Marginal.of_values([median]) if atom else continuous(stats.lognorm(sigma, scale=median)))
+        for (weight, median), atom in zip(modes, fixed, strict=True)
+    ]
     return Marginal(lambda x: np.asarray(sum(weight * part.cdf(x) for weight, part in parts)))
