@@ -58,20 +58,21 @@ def steady_rounds(scheme: Scheme, parts: Parts, *, model_megabytes: float = 0.0)
     durations = parts.seconds(scheme.loads.astype(np.float64), _megabytes(scheme, model_megabytes))
     busy, now = np.zeros(scheme.n), 0.0
     seconds = np.empty(len(durations))
-    messages = computed = 0
+    messages = computed = begun = 0
     for t, duration in enumerate(durations):
         begin = np.maximum(busy, now)
         finish = begin + duration
         end = float(_end(scheme, finish))
-        asked = begin <= end
+        asked = (begin <= end) & (begin < np.inf)
         busy = np.where(asked, finish, busy)
         seconds[t], now = end - now, end
         messages += int(asked.sum())
         computed += int(scheme.loads[asked].sum())
+        begun += 1
         if end == np.inf:  # whoever is waited for never answers, in this and all later rounds
             seconds[t:] = np.inf
             break
-    return RoundTimes(seconds, computed / len(durations), messages / len(durations))
+    return RoundTimes(seconds, computed / begun, messages / begun)
 
 
 def idle_rounds(scheme: Scheme, parts: Parts, *, model_megabytes: float = 0.0) -> RoundTimes:
@@ -98,16 +99,19 @@ def _shardwise(scheme: Scheme, parts: Parts, model_megabytes: float, *, idle: bo
     durations = parts.seconds(1.0, _megabytes(scheme, model_megabytes))
     run = _Shardwise(scheme)
     seconds = np.empty(len(durations))
+    begun = 0
     for t, duration in enumerate(durations):
+        begun += 1
         if idle:
+            run.now = 0.0
             run.owed.clear()
         began = run.now
         run.round(duration.tolist())
         seconds[t] = run.now - began
-        if run.now == np.inf:
+        if run.now == np.inf and not idle:
             seconds[t:] = np.inf
             break
-    return RoundTimes(seconds, run.messages / len(durations), run.messages / len(durations))
+    return RoundTimes(seconds, run.messages / begun, run.messages / begun)
 
 
 class _Shardwise:
