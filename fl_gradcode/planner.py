@@ -29,6 +29,7 @@ __all__ = ["GAIN", "Line", "RoundPlan", "candidates", "make_plan", "spread"]
 GAIN = 0.05
 #: A scheme this close to the fastest is preferred if it stores or computes less.
 _CLOSE = 0.04
+_IDLE_RUNS = 10  # of which the idle start is simulated where it has no closed form
 _TOLERANCES = (1, 2, 3, 4, 5, 7)
 #: A worker this many times slower than the median one, in every draw of the population, is slow for good.
 _SLOW = 1.5
@@ -93,8 +94,8 @@ def make_plan(
     *,
     model_megabytes: float = 0.0,
     tolerances: Iterable[int] | None = None,
-    rounds: int = 100,
-    populations: int = 8,
+    rounds: int = 32,
+    populations: int = 40,
     seed: int = 0,
     schemes: Sequence[Scheme] | None = None,
 ) -> RoundPlan:
@@ -105,8 +106,8 @@ def make_plan(
         n: Number of workers, at least 2; each has one shard of its own.
         model_megabytes: Size of the model, which every message carries down and every reply (1/m of it) up.
         tolerances: Values of s to try; by default a few up to n / 3.
-        rounds: Rounds simulated for each population.
-        populations: How often the population is drawn anew: devices differ from draw to draw.
+        rounds: Rounds of each simulated run, of which the first fifth, in which it settles, does not count.
+        populations: Runs, each with a population drawn anew: devices, and slow spells, differ from draw to draw.
         seed: Of the first population.
         schemes: What to compare; by default `candidates`.
 
@@ -177,16 +178,13 @@ def _slow_for_good(draws: Sequence[Parts], model_megabytes: float) -> tuple[int,
 def _line(scheme: Scheme, latency: Latency, draws: Sequence[Parts], model: float) -> Line:
     runs = [steady_rounds(scheme, parts, model_megabytes=model) for parts in draws]
     closed = idle_mean(scheme, latency, model_megabytes=model)
-    idle = (
-        float(np.mean([idle_rounds(scheme, parts, model_megabytes=model).seconds.mean() for parts in draws]))
-        if closed is None
-        else closed
-    )
-    means = np.array([run.mean for run in runs])
-    if len(runs) > 1 and np.isfinite(means).all():
-        error = float(means.std(ddof=1) / np.sqrt(len(means)))
-    else:
-        error = runs[0].error
+    idle = closed
+    if idle is None:
+        few = draws[:_IDLE_RUNS]
+        idle = float(np.mean([idle_rounds(scheme, one, model_megabytes=model).seconds.mean() for one in few]))
+    means = np.array([run.seconds[len(run.seconds) // 5 :].mean() for run in runs])
+    known = len(means) > 1 and bool(np.isfinite(means).all())
+    error = float(means.std(ddof=1) / np.sqrt(len(means))) if known else float("nan")
     messages = float(np.mean([run.messages for run in runs]))
     return Line(
         scheme,
