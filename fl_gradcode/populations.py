@@ -76,7 +76,8 @@ def phones(compute: float = 0.8, *, scores: ArrayLike | None = None) -> Latency:
     if not table.size or not (np.isfinite(table) & (table > 0)).all():
         raise InvalidSetting("Scores of devices must be finite numbers above 0.")
     middle = _MEDIAN_SCORE if scores is None else float(np.median(table))
-    speed = device_classes(compute * middle / table, name="phones")
+    _check_share(compute)
+    speed = device_classes(compute * middle / table, name="phones") if compute else 0.0
     link = device_classes(np.array(_LINK_SECONDS) / 2, name="links")  # of one megabyte, either way
     return Latency(fixed=1 - compute, compute=speed, transfer=link, slowdown=lognormal(1.0, 0.1))
 
@@ -94,9 +95,13 @@ def phone_scores(path: str | Path) -> list[float]:
 
 
 def _split(law: Law, compute: float) -> Latency:
+    _check_share(compute)
+    return Latency(fixed=1 - compute, compute=compute, slowdown=law)
+
+
+def _check_share(compute: float) -> None:
     if not 0 <= compute <= 1:
         raise InvalidSetting(f"compute={compute}: the share of a second that is compute must lie in 0..1.")
-    return Latency(fixed=1 - compute, compute=compute, slowdown=law)
 
 
 #: name -> (share of compute) -> Latency. Serverless workers have their own split.
@@ -125,5 +130,5 @@ def named(name: str, compute: float = 0.8) -> Latency:
     """
     if name not in POPULATIONS:
         raise InvalidSetting(f"There is no law {name!r}; choose one of {', '.join(POPULATIONS)}, or give a file.")
-    _split(constant(1.0), compute)
+    _check_share(compute)
     return POPULATIONS[name](compute)
