@@ -101,7 +101,7 @@ def library(case: Case, latency: Latency, rounds: int = ROUNDS, *, seed: int = 0
 
             fedavg.start(waiting, arrays, rounds, timeout=FOREVER, evaluate_fn=clock)
             return np.diff(times), grid.jobs
-        patience = {"patience": case.scheme.patience} if case.send == "shards" else {}
+        patience: dict[str, Any] = {"patience": case.scheme.patience} if case.send == "shards" else {}
         strategy = GradientCoding(fedavg, case.code, send=case.send, **patience)
         strategy.start(grid, arrays, rounds, timeout=FOREVER)
         return np.array([row["train"]["seconds"]["waiting"] for row in strategy.ledger.rows]), grid.jobs
