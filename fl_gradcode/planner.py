@@ -217,7 +217,8 @@ def _recommend(lines: Sequence[Line]) -> tuple[Line, str]:
             f"do not code: waiting for all takes {_seconds(plain.steady)} a round, and with the best code "
             f"({fastest.scheme.name}) a round is {how}."
         )
-    close = [line for line in coded if line.steady <= (1 + _CLOSE) * fastest.steady]
+    longest = min((1 + _CLOSE) * fastest.steady, (1 - GAIN) * plain.steady)
+    close = [line for line in coded if line.steady <= longest]
     best = min(close, key=lambda line: (line.storage, line.computed, line.steady))
     gain = f"{plain.steady / best.steady:.2f}x faster than" if np.isfinite(plain.steady) else "where nothing else ends:"
     against = f"waiting for all ({_seconds(plain.steady)})" if np.isfinite(plain.steady) else "some never answer"
