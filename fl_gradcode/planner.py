@@ -119,9 +119,12 @@ def make_plan(
         raise InvalidSetting(f"n={n}: one worker has nobody to share its work with; planning needs at least 2.")
     if not 0 <= model_megabytes < float("inf"):
         raise InvalidSetting(f"model_megabytes={model_megabytes} must be a number of at least 0.")
-    for name, value, least in (("rounds", rounds, 20), ("populations", populations, 1)):
-        if value < least:
-            raise InvalidSetting(f"{name}={value} must be at least {least}.")
+    for name, value, least in (("rounds", rounds, 20), ("populations", populations, 1), ("seed", seed, 0)):
+        if not value >= least or value % 1:
+            raise InvalidSetting(f"{name}={value} must be a whole number of at least {least}.")
+    for scheme in schemes or ():
+        if scheme.n != n:
+            raise InvalidSetting(f"The scheme {scheme.name!r} is for {scheme.n} workers; planned is for n={n}.")
     draws = [latency.parts(seed=seed + number, n=n, rounds=rounds) for number in range(populations)]
     slow = _slow_for_good(draws, model_megabytes)
     chosen = schemes if schemes is not None else candidates(n, tolerances, slow=slow, m=bool(model_megabytes))
@@ -169,8 +172,9 @@ def _slow_for_good(draws: Sequence[Parts], model_megabytes: float) -> tuple[int,
     """Workers that are much slower than the median one in every draw, slowest first."""
     relative = []
     for parts in draws:
-        mean = np.median(parts.seconds(1.0, 2 * model_megabytes), axis=0)
-        relative.append(mean / max(float(np.median(mean)), 1e-300))
+        usual = np.median(parts.seconds(1.0, 2 * model_megabytes), axis=0)
+        middle = float(np.median(usual))
+        relative.append(usual / middle if 0 < middle < np.inf else np.where(usual > middle, np.inf, 1.0))
     least = np.min(relative, axis=0)
     return tuple(int(i) for i in np.argsort(-least, kind="stable") if least[i] > _SLOW)
 
@@ -200,9 +204,14 @@ def _line(scheme: Scheme, latency: Latency, draws: Sequence[Parts], model: float
 
 def _recommend(lines: Sequence[Line]) -> tuple[Line, str]:
     plain = lines[0]
-    coded = [line for line in lines[1:] if line.scheme.exact and np.isfinite(line.steady)]
-    if not coded:
+    exact = [line for line in lines[1:] if line.scheme.exact]
+    if not exact:
         return plain, "do not code: no code was compared that any worker may miss."
+    coded = [line for line in exact if np.isfinite(line.steady)]
+    if not coded:
+        return plain, "do not code: more workers never answer than any code that was compared tolerates."
+    if not plain.steady:
+        return plain, "do not code: a round takes no time as it is."
     fastest = min(coded, key=lambda line: line.steady)
     if np.isfinite(plain.steady) and fastest.steady > (1 - GAIN) * plain.steady:
         change = fastest.steady / plain.steady - 1
