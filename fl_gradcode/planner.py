@@ -107,7 +107,8 @@ def make_plan(
         model_megabytes: Size of the model, which every message carries down and every reply (1/m of it) up.
         tolerances: Values of s to try; by default a few up to n / 3.
         rounds: Rounds of each simulated run, of which the first fifth, in which it settles, does not count.
-        populations: Runs, each with a population drawn anew: devices, and slow spells, differ from draw to draw.
+        populations: Runs, each with a population drawn anew: devices, and slow spells, differ from draw to draw. Where
+            they do not, since measured times are replayed, one run of as many rounds as these have together.
         seed: Of the first population.
         schemes: What to compare; by default `candidates`.
 
@@ -126,6 +127,8 @@ def make_plan(
         if scheme.n != n:
             raise InvalidSetting(f"The scheme {scheme.name!r} is for {scheme.n} workers; planned is for n={n}.")
     draws = [latency.parts(seed=seed + number, n=n, rounds=rounds) for number in range(populations)]
+    if populations > 1 and _equal(*draws[:2]):  # nothing is drawn anew: measured times are replayed
+        draws = [latency.parts(seed=seed, n=n, rounds=rounds * populations)]
     slow = _slow_for_good(draws, model_megabytes)
     chosen = schemes if schemes is not None else candidates(n, tolerances, slow=slow, m=bool(model_megabytes))
     chosen = [wait_for_all(n), *(one for one in chosen if one.enough != n or one.s)]
@@ -166,6 +169,10 @@ def spread(slow: Sequence[int], n: int, s: int, *, m: int = 1) -> list[int] | No
     if max(len(set(group) & set(slow)) for group in groups) <= -(-len(slow) // len(groups)):
         return None
     return [*slow, *(i for i in range(n) if i not in set(slow))]
+
+
+def _equal(one: Parts, other: Parts) -> bool:
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("fixed", "compute", "transfer"))
 
 
 def _slow_for_good(draws: Sequence[Parts], model_megabytes: float) -> tuple[int, ...]:
