@@ -117,7 +117,8 @@ def round_seconds(
                 fedavg.start(grid, initial, length, timeout=FOREVER, evaluate_fn=_clock(grid, times))
                 seconds += np.diff(times).tolist()
             else:
-                strategy = GradientCoding(fedavg, scheme.code, send=scheme.send, patience=scheme.patience)
+                patience = scheme.patience if scheme.send == "shards" else None
+                strategy = GradientCoding(fedavg, scheme.code, send=scheme.send, patience=patience)
                 strategy.start(grid, initial, length, timeout=FOREVER)
                 seconds += [row["train"]["seconds"]["waiting"] for row in strategy.ledger.rows]
     return seconds

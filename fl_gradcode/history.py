@@ -63,6 +63,8 @@ class History:
         Raises:
             InvalidSetting: No row, rows of an older version, or of codes for different numbers of workers.
         """
+        if not all(isinstance(row, Mapping) for row in rows):
+            raise InvalidSetting("A line of the file is no ledger row, but something else in JSON; name a ledger.")
         sizes = {int(row["code"]["n"]) for row in rows if isinstance(row.get("code"), Mapping)}
         if not rows or not sizes:
             raise InvalidSetting("The ledger has no rounds yet; let the run finish at least one.")
@@ -72,12 +74,17 @@ class History:
         before: tuple[Any, int] | None = None
         first = 0
         for row in rows:
-            run, number = row.get("run"), int(row["round"])
+            run, number = row.get("run"), int(row.get("round", 0))
             if before is not None and (run != before[0] or number <= before[1]):
                 first = max((one.round for one in history._timings), default=0)
             before = run, number
             code = row.get("code") or {}
-            history.add_row(row, first=first, size=history.n / int(code.get("k", history.n)))
+            try:
+                history.add_row(row, first=first, size=history.n / int(code.get("k", history.n)))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise InvalidSetting(
+                    f"The row of round {number} is no ledger row ({type(error).__name__}: {error}); name a ledger."
+                ) from error
         if not history.rounds:
             raise InvalidSetting(
                 "The ledger has no training times: it was written by an older version, or by no round."

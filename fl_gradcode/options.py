@@ -42,7 +42,7 @@ class Options:
 
     on_undecodable: Literal["skip", "approximate", "raise"] | Approximation = "skip"
     send: Literal["coded", "shards", "adaptive"] = "coded"
-    patience: float = 0.0
+    patience: float | None = None
     kappa_max: float = float("inf")
     seed: int = 0
     node_timeout: float = 60.0
@@ -63,9 +63,9 @@ class Options:
         for name, seconds in (("node_timeout", self.node_timeout), ("give_up_after", self.give_up_after)):
             if seconds is not None and not seconds > 0:
                 raise InvalidSetting(f"{name}={seconds} must be a number of seconds greater than 0.")
-        if not 0 <= self.patience < float("inf"):
+        if not 0 <= self.waiting < float("inf"):
             raise InvalidSetting(f"patience={self.patience} must be a number of at least 0.")
-        if self.patience and self.send != "shards":
+        if self.patience is not None and self.send != "shards":
             raise InvalidSetting(f"patience={self.patience} is about second copies of a shard: it needs send='shards'.")
         shardwise = self.send in ("shards", "adaptive")
         if shardwise and (self.give_up_after is not None or self.kappa_max != float("inf")):
@@ -103,6 +103,11 @@ class Options:
                 f"fill_in needs to know single updates, and a {code.name} code mixes them. Take fractional_repetition "
                 "with m = 1, or send='shards'."
             )
+
+    @property
+    def waiting(self) -> float:
+        """The patience that holds: 2 unless said otherwise, at which second copies cost next to nothing."""
+        return 2.0 if self.patience is None else self.patience
 
     @property
     def approximation(self) -> Approximation | None:

@@ -166,13 +166,17 @@ def partial_work(n: int, s: int, *, patience: float = 2.0, order: Sequence[int] 
         name=f"partial work, s = {s}" + _patience(patience),
         shardwise=True,
         patience=patience,
-        python=f'strategy = GradientCoding(strategy, {_call(n, s, 1, order)}, send="shards", patience={patience:g})',
+        python=f'strategy = GradientCoding(strategy, {_call(n, s, 1, order)}, send="shards"{_option(patience)})',
     )
 
 
 def _patience(patience: float) -> str:
     """2 is what to take unless there is a reason; 0 starts second copies at once."""
     return "" if patience == 2.0 else ", at once" if patience == 0.0 else f", patience {patience:g}"
+
+
+def _option(patience: float) -> str:
+    return "" if patience == 2.0 else f", patience={patience:g}"
 
 
 def _own(n: int) -> tuple[tuple[int, ...], ...]:

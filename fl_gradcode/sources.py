@@ -121,6 +121,10 @@ def _jobs(name: str, header: list[str], rows: list[list[str]], unit: float, comp
     for number, row in enumerate(rows, 2):
         values = {column: _number(name, number, column, row, at) for column, at in place.items()}
         worker = int(values["worker"])
+        if worker != values["worker"]:
+            raise InvalidSetting(
+                f"The trace {name} has worker {values['worker']:g} in line {number}; workers are whole."
+            )
         seen[worker] = seen.get(worker, 0) + 1
         seconds = values["seconds"] * unit
         computing = values["computing"] * unit if "computing" in values else None

@@ -54,7 +54,8 @@ class GradientCoding(Strategy):
             "adaptive": chosen anew every few rounds from what the last ones took, by replaying them; so is how much of
             what is stored is computed. Never slower than no code for long.
         patience: With "shards": begin a second copy only when the first has taken so many times as long as the free
-            node took for its last shard; 0: at once. 2 keeps nodes free for the next round where all are alike.
+            node took for its last shard; 2 by default, which keeps nodes free for the next round where all are alike;
+            0: at once.
         on_undecodable: When a round ends undecodable, at the timeout or as soon as it is hopeless: "skip" leaves
             the model as it is, "approximate" (or an `Approximation`) uses the least-squares estimate and reports
             its error and coverage, "raise" ends the run.
@@ -80,7 +81,7 @@ class GradientCoding(Strategy):
         code: GradientCode,
         *,
         send: Literal["coded", "shards", "adaptive"] = "coded",
-        patience: float = 0.0,
+        patience: float | None = None,
         on_undecodable: Literal["skip", "approximate", "raise"] | Approximation = "skip",
         kappa_max: float = float("inf"),
         seed: int = 0,
@@ -248,7 +249,7 @@ class GradientCoding(Strategy):
         if self.options.send == "adaptive":
             self._ways = AdaptiveWays(self.code)
         else:
-            self._ways = FixedWay(Way(self.code, self.options.send, self.options.patience))
+            self._ways = FixedWay(Way(self.code, self.options.send, self.options.waiting))
         return Opening(self.strategy, self.options, self.code.k, self.run, weight_key, self.roster, timeout)
 
     def _aggregate(

@@ -47,8 +47,9 @@ class Way:
     @property
     def entry(self) -> dict[str, Any]:
         """For the ledger row."""
-        load = max(len(self.code.shards_of(i)) for i in range(self.code.n)) if self.send == "coded" else 1
-        return {"send": self.send, "patience": self.patience, "load": load}
+        if self.send == "shards":
+            return {"send": "shards", "patience": self.patience, "load": 1}
+        return {"send": "coded", "patience": None, "load": max(len(self.code.shards_of(i)) for i in range(self.code.n))}
 
 
 class Ways(Protocol):

@@ -84,6 +84,7 @@ def make_coding(settings: Settings, inner: FedAvg, n: int) -> GradientCoding:
         inner,
         make_code(settings, n),
         send=settings.send,  # type: ignore[arg-type]
+        patience=settings.patience if settings.send == "shards" else None,
         on_undecodable=Approximation(fill_in=True) if policy == "fill-in" else policy,
         kappa_max=settings.kappa_max or float("inf"),
         seed=settings.seed,

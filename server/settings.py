@@ -35,6 +35,7 @@ class Settings:
     capacities: str
     code_seed: int
     send: str
+    patience: float
     kappa_max: float
     drop_slowest: int
     on_undecodable: str
@@ -84,6 +85,7 @@ class Settings:
             ("stragglers", 0),
             ("upload-reduction", 1),
             ("kappa-max", 0),
+            ("patience", 0),
             ("drop-slowest", 0),
             ("slow-clients", 0),
             ("train-examples", 0),

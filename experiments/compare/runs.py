@@ -221,7 +221,9 @@ def _times(task: Task, problem: Problem, data_dir: str) -> dict[str, Any]:
         if make is None:
             FedAvg(**quiet).start(grid, initial, task.rounds, timeout=FOREVER, evaluate_fn=clock)
         else:
-            coding = GradientCoding(FedAvg(**quiet), make(problem.n, problem.s), send=send, patience=patience)
+            coding = GradientCoding(
+                FedAvg(**quiet), make(problem.n, problem.s), send=send, patience=patience if send == "shards" else None
+            )
             coding.start(grid, initial, task.rounds, timeout=FOREVER, evaluate_fn=clock)
             rows = coding.ledger.rows
             assert all(row["train"]["outcome"] == "exact" for row in rows)
