@@ -91,4 +91,15 @@ def _quick() -> list[Task]:
     return tasks_of("digits", LAWS, seeds=(0, 1, 2))
 
 
-SUITES: dict[str, Callable[[], list[Task]]] = {"quick": _quick, "main": _main, "data": _data, "tuning": _tuning}
+def _smoke() -> list[Task]:
+    """Seconds: whether everything runs, and resumes."""
+    return tasks_of("digits", ("slow-owners",), seeds=(0,), rounds=4)
+
+
+SUITES: dict[str, Callable[[], list[Task]]] = {
+    "quick": _quick,
+    "main": _main,
+    "data": _data,
+    "tuning": _tuning,
+    "smoke": _smoke,
+}
