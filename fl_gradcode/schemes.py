@@ -140,7 +140,7 @@ def any_code(n: int, s: int) -> Scheme:
         tuple(tuple(sorted((i + j) % n for j in range(s + 1))) for i in range(n)),
         enough=n - s,
         s=s,
-        python=f"strategy = GradientCoding(strategy, cyclic_repetition({n}, {s}))",
+        python=f"strategy = GradientCoding(strategy, cyclic_repetition({n}, {s}, rng=np.random.default_rng(0)))",
     )
 
 
