@@ -181,7 +181,7 @@ def _slow_for_good(draws: Sequence[Parts], model_megabytes: float) -> tuple[int,
     for parts in draws:
         usual = np.median(parts.seconds(1.0, 2 * model_megabytes), axis=0)
         middle = float(np.median(usual))
-        relative.append(usual / middle if 0 < middle < np.inf else np.where(usual > middle, np.inf, 1.0))
+        relative.append(usual / middle if 0 < middle < np.inf else np.where(usual > min(middle, 1e300), np.inf, 1.0))
     least = np.min(relative, axis=0)
     return tuple(int(i) for i in np.argsort(-least, kind="stable") if least[i] > _SLOW)
 
