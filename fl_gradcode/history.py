@@ -181,11 +181,9 @@ class History:
     def latency(self) -> Latency:
         """A latency that replays the rounds, from the first again after the last."""
         fixed, compute = self.tables()
-        # A law's tick is half a round.
-        return Latency(
-            fixed=trace(np.repeat(fixed, 2, axis=0), name="ledger, fixed"),
-            compute=trace(np.repeat(compute, 2, axis=0), name="ledger, compute"),
-        )
+        # A law's tick is half a round, and a run begins with round 1, which is tick 2.
+        fixed, compute = (np.repeat(np.roll(part, 1, axis=0), 2, axis=0) for part in (fixed, compute))
+        return Latency(fixed=trace(fixed, name="ledger, fixed"), compute=trace(compute, name="ledger, compute"))
 
 
 def _parts(one: Timing, share: float) -> tuple[float, float]:
