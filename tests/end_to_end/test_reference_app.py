@@ -17,6 +17,8 @@ from clients.app import app as client_app
 from clients.errors import AppConfigError
 from experiments.engine import Engine
 from fl_gradcode import FlGradcodeError, Ledger
+from fl_gradcode.planner import make_plan
+from fl_gradcode.sources import read_source
 from fl_gradcode.testing import InProcessGrid
 from server.app import main
 from tests.end_to_end.conftest import ROOT
@@ -56,6 +58,23 @@ def test_coded_rounds_test_as_plain_ones(engine: Engine, tmp_path: Path) -> None
     assert actual[-1]["loss"] < actual[0]["loss"], "nothing was learnt"
     rows = Ledger.read(tmp_path / "ledger.jsonl")
     assert [row["train"]["outcome"] for row in rows] == ["exact"] * 3
+
+
+@pytest.mark.slow
+def test_a_run_in_the_engine_chooses_its_way_and_leaves_times_to_plan_with(engine: Engine, tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    config = {**SHORT, "num-server-rounds": 5, "fraction-evaluate": 0.0, "code": "fractional", "stragglers": 2}
+    outcome = engine.run(ROOT, {**config, "send": "adaptive", "ledger": str(ledger)}, timeout=240)
+    assert outcome.completed, outcome.log
+    rows = Ledger.read(ledger)
+    assert [row["train"]["outcome"] for row in rows] == ["exact"] * 5
+    assert rows[0]["way"] == {"send": "shards", "patience": 2.0, "load": 1}
+    timings = [one for row in rows for one in row["train"]["timings"] if one["worker"] is not None]
+    assert {one["worker"] for one in timings} == set(range(NODES))
+    assert all(0 < one["computing"] < one["seconds"] and one["shards"] >= 1 for one in timings)
+    source = read_source(str(ledger))
+    plan = make_plan(source.latency, NODES, tolerances=[1, 2], rounds=20, populations=1)
+    assert source.n == NODES and 0 < plan.lines[0].steady < 60
 
 
 @pytest.mark.slow
