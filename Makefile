@@ -34,7 +34,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo chapter test check lint format bench build clean venv
+.PHONY: help demo chapter compare report test check lint format bench build clean venv
 
 help: ## list every command
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /\1\t/' | \
@@ -45,6 +45,12 @@ demo: $(STAMP) ## run the demonstration (first run installs)
 
 chapter: $(STAMP) ## recompute the source chapter's results
 	$(BIN)/python -m experiments.chapter $(ARGS)
+
+compare: $(STAMP) ## run what is missing of the comparison, 1 minute; ARGS='--suite main --data-dir DIR': 40 minutes
+	$(BIN)/python -m experiments.compare $(ARGS)
+
+report: $(STAMP) ## turn rows of the comparison into a page (runs nothing)
+	$(BIN)/python -m experiments.report $(ARGS)
 
 test: $(STAMP) ## run all tests, slow ones included
 	$(BIN)/python -m pytest -q $(ARGS)

@@ -20,6 +20,7 @@ from flwr.serverapp.strategy import FedAvg
 from clients.app import app as client_app
 from clients.data import load_dataset
 from clients.models import build_model
+from experiments.compare.__main__ import main
 from experiments.compare.asynchronous import fedbuff, semi_asynchronous
 from experiments.compare.problems import LAWS, PROBLEMS, latency_of
 from experiments.compare.runs import EXACT, INEXACT, run
@@ -243,8 +244,7 @@ def test_a_comparison_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> Non
     assert again.returncode == 0 and "0 tasks" in again.stdout
 
 
-def test_missing_data_are_told_in_one_sentence(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "experiments.compare", "--suite", "main"]
-    command += ["--rows", str(tmp_path / "rows.jsonl"), "--data-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2 and "lacks" in done.stdout and "Traceback" not in done.stderr
+def test_missing_data_are_told_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--suite", "main", "--rows", str(tmp_path / "rows.jsonl"), "--data-dir", str(tmp_path)]
+    assert main(arguments) == 2
+    assert "lacks" in capsys.readouterr().out and not (tmp_path / "rows.jsonl").exists()
