@@ -144,6 +144,13 @@ def test_the_stored_scores_are_quantiles_of_the_table() -> None:
     assert stored == pytest.approx(np.quantile(scores, np.arange(0.05, 1.0, 0.1)), rel=0.02)
 
 
+def test_a_megabyte_each_way_takes_a_median_phone_half_a_second() -> None:
+    parts = phones().parts(seed=6, n=2000, rounds=1)
+    both_ways = 2 * parts.transfer[0] * 0.2 / parts.fixed[0]
+    assert np.median(both_ways) == pytest.approx(0.52, rel=0.05)
+    assert (both_ways.min(), both_ways.max()) == pytest.approx((0.25, 1.752))
+
+
 @real
 def test_links_of_phones_are_those_of_the_table() -> None:
     with (TRACES / "flash_network_speed.csv").open(newline="") as lines:
