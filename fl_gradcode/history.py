@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .errors import InvalidSetting
 from .latency import Latency, Parts
-from .traces import trace
+from .traces import replay
 
 __all__ = ["History", "Timing"]
 
@@ -181,9 +181,7 @@ class History:
     def latency(self) -> Latency:
         """A latency that replays the rounds, from the first again after the last."""
         fixed, compute = self.tables()
-        # A law's tick is half a round, and a run begins with round 1, which is tick 2.
-        fixed, compute = (np.repeat(np.roll(part, 1, axis=0), 2, axis=0) for part in (fixed, compute))
-        return Latency(fixed=trace(fixed, name="ledger, fixed"), compute=trace(compute, name="ledger, compute"))
+        return Latency(fixed=replay(fixed, name="fixed"), compute=replay(compute, name="compute"))
 
 
 def _parts(one: Timing, share: float) -> tuple[float, float]:

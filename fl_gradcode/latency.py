@@ -26,7 +26,7 @@ from .laws import (
     shifted_exponential,
 )
 from .marginals import Marginal
-from .traces import Fit, fit, read_trace, trace
+from .traces import Fit, fit, read_trace, replay, trace
 
 __all__ = [
     "Fit",
@@ -45,6 +45,7 @@ __all__ = [
     "pareto",
     "poisson_stragglers",
     "read_trace",
+    "replay",
     "scaled",
     "shifted_exponential",
     "trace",
@@ -118,7 +119,9 @@ class Latency:
         """What workers 0..n-1 draw in training rounds 1..`rounds`, as a virtual clock with this seed does."""
         slow = self._table(self.slowdown, _SLOWDOWN_STREAM + seed, n, rounds)
         laws = (self.fixed, self.compute, self.transfer)
-        return Parts(*(slow * self._table(law, seed * 3 + stream, n, rounds) for stream, law in enumerate(laws)))
+        tables = [self._table(law, seed * 3 + stream, n, rounds) for stream, law in enumerate(laws)]
+        # What takes no time takes none however slow a worker is, one that never answers included.
+        return Parts(*(np.multiply(slow, table, out=np.zeros_like(slow), where=table > 0) for table in tables))
 
     def marginal(self, worker: int, *, shards: float, megabytes: float) -> Marginal | None:
         """The distribution of `seconds` of a training job, if at most one law is random and it is known; else None."""

@@ -94,8 +94,8 @@ def make_plan(
     *,
     model_megabytes: float = 0.0,
     tolerances: Iterable[int] | None = None,
-    rounds: int = 32,
-    populations: int = 40,
+    rounds: int = 48,
+    populations: int = 32,
     seed: int = 0,
     schemes: Sequence[Scheme] | None = None,
 ) -> RoundPlan:

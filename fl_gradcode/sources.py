@@ -13,7 +13,7 @@ from .history import History, Timing
 from .latency import Latency
 from .ledger import Ledger
 from .populations import POPULATIONS, named
-from .traces import Fit, checked_times, fit, read_table, read_trace, trace
+from .traces import Fit, checked_times, fit, read_table, read_trace, replay, trace
 
 __all__ = ["UNITS", "Source", "read_source"]
 
@@ -159,8 +159,8 @@ def _of_history(history: History, told: str, a_megabyte: float, model_megabytes:
     fixed, compute = history.tables()
     fixed = np.maximum(0.0, fixed - 2 * a_megabyte * model_megabytes)
     latency = Latency(
-        fixed=trace(np.repeat(fixed, 2, axis=0), name="fixed"),
-        compute=trace(np.repeat(compute, 2, axis=0), name="compute"),
+        fixed=replay(fixed, name="fixed"),
+        compute=replay(compute, name="compute"),
         transfer=a_megabyte,
     )
     return Source(latency, history.n, told, _fits(fixed + compute))
@@ -181,7 +181,7 @@ def _of_table(
         fixed=max(0.0, 1 - share - moving),
         compute=share,
         transfer=a_megabyte / middle if middle else 0.0,
-        slowdown=trace(table if workers == 1 else np.repeat(table, 2, axis=0), name=name),
+        slowdown=trace(table, name=name) if workers == 1 else replay(table, name=name),
     )
     told = f"{name}: {rounds} times" if workers == 1 else f"{name}: {rounds} rounds of {workers} workers"
     return Source(latency, None if workers == 1 else workers, told, _fits(table))

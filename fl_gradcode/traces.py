@@ -17,7 +17,7 @@ from .errors import InvalidSetting
 from .laws import Law, bimodal, bursty, lognormal, pareto, shifted_exponential
 from .marginals import Marginal
 
-__all__ = ["Fit", "checked_times", "fit", "read_table", "read_trace", "trace"]
+__all__ = ["Fit", "checked_times", "fit", "read_table", "read_trace", "replay", "trace"]
 
 #: A time this many times the median counts as a slow spell.
 _SLOW = 3.0
@@ -39,6 +39,16 @@ def trace(times: ArrayLike, *, name: str = "trace") -> Law:
 
         return Law(name, draw, lambda worker: marginal)
     return Law(name, lambda seed, worker, tick: float(table[tick % ticks, worker % workers]))
+
+
+def replay(times: ArrayLike, *, name: str = "replay") -> Law:
+    """Measured times of rounds, shape (rounds, workers): round t takes row t - 1, from the top again at the end.
+
+    A law's tick is half a round: evaluation in a round takes the same row.
+    """
+    table = checked_times(times)
+    rounds, workers = table.shape
+    return Law(name, lambda seed, worker, tick: float(table[(tick // 2 - 1) % rounds, worker % workers]))
 
 
 def checked_times(times: ArrayLike) -> NDArray[np.float64]:

@@ -21,6 +21,7 @@ from fl_gradcode.latency import (
     lognormal,
     pareto,
     read_trace,
+    replay,
     scaled,
     shifted_exponential,
     trace,
@@ -123,9 +124,15 @@ def make_latency(settings: Settings) -> Latency:
         "bimodal": bimodal(0.05, 10.0, jitter=0.1),
         "bursty": bursty(0.02, 0.2, 10.0, jitter=0.1),
     }
-    law = laws[settings.latency] if settings.latency in laws else trace(read_trace(settings.latency))
+    law = laws[settings.latency] if settings.latency in laws else _measured(settings.latency)
     law = scaled(law, slow)
     return Latency(fixed=_times(law, _FIXED_SHARE), compute=_times(law, 1 - _FIXED_SHARE))
+
+
+def _measured(path: str) -> Law:
+    """One column a worker and one row a round, or one column: a sample for all."""
+    table = read_trace(path)
+    return replay(table) if table.ndim == 2 and table.shape[1] > 1 else trace(table)
 
 
 def _times(law: Law, share: float) -> Law:

@@ -76,7 +76,8 @@ def test_the_line_to_paste_makes_the_strategy() -> None:
     names = {
         "GradientCoding": GradientCoding,
         "fractional_repetition": fractional_repetition,
-        "cyclic_repetition": lambda n, s: cyclic_repetition(n, s, rng=np.random.default_rng(0)),
+        "cyclic_repetition": cyclic_repetition,
+        "np": np,
         "strategy": FedAvg(),
     }
     for one in as_json("bimodal", "-n", "9", "--model", "1", *QUICK)["schemes"]:
