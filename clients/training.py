@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["class_accuracies", "evaluate", "local_seed", "train"]
+__all__ = ["class_accuracies", "evaluate", "evaluate_by_class", "local_seed", "train"]
 
 _EVALUATION_BATCH = 1024  # bounds the memory of a cnn's activations
 
@@ -81,17 +81,29 @@ def train(
 
 def evaluate(model: nn.Module, x: Tensor, y: Tensor, device: torch.device) -> tuple[float, float]:
     """Return mean cross-entropy loss and accuracy on these examples."""
-    logits = _logits(model, x, device)
-    labels = y.to(device)
-    loss = F.cross_entropy(logits, labels)
-    accuracy = (logits.argmax(dim=1) == labels).double().mean()
-    return float(loss), float(accuracy)
+    return _loss_and_accuracy(_logits(model, x, device), y.to(device))
 
 
 def class_accuracies(model: nn.Module, x: Tensor, y: Tensor, classes: int, device: torch.device) -> NDArray[np.float64]:
     """Return the accuracy on the examples of each class, shape (classes,); NaN for a class without any."""
+    return _by_class(_logits(model, x, device), y, classes)
+
+
+def evaluate_by_class(
+    model: nn.Module, x: Tensor, y: Tensor, classes: int, device: torch.device
+) -> tuple[float, float, NDArray[np.float64]]:
+    """Return what `evaluate` and `class_accuracies` do, at the cost of one of them."""
+    logits = _logits(model, x, device)
+    return *_loss_and_accuracy(logits, y.to(device)), _by_class(logits, y, classes)
+
+
+def _loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    return float(F.cross_entropy(logits, labels)), float((logits.argmax(dim=1) == labels).double().mean())
+
+
+def _by_class(logits: Tensor, y: Tensor, classes: int) -> NDArray[np.float64]:
     labels = y.cpu().numpy()
-    right = _logits(model, x, device).argmax(dim=1).cpu().numpy() == labels
+    right = logits.argmax(dim=1).cpu().numpy() == labels
     counts = np.bincount(labels, minlength=classes)
     hits = np.bincount(labels, weights=right, minlength=classes)
     return np.where(counts > 0, hits / np.maximum(counts, 1), np.nan)

@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, MetricRecord
 
 from clients.data import Dataset
 from clients.models import build_model
-from clients.training import class_accuracies, evaluate
+from clients.training import evaluate_by_class
 
 __all__ = ["CentralEvaluation"]
 
@@ -44,8 +44,7 @@ class CentralEvaluation:
         """Test loss, test accuracy and the accuracy on the worst class."""
         self._model.load_state_dict(arrays.to_torch_state_dict())
         x, y = torch.tensor(self._dataset.test_x), torch.tensor(self._dataset.test_y)
-        loss, accuracy = evaluate(self._model, x, y, self._device)
-        by_class = class_accuracies(self._model, x, y, self._dataset.classes, self._device)
+        loss, accuracy, by_class = evaluate_by_class(self._model, x, y, self._dataset.classes, self._device)
         if self._path is not None:
             row: dict[str, Any] = {
                 "round": server_round,
@@ -53,7 +52,8 @@ class CentralEvaluation:
                 "real-seconds": time.perf_counter() - self._started,
                 "loss": loss,
                 "accuracy": accuracy,
-                "class-accuracies": [float(a) for a in by_class],
+                # A class without test examples has none: null, since JSON knows no NaN.
+                "class-accuracies": [None if np.isnan(a) else float(a) for a in by_class],
             }
             with self._path.open("a") as file:
                 file.write(json.dumps(row) + "\n")

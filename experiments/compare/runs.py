@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import FedAvg
 from clients.app import app as client_app
 from clients.data import Dataset, load_dataset
 from clients.models import build_model
-from clients.training import class_accuracies, evaluate
+from clients.training import evaluate_by_class
 from experiments.compare.asynchronous import fedbuff, semi_asynchronous
 from experiments.compare.problems import OWNERS, PROBLEMS, Problem, latency_of
 from experiments.compare.store import Task
@@ -96,8 +96,7 @@ class _Curve:
     def measure(self, server_round: int, arrays: ArrayRecord) -> None:
         self.model.load_state_dict(arrays.to_torch_state_dict())
         x, y = torch.tensor(self.dataset.test_x), torch.tensor(self.dataset.test_y)
-        loss, accuracy = evaluate(self.model, x, y, torch.device("cpu"))
-        by_class = class_accuracies(self.model, x, y, self.dataset.classes, torch.device("cpu"))
+        loss, accuracy, by_class = evaluate_by_class(self.model, x, y, self.dataset.classes, torch.device("cpu"))
         point = {
             "round": server_round,
             "seconds": round(self.now(), 4),
