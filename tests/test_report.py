@@ -86,7 +86,7 @@ def results_by_hand() -> Results:
 
 def curve(accuracies: list[float]) -> Curve:
     values = np.array(accuracies, dtype=np.float64)
-    return Curve(np.arange(len(values)), 10.0 * np.arange(len(values)), values, values, None)
+    return Curve(np.arange(len(values)), np.arange(0.0, 10.0 * len(values), 10.0), values, values, None)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ INEXACT = {
 }
 ASYNCHRONOUS = ("semi", "fedbuff")
 _LONGER = 2  # a faster baseline may go on for so many times the rounds, up to the time that partial work takes
+_EVER = 20  # the same where it may go on for as long as waiting for all takes
 _TIMELINE = 6  # rounds of which every job is kept
 
 
@@ -118,7 +119,9 @@ def _trajectory(task: Task, problem: Problem, data_dir: str) -> dict[str, Any]:
         horizon = 0.0
         if task.law:
             parts = latency.parts(seed=task.seed, n=problem.n, rounds=task.rounds)
-            horizon = float(steady_rounds(partial_work(problem.n, problem.s), parts).seconds.sum())
+            patient = "as-long-as-waiting" in dict(task.options)
+            longest = wait_for_all(problem.n) if patient else partial_work(problem.n, problem.s)
+            horizon = float(steady_rounds(longest, parts).seconds.sum())
 
         def after(server_round: int, arrays: ArrayRecord) -> None:
             over = server_round >= task.rounds and grid.now() >= horizon
@@ -149,8 +152,8 @@ def _baseline(
     after: Callable[[int, ArrayRecord], None],
     horizon: float,
 ) -> None:
-    n, most = problem.n, task.rounds * _LONGER
     options = dict(task.options)
+    n, most = problem.n, task.rounds * (_EVER if "as-long-as-waiting" in options else _LONGER)
     deadline = 1.5 * _typical_seconds(task, n)
 
     def evaluate_fn(server_round: int, arrays: ArrayRecord) -> None:
@@ -172,7 +175,7 @@ def _baseline(
         case "deadline":
             fedavg(EarlyStopGrid(grid), timeout=deadline)
         case "fedprox":
-            least = problem.n * problem.batch_size / max(1, problem.train_examples or 500 * n)
+            least = min(1.0, n * problem.batch_size / len(curve.dataset.train_y))  # one batch of a client of mean size
             fedavg(grid, strategy=PartialProx(deadline=deadline, least=least, mu=options.get("mu", 0.01)))
         case "semi":
             wanted = max(1, round(0.8 * n))
