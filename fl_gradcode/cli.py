@@ -54,6 +54,9 @@ def plan(
     s: Annotated[list[int] | None, typer.Option("--s", help="Tolerances to try; may be given several times.")] = None,
     unit: Annotated[str, typer.Option(help="Of a file's times: s, ms or us.")] = "s",
     key: Annotated[str | None, typer.Option(help="Which array of an .npz file.")] = None,
+    add_transfer: Annotated[
+        bool, typer.Option("--add-transfer", help="A file's times are without the transfer: it comes on top.")
+    ] = False,
     figure: Annotated[Path | None, typer.Option(help="Write a figure (.png, .svg, .pdf).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     seed: Annotated[int, typer.Option(help="Of the simulated runs.")] = 0,
@@ -62,7 +65,14 @@ def plan(
     console = Console()
     try:
         read = read_source(
-            source, n=workers, compute_share=compute_share, model_megabytes=model, link=link, unit=unit, key=key
+            source,
+            n=workers,
+            compute_share=compute_share,
+            model_megabytes=model,
+            link=link,
+            unit=unit,
+            key=key,
+            transfer_included=not add_transfer,
         )
         n = _workers(workers, read)
         with console.status("Simulating runs ...") if console.is_terminal else _Quiet():

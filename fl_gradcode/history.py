@@ -63,9 +63,24 @@ class History:
         Raises:
             InvalidSetting: No row, rows of an older version, or of codes for different numbers of workers.
         """
-        if not all(isinstance(row, Mapping) for row in rows):
-            raise InvalidSetting("A line of the file is no ledger row, but something else in JSON; name a ledger.")
-        sizes = {int(row["code"]["n"]) for row in rows if isinstance(row.get("code"), Mapping)}
+        try:
+            history = cls._of_rows(rows)
+            history.split()
+        except InvalidSetting:
+            raise
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InvalidSetting(
+                f"A line of the file is no ledger row ({type(error).__name__}: {error}); name the ledger of a run."
+            ) from error
+        if not history.rounds:
+            raise InvalidSetting(
+                "The ledger has no training times: it was written by an older version, or by no round."
+            )
+        return history
+
+    @classmethod
+    def _of_rows(cls, rows: Sequence[Mapping[str, Any]]) -> History:
+        sizes = {int(row["code"]["n"]) for row in rows if row.get("code")}
         if not rows or not sizes:
             raise InvalidSetting("The ledger has no rounds yet; let the run finish at least one.")
         if len(sizes) > 1:
@@ -74,21 +89,11 @@ class History:
         before: tuple[Any, int] | None = None
         first = 0
         for row in rows:
-            run, number = row.get("run"), int(row.get("round", 0))
+            run, number = row.get("run"), int(row["round"])
             if before is not None and (run != before[0] or number <= before[1]):
                 first = max((one.round for one in history._timings), default=0)
             before = run, number
-            code = row.get("code") or {}
-            try:
-                history.add_row(row, first=first, size=history.n / int(code.get("k", history.n)))
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise InvalidSetting(
-                    f"The row of round {number} is no ledger row ({type(error).__name__}: {error}); name a ledger."
-                ) from error
-        if not history.rounds:
-            raise InvalidSetting(
-                "The ledger has no training times: it was written by an older version, or by no round."
-            )
+            history.add_row(row, first=first, size=history.n / int((row.get("code") or {}).get("k", history.n)))
         return history
 
     def add_row(self, row: Mapping[str, Any], *, first: int = 0, size: float = 1.0) -> None:
@@ -111,7 +116,11 @@ class History:
                 )
                 for kind in ("train", "evaluate")
                 for one in (row.get(kind) or {}).get(name, ())
-                if one["worker"] is not None and one["kind"] == "train" and one["seconds"] is not None
+                # A later round than this one is another run's: its nodes still owed replies when this run began.
+                if one["worker"] is not None
+                and one["kind"] == "train"
+                and one["seconds"] is not None
+                and int(one["round"]) <= int(row["round"])
             )
 
     def add(self, timings: Iterable[Timing]) -> None:

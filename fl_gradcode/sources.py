@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +50,7 @@ def read_source(
     link: float | None = None,
     unit: str = "s",
     key: str | None = None,
+    transfer_included: bool = True,
 ) -> Source:
     """The latency that a name or a file stands for.
 
@@ -64,7 +65,9 @@ def read_source(
         compute_share: Which share of a time grows with the shards; 0.8 where nothing says so. What jobs and ledgers say
             of themselves comes first.
         model_megabytes: Size of the model.
-        link: Mbit/s each way. Measured times include the transfer: it is taken out of what does not grow with shards.
+        link: Mbit/s each way.
+        transfer_included: Whether measured times contain the transfer: it is then taken out of what does not grow with
+            shards. Otherwise it comes on top, as it does for a named law.
         unit: Of a table's times: s, ms or us.
         key: Array of an .npz file.
 
@@ -82,21 +85,21 @@ def read_source(
     if unit not in UNITS:
         raise InvalidSetting(f"The unit {unit!r} is not known; choose one of {', '.join(UNITS)}.")
     a_megabyte = 0.0 if link is None else 8.0 / link
+    moved = 2 * a_megabyte * model_megabytes if transfer_included else 0.0  # seconds of transfer in a measured time
     share = _DEFAULT_SHARE if compute_share is None else compute_share
     path = Path(source)
     if path.suffix == ".jsonl":
         history = History.of_ledger(Ledger.read(path))
         told = f"{path.name}: {history.rounds} rounds of {history.n} workers"
-        return _of_history(history, told, a_megabyte, model_megabytes)
+        return _of_history(history, told, a_megabyte, moved)
     if path.suffix in (".csv", ".npz"):
         if path.suffix == ".csv":
             header, rows = read_table(path)
             if "worker" in header or ("seconds" in header and len(header) > 1) or "round" in header:
-                history = _jobs(path.name, header, rows, UNITS[unit], compute_share)
-                told = f"{path.name}: {len(rows)} jobs of {history.n} workers"
-                return _of_history(history, told, a_megabyte, model_megabytes)
+                history, told = _jobs(path.name, header, rows, UNITS[unit], compute_share)
+                return _of_history(history, told, a_megabyte, moved)
         table = checked_times(read_trace(path, key=key)) * UNITS[unit]
-        return _of_table(path.name, table, n, share, a_megabyte, model_megabytes)
+        return _of_table(path.name, table, n, share, a_megabyte, moved)
     if source not in POPULATIONS:
         known = ", ".join(POPULATIONS)
         raise InvalidSetting(
@@ -108,7 +111,10 @@ def read_source(
     return Source(latency, None, f"law {source}")
 
 
-def _jobs(name: str, header: list[str], rows: list[list[str]], unit: float, compute_share: float | None) -> History:
+def _jobs(
+    name: str, header: list[str], rows: list[list[str]], unit: float, compute_share: float | None
+) -> tuple[History, str]:
+    """The times, and in one line what they are."""
     missing = [column for column in ("worker", "seconds") if column not in header]
     if missing:
         raise InvalidSetting(
@@ -134,12 +140,13 @@ def _jobs(name: str, header: list[str], rows: list[list[str]], unit: float, comp
         round_number = int(values.get("round", seen[worker]))
         jobs.append(Timing(round_number, worker, values.get("shards", 1.0), seconds, computing))
     _check_scale(name, np.array([one.seconds for one in jobs]))
+    # Ids, or numbers from 1: no worker is invented for a number that is not there.
     numbers = {worker: i for i, worker in enumerate(sorted(seen))}
-    if max(seen) >= 10 * len(seen):  # ids, not numbers from 0
-        jobs = [Timing(o.round, numbers[o.worker], o.shards, o.seconds, o.computing) for o in jobs]
-    history = History(1 + max(one.worker for one in jobs))
-    history.add(jobs)
-    return history
+    history = History(len(numbers))
+    history.add(replace(one, worker=numbers[one.worker]) for one in jobs)
+    names = ", ".join(map(str, list(numbers)[:3])) + (", ..." if len(numbers) > 3 else "")
+    told = f"{name}: {len(rows)} jobs of {history.n} workers"
+    return history, told if max(seen) < len(seen) else f"{told} ({names} are 0, 1, ... here)"
 
 
 def _number(name: str, number: int, column: str, row: list[str], at: int) -> float:
@@ -155,11 +162,11 @@ def _number(name: str, number: int, column: str, row: list[str], at: int) -> flo
     return value
 
 
-def _of_history(history: History, told: str, a_megabyte: float, model_megabytes: float) -> Source:
+def _of_history(history: History, told: str, a_megabyte: float, moved: float) -> Source:
     fixed, compute = history.tables()
-    fixed = np.maximum(0.0, fixed - 2 * a_megabyte * model_megabytes)
+    _check_transfer(told, moved, float(np.median(fixed)))
     latency = Latency(
-        fixed=replay(fixed, name="fixed"),
+        fixed=replay(np.maximum(0.0, fixed - moved), name="fixed"),
         compute=replay(compute, name="compute"),
         transfer=a_megabyte,
     )
@@ -167,7 +174,7 @@ def _of_history(history: History, told: str, a_megabyte: float, model_megabytes:
 
 
 def _of_table(
-    name: str, table: NDArray[np.float64], n: int | None, share: float, a_megabyte: float, model_megabytes: float
+    name: str, table: NDArray[np.float64], n: int | None, share: float, a_megabyte: float, moved: float
 ) -> Source:
     _check_scale(name, table)
     rounds, workers = table.shape
@@ -175,16 +182,25 @@ def _of_table(
         raise InvalidSetting(
             f"The trace {name} has one column, a sample for all workers: say how many, with --workers."
         )
+    told = f"{name}: {rounds} times" if workers == 1 else f"{name}: {rounds} rounds of {workers} workers"
     middle = float(np.median(table))
-    moving = 2 * a_megabyte * model_megabytes / middle if middle else 0.0
+    _check_transfer(told, moved, (1 - share) * middle)
+    # Shares of the median time: a slow moment slows everything down, the transfer too.
     latency = Latency(
-        fixed=max(0.0, 1 - share - moving),
+        fixed=max(0.0, 1 - share - moved / middle),
         compute=share,
-        transfer=a_megabyte / middle if middle else 0.0,
+        transfer=a_megabyte / middle,
         slowdown=trace(table, name=name) if workers == 1 else replay(table, name=name),
     )
-    told = f"{name}: {rounds} times" if workers == 1 else f"{name}: {rounds} rounds of {workers} workers"
     return Source(latency, None if workers == 1 else workers, told, _fits(table))
+
+
+def _check_transfer(told: str, moved: float, room: float) -> None:
+    if moved > room * (1 + 1e-9):
+        raise InvalidSetting(
+            f"{told}: half of the times have no more than {room:.3g} s that do not grow with the shards, and the model "
+            f"takes {moved:.3g} s over this link. If the times are without the transfer, say --add-transfer."
+        )
 
 
 def _check_scale(name: str, times: NDArray[np.float64]) -> None:

@@ -52,7 +52,8 @@ class GradientCoding(Strategy):
         send: "coded": one coded vector a worker and round, least upload. "shards": one shard a message; a free node
             gets the uncovered shard that fewest are working on, the first copy wins. Best where compute dominates.
             "adaptive": chosen anew every few rounds from what the last ones took, by replaying them; so is how much of
-            what is stored is computed. Never slower than no code for long.
+            what is stored is computed. A choice that turns out slower than what it replaced is taken back. Where fewer
+            holders compute a shard than store it, losing them all at once costs a round (never with "raise").
         patience: With "shards": begin a second copy only when the first has taken so many times as long as the free
             node took for its last shard; 2 by default, which keeps nodes free for the next round where all are alike;
             0: at once.
@@ -230,7 +231,7 @@ class GradientCoding(Strategy):
                 f"The custom {kind} metric aggregation is called on one decoded record, not on one for each client.",
             )
         if kind == "train" or self._way is None:
-            self._way = self._ways.choose()
+            self._way = self._ways.choose(complete=len(list(grid.get_node_ids())) >= self.code.n)
         self._phase, asking = self._opening.phase(kind, server_round, self._drafts, self._way)
         self._row["way"] = self._way.entry
         nodes = nodes_of_a_phase(grid, self.code, self._patience, self._phase.hopeless)
@@ -240,14 +241,14 @@ class GradientCoding(Strategy):
                 self.roster.learn(node, worker)
             grid.expect(self._phase)
         elif self._way.send == "shards":
-            raise InvalidSetting("send='shards' hands out work as nodes become free: run the strategy by its start().")
+            raise InvalidSetting(f"send={self.options.send!r} needs the strategy's own start(), which hands out work.")
         return asking.messages(nodes, self.roster, self._phase.sending.first_rows())
 
     def _open(self, timeout: float | None) -> Opening:
         """What a run needs anew: nobody is known yet, nothing has been learnt."""
         weight_key = str(getattr(self.strategy, "weighted_by_key", "num-examples"))
         if self.options.send == "adaptive":
-            self._ways = AdaptiveWays(self.code)
+            self._ways = AdaptiveWays(self.code, smaller=self.options.policy != "raise")
         else:
             self._ways = FixedWay(Way(self.code, self.options.send, self.options.waiting))
         return Opening(self.strategy, self.options, self.code.k, self.run, weight_key, self.roster, timeout)

@@ -172,6 +172,23 @@ def test_measured_times_contain_the_transfer() -> None:
     assert read_source("none", model_megabytes=10.0, link=80.0).latency.transfer == pytest.approx(0.1)
 
 
+def test_workers_are_renumbered_from_0_and_none_is_invented(tmp_path: Path) -> None:
+    times = np.random.default_rng(3).lognormal(0, 0.3, (20, 10))
+    lines = [f"{t},{i + 1},{seconds}" for t, row in enumerate(times) for i, seconds in enumerate(row)]
+    told = as_json(write(tmp_path / "one.csv", "\n".join(["round,worker,seconds", *lines]) + "\n"), "--s", "1")
+    assert told["workers"] == 10 and "1, 2, 3, ... are 0, 1, ... here" in told["source"]
+
+
+def test_times_that_cannot_contain_the_transfer_are_refused_or_have_it_added(tmp_path: Path) -> None:
+    times = np.random.default_rng(4).uniform(0.9, 1.3, (20, 6))
+    np.savetxt(tmp_path / "t.csv", times, delimiter=",")
+    arguments = (str(tmp_path / "t.csv"), "--model", "45", "--link", "20", "--s", "1")
+    code, _, err = plan(*arguments)
+    assert code == 2 and "the model takes 36 s over this link" in err and "--add-transfer" in err
+    added = as_json(*arguments, "--add-transfer")["schemes"][0]["seconds-over-a-run"]
+    assert added == pytest.approx(np.mean(times.max(axis=1)) * (1 + 36 / np.median(times)), rel=0.05)
+
+
 # Bad input
 
 
@@ -238,6 +255,14 @@ def test_nonsense_is_refused_in_one_sentence(arguments: list[str], sentence: str
         ("nonsense\n", "is not JSON"),
         ('{"a": 1}\n', "has no rounds yet"),
         ("[1, 2]\n", "is no ledger row"),
+        ('{"code": {"n": 6, "k": 0}, "round": 1, "train": {"timings": []}}\n', "is no ledger row"),
+        ('{"code": {"n": "four"}, "round": 1}\n', "is no ledger row"),
+        ('{"code": {"n": 6}, "round": null}\n', "is no ledger row"),
+        (
+            '{"code": {"n": 6}, "round": 1, "train": {"timings": [{"worker": 0, "kind": "train", "round": 1, '
+            '"shards": 1, "seconds": 1, "computing": "a"}]}}\n',
+            "is no ledger row",
+        ),
         ('{"code": {"n": 6}, "round": 1, "train": {"outcome": "exact"}}\n', "no training times"),
         ('{"code": {"n": 6}, "round": 1, "train": {"timings": [{"worker": 0}]}}\n', "is no ledger row"),
     ],

@@ -10,10 +10,17 @@ from flwr.app import Error, Message
 from flwr.serverapp.strategy import FedAvg
 
 from experiments.rounds import Scheme, round_seconds
-from fl_gradcode import GradientCode, GradientCoding, VirtualGrid, cyclic_repetition, fractional_repetition
+from fl_gradcode import (
+    EarlyStopGrid,
+    GradientCode,
+    GradientCoding,
+    VirtualGrid,
+    cyclic_repetition,
+    fractional_repetition,
+)
 from fl_gradcode.codes import for_assignment, reed_solomon
 from fl_gradcode.errors import InvalidSetting
-from fl_gradcode.latency import Latency, constant, exponential, lognormal, scaled
+from fl_gradcode.latency import Latency, Law, constant, exponential, lognormal, scaled
 from fl_gradcode.options import Approximation
 from fl_gradcode.populations import named
 from fl_gradcode.round_times import steady_rounds
@@ -91,6 +98,80 @@ def test_a_worker_that_dies_takes_the_smaller_groups_with_it_but_not_the_run() -
     assert outcomes[11:] == ["exact"] * 13
 
 
+def lost_group(policy: str) -> list[dict[str, Any]]:
+    """Both workers of a group of two are silent from round 5 on; four hold their shards."""
+    code = fractional_repetition(12, 3)
+    gone: set[int] = set()
+    law = lognormal(1.0, 0.8)
+
+    def slowdown(seed: int, worker: int, tick: int) -> float:
+        return float("inf") if worker in gone else law.draw(seed, worker, tick)
+
+    def lose(server_round: int, arrays: Any, row: Any) -> None:
+        if server_round == 4:
+            gone.update(next(iter(strategy._way.code.groups))[:2])
+
+    with InProcessGrid(toy_app(), 12) as inner:
+        strategy: Any = GradientCoding(
+            FedAvg(fraction_evaluate=0.0, min_evaluate_nodes=0),
+            code,
+            send="adaptive",
+            on_undecodable=policy,  # type: ignore[arg-type]
+            on_round_end=lose,
+        )
+        grid = VirtualGrid(inner, Latency(fixed=0.65, compute=0.35, slowdown=Law("lossy", slowdown)))
+        strategy.start(grid, initial_arrays(), 12, timeout=100)
+    return list(strategy.ledger.rows)
+
+
+def test_losing_all_that_compute_a_shard_costs_one_round_at_most_and_none_under_raise() -> None:
+    rows = lost_group("skip")
+    assert rows[3]["way"]["load"] == 2, "a smaller way was wanted for this test"
+    assert [row["train"]["outcome"] for row in rows].count("skipped") <= 1
+    rows = lost_group("raise")
+    assert [row["train"]["outcome"] for row in rows] == ["exact"] * 12
+    assert {row["way"]["load"] for row in rows if row["way"]["send"] == "coded"} <= {4}
+
+
+class Thrashing(VirtualGrid):
+    """Jobs of more than one shard take 20 times as long: what no replay of single shards can tell."""
+
+    def shards_of(self, message: Message, worker: int) -> float:
+        shards = super().shards_of(message, worker)
+        return shards if shards <= 1 else 20 * shards
+
+
+def test_a_way_that_turns_out_slower_than_the_one_before_is_left_again() -> None:
+    latency = Latency(fixed=0.9, compute=0.1, slowdown=lognormal(1.0, 1.0))
+    seconds: dict[str, float] = {}
+    for send in ("shards", "adaptive"):
+        with InProcessGrid(toy_app(), 12) as inner:
+            grid = Thrashing(inner, latency)
+            strategy = GradientCoding(
+                FedAvg(fraction_evaluate=0.0, min_evaluate_nodes=0),
+                fractional_repetition(12, 2),
+                send=send,
+            )
+            strategy.start(grid, initial_arrays(), 60, timeout=1e6)
+            seconds[send] = grid.now()
+    tried = [row["round"] for row in strategy.ledger.rows if row["way"]["send"] == "coded"]
+    assert 1 <= len(tried) <= 8
+    assert seconds["adaptive"] < 1.5 * seconds["shards"]
+
+
+def test_replies_that_nodes_owed_an_earlier_run_are_not_this_run_s_times() -> None:
+    slow = Latency(fixed=0.9, compute=0.1, slowdown=scaled(exponential(1.0), {0: 30.0}))
+    with InProcessGrid(toy_app(), 9) as inner:
+        grid = EarlyStopGrid(VirtualGrid(inner, slow))
+        strategy = GradientCoding(
+            FedAvg(fraction_evaluate=0.0, min_evaluate_nodes=0), fractional_repetition(9, 2), send="adaptive"
+        )
+        for _ in range(2):
+            strategy.start(grid, initial_arrays(), 20, timeout=1e6)
+    ways = [row["way"]["send"] for row in strategy.ledger.rows]
+    assert "coded" in ways[:20] and "coded" in ways[20:]
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_regrouping_computes_less_of_the_same_stored_shards(size: int) -> None:
     code = fractional_repetition(12, 3)
@@ -128,7 +209,7 @@ def test_nothing_is_learnt_from_a_skipped_round_but_that_it_failed() -> None:
     ways = AdaptiveWays(fractional_repetition(6, 2))
     ways.learn({"round": 1, "train": None})
     ways.learn({"round": 2, "train": {"outcome": "skipped", "timings": [], "owing": []}})
-    assert ways.choose().send == "shards"
+    assert ways.choose(complete=True).send == "shards"
 
 
 @pytest.mark.parametrize(
