@@ -31,6 +31,7 @@ __all__ = [
 
 MAIN, HEADLINE = "slow-owners", "slow-owners"  # the problem, and the law, that come first
 _TUNING_SEED = 100
+_LONG = "as-long-as-waiting"
 _T = TypeVar("_T")
 
 
@@ -84,6 +85,7 @@ class Results:
         laws: Law -> scheme -> seed -> run.
         hindsight: Law -> what the planner chose, and the means that it did not know.
         tuning: Rows of the tuning.
+        long: Scheme -> seed -> run, of baselines that were given as long as waiting for all takes (headline's law).
     """
 
     problem: str
@@ -91,6 +93,7 @@ class Results:
     laws: dict[str, dict[str, dict[int, Run]]] = field(default_factory=dict)
     hindsight: dict[str, dict[str, Any]] = field(default_factory=dict)
     tuning: list[dict[str, Any]] = field(default_factory=list)
+    long: dict[str, dict[int, Run]] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -125,7 +128,9 @@ def read(rows: Iterable[dict[str, Any]]) -> list[Results]:
         task = row["task"]
         results = found.setdefault(task["problem"], Results(task["problem"]))
         law, scheme, seed = task["law"], task["scheme"], task["seed"]
-        if seed == _TUNING_SEED or _options(row) != dict(TUNED.get(scheme, ((),))[0]):
+        if _LONG in _options(row):
+            results.long.setdefault(scheme, {})[seed] = Run(row, curve_of(row))
+        elif seed == _TUNING_SEED or _options(row) != dict(TUNED.get(scheme, ((),))[0]):
             results.tuning.append(row)
         elif scheme == "hindsight":
             results.hindsight[law] = row

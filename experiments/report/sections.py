@@ -67,6 +67,8 @@ def _problem(results: Results, goal: Target | None, command: str, *, reading: bo
     }
     shown = [Shown(f"{name}-{key}", *value, command) for key, value in lines.items()]
     blocks += [*shown, tables.headline(results, law, goal)]
+    if results.long:
+        blocks += [Text(words.LONG), tables.long(results, goal)]
     if reading:
         blocks.append(Text(words.READING))
     blocks.append(

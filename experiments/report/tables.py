@@ -20,7 +20,7 @@ from experiments.report.measures import (
     times_to,
 )
 
-__all__ = ["adaptive", "at_a_glance", "headline", "hindsight", "settings", "tuned"]
+__all__ = ["adaptive", "at_a_glance", "headline", "hindsight", "long", "settings", "tuned"]
 
 BOUND = 1.05  # of the planner's regret, and of adaptive over plain FedAvg
 
@@ -62,6 +62,22 @@ def headline(results: Results, law: str, goal: Target | None, *, short: bool = F
     seeds = max((len(runs) for runs in schemes.values()), default=0)
     caption = f"{LAWS[law][0]}: mean ± standard deviation over {seeds} seed{'s' * (seeds != 1)}"
     return Table(caption, columns, lines, left=2, fold=f"Table: {LAWS[law][0]}" if short else "")
+
+
+def long(results: Results, goal: Target | None) -> Table:
+    """Baselines that were given as long as waiting for all takes."""
+    lines = []
+    for scheme, runs in results.long.items():
+        to_target = list(times_to(runs, goal.level).values()) if goal else []
+        waiting = results.laws.get(results.headline or "", {}).get("wait", {})
+        ratio = time_ratio(runs, waiting, goal.level) if goal else None
+        line = [titles(results.problem)[scheme], percent(finals(runs)), percent(finals(runs, "owned"))]
+        line += [spread(Spread.of(run.total for run in runs.values())), seconds(to_target), spread(ratio, digits=2)]
+        lines.append([*line, _work(runs, "shards")])
+    seeds = max((len(runs) for runs in results.long.values()), default=0)
+    caption = f"Baselines given as long as waiting for all takes: mean ± standard deviation over {seeds} seeds"
+    headers = ["scheme", "final accuracy (%)", "owned labels (%)", "virtual s in all", "virtual s to target"]
+    return Table(caption, [*headers, "of waiting for all", "shard trainings"], lines)
 
 
 def at_a_glance(results: Results, goal: Target | None) -> Table:
