@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.report import regime, words
+from experiments.report import regime, tables, words
 from experiments.report.__main__ import main
 from experiments.report.blocks import Shown, Text
 from experiments.report.data import Curve, Results, missing, read, read_rows
@@ -148,6 +148,15 @@ def test_tuning_is_no_part_of_the_curves() -> None:
     results = results_by_hand()
     assert [found["task"]["seed"] for found in results.tuning] == [100]
     assert sorted(results.laws[LAW]["fedbuff"]) == results.seeds == [0, 1]
+
+
+def test_a_baseline_that_was_given_longer_has_a_table_of_its_own() -> None:
+    longer = row(LAW, "semi", 0, points([0.1, 0.6, 0.9, 0.9, 0.9], 10.0), (["as-long-as-waiting", 1.0],))
+    (results,) = read([*rows_by_hand(), longer])
+    usual = finals(results.laws[LAW]["semi"])
+    assert usual is not None and usual.mean == pytest.approx(0.6)
+    (line,) = tables.long(results, target(results)).rows
+    assert line[:2] == ["semi-asynchronous", "90.0"]
 
 
 def test_the_last_file_counts_and_a_line_that_was_cut_off_does_not(tmp_path: Path) -> None:

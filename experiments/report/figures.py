@@ -129,7 +129,9 @@ def timelines(results: Results, law: str) -> Figure | None:
                 panel.text(end, -0.9, f"{number}", va="bottom", ha="center", fontsize=8, color=INK)
         panel.set_ylim(-0.7, n - 0.1)
         panel.invert_yaxis()
-        panel.set_title(f"{titles(results.problem)[name]}: {kept} rounds in {ends[name][kept - 1]:.1f} s", pad=14)
+        seen = int((ends[name][:kept] <= last * 1.02).sum()) if last else kept
+        title = f"{titles(results.problem)[name]}: {kept} rounds in {ends[name][kept - 1]:.1f} s"
+        panel.set_title(title + (f", {seen} of them shown" if seen < kept else ""), pad=14)
         panel.set_ylabel("worker")
         panel.set_yticks(range(0, n, 5 if n > 15 else 3))
     if last:

@@ -57,6 +57,7 @@ def _problem(results: Results, goal: Target | None, command: str, *, reading: bo
     n = PROBLEMS[name].n
     blocks.append(Text(f"{n} clients, {LAWS[law][0]}. {words.summary(results, law, goal)}"))
     seeds = f"Mean over {len(results.seeds)} seeds, band from least to most."
+    owned = " and on the labels that only the slow clients have" if PROBLEMS[name].owners else ""
     lines = {
         "time": (
             figures.accuracy_over_time(results, law, goal),
@@ -76,7 +77,7 @@ def _problem(results: Results, goal: Target | None, command: str, *, reading: bo
             f"{name}-worst",
             figures.worst_over_time(results, law),
             "Accuracy on the worst class over virtual time",
-            f"What the mean hides: accuracy on the worst class and on the slow clients' own labels. {seeds}",
+            f"What the mean hides: accuracy on the worst class{owned}. {seeds}",
             command,
         )
     )

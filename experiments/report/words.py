@@ -44,10 +44,11 @@ READING = (
     "Final accuracy is the mean of a run's last 3 evaluations. The target counts as reached at the first evaluation "
     "that is at or above it together with the next two, or with all that are left before the run ends; otherwise the "
     "table says never, which is to say not before the run ended: a baseline runs its rounds, and on until partial "
-    "work has done its own, for up to twice the rounds. The time is interpolated linearly between that evaluation and"
-    " the one before. Ratios are taken seed by seed, then averaged. ± is the sample standard deviation over seeds; "
-    "bands in figures go from the least to the most of them. Exact schemes give the same model after each round (a "
-    "test shows it), so one trajectory, trained once a seed, serves all of them, each at the times of its own rounds."
+    "work has done its own, for up to twice the rounds. The time is interpolated linearly between that evaluation "
+    "and the one before. Ratios are taken seed by seed, then averaged. ± is the sample standard deviation over "
+    "seeds; bands in figures go from the least to the most of them. Exact schemes give the same model after each "
+    "round (a test shows it), so one trajectory, trained once a seed, serves all of them, each at the times of its "
+    "own rounds. Owned labels are those that only the slow clients have."
 )
 LONG = (
     "A baseline whose rounds are short is cut off when partial work has finished. Those below were given as long as "
