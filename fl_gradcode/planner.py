@@ -29,6 +29,8 @@ __all__ = ["GAIN", "Line", "RoundPlan", "candidates", "make_plan", "spread"]
 GAIN = 0.05
 #: A scheme this close to the fastest is preferred if it stores or computes less.
 _CLOSE = 0.04
+# Schemes within 15 % of the fastest are simulated on, up to 8 times the runs, until their differences are known to 1 %.
+_NEAR, _SURE, _MORE = 1.15, 0.01, 8
 _IDLE_RUNS = 10  # of which the idle start is simulated where it has no closed form
 _TOLERANCES = (1, 2, 3, 4, 5, 7)
 #: A worker this many times slower than the median one, in every draw of the population, is slow for good.
@@ -132,7 +134,16 @@ def make_plan(
     slow = _slow_for_good(draws, model_megabytes)
     chosen = schemes if schemes is not None else candidates(n, tolerances, slow=slow, m=bool(model_megabytes))
     chosen = [wait_for_all(n), *(one for one in chosen if one.enough != n or one.s)]
-    lines = tuple(_line(scheme, latency, draws, model_megabytes) for scheme in chosen)
+    samples = [_Sample(scheme, latency, draws, model_megabytes) for scheme in chosen]
+    while len(draws) > 1 and len(samples[0].means) < _MORE * populations:
+        unsure = _unsure(samples)
+        if not unsure:
+            break
+        first = seed + len(samples[0].means)
+        more = [latency.parts(seed=first + number, n=n, rounds=rounds) for number in range(populations)]
+        for sample in [samples[0], *unsure]:
+            sample.add(more)
+    lines = tuple(sample.line() for sample in samples)
     recommended, verdict = _recommend(lines)
     return RoundPlan(lines, recommended, verdict, n, slow)
 
@@ -186,27 +197,62 @@ def _slow_for_good(draws: Sequence[Parts], model_megabytes: float) -> tuple[int,
     return tuple(int(i) for i in np.argsort(-least, kind="stable") if least[i] > _SLOW)
 
 
-def _line(scheme: Scheme, latency: Latency, draws: Sequence[Parts], model: float) -> Line:
-    runs = [steady_rounds(scheme, parts, model_megabytes=model) for parts in draws]
-    closed = idle_mean(scheme, latency, model_megabytes=model)
-    idle = closed
-    if idle is None:
-        few = draws[:_IDLE_RUNS]
-        idle = float(np.mean([idle_rounds(scheme, one, model_megabytes=model).seconds.mean() for one in few]))
-    means = np.array([run.seconds[len(run.seconds) // 5 :].mean() for run in runs])
-    known = len(means) > 1 and bool(np.isfinite(means).all())
-    error = float(means.std(ddof=1) / np.sqrt(len(means))) if known else float("nan")
-    messages = float(np.mean([run.messages for run in runs]))
-    return Line(
-        scheme,
-        idle,
-        closed is not None,
-        float(means.mean()),
-        error,
-        float(np.mean([run.computed for run in runs])) / scheme.n,
-        messages * model / scheme.m,
-        int(scheme.loads.max()),
-    )
+class _Sample:
+    """Simulated runs of one scheme."""
+
+    def __init__(self, scheme: Scheme, latency: Latency, draws: Sequence[Parts], model: float) -> None:
+        self.scheme, self.model = scheme, model
+        self.means: list[float] = []  # seconds a round, of each run
+        self.computed: list[float] = []
+        self.messages: list[float] = []
+        self.add(draws)
+        self.closed = idle_mean(scheme, latency, model_megabytes=model)
+        self.idle = self.closed
+        if self.idle is None:
+            few = [idle_rounds(scheme, one, model_megabytes=model).seconds.mean() for one in draws[:_IDLE_RUNS]]
+            self.idle = float(np.mean(few))
+
+    def add(self, draws: Sequence[Parts]) -> None:
+        """Simulate one more run for each."""
+        for parts in draws:
+            run = steady_rounds(self.scheme, parts, model_megabytes=self.model)
+            self.means.append(float(run.seconds[len(run.seconds) // 5 :].mean()))
+            self.computed.append(run.computed)
+            self.messages.append(run.messages)
+
+    def line(self) -> Line:
+        """What they say."""
+        known = len(self.means) > 1 and bool(np.isfinite(self.means).all())
+        assert self.idle is not None
+        return Line(
+            self.scheme,
+            self.idle,
+            self.closed is not None,
+            float(np.mean(self.means)),
+            float(np.std(self.means, ddof=1) / np.sqrt(len(self.means))) if known else float("nan"),
+            float(np.mean(self.computed)) / self.scheme.n,
+            float(np.mean(self.messages)) * self.model / self.scheme.m,
+            int(self.scheme.loads.max()),
+        )
+
+
+def _unsure(samples: Sequence[_Sample]) -> list[_Sample]:
+    """Exact schemes that may be the fastest, if it cannot be told yet which are; all were simulated on the same draws.
+
+    Populations that are drawn for good, such as phones, differ far more from each other than rounds do.
+    """
+    most = len(samples[0].means)
+    exact = [one for one in samples if one.scheme.exact and len(one.means) == most and np.isfinite(one.means).all()]
+    if len(exact) < 2:
+        return []
+    best = min(exact, key=lambda one: float(np.mean(one.means)))
+    fastest = float(np.mean(best.means))
+    near = [one for one in exact if np.mean(one.means) <= _NEAR * fastest]
+    for one in near:
+        apart = np.subtract(one.means, best.means)
+        if apart.std(ddof=1) / np.sqrt(most) > _SURE * fastest:
+            return [sample for sample in near if sample is not samples[0]]
+    return []
 
 
 def _recommend(lines: Sequence[Line]) -> tuple[Line, str]:

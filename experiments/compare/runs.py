@@ -256,9 +256,9 @@ def _hindsight(task: Task, problem: Problem, data_dir: str) -> dict[str, Any]:
     model = build_model(problem.model, dataset, seed=task.seed)
     megabytes = sum(4 * value.numel() for value in model.state_dict().values()) / 1e6
     latency, n = latency_of(task.law), problem.n
-    plan = make_plan(latency, n, model_megabytes=megabytes, seed=1000)
+    plan = make_plan(latency, n, model_megabytes=megabytes, seed=10_000)
     schemes = [wait_for_all(n), *(one for one in candidates(n, slow=plan.slow, m=True) if one.exact)]
-    runs = 100  # of a fresh population each; the first fifth of a run, in which it settles, does not count
+    runs = 200  # of a fresh population each; the first fifth of a run, in which it settles, does not count
     draws = [latency.parts(seed=number, n=n, rounds=30) for number in range(runs)]
     means = {
         one.name: float(np.mean([steady_rounds(one, parts, model_megabytes=megabytes).seconds[6:] for parts in draws]))
