@@ -99,6 +99,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.processes < 1:
         parser.error(f"--processes {options.processes} must be at least 1")
+    if options.rows.endswith(".gz"):
+        parser.error(f"--rows {options.rows} is packed: unpack it first, rows are appended")
     return options
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import json
 import os
@@ -48,7 +49,10 @@ class Task:
 
 
 class Store:
-    """Rows in a file of JSON lines, appended one by one: a killed run loses the task that it was at, and no more."""
+    """Rows in a file of JSON lines, appended one by one: a killed run loses the task that it was at, and no more.
+
+    A packed file (.gz), as the docs keep them, can be read.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,7 +61,9 @@ class Store:
         """Hash -> row; a last line that was cut off is left out."""
         found: dict[str, dict[str, Any]] = {}
         if self.path.exists():
-            for line in self.path.read_text().splitlines():
+            packed = self.path.read_bytes()
+            text = gzip.decompress(packed) if self.path.suffix == ".gz" else packed
+            for line in text.decode().splitlines():
                 with contextlib.suppress(json.JSONDecodeError):
                     row = json.loads(line)
                     found[row["hash"]] = row
