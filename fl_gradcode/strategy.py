@@ -241,7 +241,7 @@ class GradientCoding(Strategy):
                 self.roster.learn(node, worker)
             grid.expect(self._phase)
         elif self._way.send == "shards":
-            raise InvalidSetting(f"send={self.options.send!r} needs the strategy's own start(), which hands out work.")
+            raise InvalidSetting(f"send={self.options.send!r} hands out work: run the strategy by its start().")
         return asking.messages(nodes, self.roster, self._phase.sending.first_rows())
 
     def _open(self, timeout: float | None) -> Opening:
