@@ -20,31 +20,38 @@ class Marginal:
     Attributes:
         cdf: x -> P(X <= x), elementwise.
         atoms: All values there are, ascending, if they are finitely many; None for a continuous law.
+        weights: Their probabilities.
     """
 
     cdf: Callable[[NDArray[np.float64]], NDArray[np.float64]]
     atoms: tuple[float, ...] | None = None
+    weights: tuple[float, ...] | None = None
 
     def times(self, factor: float) -> Marginal:
         """The distribution of `factor` X, factor > 0."""
-        atoms = None if self.atoms is None else tuple(factor * value for value in self.atoms)
-        return Marginal(lambda x: self.cdf(x / factor), atoms)
+        if self.atoms is not None:  # anew: x / factor may miss an atom by rounding
+            return Marginal.of_values([factor * value for value in self.atoms], self.weights)
+        return Marginal(lambda x: self.cdf(x / factor))
 
     def plus(self, shift: float) -> Marginal:
         """The distribution of X + `shift`."""
-        atoms = None if self.atoms is None else tuple(shift + value for value in self.atoms)
-        return Marginal(lambda x: self.cdf(x - shift), atoms)
+        if self.atoms is not None:
+            return Marginal.of_values([shift + value for value in self.atoms], self.weights)
+        return Marginal(lambda x: self.cdf(x - shift))
 
     @staticmethod
     def of_values(values: ArrayLike, probabilities: ArrayLike | None = None) -> Marginal:
         """Finitely many values, equally likely unless said otherwise."""
         given = np.asarray(values, dtype=np.float64).ravel()
-        weights = np.full(len(given), 1 / len(given)) if probabilities is None else np.asarray(probabilities, float)
-        order = np.argsort(given, kind="stable")
-        points, cumulative = given[order], np.concatenate([[0.0], np.cumsum(weights[order])])
+        each = np.full(len(given), 1 / len(given)) if probabilities is None else np.asarray(probabilities, float)
+        points, place = np.unique(given, return_inverse=True)
+        weights = np.bincount(place, weights=each, minlength=len(points))
+        cumulative = np.concatenate([[0.0], np.cumsum(weights)])
         cumulative[-1] = 1.0
         return Marginal(
-            lambda x: cumulative[np.searchsorted(points, x, side="right")], tuple(np.unique(points).tolist())
+            lambda x: cumulative[np.searchsorted(points, x, side="right")],
+            tuple(points.tolist()),
+            tuple(weights.tolist()),
         )
 
 

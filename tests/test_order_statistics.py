@@ -425,3 +425,18 @@ def test_over_selection_waits_for_as_many_as_are_needed() -> None:
         assert scheme.enough == -(-10 * n // 13) and not scheme.exact
     with pytest.raises(InvalidSetting, match=r"^factor=0\.9 of over-selection must be at least 1\.$"):
         over_selection(10, 0.9)
+
+
+@pytest.mark.parametrize("share", [0.8, 0.3, 1 / 3])
+@pytest.mark.parametrize("shards", [1, 3, 4, 7])
+def test_scaling_a_law_of_few_values_misses_none_of_them(share: float, shards: int) -> None:
+    """4 * 0.8 + 0.2 is not 3.4 in floating point, and 34 / 3.4 not 10: a value that is missed has probability 0."""
+    latency = Latency(fixed=1 - share, compute=share, slowdown=bimodal(0.05, 10.0))
+    one = latency.marginal(0, shards=shards, megabytes=0.0)
+    assert one is not None and one.atoms is not None
+    assert one.cdf(np.array(one.atoms)) == pytest.approx([0.95, 1.0])
+    groups = [len(group) for group in repetition(8, 2).groups]
+    loads = repetition(8, 2).loads
+    unit = 1 - share + share * loads[0]
+    ended = np.prod([1 - 0.05**size for size in groups])  # both groups hold four: all loads are alike
+    assert idle_mean(repetition(8, 2), latency) == pytest.approx(unit * (ended + 10 * (1 - ended)))
