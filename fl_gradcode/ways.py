@@ -146,10 +146,10 @@ class AdaptiveWays:
             for one in phase.get("timings", ()):
                 if one["worker"] is not None:
                     self._heard[one["worker"]] = self._round
-        if entry["outcome"] == "exact":
-            self._took.append(float(entry["seconds"]["waiting"]))
-        else:
+        if entry["outcome"] != "exact":
             self._failed = self._round
+        elif row.get("way") == self.way.entry:  # not the safe way of a round in which somebody was missing
+            self._took.append(float(entry["seconds"]["waiting"]))
 
     def _worse(self) -> bool:
         """Whether the present way is on trial and has failed it."""
