@@ -12,8 +12,10 @@ from .gradient_code import GradientCode
 
 __all__ = ["cyclic_mds", "cyclic_repetition", "vandermonde"]
 
-# Beyond, consecutive roots of unity and powers lose too many digits (kappa is above 1e9 at n = 100).
-_FEW = 19
+# Up to these n, every row of s neighbours may straggle, with a fifth of the tolerance of an exact sum to spare: what is
+# left over depends on the machine's arithmetic. Beyond, powers and consecutive roots of unity lose too many digits.
+_FEW_POWERS = 16
+_FEW_ROOTS = 19
 
 
 def cyclic_repetition(n: int, s: int, *, rng: np.random.Generator) -> GradientCode:
@@ -54,7 +56,7 @@ def cyclic_mds(n: int, s: int) -> GradientCode:
         raise InvalidCode(
             f"n - s = {n} - {s} is even, and a cyclic MDS code is real only for odd n - s. Change n or s."
         )
-    _warn(n, "A cyclic MDS code")
+    _warn(n, _FEW_ROOTS, "A cyclic MDS code")
     # s consecutive exponents, centred on n / 2: closed under conjugation, and without 0, the root 1.
     first = (n - s + 1) // 2
     column = np.real(np.poly(np.exp(2j * np.pi * np.arange(first, first + s) / n)))
@@ -67,13 +69,13 @@ def cyclic_mds(n: int, s: int) -> GradientCode:
 def vandermonde(n: int, s: int) -> GradientCode:
     """The Reed-Solomon code over the reals, at Chebyshev points: a baseline. `reed_solomon` is exact at any size.
 
-    Worker i holds shards i, ..., i + s (mod n). Warns from n = 20 on.
+    Worker i holds shards i, ..., i + s (mod n). Warns from n = 17 on.
 
     References:
         Halbawi, Azizan, Salehi, Hassibi, "Improving distributed gradient descent using Reed-Solomon codes", 2017.
     """
     n, s = check_count(n, "n"), check_tolerance(s, n)
-    _warn(n, "A Vandermonde code over the reals")
+    _warn(n, _FEW_POWERS, "A Vandermonde code over the reals")
     points = np.cos(np.pi * (2 * np.arange(n) + 1) / (2 * n))
     B = np.zeros((n, n))
     for j in range(n):
@@ -84,10 +86,10 @@ def vandermonde(n: int, s: int) -> GradientCode:
     return GradientCode(B / np.linalg.norm(B, axis=1, keepdims=True), s, "real Vandermonde")
 
 
-def _warn(n: int, what: str) -> None:
-    if n > _FEW:
+def _warn(n: int, few: int, what: str) -> None:
+    if n > few:
         warnings.warn(
-            f"{what} with n={n} workers amplifies rounding beyond use; it is a baseline for up to {_FEW}. Take "
+            f"{what} with n={n} workers amplifies rounding beyond use; it is a baseline for up to {few}. Take "
             "fractional_repetition, for_assignment, or reed_solomon (exact, over a prime field).",
             stacklevel=3,
         )

@@ -104,21 +104,26 @@ def test_the_real_vandermonde_code_is_that_of_divided_differences_at_chebyshev_p
         assert scale[0] > 0
 
 
-@pytest.mark.parametrize("make", [vandermonde, cyclic_mds])
-def test_classical_codes_warn_from_twenty_workers_on(make: Callable[[int, int], GradientCode]) -> None:
-    make(19, 2)  # warnings are errors
+@pytest.mark.parametrize(("make", "few"), [(vandermonde, 16), (cyclic_mds, 19)])
+def test_classical_codes_warn_where_rounding_grows_too_much(make: Callable[[int, int], GradientCode], few: int) -> None:
+    make(few, few - 5)  # warnings are errors
     with pytest.warns(
-        UserWarning, match=r"with n=22 workers amplifies rounding beyond use; .* up to 19\. Take"
+        UserWarning, match=rf"with n=22 workers amplifies rounding beyond use; .* up to {few}\. Take"
     ) as seen:
         make(22, 3)
     assert [warning.filename for warning in seen] == [__file__]
 
 
-@pytest.mark.parametrize("n", [12, 16, 19])
-def test_where_classical_codes_do_not_warn_any_row_of_s_neighbours_may_straggle(n: int) -> None:
-    for code in [vandermonde(n, s) for s in range(n)] + [cyclic_mds(n, s) for s in range(n) if (n - s) % 2]:
+@pytest.mark.parametrize(("make", "n"), [(vandermonde, n) for n in (12, 16)] + [(cyclic_mds, n) for n in (12, 16, 19)])
+def test_where_classical_codes_do_not_warn_any_row_of_s_neighbours_may_straggle(
+    make: Callable[[int, int], GradientCode], n: int
+) -> None:
+    for code in [make(n, s) for s in range(n) if make is vandermonde or (n - s) % 2]:
         for first in range(n):
-            assert code.decodable([(first + i) % n for i in range(n - code.s)]), code
+            survivors = [(first + i) % n for i in range(n - code.s)]
+            assert code.decodable(survivors), code
+            # Far from the tolerance, 1e-8: other machines round otherwise.
+            assert code.error_of(code.least_squares_vector(survivors)) < 2e-9, code
 
 
 def test_an_assignment_may_come_in_any_form() -> None:
