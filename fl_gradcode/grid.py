@@ -16,8 +16,8 @@ from flwr.serverapp import Grid
 
 from .arrivals import Arrival, ArrivalSource, ForwardingGrid, PollingArrivals
 from .errors import InvalidSetting
+from .messages import computing_seconds, content_bytes, error_text, loads_of
 from .stop import CountRule, JobTime, StopRule, Wait
-from .wire import computing_seconds, content_bytes, error_text, loads_of
 
 __all__ = ["EarlyStopGrid"]
 

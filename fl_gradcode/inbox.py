@@ -13,9 +13,10 @@ from flwr.app import ArrayRecord, Message
 from .bucket import Bucket
 from .carry import carrier_of
 from .gradient_code import GradientCode
+from .messages import error_text, last_line
 from .roster import Roster
 from .unpack import vectors_of
-from .wire import Plan, Reply, error_text, last_line
+from .wire import Plan, Reply
 
 __all__ = ["DISAGREEMENT", "FIXED_DATA", "NO_MOD", "Inbox", "Rejection"]
 

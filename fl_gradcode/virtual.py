@@ -18,17 +18,8 @@ from flwr.serverapp import Grid
 from .arrivals import Arrival, ArrivalSource, ForwardingGrid
 from .errors import UnsuitableApp
 from .latency import Latency
-from .wire import (
-    Reply,
-    content_bytes,
-    error_text,
-    is_evaluation,
-    load_of,
-    plan_bytes,
-    probe_content,
-    reply_part,
-    round_of,
-)
+from .messages import content_bytes, error_text, is_evaluation, load_of, reply_part, round_of
+from .wire import Reply, plan_bytes, probe_content
 
 __all__ = ["Job", "VirtualGrid"]
 

@@ -56,7 +56,7 @@ LAYERS = (
     # Flower's public names alone: the rest is internal or legacy, and changes without notice.
     Layer(
         "Flower",
-        names("wire pack unpack mods watched roster bucket inbox carry phase sending shardwise memory options")
+        names("wire messages pack unpack mods watched roster bucket inbox carry phase sending shardwise memory options")
         | names("report contract inner asking opening ways strategy")
         | names("arrivals stop grid virtual ledger testing"),
         names("flwr.app flwr.clientapp flwr.clientapp.mod")

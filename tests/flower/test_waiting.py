@@ -15,8 +15,8 @@ from fl_gradcode import EarlyStopGrid, GradientCoding, VirtualGrid, fractional_r
 from fl_gradcode.arrivals import PollingArrivals
 from fl_gradcode.errors import InvalidSetting, RoundFailed, UnsuitableApp
 from fl_gradcode.latency import Latency, Law, lognormal, scaled
+from fl_gradcode.messages import content_bytes
 from fl_gradcode.testing import InProcessGrid, ManualClock, inside_a_run
-from fl_gradcode.wire import content_bytes
 from tests.conftest import all_codes, initial_arrays, relative, run_plain, toy_app
 
 
