@@ -6,16 +6,10 @@ For each shard of this worker's row the mod seeds the generators, calls the user
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import importlib.util
 import logging
-import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import copy
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,6 +19,7 @@ from numpy.typing import NDArray
 from . import pack
 from .carry import carrier_of
 from .errors import Overflow, UnsuitableApp
+from .seeding import generators_restored, seed_generators
 from .watched import WatchedConfig
 from .wire import ARRAYS, METRICS, NUM_PARTITIONS, PARTITION_ID, UPDATE, Plan, Reply, is_probe
 
@@ -64,7 +59,7 @@ def gradient_coding_mod(message: Message, context: Context, call_next: _Call) ->
     plan = Plan.find_in(message.content)
     if plan is None:
         return call_next(message, context)
-    with _generators_restored():
+    with generators_restored():
         return _CodedCall(plan, Plan.remove_from(message.content), message, context, call_next).run()
 
 
@@ -136,7 +131,7 @@ class _CodedCall:
         # The user's function may change what it is given: the next shard needs it as it came.
         message.content = RecordDict({key: self._as_it_came(key, record) for key, record in self.content.items()})
         started = time.perf_counter()
-        _seed(self.plan.seed, self.plan.round, shard)
+        seed_generators(self.plan.seed, self.plan.round, shard)
         reply = self.call_next(message, context)
         self.seconds.append(time.perf_counter() - started)
         self.stateful |= bool(context.state)
@@ -245,41 +240,3 @@ def _put_state(state: RecordDict, shard: int, kept: RecordDict) -> None:
         del state[key]
     for key, record in kept.items():
         state[prefix + key] = record
-
-
-def _seed(seed: int, server_round: int, shard: int) -> None:
-    """Seed `random`, NumPy and torch so that all holders of a shard draw the same."""
-    digest = hashlib.sha256(f"{seed}|{server_round}|{shard}".encode()).digest()
-    number = int.from_bytes(digest[:8], "little")
-    random.seed(number)
-    np.random.seed(number % 2**32)
-    torch = _torch()
-    if torch is not None:
-        # Not torch.manual_seed: without a GPU it formats a stack trace for each device kind, 1 ms a call.
-        torch.default_generator.manual_seed(number)
-        if torch.cuda.is_available():
-            torch.cuda.manual_seed_all(number)
-
-
-@contextmanager
-def _generators_restored() -> Iterator[None]:
-    """Give the process its random states back at the end."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    torch = _torch()
-    torch_state = torch.get_rng_state() if torch is not None else None
-    devices = torch.cuda.get_rng_state_all() if torch is not None and torch.cuda.is_initialized() else []
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        if torch is not None:
-            torch.set_rng_state(torch_state)
-            if devices:
-                torch.cuda.set_rng_state_all(devices)
-
-
-@lru_cache(maxsize=1)
-def _torch() -> Any:
-    """torch, where it is installed, even if the app has not imported it: it might, inside train()."""
-    return importlib.import_module("torch") if importlib.util.find_spec("torch") else None

@@ -56,7 +56,9 @@ LAYERS = (
     # Flower's public names alone: the rest is internal or legacy, and changes without notice.
     Layer(
         "Flower",
-        names("wire messages pack unpack mods watched roster bucket inbox carry phase sending shardwise memory options")
+        names(
+            "wire messages pack unpack mods seeding watched roster bucket inbox carry phase sending shardwise memory options"
+        )
         | names("report contract inner asking opening ways strategy")
         | names("arrivals stop grid virtual ledger testing"),
         names("flwr.app flwr.clientapp flwr.clientapp.mod")
@@ -71,7 +73,7 @@ LAYERS = (
 
 # (module, package outside the library): granted to one module, not to its layer.
 EXTRAS = {
-    ("mods", "torch"),  # only to seed local training; an extra, so imported nowhere else
+    ("seeding", "torch"),  # only to seed local training
     (
         "testing",
         "flwr.supercore",
@@ -214,7 +216,7 @@ def test_file_is_short_enough_to_read(path: Path) -> None:
         ("latency", "from .codes import GradientCode\nimport scipy.stats"),
         ("strategy", "from flwr.serverapp.strategy import FedAvg\nfrom flwr.serverapp import exception"),
         ("strategy", "from . import codes, wire\nfrom fl_gradcode import errors\nimport fl_gradcode.codes"),
-        ("mods", "def f():\n    import torch.random"),
+        ("seeding", "def f():\n    import torch.random"),
         ("testing", "from flwr.supercore.task_identity import TaskIdentity"),
         ("cli", "from .strategy import GradientCoding\nfrom . import latency"),
         ("__init__", "from .cli import main\nfrom .errors import NotDecodable"),
