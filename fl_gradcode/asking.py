@@ -11,6 +11,7 @@ from .gradient_code import GradientCode
 from .options import Options
 from .prime_field import PrimeField
 from .roster import Roster
+from .run_privacy import RunPrivacy
 from .wire import Plan, Row
 
 __all__ = ["Asking", "make_plan", "whole_shard"]
@@ -27,6 +28,7 @@ def make_plan(
     kind: str,
     weight_key: str,
     arrays_key: str,
+    privacy: RunPrivacy | None = None,
 ) -> Plan:
     """The plan with every worker's row; `code` covers the sampled `shards`, its columns, out of k."""
     return Plan(
@@ -42,6 +44,8 @@ def make_plan(
         give_up_after=options.give_up_after or 0.0,
         allow_fixed_data=options.allow_fixed_data,
         fraction_bits=code.numbers.fraction_bits if isinstance(code.numbers, PrimeField) else None,
+        privacy=privacy.text if privacy else "",
+        releases=privacy.ask(server_round, shards) if privacy else {},
     )
 
 
@@ -79,7 +83,8 @@ class Asking:
 
     def one_shard(self, node: int, worker: int, shard: int) -> Message:
         """Ask a node for one shard, as it is."""
-        return self._message(replace(self.plan, rows={worker: whole_shard(shard)}).add_to(self._content), node)
+        plan = replace(self.plan, rows={worker: whole_shard(shard)}).for_worker(worker)
+        return self._message(plan.add_to(self._content), node)
 
     def _message(self, content: RecordDict, node: int) -> Message:
         group = str(self.plan.round)

@@ -14,6 +14,7 @@ from . import pack
 from .carry import Carrier
 from .gradient_code import GradientCode
 from .incremental import IncrementalDecoder
+from .release import CentralRelease
 from .wire import Reply
 
 __all__ = ["Bucket", "Decoded", "Stale"]
@@ -91,9 +92,14 @@ class Bucket:
         return True
 
     def decode(
-        self, code: GradientCode, vector: NDArray[Any], before: ArrayRecord | None, stale: Sequence[Stale] = ()
+        self,
+        code: GradientCode,
+        vector: NDArray[Any],
+        before: ArrayRecord | None,
+        stale: Sequence[Stale] = (),
+        release: CentralRelease | None = None,
     ) -> Decoded | str:
-        """The decoded mean, or why there is none."""
+        """The decoded mean, or why there is none; with `release` a noisy one, of public weight."""
         rows = vector.reshape(code.n, -1)
         used = tuple(int(i) for i in np.flatnonzero(rows.any(axis=1)))
         wrong = _no_mean(code, vector, sum(len(one.shards) for one in stale))
@@ -112,6 +118,8 @@ class Bucket:
         if before is not None:
             vectors = [*(self.updates[i] for i in used), *(one.update for one in stale)]
             total = code.numbers.decode(vectors, coefficients, order=order)
+            if release is not None:
+                total, weight = release.noisy(total), release.weight
             try:
                 arrays = pack.rebuild_arrays(self.reply.layout, before, total, weight)
             except OverflowError as error:

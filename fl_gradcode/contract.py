@@ -5,12 +5,33 @@ The contract: an update depends on the message, the shard and the seeded generat
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
-from .errors import UnsuitableApp
+from .errors import IncompatibleStrategy, UnsuitableApp
 from .inbox import DISAGREEMENT, FIXED_DATA, NO_MOD, Inbox
+from .inner import PRIVACY_WRAPPERS
 
-__all__ = ["broken_promises", "refuse_unsuitable"]
+__all__ = ["broken_promises", "refuse_unsuitable", "refuse_wrappers"]
+
+
+def refuse_wrappers() -> None:
+    """Refuse Flower's privacy wrappers around a coded strategy: they would clip and count coded sums.
+
+    Raises:
+        IncompatibleStrategy: One of them is among the callers; with what to do instead.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        outer = frame.f_locals.get("self")
+        if isinstance(outer, PRIVACY_WRAPPERS):
+            raise IncompatibleStrategy(
+                f"{type(outer).__name__} cannot be put around GradientCoding: it clips and noises single replies, and "
+                "a coded reply is a sum over shards. Leave it out and say GradientCoding(..., "
+                "privacy=CentralNoise(...)), which clips each shard's update and adds noise once after "
+                "decoding, or privacy=DPSGD(...)."
+            )
 
 
 def refuse_unsuitable(inbox: Inbox, *, ever_decoded: bool) -> None:
@@ -51,6 +72,14 @@ def broken_promises(inbox: Inbox) -> Iterator[tuple[str, str]]:
             "fixed data",
             "evaluate() never read context.node_config['partition-id']. That is fine if every client evaluates on the "
             "same data; if each has its own, choose it by partition-id.",
+        )
+    if inbox.other_requests:
+        shard, (one, other) = next(iter(inbox.other_requests.items()))
+        yield (
+            "requests",
+            f"Holders of shards {sorted(inbox.other_requests)} (workers {one} and {other} of shard {shard}) bound "
+            "their noise to different requests, so it differs: they got other weights or settings, or have other keys, "
+            "data, or versions of torch and opacus.",
         )
     if inbox.disagreement > DISAGREEMENT:
         yield (

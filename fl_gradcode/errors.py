@@ -7,6 +7,7 @@
     ├── IncompatibleStrategy (TypeError)    a Flower strategy that cannot work on a decoded reply
     ├── UnsuitableApp       (RuntimeError)  the clients' app breaks the contract, or lacks the mod
     ├── InvalidSetting      (ValueError)    an option or a path that cannot be used
+    ├── PrivacyRefused      (RuntimeError)  a client's privacy rules forbid the answer
     └── RoundFailed         (RuntimeError)  a round that must decode did not, or the nodes do not fit
 
 Each is also the builtin type that a caller would expect.
@@ -19,6 +20,7 @@ __all__ = [
     "InvalidSetting",
     "NotDecodable",
     "Overflow",
+    "PrivacyRefused",
     "RoundFailed",
     "UnsuitableApp",
 ]
@@ -50,6 +52,10 @@ class UnsuitableApp(FlGradcodeError, RuntimeError):
 
 class InvalidSetting(FlGradcodeError, ValueError):
     """An option or a path that cannot be used."""
+
+
+class PrivacyRefused(FlGradcodeError, RuntimeError):
+    """An answer that a client's privacy rules forbid: over budget, or a second, different one for the same round."""
 
 
 class RoundFailed(FlGradcodeError, RuntimeError):

@@ -72,7 +72,12 @@ class Inbox:
         self.disagreement = 0.0
         #: Shard -> two of its holders that disagree.
         self.disagreeing: dict[int, tuple[int, int]] = {}
+        #: Largest epsilon that a holder tells, of this run and of all runs; None without privacy.
+        self.spent: tuple[float, float] | None = None
+        #: Shard -> two of its holders whose keys were bound to different requests.
+        self.other_requests: dict[int, tuple[int, int]] = {}
         self.buckets: dict[object, Bucket] = {}
+        self._contexts: dict[int, tuple[int, str]] = {}
         self._sketches: dict[int, tuple[int, tuple[float, ...]]] = {}
 
     @property
@@ -149,6 +154,7 @@ class Inbox:
         except Exception as error:  # a reply holds whatever somebody put there: it must not end the run
             return f"unusable vectors: {last_line(str(error))}"
         self._compare(reply)
+        self._note_spent(reply)
         self.answered.append(reply.worker)
         key = (reply.layout, tuple((name, length) for name, length, _ in reply.metrics_layout))
         if key not in self.buckets:
@@ -156,6 +162,15 @@ class Inbox:
         if not self.buckets[key].add(row, (node, reply.worker), reply, update, metrics):
             self.spare_from.add(reply.worker)
         return None
+
+    def _note_spent(self, reply: Reply) -> None:
+        """Remember what privacy cost, and whether holders of a shard were asked the same."""
+        for shard, bound, epsilon, total in reply.spent:
+            most, most_total = self.spent or (0.0, 0.0)
+            self.spent = (max(most, epsilon), max(most_total, total))
+            holder, first = self._contexts.setdefault(shard, (reply.worker, bound))
+            if first != bound:
+                self.other_requests[shard] = (holder, reply.worker)
 
     def _compare(self, reply: Reply) -> None:
         """Remember how far holders of one shard are apart."""

@@ -19,6 +19,7 @@ from .errors import IncompatibleStrategy
 from .pack import restore_types
 
 __all__ = [
+    "PRIVACY_WRAPPERS",
     "ShardGrid",
     "aggregate",
     "arrays_key_of",
@@ -33,8 +34,16 @@ _COMPARES = (
     "strategy (FedAvg, FedAvgM, FedAdam, FedYogi, FedAdagrad, FedProx)"
 )
 _PRIVACY = (
-    "clips and noises single replies, and a coded reply is a sum over shards. Clip and add noise to each shard's "
-    "update inside train() instead, with noise that all holders of a shard share"
+    "clips and noises single replies, and a coded reply is a sum over shards. Wrap the strategy inside it, and say "
+    "GradientCoding(..., privacy=CentralNoise(...)) for the same under coding, or privacy=DPSGD(...) for noise in the "
+    "clients"
+)
+#: Flower's.
+PRIVACY_WRAPPERS = (
+    flower.DifferentialPrivacyClientSideFixedClipping,
+    flower.DifferentialPrivacyServerSideFixedClipping,
+    flower.DifferentialPrivacyClientSideAdaptiveClipping,
+    flower.DifferentialPrivacyServerSideAdaptiveClipping,
 )
 _REFUSED: dict[type[Strategy], str] = {
     **dict.fromkeys(
@@ -52,15 +61,7 @@ _REFUSED: dict[type[Strategy], str] = {
         (flower.FedXgbBagging, flower.FedXgbCyclic),
         "combines trees, and coding adds vectors. Run it without coding",
     ),
-    **dict.fromkeys(
-        (
-            flower.DifferentialPrivacyClientSideFixedClipping,
-            flower.DifferentialPrivacyServerSideFixedClipping,
-            flower.DifferentialPrivacyClientSideAdaptiveClipping,
-            flower.DifferentialPrivacyServerSideAdaptiveClipping,
-        ),
-        _PRIVACY,
-    ),
+    **dict.fromkeys(PRIVACY_WRAPPERS, _PRIVACY),
 }
 
 # A strategy that waits for more nodes than there are polls get_node_ids for ever; an honest one asks a few times.

@@ -18,7 +18,10 @@ from numpy.typing import NDArray
 
 from . import pack
 from .carry import carrier_of
+from .clipping import clip, refuse_clipping_mods
 from .errors import Overflow, UnsuitableApp
+from .privacy_records import Asked, Spent
+from .privacy_settings import DPSGD, CentralNoise, privacy_from_json
 from .seeding import generators_restored, seed_generators
 from .watched import WatchedConfig
 from .wire import ARRAYS, METRICS, NUM_PARTITIONS, PARTITION_ID, UPDATE, Plan, Reply, is_probe
@@ -43,13 +46,13 @@ def gradient_coding_mod(message: Message, context: Context, call_next: _Call) ->
     and the seeded generators, since all holders of a shard must compute the same update. `context.state` is
     the shard's own. A message without a plan, as plain strategies send it, passes through unchanged.
 
-    Mods that change the model arrays of a reply (`fixedclipping_mod`, `adaptiveclipping_mod`, `LocalDpMod`) do
-    not combine with coding: listed before this mod they fail, since a coded reply has no model arrays; listed
-    after it, `LocalDpMod` would draw other noise on each holder of a shard.
+    Flower's privacy mods (`fixedclipping_mod`, `adaptiveclipping_mod`, `LocalDpMod`) are refused, before and after this
+    one: a coded reply has no model arrays to clip, and each holder of a shard would add other noise to it.
 
     Raises:
         UnsuitableApp: This node has no `partition-id`, or one that the plan does not know, or the function's
-            reply cannot be coded. Flower sends it to the server as an error reply.
+            reply cannot be coded, or lacks the privacy that the server promises. Flower sends it to the server as an
+            error reply.
     """
     if not message.has_content():
         return call_next(message, context)
@@ -59,6 +62,7 @@ def gradient_coding_mod(message: Message, context: Context, call_next: _Call) ->
     plan = Plan.find_in(message.content)
     if plan is None:
         return call_next(message, context)
+    refuse_clipping_mods(call_next)
     with generators_restored():
         return _CodedCall(plan, Plan.remove_from(message.content), message, context, call_next).run()
 
@@ -94,6 +98,8 @@ class _CodedCall:
         self.given: dict[str, ArrayRecord] = {}  # what the user's function gets
         self.stateful = False
         self.fixed_data = False
+        self.privacy = privacy_from_json(plan.privacy) if plan.privacy and plan.arrays_key else None
+        self.spent: list[tuple[int, str, float, float]] = []
 
     def run(self) -> Message:
         row = self.plan.rows[self.worker]
@@ -111,7 +117,7 @@ class _CodedCall:
                     return self._answer("fixed-data")
                 self.fixed_data = True  # evaluating on one common test set is fine; the server warns
             try:
-                self._add(reply.content, coefficients)
+                self._add(shard, reply.content, coefficients)
             except (ValueError, Overflow) as error:
                 raise UnsuitableApp(f"Shard {shard}, {self.plan.label}: {str(error).rstrip('.')}.") from error
         return self._answer("coded", row.shards)
@@ -130,6 +136,10 @@ class _CodedCall:
         message = copy(self.message)
         # The user's function may change what it is given: the next shard needs it as it came.
         message.content = RecordDict({key: self._as_it_came(key, record) for key, record in self.content.items()})
+        if isinstance(self.privacy, DPSGD):
+            plan, (holders, earlier) = self.plan, self.plan.releases[shard]
+            asked = Asked(self.privacy, plan.run, plan.round, shard, self.worker, holders, earlier)
+            asked.add_to(message.content)
         started = time.perf_counter()
         seed_generators(self.plan.seed, self.plan.round, shard)
         reply = self.call_next(message, context)
@@ -149,14 +159,19 @@ class _CodedCall:
             mine = self.given[key] = ArrayRecord(arrays)
         return mine
 
-    def _add(self, content: RecordDict, coefficients: tuple[float, ...]) -> None:
+    def _add(self, shard: int, content: RecordDict, coefficients: tuple[float, ...]) -> None:
+        spent = self._spent_by(shard, content)
         array_records = [(name, r) for name, r in content.items() if isinstance(r, ArrayRecord)]
         metric_records = [(name, r) for name, r in content.items() if isinstance(r, MetricRecord)]
         if len(metric_records) != 1:
             raise ValueError(f"a reply needs exactly one MetricRecord, not {len(metric_records)}")
-        if len(content) > len(array_records) + len(metric_records):
+        if len(content) > len(array_records) + len(metric_records) + (spent is not None):
             _log.warning("ConfigRecords in a reply cannot be coded; they are dropped.")
         metrics_name, metrics = metric_records[0]
+        if self.privacy is not None:  # nothing that is not accounted leaves: metrics of training tell of the data
+            metrics = MetricRecord({key: value for key, value in metrics.items() if key == self.plan.weight_key})
+        if isinstance(self.privacy, CentralNoise):
+            metrics = MetricRecord({self.plan.weight_key: 1})
         metrics_layout, metrics_vector = pack.flatten_metrics(metrics, self.plan.weight_key)
         layout: pack.Layout = ()
         update: NDArray[np.floating] = np.zeros(0, np.float32)
@@ -167,6 +182,8 @@ class _CodedCall:
                 raise ValueError(f"a reply needs exactly one ArrayRecord, not {len(array_records)}")
             arrays_name, arrays = array_records[0]
             layout, update = pack.flatten_update(self.arrays[self.plan.arrays_key], arrays)
+            if isinstance(self.privacy, CentralNoise):
+                clip(update, self.privacy.clipping_norm)
         if self.layout is None:
             self.layout, self.metrics_layout = layout, metrics_layout
             self.names = (arrays_name, metrics_name)
@@ -184,8 +201,21 @@ class _CodedCall:
         # must not get into the weight, which would share an entry with it.
         self.metrics = self.carrier.add_metrics(self.metrics, metrics_vector, coefficients[:1])
         whole = self.carrier.with_metrics(sketch, metrics_vector)
-        if whole is not None:
+        if whole is not None and not (isinstance(self.privacy, DPSGD) and self.privacy.noise == "independent"):
             self.sketches.append(whole)
+
+    def _spent_by(self, shard: int, content: RecordDict) -> Spent | None:
+        """What private training says; without it no update leaves that was to be private."""
+        if not isinstance(self.privacy, DPSGD):
+            return None
+        spent = Spent.find_in(content)
+        if spent is None or (spent.shard, spent.round) != (shard, self.plan.round):
+            raise ValueError(
+                "the server asks for differential privacy, and train() answered without the record of "
+                "private_training for this shard and round: nothing is sent"
+            )
+        self.spent.append((shard, spent.context, spent.epsilon, spent.total_epsilon))
+        return spent
 
     def _answer(self, outcome: str, shards: tuple[int, ...] = ()) -> Message:
         coded = outcome == "coded"
@@ -204,6 +234,7 @@ class _CodedCall:
             seconds=tuple(self.seconds),
             stateful=self.stateful,
             fixed_data=self.fixed_data,
+            spent=tuple(self.spent) if coded else (),
         )
         records: dict[str, Any] = {}
         if coded:

@@ -9,10 +9,12 @@ from flwr.app import ArrayRecord, Message
 from flwr.serverapp.strategy import Strategy
 
 from .asking import Asking, make_plan
+from .gradient_code import GradientCode
 from .inner import arrays_key_of, common_content
 from .options import Options
 from .phase import Phase
 from .roster import Roster
+from .run_privacy import RunPrivacy
 from .shardwise import sending_of
 from .ways import Way
 
@@ -31,6 +33,7 @@ class Opening:
         weight_key: The metric that holds the number of examples.
         roster: Who is who.
         timeout: Seconds of a phase.
+        privacy: The run's account, if it promises any.
     """
 
     strategy: Strategy
@@ -40,6 +43,31 @@ class Opening:
     weight_key: str
     roster: Roster
     timeout: float | None
+    privacy: RunPrivacy | None = None
+
+    @classmethod
+    def of(
+        cls,
+        strategy: Strategy,
+        options: Options,
+        code: GradientCode,
+        run: str,
+        roster: Roster,
+        timeout: float | None,
+    ) -> Opening:
+        """For a run that begins."""
+        weight_key = str(getattr(strategy, "weighted_by_key", "num-examples"))
+        privacy = RunPrivacy(options.privacy, code, run) if options.privacy else None
+        return cls(strategy, options, code.k, run, weight_key, roster, timeout, privacy)
+
+    def begin(self, num_rounds: int) -> None:
+        """Say what the run is going to cost.
+
+        Raises:
+            InvalidSetting: More privacy than it may.
+        """
+        if self.privacy is not None:
+            self.privacy.begin(num_rounds)
 
     def phase(self, kind: str, server_round: int, drafts: Sequence[Message], way: Way) -> tuple[Phase, Asking]:
         """A phase over the shards that were sampled, and the maker of its messages."""
@@ -57,9 +85,13 @@ class Opening:
             kind=kind,
             weight_key=self.weight_key,
             arrays_key=arrays_key,
+            privacy=self.privacy if arrays_key else None,
         )
         before = content[arrays_key] if arrays_key else None
         assert before is None or isinstance(before, ArrayRecord)
         asking = Asking(plan, content, message_type=drafts[0].metadata.message_type, timeout=self.timeout)
         sending = sending_of(way, asking, code, shards, self.roster, kappa_max=self.options.kappa_max)
-        return Phase(plan, shards, before, self.roster, sending), asking
+        phase = Phase(plan, shards, before, self.roster, sending)
+        if self.privacy is not None and arrays_key:
+            phase.release_by = self.privacy.release(server_round, shards)
+        return phase, asking

@@ -9,6 +9,7 @@ from .errors import InvalidSetting
 from .gradient_code import GradientCode
 from .memory import can_fill_in
 from .prime_field import PrimeField
+from .privacy_settings import DPSGD, CentralNoise, Privacy
 
 __all__ = ["Approximation", "Options"]
 
@@ -48,6 +49,7 @@ class Options:
     node_timeout: float = 60.0
     give_up_after: float | None = None
     allow_fixed_data: bool = False
+    privacy: Privacy | None = None
 
     def check(self, code: GradientCode) -> None:
         """Refuse what makes no sense, alone or with this code.
@@ -98,10 +100,29 @@ class Options:
                 "Over a prime field a sum is exact or unknown: on_undecodable='approximate' needs a code over the "
                 "reals."
             )
+        self._check_privacy(code)
         if self.fills_in and not can_fill_in(code, shardwise=shardwise):
             raise InvalidSetting(
                 f"fill_in needs to know single updates, and a {code.name} code mixes them. Take fractional_repetition "
                 "with m = 1, or send='shards'."
+            )
+
+    def _check_privacy(self, code: GradientCode) -> None:
+        if self.privacy is None:
+            return
+        if not isinstance(self.privacy, DPSGD | CentralNoise):
+            raise InvalidSetting(f"privacy={self.privacy!r}: pass a DPSGD(...) or a CentralNoise(...).")
+        central = isinstance(self.privacy, CentralNoise)
+        if central and (self.approximation is not None or not code.exact):
+            raise InvalidSetting(
+                "CentralNoise is scaled to an exact sum; an estimate may hold a shard several times. Take an exact "
+                "code, and on_undecodable='skip' or 'raise'."
+            )
+        independent = isinstance(self.privacy, DPSGD) and self.privacy.noise == "independent"
+        if independent and isinstance(code.numbers, PrimeField):
+            raise InvalidSetting(
+                "Over a prime field holders of a shard must agree in every bit, and independent noise differs: take "
+                "noise='shared', or a code over the reals."
             )
 
     @property

@@ -17,6 +17,7 @@ from .inbox import Inbox
 from .memory import Memory
 from .options import Approximation
 from .prime_field import PrimeField
+from .release import CentralRelease
 from .roster import Roster
 from .sending import Sending
 from .stop import Wait
@@ -50,6 +51,8 @@ class Phase:
         self.wait = Wait()
         self.failure = ""
         self.decodable_after: tuple[int, float] | None = None
+        #: What is done to the decoded sum before anybody sees it.
+        self.release_by: CentralRelease | None = None
 
     @property
     def code(self) -> GradientCode:
@@ -128,7 +131,7 @@ class Phase:
             vector = self.code.least_squares_vector(survivors, ridge=approximation.ridge)
             if memory is not None:
                 stale = memory.for_missing(self.code, self.shards, survivors, best.key)
-        decoded = best.decode(self.code, vector, self.inbox.before, stale)
+        decoded = best.decode(self.code, vector, self.inbox.before, stale, self.release_by)
         if isinstance(decoded, str):
             self.failure = decoded
             return None

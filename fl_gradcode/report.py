@@ -13,6 +13,7 @@ from .inbox import Rejection
 from .pack import wire_dtype
 from .phase import Phase
 from .prime_field import PrimeField
+from .run_privacy import RunPrivacy
 from .stop import JobTime
 from .wire import report_key
 
@@ -31,7 +32,9 @@ def new_row(run: str, grid: Grid, server_round: int, code: GradientCode) -> dict
     }
 
 
-def phase_entry(phase: Phase, decoded: Decoded | None, *, decoding: float) -> dict[str, Any]:
+def phase_entry(
+    phase: Phase, decoded: Decoded | None, privacy: RunPrivacy | None, *, decoding: float
+) -> dict[str, Any]:
     """What happened in one phase; `docs/ledger.md` explains every field."""
     wait = phase.wait
 
@@ -73,6 +76,7 @@ def phase_entry(phase: Phase, decoded: Decoded | None, *, decoding: float) -> di
         "quantisation-error": _quantisation(phase, decoded),
         "filled-in": [{"shards": [*one.shards], "round": one.round} for one in (decoded.stale if decoded else ())],
         "replica-disagreement": inbox.disagreement,
+        "privacy": privacy.entry(inbox) if privacy and phase.plan.privacy else None,
         "timings": [_timed(phase, one) for one in wait.times],
         "owing": [_timed(phase, one) for one in wait.owing],
         "bytes-down": wait.bytes_down,
@@ -93,7 +97,9 @@ def why_undecodable(phase: Phase, entry: dict[str, Any]) -> str:
 
 def figures(entry: dict[str, Any]) -> dict[str, Any]:
     """The numbers that go among Flower's result metrics, under `fl-gradcode.`."""
+    spent = {report_key("epsilon"): float(entry["privacy"]["epsilon"])} if entry["privacy"] else {}
     return {
+        **spent,
         report_key("decoded"): int(entry["outcome"] != "skipped"),
         report_key("decoding-error"): float(entry["decoding-error"]),
         report_key("replies-used"): len(entry["used"]),

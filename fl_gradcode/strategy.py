@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from . import report
 from .arrivals import Arrival
-from .contract import broken_promises, refuse_unsuitable
+from .contract import broken_promises, refuse_unsuitable, refuse_wrappers
 from .errors import InvalidSetting, RoundFailed
 from .gradient_code import GradientCode
 from .grid import EarlyStopGrid
@@ -25,8 +25,9 @@ from .memory import Memory
 from .opening import Opening
 from .options import Approximation, Options
 from .phase import Phase
+from .privacy_settings import Privacy
 from .roster import Roster, nodes_of_a_phase, wait_for_nodes
-from .ways import AdaptiveWays, FixedWay, Way, Ways
+from .ways import FixedWay, Way, Ways, ways_of
 
 __all__ = ["GradientCoding"]
 
@@ -67,7 +68,8 @@ class GradientCoding(Strategy):
         give_up_after: Seconds after which a client stops between two shards and is free again; None: never.
         allow_fixed_data: Accept an app that does not choose its data by `partition-id`.
         on_round_end: Called with (round, current arrays, ledger row) after each round.
-        run: Name of the run, which seeds, plans and the ledger carry; made up if None.
+        run: Name of the run, which plans, keys and the ledger carry; made up if None.
+        privacy: `DPSGD` or `CentralNoise`: what the run promises (`fl_gradcode.privacy`, docs/privacy.md).
 
     Raises:
         IncompatibleStrategy: A strategy that cannot work on one decoded reply, with what to do instead.
@@ -92,6 +94,7 @@ class GradientCoding(Strategy):
         allow_fixed_data: bool = False,
         on_round_end: Callable[[int, ArrayRecord, dict[str, Any]], None] | None = None,
         run: str | None = None,
+        privacy: Privacy | None = None,
     ) -> None:
         check_strategy(strategy)
         if not isinstance(code, GradientCode):
@@ -108,6 +111,7 @@ class GradientCoding(Strategy):
             node_timeout=node_timeout,
             give_up_after=give_up_after,
             allow_fixed_data=allow_fixed_data,
+            privacy=privacy,
         )
         self.options.check(code)
         self.strategy = strategy
@@ -163,6 +167,7 @@ class GradientCoding(Strategy):
         if self.options.fills_in:
             self._memory = {"train": Memory(), "evaluate": Memory()}
         self._opening = self._open(timeout)
+        self._opening.begin(num_rounds)
         self._way = None
         limit: Any = timeout  # Flower's grids take None for "no limit"
         self._arrays = initial_arrays
@@ -180,14 +185,14 @@ class GradientCoding(Strategy):
         finally:
             if waiting is not grid:
                 waiting.close()
-        if not result.arrays:
-            result.arrays = self._arrays
+        result.arrays = result.arrays or self._arrays
         return result
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The wrapped strategy's training messages, one plan for each worker."""
+        refuse_wrappers()
         self._row = report.new_row(self.run, grid, server_round, self.code)
         self._arrays = arrays
         return self._configure("train", server_round, arrays, config, grid)
@@ -245,13 +250,9 @@ class GradientCoding(Strategy):
         return asking.messages(nodes, self.roster, self._phase.sending.first_rows())
 
     def _open(self, timeout: float | None) -> Opening:
-        """What a run needs anew: nobody is known yet, nothing has been learnt."""
-        weight_key = str(getattr(self.strategy, "weighted_by_key", "num-examples"))
-        if self.options.send == "adaptive":
-            self._ways = AdaptiveWays(self.code, smaller=self.options.policy != "raise")
-        else:
-            self._ways = FixedWay(Way(self.code, self.options.send, self.options.waiting))
-        return Opening(self.strategy, self.options, self.code.k, self.run, weight_key, self.roster, timeout)
+        """What a run needs anew: nobody is known yet, nothing has been learnt or spent."""
+        self._ways = ways_of(self.options, self.code)
+        return Opening.of(self.strategy, self.options, self.code, self.run, self.roster, timeout)
 
     def _aggregate(
         self, server_round: int, replies: Iterable[Message]
@@ -264,7 +265,7 @@ class GradientCoding(Strategy):
                 phase.offer(Arrival("", reply.metadata.src_node_id, 0.0), reply, 0.0)
         began = time.perf_counter()
         decoded = phase.decode(self.options.approximation, self._memory.get(phase.plan.kind))
-        entry = report.phase_entry(phase, decoded, decoding=time.perf_counter() - began)
+        entry = report.phase_entry(phase, decoded, self._opening.privacy, decoding=time.perf_counter() - began)
         self._row[phase.plan.kind] = entry  # whatever is raised from here on, the row tells what happened
         self._phase = None
         phase.release()

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from .gradient_code import GradientCode
 from .history import History
+from .options import Options
 from .round_times import steady_rounds
 from .schemes import Scheme
 
-__all__ = ["AdaptiveWays", "FixedWay", "Way", "Ways", "regrouped"]
+__all__ = ["AdaptiveWays", "FixedWay", "Way", "Ways", "regrouped", "ways_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -243,3 +244,10 @@ def _name(way: Way) -> str:
 def _kind(way: Way) -> str:
     """What fails a trial together: coded vectors, however long."""
     return _name(way) if way.send == "shards" else "coded"
+
+
+def ways_of(options: Options, code: GradientCode) -> Ways:
+    """As the user set it."""
+    if options.send == "adaptive":
+        return AdaptiveWays(code, smaller=options.policy != "raise")
+    return FixedWay(Way(code, options.send, options.waiting))

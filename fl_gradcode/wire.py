@@ -71,6 +71,8 @@ class Plan:
         give_up_after: Seconds after which a client stops between two shards; 0: never.
         allow_fixed_data: Whether an app that does not choose its data by `partition-id` is accepted.
         fraction_bits: Of the fixed point, under a code over a prime field; None: replies are floats.
+        privacy: What training has to promise, as `privacy_to_json` writes it; empty: nothing.
+        releases: With privacy: shard -> how many hold it, and the ranges of rounds in which they were asked before.
     """
 
     run: str
@@ -85,6 +87,8 @@ class Plan:
     give_up_after: float = 0.0
     allow_fixed_data: bool = False
     fraction_bits: int | None = None
+    privacy: str = ""
+    releases: dict[int, tuple[int, tuple[tuple[int, int], ...]]] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -93,7 +97,9 @@ class Plan:
 
     def for_worker(self, worker: int) -> Plan:
         """The plan with this worker's row alone."""
-        return replace(self, rows={worker: self.rows[worker]})
+        row = self.rows[worker]
+        releases = {shard: self.releases[shard] for shard in row.shards if shard in self.releases}
+        return replace(self, rows={worker: row}, releases=releases)
 
     def add_to(self, content: RecordDict) -> RecordDict:
         """A new RecordDict with the same records and this plan; strategies may share one object."""
@@ -130,6 +136,8 @@ class Reply:
         seconds: Compute seconds of each shard.
         stateful: Whether the function kept something in `context.state`.
         fixed_data: Whether it never read `partition-id`.
+        spent: With privacy: for each shard its number, the digest of what its key was bound to, and epsilon of this run
+            and of all runs.
     """
 
     run: str
@@ -146,6 +154,7 @@ class Reply:
     seconds: tuple[float, ...] = field(default=())
     stateful: bool = False
     fixed_data: bool = False
+    spent: tuple[tuple[int, str, float, float], ...] = ()
 
     def to_record(self) -> ConfigRecord:
         """This reply as a record."""
@@ -174,6 +183,7 @@ class Reply:
             v["seconds"] = tuple(float(x) for x in v["seconds"])
             v["worker"], v["round"] = int(v["worker"]), int(v["round"])
             v["stateful"], v["fixed_data"] = bool(v["stateful"]), bool(v["fixed_data"])
+            v["spent"] = tuple((int(j), str(c), float(e), float(t)) for j, c, e, t in v["spent"])
             v["arrays_name"], v["metrics_name"] = str(v["arrays_name"]), str(v["metrics_name"])
             if v["outcome"] not in OUTCOMES:
                 raise ValueError(f"outcome {v['outcome']!r}")
@@ -190,6 +200,10 @@ def _parse_plan(text: str) -> Plan:
     values["rows"] = {
         int(i): Row(tuple(shards), tuple(tuple(c) for c in coefficients))
         for i, (shards, coefficients) in values["rows"].items()
+    }
+    values["releases"] = {
+        int(shard): (int(holders), tuple((int(first), int(last)) for first, last in ranges))
+        for shard, (holders, ranges) in values["releases"].items()
     }
     return Plan(**values)
 

@@ -53,14 +53,19 @@ LAYERS = (
         | names("schemes round_times order_statistics planner"),
         peers=True,
     ),
+    # What privacy needs apart from Flower. PyTorch and the rest are granted below, module by module: they are extras.
+    Layer(
+        "protection",
+        names("accounting opacus_import privacy_settings keyed key_files spending dp_optimizer"),
+        peers=True,
+    ),
     # Flower's public names alone: the rest is internal or legacy, and changes without notice.
     Layer(
         "Flower",
-        names(
-            "wire messages pack unpack mods seeding watched roster bucket inbox carry phase sending shardwise memory options"
-        )
-        | names("report contract inner asking opening ways strategy")
-        | names("arrivals stop grid virtual ledger testing"),
+        names("wire messages pack unpack mods seeding watched roster bucket inbox carry phase sending shardwise memory")
+        | names("options report contract inner asking opening ways strategy")
+        | names("arrivals stop grid virtual ledger testing")
+        | names("privacy private_training privacy_records binding clipping release run_privacy"),
         names("flwr.app flwr.clientapp flwr.clientapp.mod")
         | names("flwr.serverapp flwr.serverapp.strategy flwr.serverapp.exception"),
         peers=True,
@@ -73,6 +78,12 @@ LAYERS = (
 
 # (module, package outside the library): granted to one module, not to its layer.
 EXTRAS = {
+    ("opacus_import", "opacus"),
+    ("keyed", "torch"),  # faster than NumPy at logarithms and sines
+    ("keyed", "cryptography"),
+    ("dp_optimizer", "torch"),
+    ("private_training", "torch"),
+    ("binding", "torch"),  # a type
     ("seeding", "torch"),  # only to seed local training
     (
         "testing",
@@ -83,7 +94,7 @@ EXTRAS = {
 # Two halves that run on different machines: what they share goes into `wire`.
 NEVER = {("strategy", "mods"), ("mods", "strategy")}
 
-WHOLE_PACKAGES = names("numpy scipy torch flwr.supercore typer rich matplotlib")
+WHOLE_PACKAGES = names("numpy scipy torch opacus cryptography flwr.supercore typer rich matplotlib")
 
 # The reference client is the honest baseline only while it knows nothing of coding.
 CODING_WORDS = ("coded", "straggler", "gradient_coding")

@@ -1,0 +1,126 @@
+"""What travels for privacy: what a shard's training is asked to promise, and what it says that it spent."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from .errors import InvalidSetting
+from .privacy_settings import Privacy, privacy_from_json, privacy_to_json
+from .wire import PARTITION_ID
+
+__all__ = ["Asked", "Spent", "asked_of", "in_config"]
+
+#: Key of what is asked and of what was spent, in records of whatever name; ours to a shard has this name too.
+_NAME = "fl-gradcode.privacy"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one shard's training is asked.
+
+    Attributes:
+        privacy: What the run promises.
+        run, round, shard: Which.
+        worker: Whose keys.
+        holders: Of the shard.
+        earlier: Ranges (first, last) of rounds in which its holders were asked before.
+    """
+
+    privacy: Privacy
+    run: str
+    round: int
+    shard: int
+    worker: int
+    holders: int = 1
+    earlier: tuple[tuple[int, int], ...] = ()
+
+    def add_to(self, content: RecordDict) -> None:
+        """Into a shard's message."""
+        values = {**vars(self), "privacy": privacy_to_json(self.privacy)}
+        content[_NAME] = ConfigRecord({_NAME: json.dumps(values)})
+
+    @property
+    def earlier_rounds(self) -> range | list[int]:
+        """Each of them."""
+        if len(self.earlier) == 1:
+            first, last = self.earlier[0]
+            return range(first, last + 1)
+        return [number for first, last in self.earlier for number in range(first, last + 1)]
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What one shard's training says.
+
+    Attributes:
+        shard, round: Which.
+        context: Digest of what the key was bound to; the same for all holders.
+        epsilon: Of this run, at `delta`.
+        total_epsilon: Of all runs that this holder knows of.
+        delta: The other half.
+        unit: Whose presence is protected.
+    """
+
+    shard: int
+    round: int
+    context: str
+    epsilon: float
+    total_epsilon: float
+    delta: float
+    unit: str = "record"
+
+    def to_record(self) -> ConfigRecord:
+        """For the reply."""
+        return ConfigRecord({_NAME: json.dumps(asdict(self))})
+
+    @classmethod
+    def find_in(cls, content: RecordDict) -> Spent | None:
+        """That of a shard's reply, under whichever name; None if there is none.
+
+        Raises:
+            ValueError: It cannot be read.
+        """
+        for record in content.values():
+            if isinstance(record, ConfigRecord) and _NAME in record:
+                found = cls(**json.loads(str(record[_NAME])))
+                if not (math.isfinite(found.epsilon) and math.isfinite(found.total_epsilon)):
+                    raise ValueError("an epsilon that is not finite")
+                return found
+        return None
+
+
+def in_config(privacy: Privacy) -> dict[str, str]:
+    """For a plain strategy's `train_config`, where no `GradientCoding` asks: `ConfigRecord(in_config(DPSGD(...)))`."""
+    return {_NAME: privacy_to_json(privacy)}
+
+
+def asked_of(message: Message, context: Context) -> Asked | None:
+    """What this message asks of the shard that `context` names; None if it asks for no privacy.
+
+    From the mod, which knows the round's plan; or from a plain strategy's config, where run and round are Flower's.
+
+    Raises:
+        InvalidSetting: It cannot be read, or lacks what a key is bound to.
+    """
+    record = message.content.get(_NAME)
+    if isinstance(record, ConfigRecord):
+        values = json.loads(str(record[_NAME]))
+        values["privacy"] = privacy_from_json(values["privacy"])
+        values["earlier"] = tuple((int(first), int(last)) for first, last in values["earlier"])
+        return Asked(**values)
+    for config in message.content.values():
+        if isinstance(config, ConfigRecord) and _NAME in config:
+            server_round, shard = config.get("server-round"), context.node_config.get(PARTITION_ID)
+            if not isinstance(server_round, int) or not isinstance(shard, int):
+                raise InvalidSetting(
+                    f"Private training needs a server-round in the message's config and a {PARTITION_ID} in the node "
+                    f"config; they are {server_round!r} and {shard!r}."
+                )
+            earlier = ((1, server_round - 1),) if server_round > 1 else ()
+            privacy = privacy_from_json(str(config[_NAME]))
+            return Asked(privacy, f"flower-{context.run_id}", server_round, shard, shard, 1, earlier)
+    return None

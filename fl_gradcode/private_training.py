@@ -1,0 +1,236 @@
+"""DP-SGD on one shard inside a user's `train()`: keys, charge, keyed batches and keyed noise, in a `with` block."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, Context, Message
+
+from .binding import budget_of, folder_of, key_context, needed
+from .dp_optimizer import wrap
+from .errors import InvalidSetting, PrivacyRefused
+from .key_files import read_keys
+from .keyed import KeyContext, KeyedStream
+from .privacy_records import Asked, Spent, asked_of
+from .privacy_settings import DPSGD
+from .spending import Charge, Request, SpentLedger
+
+__all__ = ["PrivateTraining", "private_training"]
+
+_SPENT = "spent"  # the ledger's folder, in the node's
+
+
+def private_training(
+    message: Message,
+    context: Context,
+    model: torch.nn.Module,
+    *,
+    examples: int,
+    manifest: str = "",
+    binding: Mapping[str, Any] | None = None,
+) -> PrivateTraining:
+    """DP-SGD as the server asked for it, for the shard that `context` names. To be used as
+
+        with private_training(message, context, model, examples=len(y)) as dp:
+            optimizer = dp.optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+            criterion = dp.criterion(torch.nn.CrossEntropyLoss())
+            for batch in dp.batches():
+                optimizer.zero_grad()
+                criterion(dp.model(x[batch]), y[batch]).backward()
+                optimizer.step()
+
+    and then to reply with `model`'s arrays, `num-examples` and `dp.record`. Entering charges the shard's ledger, or
+    refuses. Afterwards `model` is plain again.
+
+    Args:
+        message: As `train()` got it.
+        context: As `train()` got it. Its node config names the node's folder with keys and ledger by `privacy-dir`, or
+            the run config a folder with one for each worker; and the data owner's own `max-epsilon`, over all runs.
+        model: With the weights of the message, and with layers that do not mix records.
+        examples: Number of records of the shard. It is public: it weighs the update.
+        manifest: What the shard's data are, such as a digest of its records: holders with other data then get other
+            keys, which shows.
+        binding: Whatever else the result depends on and somebody else decides, as JSON values. The message and the run
+            config are bound already.
+
+    Raises:
+        PrivacyRefused: Over budget, or a second, different request for a round; or the model is not fit for it.
+        InvalidSetting: Keys or ledger are missing, damaged or open to others; or the message asks for no privacy.
+    """
+    asked = asked_of(message, context)
+    if asked is None or not isinstance(asked.privacy, DPSGD):
+        raise InvalidSetting(
+            "This message asks for no private training. Say GradientCoding(..., privacy=DPSGD(...)) on the server, or "
+            "train without."
+        )
+    return PrivateTraining(
+        asked, asked.privacy, message, context, model, examples=examples, manifest=manifest, binding=dict(binding or {})
+    )
+
+
+class PrivateTraining:
+    """One shard's private training in one round; made by `private_training`.
+
+    Attributes:
+        model: To call in training: it keeps single records' gradients. The plain model shares its weights.
+        record: For the reply: what was spent.
+        epsilon: Of this run, after this round.
+    """
+
+    def __init__(
+        self,
+        asked: Asked,
+        privacy: DPSGD,
+        message: Message,
+        context: Context,
+        model: torch.nn.Module,
+        *,
+        examples: int,
+        manifest: str,
+        binding: dict[str, Any],
+    ) -> None:
+        self.model: Any = None
+        self.record: ConfigRecord
+        self.epsilon = 0.0
+        self._asked, self._privacy, self._message, self._context = asked, privacy, message, context
+        self._plain, self._examples, self._manifest, self._binding = model, examples, manifest, binding
+        self._open = ExitStack()
+        self._sampling: KeyedStream
+        self._steps = 0
+
+    def __enter__(self) -> PrivateTraining:
+        self._check_examples()
+        shared = self._privacy.noise == "shared"
+        folder = folder_of(self._context, self._asked.worker)
+        keys = read_keys(needed(folder, "the key of its shards")) if shared else None
+        bound = self._bound_to(keys.generation if keys else 0)
+        if keys is not None:
+            secret = keys.secret(self._asked.shard)
+            noise_key, batch_key = bound.key(secret, "noise"), bound.key(secret, "sample")
+        else:
+            noise_key, batch_key = os.urandom(32), os.urandom(32)
+        wrapped, self._drawn = wrap(
+            self._plain,
+            KeyedStream(noise_key),
+            mode=self._privacy.grad_sample_mode,
+            noise_multiplier=self._privacy.noise_multiplier,
+            max_grad_norm=self._privacy.max_grad_norm,
+        )
+        self._open.callback(wrapped.unwrap)
+        try:
+            charge = self._charge(folder, bound, repeatable=shared)
+        except BaseException:
+            self._open.close()
+            raise
+        self._open.enter_context(_without_hook_warnings())
+        self._sampling = KeyedStream(batch_key)
+        self._wrapped, self.model = wrapped, wrapped.model
+        self._buffers = {name: buffer.clone() for name, buffer in self._plain.named_buffers()}
+        self.epsilon = charge.run_epsilon
+        self.record = Spent(
+            self._asked.shard,
+            self._asked.round,
+            bound.digest if shared else "",
+            charge.run_epsilon,
+            charge.total_epsilon,
+            self._privacy.delta,
+        ).to_record()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._open.close()
+        changed = [n for n, b in self._plain.named_buffers() if not torch.equal(b, self._buffers.get(n, b))]
+        if kind is None and changed:
+            raise PrivacyRefused(
+                f"Training changed {changed[0]!r}, which is no parameter and gets no noise: it would tell of the data. "
+                "Use layers without running statistics."
+            )
+
+    def optimizer(self, inner: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Gives `inner`, which must be new, clipped and noisy gradients. One step for each batch.
+
+        Raises:
+            PrivacyRefused: It was used before, or has other parameters than the model's.
+        """
+        if inner.state:
+            raise PrivacyRefused(
+                "The optimizer keeps something of earlier steps: make a new one for each shard and round. State would "
+                "carry data from shard to shard, and holders would differ."
+            )
+        batch = self._privacy.sample_rate * self._examples
+        optimizer: torch.optim.Optimizer = self._wrapped.optimizer(inner, expected_batch_size=batch)
+        return optimizer
+
+    def criterion(self, inner: Any) -> Any:
+        """The loss, as ghost clipping needs it; `inner` has to be a mean over records."""
+        return self._wrapped.criterion(inner)
+
+    def batches(self) -> Iterator[torch.Tensor]:
+        """The round's batches: indices of records, int64; each record is in each by itself with chance `sample_rate`.
+
+        A batch may be empty. It still is one step, of noise alone; its mean loss is NaN.
+        """
+        while self._steps < self._privacy.steps:
+            self._steps += 1
+            chosen = np.flatnonzero(self._sampling.uniform(self._examples) < self._privacy.sample_rate)
+            self._drawn(len(chosen))
+            yield torch.from_numpy(chosen)
+
+    def _check_examples(self) -> None:
+        here = f"Shard {self._asked.shard}"
+        if self._examples < 1:
+            raise PrivacyRefused(f"{here} has {self._examples} examples; private training needs at least one.")
+        if self._privacy.delta * self._examples >= 1:
+            raise PrivacyRefused(
+                f"{here}: delta={self._privacy.delta:g} with {self._examples} records would allow to publish one of "
+                f"them. Choose a delta far below {1 / self._examples:.1g}."
+            )
+
+    def _bound_to(self, generation: int) -> KeyContext:
+        return key_context(
+            self._asked,
+            self._message,
+            self._context,
+            self._plain,
+            manifest=f"{self._examples}|{self._manifest}",
+            others={**self._binding, "fl-gradcode.keys": generation},
+        )
+
+    def _charge(self, folder: Path | None, bound: KeyContext, *, repeatable: bool) -> Charge:
+        budget = budget_of(self._context)
+        if folder is None and budget == float("inf"):
+            # No record is kept here: as if every round so far had been answered.
+            epsilon = self._privacy.epsilon(self._asked.round, holders=self._asked.holders)
+            return Charge(epsilon, epsilon, True)
+        ledger = SpentLedger(needed(folder, "a ledger of what it spends") / _SPENT)
+        request = Request(
+            self._asked.shard,
+            self._asked.run,
+            self._asked.round,
+            bound.digest,
+            self._privacy.spend(1, holders=self._asked.holders),
+            self._asked.earlier_rounds if self._privacy.honest_server else range(1, self._asked.round),
+            repeatable,
+        )
+        return ledger.charge(
+            request,
+            delta=self._privacy.delta,
+            accountant=self._privacy.accountant,
+            run_budget=self._privacy.max_epsilon,
+            budget=budget,
+        )
+
+
+@contextmanager
+def _without_hook_warnings() -> Iterator[None]:
+    """PyTorch warns at each backward pass that the inputs need no gradients, which is so by design."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        yield
