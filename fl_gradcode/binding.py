@@ -53,7 +53,7 @@ def key_context(
     config = {
         "privacy": privacy_to_json(asked.privacy),
         "message": records,
-        "run-config": dict(context.run_config),
+        "run-config": {key: value for key, value in context.run_config.items() if key != FOLDER},
         "others": dict(others),
         "parameters": [[n, [*p.shape], str(p.dtype), p.requires_grad] for n, p in model.named_parameters()],
         # Without the build (+cpu): kinds of processor differ by rounding, versions may by more.
