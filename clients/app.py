@@ -1,5 +1,6 @@
 """The Flower ClientApp: train and evaluate on the partition that the node config names."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from clients.errors import AppConfigError
 from clients.models import build_model
 from clients.partition import partition_indices
 from fl_gradcode import gradient_coding_mod
+from fl_gradcode.privacy import asks_for_privacy, private_training
 
 __all__ = ["app", "evaluate", "train"]
 
@@ -41,6 +43,8 @@ def train(message: Message, context: Context) -> Message:
     server_round = _integer(config, "server-round", _MESSAGE)
     model = _received_model(message, context, local.dataset)
     x, y = local.examples(local.train_indices)
+    if asks_for_privacy(message, context):
+        return _train_privately(message, context, local, model)
     loss = training.train(
         model,
         x,
@@ -57,6 +61,24 @@ def train(message: Message, context: Context) -> Message:
         {
             "arrays": ArrayRecord(model.state_dict()),
             "metrics": MetricRecord({"num-examples": len(y), "train-loss": loss}),
+        }
+    )
+    return Message(content, reply_to=message)
+
+
+def _train_privately(message: Message, context: Context, local: "_Local", model: nn.Module) -> Message:
+    if "proximal-mu" in _config(message):
+        raise AppConfigError("Private training has no proximal term: take another strategy than fedprox, or no dp.")
+    x, y = local.examples(local.train_indices)
+    with private_training(message, context, model, examples=len(y), manifest=local.manifest) as dp:
+        training.train_privately(
+            dp, x, y, learning_rate=_number(context.run_config, "learning-rate", _RUN), device=_DEVICE
+        )
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord(model.state_dict()),
+            "metrics": MetricRecord({"num-examples": len(y)}),
+            "privacy": dp.record,
         }
     )
     return Message(content, reply_to=message)
@@ -81,6 +103,12 @@ class _Local:
     seed: int
     train_indices: NDArray[np.int64]
     evaluation_indices: NDArray[np.int64]
+
+    @property
+    def manifest(self) -> str:
+        """Which examples are trained on: a digest of their places in the data set, and its size."""
+        places = hashlib.sha256(np.ascontiguousarray(self.train_indices, "<i8").data).hexdigest()
+        return f"{places} of {len(self.dataset.train_y)}"
 
     def examples(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         x, y = self.dataset.train_x[indices], self.dataset.train_y[indices]

@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["class_accuracies", "evaluate", "evaluate_by_class", "local_seed", "train"]
+from fl_gradcode.privacy import PrivateTraining
+
+__all__ = ["class_accuracies", "evaluate", "evaluate_by_class", "local_seed", "train", "train_privately"]
 
 _EVALUATION_BATCH = 1024  # bounds the memory of a cnn's activations
 
@@ -77,6 +79,27 @@ def train(
                     parameter.sub_(gradient, alpha=learning_rate)
                 total += loss.detach() * len(batch)
     return float(total) / seen
+
+
+def train_privately(dp: PrivateTraining, x: Tensor, y: Tensor, *, learning_rate: float, device: torch.device) -> None:
+    """Train by differentially private SGD: batches, clipping and noise are those of `dp`.
+
+    Args:
+        dp: Of this shard and round, entered.
+        x: Inputs, first axis examples.
+        y: Labels, shape (examples,).
+        learning_rate: Step size.
+        device: Where to compute; model and data are moved there.
+    """
+    dp.model.to(device)
+    x, y = x.to(device), y.to(device)
+    optimizer = dp.optimizer(torch.optim.SGD(dp.model.parameters(), lr=learning_rate))
+    criterion = dp.criterion(nn.CrossEntropyLoss())
+    for indices in dp.batches():
+        batch = indices.to(device)
+        optimizer.zero_grad()
+        criterion(dp.model(x[batch]), y[batch]).backward()
+        optimizer.step()
 
 
 def evaluate(model: nn.Module, x: Tensor, y: Tensor, device: torch.device) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The command line: `fl-gradcode plan`."""
+"""The command line: `fl-gradcode plan`, and the commands for privacy."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .errors import FlGradcodeError
 from .plan_figure import draw_plan
 from .planner import Line, RoundPlan, make_plan
 from .populations import POPULATIONS
+from .privacy_commands import keys, one_sentence, privacy
 from .sources import Source, read_source
 
 __all__ = ["app", "main"]
@@ -63,7 +64,7 @@ def plan(
 ) -> None:
     """Does coding pay for these clients? Round times, costs, and the line to paste."""
     console = Console()
-    try:
+    with one_sentence():
         read = read_source(
             source,
             n=workers,
@@ -79,9 +80,6 @@ def plan(
             result = make_plan(read.latency, n, model_megabytes=model, tolerances=s or None, seed=seed)
         if figure is not None:
             draw_plan(result, figure, title=f"{n} workers, {read.told}")
-    except (FlGradcodeError, ImportError) as error:
-        typer.echo(f"fl-gradcode: {error}", err=True)
-        raise typer.Exit(2) from None
     if as_json:
         typer.echo(json.dumps(_as_json(result, read), indent=2))
         return
@@ -95,6 +93,10 @@ def plan(
         console.print(f"Closest law: {best.code} (Kolmogorov-Smirnov distance {best.distance:.2f}).", highlight=False)
     if figure is not None:
         console.print(f"Figure: {figure}", highlight=False, soft_wrap=True)
+
+
+app.command()(privacy)
+app.add_typer(keys, name="keys")
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from flwr.app import ArrayRecord, Context
+from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from clients.data import Dataset, load_dataset
@@ -13,7 +13,8 @@ from clients.errors import AppConfigError
 from clients.models import build_model
 from clients.partition import partition_indices
 from fl_gradcode import EarlyStopGrid, FlGradcodeError, VirtualGrid
-from server.compose import make_coding, make_latency, make_strategy
+from fl_gradcode.privacy import in_config
+from server.compose import make_coding, make_latency, make_privacy, make_strategy
 from server.evaluation import CentralEvaluation
 from server.settings import Settings
 
@@ -44,6 +45,11 @@ def main(grid: Grid, context: Context) -> None:
         strategy = make_coding(settings, inner, n)  # type: ignore[assignment]
     elif settings.ledger:
         raise AppConfigError("ledger= is written by a coded run; choose a code, or leave ledger empty.")
+    train_config = None
+    if settings.code == "none" and settings.dp != "none":
+        privacy = make_privacy(settings)
+        assert privacy is not None
+        train_config = ConfigRecord(dict(in_config(privacy)))
     clock = time.monotonic
     if settings.latency != "none":
         grid = VirtualGrid(grid, make_latency(settings), seed=settings.seed)
@@ -56,6 +62,7 @@ def main(grid: Grid, context: Context) -> None:
         ArrayRecord(model.state_dict()),
         num_rounds=settings.num_server_rounds,
         timeout=settings.timeout,
+        train_config=train_config,
         evaluate_fn=CentralEvaluation(
             dataset, settings.model, now=lambda: clock() - start, path=settings.results or None
         ),

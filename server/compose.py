@@ -27,9 +27,10 @@ from fl_gradcode.latency import (
     trace,
 )
 from fl_gradcode.populations import named
+from fl_gradcode.privacy import DPSGD, CentralNoise, noise_multiplier_for
 from server.settings import Settings, whole_numbers
 
-__all__ = ["make_code", "make_coding", "make_latency", "make_strategy"]
+__all__ = ["make_code", "make_coding", "make_latency", "make_privacy", "make_strategy"]
 
 _FIXED_SHARE = 0.2  # of a healthy client's time for one shard; the rest grows with the number of shards
 
@@ -78,12 +79,44 @@ def make_code(settings: Settings, n: int) -> GradientCode:
             return fractional_repetition(n, s, m=m)
 
 
+def make_privacy(settings: Settings, holders: int = 1) -> DPSGD | CentralNoise | None:
+    """What the run promises; with a target, the noise that it takes for all rounds.
+
+    Args:
+        settings: The run-config.
+        holders: Of the shard with most.
+    """
+    common: dict[str, Any] = {"delta": settings.delta, "noise_multiplier": settings.noise_multiplier}
+    if settings.dp == "none":
+        return None
+    if settings.dp == "central":
+        if settings.target_epsilon:
+            common["noise_multiplier"] = noise_multiplier_for(
+                settings.target_epsilon, settings.delta, sample_rate=1.0, steps=settings.num_server_rounds
+            )
+            common["max_epsilon"] = settings.target_epsilon
+        return CentralNoise(clipping_norm=settings.clipping_norm, **common)
+    steps: dict[str, Any] = {
+        "max_grad_norm": settings.clipping_norm,
+        "sample_rate": settings.sample_rate,
+        "steps": settings.local_steps,
+        "noise": settings.dp,
+        "grad_sample_mode": settings.grad_sample_mode,
+    }
+    if not settings.target_epsilon:
+        return DPSGD(**common, **steps)
+    rounds = settings.num_server_rounds
+    return DPSGD.for_epsilon(settings.target_epsilon, rounds=rounds, holders=holders, delta=settings.delta, **steps)
+
+
 def make_coding(settings: Settings, inner: FedAvg, n: int) -> GradientCoding:
     """The inner strategy, coded."""
     policy: Any = settings.on_undecodable
+    code = make_code(settings, n)
     return GradientCoding(
         inner,
-        make_code(settings, n),
+        code,
+        privacy=make_privacy(settings, max(len(code.holders_of(j)) for j in range(code.k))),
         send=settings.send,  # type: ignore[arg-type]
         patience=settings.patience if settings.send == "shards" else None,
         on_undecodable=Approximation(fill_in=True) if policy == "fill-in" else policy,

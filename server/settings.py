@@ -8,10 +8,11 @@ from pathlib import Path
 
 from clients.errors import AppConfigError
 
-__all__ = ["CODES", "LATENCIES", "SENDING", "STRATEGIES", "TRACES", "Settings", "whole_numbers"]
+__all__ = ["CODES", "LATENCIES", "PRIVACY", "SENDING", "STRATEGIES", "TRACES", "Settings", "whole_numbers"]
 
 STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedprox")
 CODES = ("none", "uncoded", "fractional", "cyclic", "universal", "reed-solomon")
+PRIVACY = ("none", "shared", "independent", "central")
 SENDING = ("coded", "shards", "adaptive")
 LATENCIES = (
     *("none", "constant", "lognormal", "shifted-exponential", "pareto", "bimodal", "bursty"),
@@ -54,6 +55,15 @@ class Settings:
     batch_size: int
     learning_rate: float
     seed: int
+    dp: str
+    noise_multiplier: float
+    target_epsilon: float
+    clipping_norm: float
+    sample_rate: float
+    local_steps: int
+    delta: float
+    grad_sample_mode: str
+    privacy_dir: str
     latency: str
     slow_clients: int
     slow_factor: float
@@ -79,6 +89,7 @@ class Settings:
             _one_of("latency", self.latency, LATENCIES)
         _one_of("on-undecodable", self.on_undecodable, _POLICIES)
         _one_of("send", self.send, SENDING)
+        _one_of("dp", self.dp, PRIVACY)
         for key, least in (
             ("num-server-rounds", 1),
             ("num-clients", 0),
@@ -92,6 +103,8 @@ class Settings:
             ("owners", 0),
             ("give-up-after", 0),
             ("slow-factor", 1),
+            ("noise-multiplier", 0),
+            ("target-epsilon", 0),
         ):
             value = getattr(self, _name(key))
             if not value >= least:
@@ -124,8 +137,9 @@ class Settings:
             raise AppConfigError(
                 f"slow-clients={self.slow_clients} needs virtual time: choose latency from {', '.join(LATENCIES[1:])}."
             )
-        for key in ("ledger", "results", "latency"):
-            path = getattr(self, key)
+        self._check_privacy()
+        for key in ("ledger", "results", "latency", "privacy-dir"):
+            path = getattr(self, _name(key))
             if key == "latency" and Path(path).suffix not in TRACES:
                 continue
             if path and not Path(path).is_absolute():
@@ -133,6 +147,19 @@ class Settings:
                     f"{key}={path!r} is a relative path; inside an app the working folder is the engine's, not yours. "
                     "Give an absolute path."
                 )
+
+    def _check_privacy(self) -> None:
+        if self.dp == "none":
+            return
+        if bool(self.noise_multiplier) == bool(self.target_epsilon):
+            raise AppConfigError(
+                f"dp={self.dp!r} takes either noise-multiplier or target-epsilon, which finds it; they are "
+                f"{self.noise_multiplier} and {self.target_epsilon}. Set one, and the other to 0."
+            )
+        if self.dp == "central" and self.code == "none":
+            raise AppConfigError("dp='central' adds its noise after decoding: choose a code, be it 'uncoded'.")
+        if self.strategy == "fedprox" and self.dp != "central":
+            raise AppConfigError("Private training has no proximal term: choose another strategy than fedprox.")
 
 
 def whole_numbers(text: str) -> list[int]:

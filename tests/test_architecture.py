@@ -71,7 +71,7 @@ LAYERS = (
         peers=True,
     ),
     # The command line sits on top of everything.
-    Layer("face", names("cli sources plan_figure"), names("typer rich matplotlib"), peers=True),
+    Layer("face", names("cli privacy_commands sources plan_figure"), names("typer rich matplotlib"), peers=True),
     # The package itself re-exports: it sees all, and no module may import it.
     Layer("package", names("__init__")),
 )
