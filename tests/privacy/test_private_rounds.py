@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import os
+import random
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 
@@ -20,41 +26,158 @@ from fl_gradcode import (
     fractional_repetition,
     uncoded,
 )
+from fl_gradcode.codes import for_assignment, reed_solomon
 from fl_gradcode.latency import Latency, lognormal, scaled
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import flat
 from tests.privacy.private_app import initial, keys_for, private_app, settings
 
-CODES = {
+HELD = [[0, 1, 2, 5], [1, 2, 3], [2, 3, 4], [3, 4, 5, 0], [4, 5, 0], [5, 0, 1, 3]]
+CODES: dict[str, GradientCode] = {
     "fractional": fractional_repetition(6, 2),
+    "fractional, m=2": fractional_repetition(6, 2, m=2),
     "cyclic": cyclic_repetition(6, 2, rng=np.random.default_rng(0)),
+    "universal": for_assignment(HELD, s=2),
+    "field": reed_solomon(6, 2),
 }
+PAIRS = list(itertools.combinations(range(6), 2))
+TRAINED_BY = """
+import sys
+from pathlib import Path
+from fl_gradcode.testing import inside_a_run
+from tests.privacy.test_private_rounds import digests
+with inside_a_run():
+    print(digests(int(sys.argv[1]), Path(sys.argv[2])))
+"""
 
 
 def run(
     code: GradientCode, folder: Path, silent: tuple[int, ...] = (), rounds: int = 1, **kwargs: Any
 ) -> tuple[ArrayRecord, list[dict[str, Any]]]:
+    """On a virtual clock; the `silent` never answer."""
     if not (folder / "node-0").exists():
         keys_for(code, folder)
-    privacy = kwargs.pop("privacy", settings())
-    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), code, privacy=privacy, run="r", **kwargs)
+    privacy, app = kwargs.pop("privacy", settings()), kwargs.pop("app", None) or private_app()
+    inner, tamper = kwargs.pop("inner", None) or FedAvg(fraction_evaluate=0.0), kwargs.pop("tamper", None)
+    arrays = kwargs.pop("arrays", None) or initial()
+    strategy = GradientCoding(inner, code, privacy=privacy, **{"run": "r", **kwargs})
     latency = Latency(compute=scaled(lognormal(), dict.fromkeys(silent, float("inf"))))
-    with InProcessGrid(private_app(), code.n, run_config={"privacy-dir": str(folder)}) as inner:
-        result = strategy.start(VirtualGrid(inner, latency, seed=1), initial(), num_rounds=rounds, timeout=1000.0)
+    random.seed(0)  # which shards are sampled
+    with InProcessGrid(app, code.n, run_config={"privacy-dir": str(folder)}, tamper=tamper) as clients:
+        result = strategy.start(VirtualGrid(clients, latency, seed=1), arrays, num_rounds=rounds, timeout=1000.0)
     return result.arrays, strategy.ledger.rows
 
 
-@pytest.mark.parametrize("name", CODES)
-def test_any_four_of_six_decode_to_the_sum_of_the_private_updates(name: str, tmp_path: Path) -> None:
+def one_holder_each(code: GradientCode, folder: Path, **kwargs: Any) -> np.ndarray[Any, Any]:
+    """The oracle: every shard trained once, by one holder, with the same secrets and a ledger of its own."""
+    keys_for(code, folder / "keys")
+    alone = folder / "alone"
+    for shard in range(code.k):
+        shutil.copytree(folder / "keys" / f"node-{code.holders_of(shard)[0]}", alone / f"node-{shard}")
+    arrays, _ = run(uncoded(code.k), alone, **kwargs)
+    return flat(arrays) - flat(initial())
+
+
+def apart(arrays: ArrayRecord, expected: np.ndarray[Any, Any]) -> float:
+    moved = flat(arrays) - flat(initial())
+    return float(np.linalg.norm(moved - expected) / np.linalg.norm(expected))
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [*((name, "hooks") for name in CODES), ("fractional", "ghost"), ("cyclic", "ghost")]
+)
+def test_any_four_of_six_decode_to_the_sum_of_the_private_updates(name: str, mode: str, tmp_path: Path) -> None:
+    code, privacy = CODES[name], settings(grad_sample_mode=mode)
+    expected = one_holder_each(code, tmp_path, privacy=privacy)
+    for silent in PAIRS:
+        arrays, (row,) = run(code, tmp_path / "keys", silent, privacy=privacy)
+        entry = row["train"]
+        assert entry["outcome"] == "exact" and not {*entry["used"], *entry["answered"]} & {*silent}
+        assert entry["replica-disagreement"] == 0
+        # float32 travels: a code with signs amplifies its rounding by kappa, and says so.
+        rounding = entry["rounding-error"] if entry["quantisation-error"] is None else entry["quantisation-error"] * 10
+        assert apart(arrays, expected) < max(1e-6, 2 * rounding), (silent, entry["kappa"])
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", ["cyclic", "universal"])
+def test_float64_updates_decode_to_nine_digits(name: str, tmp_path: Path) -> None:
+    expected = one_holder_each(CODES[name], tmp_path)
+    for silent in PAIRS:
+        arrays, _ = run(CODES[name], tmp_path / "keys", silent)
+        assert apart(arrays, expected) < 1e-9, silent
+
+
+@pytest.mark.parametrize("send", ["shards", "adaptive"])
+def test_however_shards_are_sent_the_private_model_is_the_same(send: str, tmp_path: Path) -> None:
+    code = CODES["universal"]
+    expected = one_holder_each(code, tmp_path, rounds=3)
+    for silent in PAIRS[::4]:
+        arrays, rows = run(code, tmp_path / "keys", silent, rounds=3, send=send)
+        assert [row["train"]["outcome"] for row in rows] == ["exact"] * 3
+        assert apart(arrays, expected) < 1e-6, silent
+
+
+@pytest.mark.parametrize("name", ["fractional", "cyclic"])
+def test_a_sample_of_the_shards_decodes_to_the_sum_of_theirs(name: str, tmp_path: Path) -> None:
+    def half() -> FedAvg:
+        return FedAvg(fraction_train=0.5, fraction_evaluate=0.0)
+
     code = CODES[name]
-    keys_for(code, tmp_path / "keys")
-    # The oracle: every shard trained once, by one holder, with the same secrets.
-    shutil.copytree(tmp_path / "keys", tmp_path / "one")
-    expected, _ = run(uncoded(6), tmp_path / "one")
-    start = flat(initial())
-    for silent in itertools.combinations(range(6), 2):
-        arrays, rows = run(code, tmp_path / "keys", silent)
-        assert rows[0]["train"]["outcome"] == "exact"
-        assert not set(rows[0]["train"]["used"]) & set(silent)
-        a, b = flat(arrays) - start, flat(expected) - start
-        assert np.linalg.norm(a - b) < 1e-6 * np.linalg.norm(b), silent
+    expected = one_holder_each(code, tmp_path, inner=half())
+    for silent in PAIRS:
+        arrays, (row,) = run(code, tmp_path / "keys", silent, inner=half())
+        assert row["train"]["shards"] == [0, 3, 5] and row["train"]["outcome"] == "exact"
+        assert apart(arrays, expected) < max(1e-6, 2 * row["train"]["rounding-error"]), silent
+
+
+def digests(worker: int, folder: Path) -> str:
+    """Of the private updates of a worker's shards, by shard."""
+    import hashlib
+    import json
+
+    from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+    from fl_gradcode.privacy_records import Asked
+    from tests.privacy.private_app import train_privately
+
+    found = {}
+    for shard in CODES["fractional"].shards_of(worker):
+        content = RecordDict({"arrays": initial(), "config": ConfigRecord({"server-round": 1})})
+        Asked(settings(), "r", 1, shard, worker, 3).add_to(content)
+        node: dict[str, Any] = {"partition-id": shard, "privacy-dir": str(folder / f"node-{worker}")}
+        message = Message(content, dst_node_id=worker, message_type="train")
+        reply: Any = train_privately(message, Context(1, worker, node, RecordDict(), {}))
+        arrays = b"".join(a.tobytes() for a in reply.content["arrays"].to_numpy_ndarrays())
+        found[shard] = hashlib.sha256(arrays).hexdigest()
+    return json.dumps(found)
+
+
+def test_holders_in_processes_of_their_own_send_the_same_bits(tmp_path: Path) -> None:
+    keys_for(CODES["fractional"], tmp_path)
+    holders = CODES["fractional"].holders_of(0)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TRAINED_BY, str(worker), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": str(worker)},
+        )
+        for worker in holders[:2]
+    ]
+    first, second = [process.communicate(timeout=300)[0].strip() for process in processes]
+    assert all(process.returncode == 0 for process in processes)
+    assert first == second and first.count('": "') == 3
+    # Another secret, another update: the digests do not agree whatever happens.
+    keys_for(CODES["fractional"], tmp_path / "others")
+    from fl_gradcode.testing import inside_a_run
+
+    with inside_a_run():
+        assert digests(holders[0], tmp_path / "others") != first
