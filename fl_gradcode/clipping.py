@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,18 @@ from numpy.typing import NDArray
 
 from .errors import UnsuitableApp
 
-__all__ = ["clip", "refuse_clipping_mods"]
+__all__ = ["clip", "clipping_mod_named_in", "refuse_clipping_mods"]
 
 _CODES = {
     LocalDpMod.__call__.__code__: "LocalDpMod",
     fixedclipping_mod.__code__: "fixedclipping_mod",
     adaptiveclipping_mod.__code__: "adaptiveclipping_mod",
 }
+_INSTEAD = (
+    "does not combine with gradient_coding_mod: a coded reply is a sum over shards, and holders of a shard would add "
+    "different noise. Leave it out, and say GradientCoding(..., privacy=DPSGD(...)) for noise that holders share, or "
+    "privacy=CentralNoise(...) for clipping with noise on the server."
+)
 # Just below the bound: rounding while the factor is applied must not exceed it.
 _BELOW = 1 - 2**-20
 
@@ -47,11 +53,14 @@ def refuse_clipping_mods(call_next: Callable[..., Any]) -> None:
         UnsuitableApp: Naming the mod, and what to do instead.
     """
     for name in (*_around(), *_inside(call_next)):
-        raise UnsuitableApp(
-            f"{name} does not combine with gradient_coding_mod: a coded reply is a sum over shards, and holders of a "
-            "shard would add different noise. Leave it out, and say GradientCoding(..., privacy=DPSGD(...)) for noise "
-            "that holders share, or privacy=CentralNoise(...) for clipping with noise on the server."
-        )
+        raise UnsuitableApp(f"{name} {_INSTEAD}")
+
+
+def clipping_mod_named_in(reason: str) -> str | None:
+    """What to tell of an error reply by one of these mods, which finds a plan beside the config and gives up before it
+    calls ours; None for any other."""
+    name = next((name for name in _CODES.values() if f"{name} expects" in reason), None)
+    return None if name is None else f"{name} {_INSTEAD}"
 
 
 def _around() -> list[str]:
@@ -60,6 +69,8 @@ def _around() -> list[str]:
         frame = frame.f_back
         if frame.f_code in _CODES:
             found.append(_CODES[frame.f_code])
+        elif frame.f_code.co_name == "__call__" and isinstance(frame.f_locals.get("self"), LocalDpMod):
+            found.append("LocalDpMod")  # one that is derived from it
     return found
 
 
@@ -73,9 +84,13 @@ def _inside(call: Any) -> list[str]:
         if id(one) in seen:
             continue
         seen.add(id(one))
-        code = getattr(type(one).__call__ if isinstance(one, LocalDpMod) else one, "__code__", None)
-        if code in _CODES:
+        code = getattr(one, "__code__", None)
+        if isinstance(one, LocalDpMod):
+            found.append("LocalDpMod")
+        elif code in _CODES:
             found.append(_CODES[code])
+        elif isinstance(one, partial):
+            left.append(one.func)
         elif getattr(one, "__closure__", None) and getattr(one, "__module__", "").startswith("flwr."):
             left.extend(cell.cell_contents for cell in one.__closure__ if callable(cell.cell_contents))
     return found

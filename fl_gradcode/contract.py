@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from .errors import IncompatibleStrategy, UnsuitableApp
+from .clipping import clipping_mod_named_in
+from .errors import IncompatibleStrategy, InvalidSetting, UnsuitableApp
 from .inbox import DISAGREEMENT, FIXED_DATA, NO_MOD, Inbox
 from .inner import PRIVACY_WRAPPERS
 
@@ -38,7 +39,8 @@ def refuse_unsuitable(inbox: Inbox, *, ever_decoded: bool) -> None:
     """End the run where no round can become right.
 
     Raises:
-        UnsuitableApp: The app does not choose its data by `partition-id`, or no client has the mod.
+        UnsuitableApp: The app does not choose its data by `partition-id`, or no client has the mod, or all are set up
+            in a way that gives no reply.
     """
     reasons = {rejection.reason for rejection in inbox.rejections}
     if ever_decoded:
@@ -50,8 +52,11 @@ def refuse_unsuitable(inbox: Inbox, *, ever_decoded: bool) -> None:
         )
     if inbox.answered or not reasons:
         return
-    if all(UnsuitableApp.__name__ in reason for reason in reasons):
+    if all(any(kind.__name__ in reason for kind in (UnsuitableApp, InvalidSetting)) for reason in reasons):
         raise UnsuitableApp(f"No client can take part: {sorted(reasons)[0]}")
+    clipping = [clipping_mod_named_in(reason) for reason in sorted(reasons)]
+    if all(clipping):
+        raise UnsuitableApp(f"No client can take part: {clipping[0]}")
     if reasons == {NO_MOD}:
         raise UnsuitableApp(
             "The clients answered without coding. Add the mod to their app: ClientApp(mods=[gradient_coding_mod])."
