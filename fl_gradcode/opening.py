@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,13 +52,14 @@ class Opening:
         strategy: Strategy,
         options: Options,
         code: GradientCode,
-        run: str,
+        run: str | None,
         roster: Roster,
         timeout: float | None,
     ) -> Opening:
-        """For a run that begins."""
+        """For a run that begins; without a name it gets one, which no other run has."""
+        run = run or uuid.uuid4().hex
         weight_key = str(getattr(strategy, "weighted_by_key", "num-examples"))
-        privacy = RunPrivacy(options.privacy, code, run) if options.privacy else None
+        privacy = RunPrivacy(options.privacy, code, run, send=options.send) if options.privacy else None
         return cls(strategy, options, code.k, run, weight_key, roster, timeout, privacy)
 
     def begin(self, num_rounds: int) -> None:

@@ -27,20 +27,22 @@ class RunPrivacy:
         privacy: What is promised.
         code: Who holds which shards.
         run: Name of the run.
+        send: How shards' updates are sent; only coded ones are amplified.
     """
 
-    def __init__(self, privacy: Privacy, code: GradientCode, run: str) -> None:
-        self.privacy, self.code, self.run = privacy, code, run
+    def __init__(self, privacy: Privacy, code: GradientCode, run: str, *, send: str = "coded") -> None:
+        self.privacy, self.code, self.run, self._send = privacy, code, run, send
         self._holders = {j: len(code.holders_of(j)) for j in range(code.k)}
         #: Shard -> ranges of rounds in which its update was, or may have been, released.
         self._released: dict[int, list[list[int]]] = {j: [] for j in range(code.k)}
         folder = privacy.folder if isinstance(privacy, CentralNoise) else ""
         self._ledger = SpentLedger(folder) if folder else None
-        #: What earlier runs spent, each different history once.
+        #: What earlier starts spent, of this run too, each different history once.
         self._before: set[tuple[Spend, ...]] = {()}
         if self._ledger is not None:
-            earlier = ([e.spend for e in self._ledger.entries(j) if e.run != run] for j in range(code.k))
-            self._before |= {composed(spends) for spends in earlier}
+            self._before |= {composed(e.spend for e in self._ledger.entries(j)) for j in range(code.k)}
+        #: Whether this object knows all of its run's rounds.
+        self._knows_all = self._ledger is not None
 
     @property
     def text(self) -> str:
@@ -54,6 +56,7 @@ class RunPrivacy:
         Raises:
             InvalidSetting: More than `max_epsilon`.
         """
+        self._knows_all = True
         one, holders = self.privacy, max(self._holders.values())
         whole = self._epsilon(num_rounds, holders)
         if whole > one.max_epsilon:
@@ -76,7 +79,9 @@ class RunPrivacy:
             one.unit,
         )
         if isinstance(one, DPSGD) and one.noise == "independent" and holders > 1:
-            least, most = amplification(self.code)
+            least, most = (1.0, 1.0) if self._send == "shards" else amplification(self.code)
+            if self._send == "adaptive":
+                least, most = min(1.0, least), max(1.0, most)
             shared = replace(one, noise="shared").epsilon(num_rounds, holders=holders)
             _log.warning(
                 "INDEPENDENT NOISE: each of the up to %d holders of a shard releases its update with noise of its own. "
@@ -93,6 +98,7 @@ class RunPrivacy:
         """For the plan: each shard's holders, and when they were asked before. From now on this round counts."""
         if not isinstance(self.privacy, DPSGD):
             return {}
+        self._goes_on(server_round)
         told = {}
         for shard in shards:
             told[shard] = (self._holders[shard], tuple((first, last) for first, last in self._released[shard]))
@@ -137,6 +143,7 @@ class RunPrivacy:
 
     def _charge(self, server_round: int, shards: Sequence[int]) -> None:
         """On disk before the model leaves."""
+        self._goes_on(server_round)
         for shard in shards:
             if self._ledger is not None:
                 spend = self.privacy.spend(1)
@@ -144,6 +151,14 @@ class RunPrivacy:
                 most = self.privacy.max_epsilon
                 self._ledger.charge(request, delta=self.privacy.delta, accountant=self.privacy.accountant, budget=most)
             self._count(shard, server_round)
+
+    def _goes_on(self, server_round: int) -> None:
+        """A run that goes on after a restart, and not by `start`: who was asked in the rounds before is not known here,
+        so all shards count as asked."""
+        if not self._knows_all and server_round > 1:
+            for ranges in self._released.values():
+                ranges.append([1, server_round - 1])
+        self._knows_all = True
 
     def _count(self, shard: int, server_round: int) -> None:
         ranges = self._released[shard]

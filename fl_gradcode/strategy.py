@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-import uuid
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -68,7 +67,7 @@ class GradientCoding(Strategy):
         give_up_after: Seconds after which a client stops between two shards and is free again; None: never.
         allow_fixed_data: Accept an app that does not choose its data by `partition-id`.
         on_round_end: Called with (round, current arrays, ledger row) after each round.
-        run: Name of the run, which plans, keys and the ledger carry; made up if None.
+        run: Name of the run, which plans, keys and the ledger carry; made up at each start if None.
         privacy: `DPSGD` or `CentralNoise`: what the run promises (`fl_gradcode.privacy`, docs/privacy.md).
 
     Raises:
@@ -118,11 +117,11 @@ class GradientCoding(Strategy):
         self.code = code
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
         self.on_round_end = on_round_end
-        self.run = run or uuid.uuid4().hex
+        self._name = run
         self.roster = Roster()
         self._ways: Ways = FixedWay(Way(code, "coded"))
         self._way: Way | None = None
-        self._opening = self._open(None)
+        self._open(None)
         self._patience = 0.0
         self._drafts: list[Message] = []
         self._phase: Phase | None = None
@@ -166,7 +165,7 @@ class GradientCoding(Strategy):
         self._warned.clear()
         if self.options.fills_in:
             self._memory = {"train": Memory(), "evaluate": Memory()}
-        self._opening = self._open(timeout)
+        self._open(timeout)
         self._opening.begin(num_rounds)
         self._way = None
         limit: Any = timeout  # Flower's grids take None for "no limit"
@@ -249,10 +248,11 @@ class GradientCoding(Strategy):
             raise InvalidSetting(f"send={self.options.send!r} hands out work: run the strategy by its start().")
         return asking.messages(nodes, self.roster, self._phase.sending.first_rows())
 
-    def _open(self, timeout: float | None) -> Opening:
+    def _open(self, timeout: float | None) -> None:
         """What a run needs anew: nobody is known yet, nothing has been learnt or spent."""
         self._ways = ways_of(self.options, self.code)
-        return Opening.of(self.strategy, self.options, self.code, self.run, self.roster, timeout)
+        self._opening = Opening.of(self.strategy, self.options, self.code, self._name, self.roster, timeout)
+        self.run = self._opening.run
 
     def _aggregate(
         self, server_round: int, replies: Iterable[Message]

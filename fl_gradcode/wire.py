@@ -189,6 +189,8 @@ class Reply:
                 raise ValueError(f"outcome {v['outcome']!r}")
             if not all(len(one) == 4 and all(map(math.isfinite, one)) for one in v["sketches"]):
                 raise ValueError("sketches that are not four finite numbers each")
+            if not all(0 <= number < math.inf for one in v["spent"] for number in one[2:]):
+                raise ValueError("an epsilon that is no number of at least 0")
             return cls(**v)
         except Exception as error:  # whatever somebody may have put there
             raise ValueError(f"unreadable reply record ({error})") from error
