@@ -54,10 +54,20 @@ class Engine:
         deployed: Real SuperNode processes instead of the simulation engine.
         folder: Where logs and FLWR_HOME go; a temporary folder by default.
         cpus: Actors of the simulation.
+        node_config: Of a SuperNode: what its node config holds besides partition-id and num-partitions.
     """
 
-    def __init__(self, nodes: int, *, deployed: bool = False, folder: Path | None = None, cpus: int = 2) -> None:
+    def __init__(
+        self,
+        nodes: int,
+        *,
+        deployed: bool = False,
+        folder: Path | None = None,
+        cpus: int = 2,
+        node_config: Callable[[int], str] = lambda number: "",
+    ) -> None:
         self.nodes, self.deployed, self.cpus = nodes, deployed, cpus
+        self._node_config = node_config
         self._temporary = tempfile.TemporaryDirectory(prefix="fl-gradcode-") if folder is None else None
         self.folder = Path(self._temporary.name) if self._temporary else Path(folder or ".").resolve()
         self._link_port, self._control_port = _free_port(), _free_port()
@@ -116,7 +126,7 @@ class Engine:
         """Start the SuperNode with this partition-id."""
         command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self._link_port}"]
         command += ["--host", "127.0.0.1", "--port", str(_free_port())]
-        command += ["--node-config", f"partition-id={number} num-partitions={self.nodes}"]
+        command += ["--node-config", f"partition-id={number} num-partitions={self.nodes} {self._node_config(number)}"]
         self._nodes[number] = self._start(command, f"supernode-{number}")
         return self._nodes[number]
 
