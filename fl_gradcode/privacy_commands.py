@@ -72,7 +72,7 @@ def privacy(
             "accountant": accountant,
         }
         for noise in ("shared", "independent") if holders > 1 else ("shared",):
-            draft = DPSGD(noise_multiplier=noise_multiplier or 1.0, noise=noise, **common)
+            draft = DPSGD(noise_multiplier=1.0 if noise_multiplier is None else noise_multiplier, noise=noise, **common)
             spend = draft.spend(rounds, holders=holders)
             sigma = noise_multiplier
             if sigma is None:
