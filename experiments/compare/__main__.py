@@ -6,21 +6,19 @@ A run that was killed goes on where it was: each task is a row of its own. `make
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from clients.data import load_dataset
 from clients.errors import AppConfigError
+from experiments.compare.pool import run_all
 from experiments.compare.problems import PROBLEMS
 from experiments.compare.runs import run
-from experiments.compare.store import ROOT, Store, Task
+from experiments.compare.store import ROOT, Store
 from experiments.compare.suites import SUITES, cost_of
 
 __all__ = ["main"]
@@ -43,51 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"[bold red]{error}")
         return 2
     started = time.perf_counter()
-    failed = _run_all(missing, store, data_dir, options.processes, console)
+    queue = sorted(missing, key=cost_of, reverse=True)
+    work = partial(run, data_dir=data_dir)
+    failed = run_all(queue, store, work, cost_of, processes=options.processes, console=console)
     console.print(f"{len(missing) - failed} tasks in {time.perf_counter() - started:.0f} s; rows: {store.path}")
     return 1 if failed else 0
-
-
-def _run_all(tasks: list[Task], store: Store, data_dir: str, processes: int, console: Console) -> int:
-    if not tasks:
-        return 0
-    failed = 0
-    progress = Progress(
-        TextColumn("{task.description:44}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-    context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
-    queue = sorted(tasks, key=cost_of, reverse=True)
-    with progress, ProcessPoolExecutor(processes, mp_context=context) as pool:
-        total = sum(map(cost_of, tasks))
-        bar = progress.add_task("", total=total)
-        running: dict[Future[dict[str, Any]], Task] = {}
-        try:
-            while queue or running:
-                while queue and len(running) < processes:
-                    task = queue.pop(0)
-                    running[pool.submit(run, task, data_dir)] = task
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    task = running.pop(future)
-                    error = future.exception()
-                    name = f"{task.problem} {task.law or 'no clock'} {task.scheme} seed {task.seed}"
-                    if error is None:
-                        store.add(task, future.result())
-                    else:
-                        failed += 1
-                        console.print(f"[red]{name}: {type(error).__name__}: {error}")
-                    progress.update(bar, advance=cost_of(task), description=name)
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            console.print("Interrupted; what has a row is kept.")
-            raise SystemExit(130) from None
-    return failed
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

@@ -9,7 +9,7 @@ from typing import Any
 from fl_gradcode.latency import Latency, lognormal, scaled
 from fl_gradcode.populations import named
 
-__all__ = ["LAWS", "OWNERS", "PROBLEMS", "Problem", "latency_of"]
+__all__ = ["LAWS", "OWNERS", "PROBLEMS", "Problem", "latency_of", "slow_owners"]
 
 #: Workers 0 to 2 are slow for good under the law "slow owners", and own two labels in the problem "slow owners".
 OWNERS = 3
@@ -118,14 +118,15 @@ PROBLEMS: dict[str, Problem] = {
 }
 
 
-def _slow_owners() -> Latency:
-    slow = scaled(lognormal(1.0, 0.3), dict.fromkeys(range(OWNERS), _SLOWER))
+def slow_owners(owners: int = OWNERS) -> Latency:
+    """The first workers are slow for good."""
+    slow = scaled(lognormal(1.0, 0.3), dict.fromkeys(range(owners), _SLOWER))
     return Latency(fixed=0.2, compute=0.8, slowdown=slow)
 
 
 #: A second a shard for a healthy client, 80 % of it compute (serverless: 1.77 s, 64 %).
 LAWS: dict[str, tuple[str, Callable[[], Latency]]] = {
-    "slow-owners": ("3 workers 10x slower for good", _slow_owners),
+    "slow-owners": ("3 workers 10x slower for good", slow_owners),
     "none": ("all alike", lambda: named("none")),
     "shifted-exponential": ("shifted exponential", lambda: named("shifted-exponential")),
     "serverless": ("serverless (heavy tail)", lambda: named("serverless")),

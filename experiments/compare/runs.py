@@ -30,7 +30,7 @@ from fl_gradcode.round_times import steady_rounds
 from fl_gradcode.schemes import partial_work, wait_for_all
 from fl_gradcode.testing import InProcessGrid
 
-__all__ = ["ASYNCHRONOUS", "EXACT", "INEXACT", "run", "scheme_titles"]
+__all__ = ["ASYNCHRONOUS", "EXACT", "FOREVER", "INEXACT", "Curve", "run", "scheme_titles", "work_of"]
 
 FOREVER = 1e9
 #: name -> (title, code of (n, s), how it sends, patience). None: plain FedAvg.
@@ -84,7 +84,7 @@ class _Enough(Exception):
     """The run has gone on for long enough."""
 
 
-class _Curve:
+class Curve:
     """Points of one run: called by Flower, or by a baseline, after each server round."""
 
     def __init__(self, problem: Problem, dataset: Dataset, seed: int, now: Callable[[], float]) -> None:
@@ -115,7 +115,7 @@ def _trajectory(task: Task, problem: Problem, data_dir: str) -> dict[str, Any]:
     with InProcessGrid(client_app, problem.n, run_config=problem.run_config(data_dir, task.seed)) as inner:
         latency = latency_of(task.law or "none")
         grid = WorkShareGrid(inner, latency, seed=task.seed)
-        curve = _Curve(problem, dataset, task.seed, grid.now)
+        curve = Curve(problem, dataset, task.seed, grid.now)
         horizon = 0.0
         if task.law:
             parts = latency.parts(seed=task.seed, n=problem.n, rounds=task.rounds)
@@ -133,7 +133,7 @@ def _trajectory(task: Task, problem: Problem, data_dir: str) -> dict[str, Any]:
         after(0, curve.initial)
         with _until_enough():
             _baseline(task, problem, grid, curve, after, horizon)
-    return {"points": curve.points, "work": _work(grid)}
+    return {"points": curve.points, "work": work_of(grid)}
 
 
 @contextmanager
@@ -148,7 +148,7 @@ def _baseline(
     task: Task,
     problem: Problem,
     grid: VirtualGrid,
-    curve: _Curve,
+    curve: Curve,
     after: Callable[[int, ArrayRecord], None],
     horizon: float,
 ) -> None:
@@ -237,10 +237,10 @@ def _times(task: Task, problem: Problem, data_dir: str) -> dict[str, Any]:
         for job in grid.jobs
         if job.round <= _TIMELINE and task.seed == 0
     ]
-    return {**result, "seconds": [round(float(t), 5) for t in seconds], "work": _work(grid), "jobs": jobs}
+    return {**result, "seconds": [round(float(t), 5) for t in seconds], "work": work_of(grid), "jobs": jobs}
 
 
-def _work(grid: VirtualGrid) -> dict[str, float]:
+def work_of(grid: VirtualGrid) -> dict[str, float]:
     """What all clients did, needed or not."""
     return {
         "messages": len(grid.jobs),
