@@ -19,11 +19,12 @@ from .errors import InvalidSetting
 from .keyed import KeyContext
 from .privacy_records import Asked
 from .privacy_settings import privacy_to_json
+from .wire import NUM_PARTITIONS
 
-__all__ = ["BUDGET", "FOLDER", "budget_of", "folder_of", "key_context", "needed"]
+__all__ = ["FOLDER", "folder_of", "key_context", "needed"]
 
-#: Keys of the node config (`FOLDER` also of the run config, where all nodes are on one machine).
-FOLDER, BUDGET = "privacy-dir", "max-epsilon"
+#: Key of the node config, and of the run config where all nodes are on one machine.
+FOLDER = "privacy-dir"
 
 
 def key_context(
@@ -38,7 +39,7 @@ def key_context(
     """Everything that the server decides and a shard's update depends on.
 
     Two requests with one key would be two answers with the same noise: their difference has none. So the weights, the
-    rest of the message, the run config and what is trained all go in.
+    rest of the message, the run config, the seed and what is trained all go in.
     """
     weights = hashlib.sha256()
     records: dict[str, Any] = {}
@@ -50,9 +51,19 @@ def key_context(
                 weights.update(values.reshape(-1).view(np.uint8).data)
         elif not name.startswith("fl-gradcode."):
             records[name] = dict(record.items())
+    start = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        values = np.ascontiguousarray(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        start.update(repr((name, str(tensor.dtype), [*tensor.shape])).encode())
+        start.update(values.data)
     config = {
         "privacy": privacy_to_json(asked.privacy),
-        "message": records,
+        "message": [message.metadata.message_type, records],
+        # The message's arrays may be only a part of what training starts from.
+        "model": start.hexdigest(),
+        # The server seeds dropout and augmentation: with another seed it would get another update, with equal noise.
+        "seed": torch.initial_seed(),
+        "partitions": context.node_config.get(NUM_PARTITIONS),
         "run-config": {key: value for key, value in context.run_config.items() if key != FOLDER},
         "others": dict(others),
         "parameters": [[n, [*p.shape], str(p.dtype), p.requires_grad] for n, p in model.named_parameters()],
@@ -95,13 +106,6 @@ def needed(folder: Path | None, what: str) -> Path:
     return folder
 
 
-def budget_of(context: Context) -> float:
-    """The data owner's own limit, over all runs."""
-    value = context.node_config.get(BUDGET, float("inf"))
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise InvalidSetting(f"{BUDGET}={value!r} in the node config must be a number greater than 0.")
-    return float(value)
-
-
-def _as_text(value: object) -> str:
-    return value.hex() if isinstance(value, bytes) else repr(value)
+def _as_text(value: object) -> dict[str, str]:
+    # As no value of a record is written: bytes and a text never look alike.
+    return {type(value).__name__: value.hex() if isinstance(value, bytes) else repr(value)}

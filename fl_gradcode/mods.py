@@ -20,7 +20,7 @@ from . import pack
 from .carry import carrier_of
 from .clipping import clip, refuse_clipping_mods
 from .errors import Overflow, UnsuitableApp
-from .privacy_records import Asked, Spent
+from .privacy_records import Asked, Spent, asked_of, refuse_unprotected
 from .privacy_settings import DPSGD, CentralNoise, privacy_from_json
 from .seeding import generators_restored, seed_generators
 from .watched import WatchedConfig
@@ -53,6 +53,7 @@ def gradient_coding_mod(message: Message, context: Context, call_next: _Call) ->
         UnsuitableApp: This node has no `partition-id`, or one that the plan does not know, or the function's
             reply cannot be coded, or lacks the privacy that the server promises. Flower sends it to the server as an
             error reply.
+        PrivacyRefused: This node has a `max-epsilon`, and is asked for an update without noise.
     """
     if not message.has_content():
         return call_next(message, context)
@@ -61,7 +62,10 @@ def gradient_coding_mod(message: Message, context: Context, call_next: _Call) ->
         return Message(who.content(), reply_to=message)
     plan = Plan.find_in(message.content)
     if plan is None:
+        asked = asked_of(message, context)
+        refuse_unprotected(message, context, asked.privacy if asked else None)
         return call_next(message, context)
+    refuse_unprotected(message, context, privacy_from_json(plan.privacy) if plan.privacy else None)
     refuse_clipping_mods(call_next)
     with generators_restored():
         return _CodedCall(plan, Plan.remove_from(message.content), message, context, call_next).run()

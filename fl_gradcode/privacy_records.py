@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 
-from .errors import InvalidSetting
-from .privacy_settings import Privacy, privacy_from_json, privacy_to_json
+from .errors import InvalidSetting, PrivacyRefused
+from .privacy_settings import DPSGD, Privacy, privacy_from_json, privacy_to_json
 from .wire import PARTITION_ID
 
-__all__ = ["Asked", "Spent", "asked_of", "in_config"]
+__all__ = ["BUDGET", "Asked", "Spent", "asked_of", "budget_of", "in_config", "refuse_unprotected"]
+
+#: Key of the node config: the data owner's own limit.
+BUDGET = "max-epsilon"
 
 #: Key of what is asked and of what was spent, in records of whatever name; ours to a shard has this name too.
 _NAME = "fl-gradcode.privacy"
@@ -28,6 +32,9 @@ class Asked:
         worker: Whose keys.
         holders: Of the shard.
         earlier: Ranges (first, last) of rounds in which its holders were asked before.
+
+    Raises:
+        InvalidSetting: Something is of another type: a shard 1.0 would find the key of shard 1 and another ledger.
     """
 
     privacy: Privacy
@@ -38,18 +45,25 @@ class Asked:
     holders: int = 1
     earlier: tuple[tuple[int, int], ...] = ()
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.run, str):
+            raise InvalidSetting(f"The run that is asked for is {self.run!r}; it must be a text.")
+        for name, least in (("round", 0), ("shard", 0), ("worker", 0), ("holders", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise InvalidSetting(
+                    f"The {name} that is asked for is {value!r}; it must be a whole number >= {least}."
+                )
+
     def add_to(self, content: RecordDict) -> None:
         """Into a shard's message."""
         values = {**vars(self), "privacy": privacy_to_json(self.privacy)}
         content[_NAME] = ConfigRecord({_NAME: json.dumps(values)})
 
     @property
-    def earlier_rounds(self) -> range | list[int]:
-        """Each of them."""
-        if len(self.earlier) == 1:
-            first, last = self.earlier[0]
-            return range(first, last + 1)
-        return [number for first, last in self.earlier for number in range(first, last + 1)]
+    def earlier_rounds(self) -> Iterator[int]:
+        """Each of them, one by one: the server may name any number."""
+        return (number for first, last in self.earlier for number in range(first, last + 1))
 
 
 @dataclass(frozen=True)
@@ -108,10 +122,15 @@ def asked_of(message: Message, context: Context) -> Asked | None:
     """
     record = message.content.get(_NAME)
     if isinstance(record, ConfigRecord):
-        values = json.loads(str(record[_NAME]))
-        values["privacy"] = privacy_from_json(values["privacy"])
-        values["earlier"] = tuple((int(first), int(last)) for first, last in values["earlier"])
-        return Asked(**values)
+        try:
+            values = json.loads(str(record[_NAME]))
+            values["privacy"] = privacy_from_json(values["privacy"])
+            values["earlier"] = tuple((int(first), int(last)) for first, last in values["earlier"])
+            return Asked(**values)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if isinstance(error, InvalidSetting):
+                raise
+            raise InvalidSetting(f"A request for privacy that cannot be read ({error}).") from None
     for config in message.content.values():
         if isinstance(config, ConfigRecord) and _NAME in config:
             server_round, shard = config.get("server-round"), context.node_config.get(PARTITION_ID)
@@ -124,3 +143,30 @@ def asked_of(message: Message, context: Context) -> Asked | None:
             privacy = privacy_from_json(str(config[_NAME]))
             return Asked(privacy, f"flower-{context.run_id}", server_round, shard, shard, 1, earlier)
     return None
+
+
+def budget_of(context: Context) -> float:
+    """The data owner's own limit, over all runs."""
+    value = context.node_config.get(BUDGET, float("inf"))
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise InvalidSetting(f"{BUDGET}={value!r} in the node config must be a number greater than 0.")
+    return float(value)
+
+
+def refuse_unprotected(message: Message, context: Context, privacy: Privacy | None) -> None:
+    """A node with a budget trains privately or not at all, whatever the server asks.
+
+    Args:
+        message: Any; only training is refused.
+        context: Of the node.
+        privacy: What the message asks for.
+
+    Raises:
+        PrivacyRefused: It asks a node with a budget for an update without noise of its own.
+    """
+    training = message.metadata.message_type.split(".")[0] == MessageType.TRAIN
+    if training and BUDGET in context.node_config and not isinstance(privacy, DPSGD):
+        raise PrivacyRefused(
+            f"This node has {BUDGET}={budget_of(context):g}: it trains with noise only, and the server asks for an update "
+            f"in the clear. Say GradientCoding(..., privacy=DPSGD(...)), or take {BUDGET} out of the node config."
+        )

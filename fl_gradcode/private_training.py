@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from flwr.app import ConfigRecord, Context, Message
 
-from .binding import budget_of, folder_of, key_context, needed
+from .binding import folder_of, key_context, needed
 from .dp_optimizer import wrap
 from .errors import InvalidSetting, PrivacyRefused
 from .key_files import read_keys
 from .keyed import KeyContext, KeyedStream
-from .privacy_records import Asked, Spent, asked_of
+from .privacy_records import Asked, Spent, asked_of, budget_of
 from .privacy_settings import DPSGD
 from .spending import Charge, Request, SpentLedger
 
@@ -207,7 +207,12 @@ class PrivateTraining:
         budget = budget_of(self._context)
         if folder is None and budget == float("inf"):
             # No record is kept here: as if every round so far had been answered.
-            epsilon = self._privacy.epsilon(self._asked.round, holders=self._asked.holders)
+            epsilon = self._privacy.epsilon(max(1, self._asked.round), holders=self._asked.holders)
+            if epsilon > self._privacy.max_epsilon:
+                raise PrivacyRefused(
+                    f"Shard {self._asked.shard}, round {self._asked.round}: it would bring this run to epsilon "
+                    f"{epsilon:.3g} (delta {self._privacy.delta:g}), above the budget of {self._privacy.max_epsilon:g}."
+                )
             return Charge(epsilon, epsilon, True)
         ledger = SpentLedger(needed(folder, "a ledger of what it spends") / _SPENT)
         request = Request(
