@@ -62,7 +62,7 @@ def key_context(
         # The message's arrays may be only a part of what training starts from.
         "model": start.hexdigest(),
         # The server seeds dropout and augmentation: with another seed it would get another update, with equal noise.
-        "seed": torch.initial_seed(),
+        "seed": asked.seed,
         "partitions": context.node_config.get(NUM_PARTITIONS),
         "run-config": {key: value for key, value in context.run_config.items() if key != FOLDER},
         "others": dict(others),

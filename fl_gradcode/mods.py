@@ -142,7 +142,7 @@ class _CodedCall:
         message.content = RecordDict({key: self._as_it_came(key, record) for key, record in self.content.items()})
         if isinstance(self.privacy, DPSGD):
             plan, (holders, earlier) = self.plan, self.plan.releases[shard]
-            asked = Asked(self.privacy, plan.run, plan.round, shard, self.worker, holders, earlier)
+            asked = Asked(self.privacy, plan.run, plan.round, shard, self.worker, holders, earlier, plan.seed)
             asked.add_to(message.content)
         started = time.perf_counter()
         seed_generators(self.plan.seed, self.plan.round, shard)

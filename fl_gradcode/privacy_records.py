@@ -32,6 +32,7 @@ class Asked:
         worker: Whose keys.
         holders: Of the shard.
         earlier: Ranges (first, last) of rounds in which its holders were asked before.
+        seed: From which the server has generators seeded.
 
     Raises:
         InvalidSetting: Something is of another type: a shard 1.0 would find the key of shard 1 and another ledger.
@@ -44,6 +45,7 @@ class Asked:
     worker: int
     holders: int = 1
     earlier: tuple[tuple[int, int], ...] = ()
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.run, str):

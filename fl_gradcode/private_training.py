@@ -21,6 +21,7 @@ from .keyed import KeyContext, KeyedStream
 from .privacy_records import Asked, Spent, asked_of, budget_of
 from .privacy_settings import DPSGD
 from .spending import Charge, Request, SpentLedger
+from .wire import PARTITION_ID
 
 __all__ = ["PrivateTraining", "private_training"]
 
@@ -57,8 +58,8 @@ def private_training(
         examples: Number of records of the shard. It is public: it weighs the update.
         manifest: What the shard's data are, such as a digest of its records: holders with other data then get other
             keys, which shows.
-        binding: Whatever else the result depends on and somebody else decides, as JSON values. The message and the run
-            config are bound already.
+        binding: Whatever else the result depends on and somebody else decides, as JSON values. The message, the run
+            config, the model's weights and the run's seed are bound already.
 
     Raises:
         PrivacyRefused: Over budget, or a second, different request for a round; or the model is not fit for it.
@@ -69,6 +70,13 @@ def private_training(
         raise InvalidSetting(
             "This message asks for no private training. Say GradientCoding(..., privacy=DPSGD(...)) on the server, or "
             "train without."
+        )
+    # Past a config that watches who reads it: this is not the app choosing its data.
+    given = dict.get(context.node_config, PARTITION_ID)
+    if given != asked.shard:
+        raise InvalidSetting(
+            f"The message asks for shard {asked.shard}, and {PARTITION_ID} is {given!r}: one shard's records would be "
+            "charged to another's ledger."
         )
     return PrivateTraining(
         asked, asked.privacy, message, context, model, examples=examples, manifest=manifest, binding=dict(binding or {})
