@@ -152,6 +152,37 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         FlGradcodeError,
         "send='shards' sends plain updates",
     ),
+    "no noise": (
+        {"dp": "shared", "code": "fractional"},
+        AppConfigError,
+        "takes either noise-multiplier or target-epsilon",
+    ),
+    "two wishes": (
+        {"dp": "shared", "code": "fractional", "noise-multiplier": 1.0, "target-epsilon": 1.0},
+        AppConfigError,
+        "takes either noise-multiplier or target-epsilon",
+    ),
+    "unknown privacy": ({"dp": "magic"}, AppConfigError, "dp='magic' is not known; choose one of none, shared"),
+    "central without a code": (
+        {"dp": "central", "noise-multiplier": 1.0, "code": "none"},
+        AppConfigError,
+        "adds its noise after decoding: choose a code",
+    ),
+    "private fedprox": (
+        {"dp": "shared", "noise-multiplier": 1.0, "strategy": "fedprox"},
+        AppConfigError,
+        "Private training has no proximal term",
+    ),
+    "sample rate": (
+        {"dp": "shared", "noise-multiplier": 1.0, "code": "fractional", "sample-rate": 2.0},
+        FlGradcodeError,
+        "sample_rate=2.0 must be above 0",
+    ),
+    "relative keys": (
+        {"dp": "shared", "noise-multiplier": 1.0, "code": "fractional", "privacy-dir": "keys"},
+        AppConfigError,
+        "privacy-dir='keys' is a relative path",
+    ),
     "text for a number": ({"stragglers": "two"}, AppConfigError, "stragglers='two' must be a whole number."),
 }
 
