@@ -68,10 +68,14 @@ def write_keys(
         InvalidSetting: The folder has keys already: overwriting them would lock their owners out.
     """
     root = Path(folder)
+    there = sorted(root.glob(f"node-*/{KEYS_FILE}"))
+    if there:
+        raise InvalidSetting(f"{there[0]} is there already. Take another folder, or fl-gradcode keys rotate.")
+    return _write(root, shards_of, generation)
+
+
+def _write(root: Path, shards_of: Sequence[Sequence[int]], generation: int) -> list[Path]:
     paths = [root / f"node-{worker}" / KEYS_FILE for worker in range(len(shards_of))]
-    there = next((path for path in paths if path.exists()), None)
-    if there is not None and generation == 1:
-        raise InvalidSetting(f"{there} is there already. Take another folder, or fl-gradcode keys rotate.")
     made = {shard: secrets.token_bytes(_BYTES) for shard in sorted({j for held in shards_of for j in held})}
     for worker, (path, held) in enumerate(zip(paths, shards_of, strict=True)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,14 +102,19 @@ def rotate_keys(folder: str | os.PathLike[str]) -> list[Path]:
     found = sorted(root.glob(f"node-*/{KEYS_FILE}"))
     if not found:
         raise InvalidSetting(f"{root} has no node-*/{KEYS_FILE}: make keys first by fl-gradcode keys make.")
-    nodes = sorted((read_keys(path.parent) for path in found), key=lambda node: node.worker)
+    nodes = []
+    for path in found:
+        nodes.append(read_keys(path.parent))
+        if path.parent.name != f"node-{nodes[-1].worker}":
+            raise InvalidSetting(f"{path} is worker {nodes[-1].worker}'s: bring it back to node-{nodes[-1].worker}.")
+    nodes.sort(key=lambda node: node.worker)
     if [node.worker for node in nodes] != list(range(len(nodes))):
         raise InvalidSetting(
             f"{root} has keys of workers {[node.worker for node in nodes]}; rotating needs those of all workers "
             f"0..{max(node.worker for node in nodes)}, or holders of a shard would differ."
         )
     generation = max(node.generation for node in nodes) + 1
-    return write_keys(root, [sorted(node.secrets) for node in nodes], generation=generation)
+    return _write(root, [sorted(node.secrets) for node in nodes], generation)
 
 
 def read_keys(folder: str | os.PathLike[str]) -> NodeKeys:
