@@ -22,7 +22,11 @@ ACCOUNTANTS = ("prv", "rdp")
 
 # Beyond, the numerical accountant needs minutes and gigabytes to tell one useless epsilon from another.
 _USELESS = 100.0
-_LARGEST_NOISE = 1e6
+_MOST_STEPS = 1_000_000
+# Outside, the accountants divide by zero, overflow or never end. Less noise is none; more counts as this much.
+_LEAST_COUNTED, _MOST_COUNTED = 1e-9, 1e4
+# No run gets there, and floats do not hold all whole numbers beyond.
+_ENDLESS = 10**15
 
 
 @dataclass(frozen=True, order=True)
@@ -57,7 +61,7 @@ def epsilon_of(spends: Iterable[Spend], delta: float, *, accountant: str = "prv"
         delta: The other half of the guarantee.
         accountant: "prv": tight to 0.01 (Gopi, Lee, Wutschitz, "Numerical composition of differential privacy", 2021),
             0.1 to 2 s; "rdp": 5 to 40 % more (Mironov, "Renyi differential privacy", 2017). What "prv" cannot compute,
-            above 100 or by an error of its own, is by "rdp".
+            above 100, beyond a million steps or by an error of its own, is by "rdp".
 
     Returns:
         0 for no steps, infinity for steps without noise.
@@ -78,7 +82,7 @@ def noise_multiplier_for(
     """The smallest noise multiplier whose `steps` cost at most `epsilon`, to 0.1 %; 1 to 20 s.
 
     Raises:
-        InvalidSetting: No noise up to a million does, or a value makes no sense.
+        InvalidSetting: No noise up to 10000 does, or a value makes no sense.
     """
     if not (0 < epsilon < _USELESS):
         raise InvalidSetting(f"epsilon={epsilon} must lie between 0 and {_USELESS:g}.")
@@ -90,14 +94,14 @@ def noise_multiplier_for(
     def cost(noise: float) -> float:
         return epsilon_of([Spend(noise, sample_rate, steps)], delta, accountant=accountant)
 
+    if cost(_MOST_COUNTED) > epsilon:
+        raise InvalidSetting(
+            f"No noise multiplier up to {_MOST_COUNTED:g} brings {steps} steps at sample_rate={sample_rate} down to "
+            f"epsilon={epsilon} by accountant={accountant!r}: prv is off by up to 0.01, rdp by 0.1. Wish for more."
+        )
     high = 1.0
     while cost(high) > epsilon:
         high *= 2
-        if high > _LARGEST_NOISE:
-            raise InvalidSetting(
-                f"No noise multiplier up to {_LARGEST_NOISE:g} brings {steps} steps at sample_rate={sample_rate} down "
-                f"to epsilon={epsilon}: the accountant itself is off by about 0.01. Wish for more."
-            )
     low = high / 2 if high > 1 else 0.0
     while high - low > 1e-3 * high:
         middle = (low + high) / 2
@@ -109,10 +113,11 @@ def noise_multiplier_for(
 def _epsilon(spends: tuple[Spend, ...], delta: float, accountant: str) -> float:
     if not spends:
         return 0.0
-    if any(one.noise_multiplier == 0 for one in spends):
+    steps = sum(one.steps for one in spends)
+    if steps > _ENDLESS or any(one.noise_multiplier < _LEAST_COUNTED for one in spends):
         return math.inf
     bound = _by("rdp", spends, delta)
-    if accountant == "rdp" or not bound <= _USELESS:
+    if accountant == "rdp" or not bound <= _USELESS or steps > _MOST_STEPS:
         return bound
     try:
         tight = _by("prv", spends, delta)
@@ -124,7 +129,7 @@ def _epsilon(spends: tuple[Spend, ...], delta: float, accountant: str) -> float:
 def _by(mechanism: str, spends: tuple[Spend, ...], delta: float) -> float:
     create_accountant = opacus().accountants.create_accountant
     accountant = create_accountant(mechanism=mechanism)
-    accountant.history = [(one.noise_multiplier, one.sample_rate, one.steps) for one in spends]
+    accountant.history = [(min(one.noise_multiplier, _MOST_COUNTED), one.sample_rate, one.steps) for one in spends]
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # of orders at the end of its list: the bound holds all the same
         return float(accountant.get_epsilon(delta=delta))

@@ -54,11 +54,14 @@ class DPSGD:
 
     def __post_init__(self) -> None:
         _positive("max_grad_norm", self.max_grad_norm)
+        _number("sample_rate", self.sample_rate)
         if not 0 < self.sample_rate <= 1:
             raise InvalidSetting(f"sample_rate={self.sample_rate} must be above 0 and at most 1.")
         _whole("steps", self.steps)
         _one_of("noise", self.noise, _NOISES)
         _one_of("grad_sample_mode", self.grad_sample_mode, _MODES)
+        if not isinstance(self.honest_server, bool):
+            raise InvalidSetting(f"honest_server={self.honest_server!r} must be True or False.")
         _check_common(self)
 
     @classmethod
@@ -184,11 +187,18 @@ def privacy_from_json(text: str) -> Privacy:
 def _check_common(privacy: Privacy) -> None:
     """Before anything is spent."""
     _positive("noise_multiplier", privacy.noise_multiplier)
+    _number("delta", privacy.delta)
+    _number("max_epsilon", privacy.max_epsilon)
     if not 0 < privacy.delta < 1:
         raise InvalidSetting(f"delta={privacy.delta} must lie between 0 and 1, and below 1 over the number of records.")
     if not privacy.max_epsilon > 0:
         raise InvalidSetting(f"max_epsilon={privacy.max_epsilon} must be greater than 0.")
     _one_of("accountant", privacy.accountant, ACCOUNTANTS)
+
+
+def _number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidSetting(f"{name}={value!r} must be a number.")
 
 
 def _positive(name: str, value: object) -> None:
