@@ -39,7 +39,7 @@ class Wrapped:
     def optimizer(self, inner: torch.optim.Optimizer, *, expected_batch_size: float) -> Any:
         """The inner optimizer, given clipped and noisy gradients."""
         mine = {id(p) for p in self.model.parameters() if p.requires_grad}
-        if {id(p) for group in inner.param_groups for p in group["params"]} != mine:
+        if {id(p) for group in inner.param_groups for p in group["params"] if p.requires_grad} != mine:
             raise PrivacyRefused(
                 "The optimizer has other parameters than those of the model that are trained: all of them get noise. "
                 "Make it from model.parameters() alone, and freeze what is not trained."
@@ -68,6 +68,13 @@ class Wrapped:
     def unwrap(self) -> nn.Module:
         """The plain model, without hooks."""
         plain: nn.Module = self.model.to_standard_module()
+        for module in plain.modules():  # what a pass that was broken off left would be taken for the next batch's
+            for name in ("activations", "max_batch_len"):
+                if hasattr(module, name):
+                    delattr(module, name)
+        for parameter in plain.parameters():
+            if hasattr(parameter, "summed_grad"):  # has no noise yet
+                del parameter.summed_grad
         return plain
 
 
@@ -170,5 +177,12 @@ def _watched_ghost(kind: type[Any]) -> type[Any]:
             coefficients: Tensor = super().get_clipping_coef()
             self.fl_gradcode_batch.clipped = len(coefficients)
             return coefficients
+
+        def capture_backprops_hook(self, *args: Any, **kwargs: Any) -> None:
+            # Runs in the first pass of each loss, which measures norms, and not in the second, which clips. After
+            # a loss that is not wrapped, or a second one, no clipping follows or what was clipped is not all.
+            if self.hooks_enabled:
+                self.fl_gradcode_batch.clipped = None
+            super().capture_backprops_hook(*args, **kwargs)
 
     return WatchedGhost

@@ -1,0 +1,421 @@
+"""Private training against SGD written by hand; what would void the claim is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fl_gradcode.dp_optimizer import wrap
+from fl_gradcode.errors import InvalidSetting, PrivacyRefused
+from fl_gradcode.keyed import KeyContext, KeyedStream
+from fl_gradcode.privacy import PrivateTraining
+from fl_gradcode.testing import inside_a_run
+from tests.privacy.direct import Node, linear, move, records
+from tests.privacy.private_app import model, settings
+
+MODES: tuple[Literal["hooks", "ghost"], ...] = ("hooks", "ghost")
+NO_NOISE = 1e-9
+CLIP = 3.0  # some gradients are longer, some are not
+
+
+@pytest.fixture(autouse=True)
+def _in_a_run() -> Iterator[None]:
+    with inside_a_run():
+        yield
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Node:
+    return Node(tmp_path / "node")
+
+
+def classes(count: int = 40) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(count, 8, generator=generator), torch.randint(0, 3, (count,), generator=generator)
+
+
+def flat(net: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def by_hand(net: nn.Module, x: Tensor, y: Tensor, loss: Any, batches: list[list[int]], clip: float, lr: float) -> int:
+    """Plain clipped SGD, one record at a time; how many gradients were clipped."""
+    size, clipped = len(x), 0
+    for batch in batches:
+        total = [torch.zeros_like(p) for p in net.parameters()]
+        for i in batch:
+            gradients = torch.autograd.grad(loss(net(x[i : i + 1]), y[i : i + 1]), [*net.parameters()])
+            norm = torch.sqrt(sum((g**2).sum() for g in gradients))  # type: ignore[arg-type]
+            clipped += bool(norm > clip)
+            for t, g in zip(total, gradients, strict=True):
+                t += g * min(1.0, clip / float(norm))
+        with torch.no_grad():
+            for p, t in zip(net.parameters(), total, strict=True):
+                p.sub_(lr * t / size)
+    return clipped
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_without_noise_and_sampling_it_is_clipped_sgd_by_hand(node: Node, mode: Any) -> None:
+    (x, y), net, other = classes(), model(), model()
+    privacy = settings(noise_multiplier=NO_NOISE, sample_rate=1.0, max_grad_norm=CLIP, grad_sample_mode=mode)
+    with node.ask(net, privacy=privacy) as dp:
+        batches = move(dp, net, x, y, lr=0.5, loss=nn.CrossEntropyLoss())
+    assert batches == [list(range(40))] * 3
+    clipped = by_hand(other, x, y, nn.CrossEntropyLoss(), batches, CLIP, 0.5)
+    assert 10 < clipped < 110
+    step = torch.linalg.vector_norm(flat(other) - flat(model()))
+    assert step > 0.1 and torch.linalg.vector_norm(flat(net) - flat(other)) < 2e-6 * step
+
+
+def test_ghost_clipping_and_hooks_agree(tmp_path: Path) -> None:
+    # One stream for both: their keys differ, since the settings do.
+    (x, y), updates = classes(), []
+    for mode in MODES:
+        net = model()
+        wrapped, drawn = wrap(net, KeyedStream(bytes(32)), mode=mode, noise_multiplier=0.7, max_grad_norm=1.0)
+        optimizer = wrapped.optimizer(torch.optim.SGD(net.parameters(), lr=1.0), expected_batch_size=8.0)
+        criterion = wrapped.criterion(nn.CrossEntropyLoss())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Full backward hook")
+            for batch in (range(8), range(8, 21), [], [39]):
+                drawn(len(batch))
+                optimizer.zero_grad()
+                criterion(wrapped.model(x[[*batch]]), y[[*batch]]).backward()
+                optimizer.step()
+        updates.append(flat(wrapped.unwrap()) - flat(model()))
+    apart = torch.linalg.vector_norm(updates[0] - updates[1])
+    assert apart < 1e-5 * torch.linalg.vector_norm(updates[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_empty_batch_is_a_step_of_noise_alone(node: Node, mode: Any) -> None:
+    net = linear()
+    privacy = settings(sample_rate=1e-9, steps=2, grad_sample_mode=mode, noise_multiplier=1e-9)
+    x, y = records()
+    with node.ask(net, privacy=privacy) as dp:
+        assert move(dp, net, x, y) == [[], []]
+    # Twice sigma C / (q n) times a normal: of a size that noise alone has.
+    sizes = net.weight.detach().abs().flatten() / (1e-9 / (1e-9 * 40))
+    assert net.weight.isfinite().all() and 0 < float(sizes.max()) < 10
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_frozen_parameters_stay_and_the_others_train(node: Node, mode: Any) -> None:
+    net: Any = model()
+    net[0].requires_grad_(False)
+    x, y = classes()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with node.ask(net, privacy=settings(grad_sample_mode=mode)) as dp:
+        move(dp, net, x, y, loss=nn.CrossEntropyLoss())  # its optimizer is given all parameters
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]) == name.startswith("0."), name
+
+
+class Counting(nn.Module):
+    """A layer that counts what it sees, in a buffer."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += len(x)
+        return x
+
+
+def test_models_that_mix_records_or_keep_statistics_are_refused(node: Node) -> None:
+    batch_norm = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    with pytest.raises(PrivacyRefused, match=r"BatchNorm.*ModuleValidator\.fix\(model\).*GroupNorm"):
+        node.ask(batch_norm).__enter__()
+    assert not node.ledger.exists() and not leftovers(batch_norm)
+    counting: Any = nn.Sequential(Counting(), linear())
+    x, y = records()
+    dp = node.ask(counting)
+    with (
+        pytest.raises(PrivacyRefused, match=r"Training changed '0\.seen', which is no parameter and gets no noise"),
+        dp,
+    ):
+        move(dp, counting, x, y)
+    assert not leftovers(counting)
+
+
+def step(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor, optimizer: Any = None) -> None:
+    optimizer = optimizer or dp.optimizer(torch.optim.SGD(net.parameters(), lr=1.0))
+    optimizer.zero_grad()
+    dp.criterion(nn.MSELoss())(dp.model(x), y).backward()
+    optimizer.step()
+
+
+def without_a_batch(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> None:
+    step(dp, net, x, y)
+
+
+def twice_on_one_batch(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> None:
+    batch = next(dp.batches())
+    optimizer = dp.optimizer(torch.optim.SGD(net.parameters(), lr=1.0))
+    step(dp, net, x[batch], y[batch], optimizer)
+    step(dp, net, x[batch], y[batch], optimizer)
+
+
+def on_another_batch(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> None:
+    next(dp.batches())
+    step(dp, net, x, y)
+
+
+def on_batches_drawn_before(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> None:
+    for batch in list(dp.batches()):
+        step(dp, net, x[batch], y[batch])
+
+
+def with_other_parameters(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> None:
+    dp.optimizer(torch.optim.SGD([*net.parameters(), nn.Parameter(torch.zeros(1))], lr=1.0))
+
+
+def without_all_parameters(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> None:
+    dp.optimizer(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
+
+
+def with_state(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> None:
+    used = torch.optim.Adam(net.parameters())
+    net.weight.grad = torch.ones_like(net.weight)
+    used.step()
+    dp.optimizer(used)
+
+
+def with_an_unwrapped_loss(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> None:
+    optimizer = dp.optimizer(torch.optim.SGD(net.parameters(), lr=1.0))
+    batch = next(dp.batches())
+    optimizer.zero_grad()
+    nn.functional.mse_loss(dp.model(x[batch]), y[batch]).backward()
+    optimizer.step()
+
+
+def with_a_second_loss(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> None:
+    optimizer = dp.optimizer(torch.optim.SGD(net.parameters(), lr=1.0))
+    batch = next(dp.batches())
+    optimizer.zero_grad()
+    dp.criterion(nn.MSELoss())(dp.model(x[batch]), y[batch]).backward()
+    (1000 * nn.functional.mse_loss(dp.model(x[batch]), y[batch])).backward()
+    optimizer.step()
+
+
+def with_the_loss_before_the_optimizer(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> None:
+    dp.criterion(nn.MSELoss())
+
+
+MISUSES: list[tuple[str, Callable[..., None], str]] = [
+    ("both", without_a_batch, "A step without a batch of its own"),
+    ("both", twice_on_one_batch, "A step without a batch of its own"),
+    ("both", on_another_batch, r"A step on 40 records, where \d+ were drawn"),
+    ("both", on_batches_drawn_before, r"A step (on \d+ records, where \d+ were drawn|without a batch of its own)"),
+    ("both", with_other_parameters, "The optimizer has other parameters than those of the model"),
+    ("both", without_all_parameters, "The optimizer has other parameters than those of the model"),
+    ("both", with_state, "The optimizer keeps something of earlier steps: make a new one"),
+    ("ghost", with_an_unwrapped_loss, "A step whose gradients were not clipped: .* wrap the loss by criterion"),
+    ("ghost", with_a_second_loss, "A step whose gradients were not clipped"),
+    ("hooks", with_a_second_loss, "Poisson sampling is not compatible with grad accumulation"),
+    ("ghost", with_the_loss_before_the_optimizer, r"needs the optimizer before the loss: call optimizer\(\) first"),
+]
+
+
+@pytest.mark.parametrize(
+    ("mode", "misuse", "reason"),
+    [(mode, misuse, reason) for which, misuse, reason in MISUSES for mode in MODES if which in ("both", mode)],
+)
+def test_misuse_is_refused_and_the_model_is_plain_afterwards(
+    node: Node, mode: Any, misuse: Callable[..., None], reason: str
+) -> None:
+    net = linear()
+    x, y = records()
+    dp = node.ask(net, privacy=settings(grad_sample_mode=mode))
+    with pytest.raises((PrivacyRefused, ValueError), match=reason), dp:
+        misuse(dp, net, x, y)
+    assert not leftovers(net)
+    # What was begun and not ended does not get into the next use of the model.
+    fresh, again = linear(), Node(node.folder.parent / "other", node.folder.parent / "keys")
+    net.load_state_dict(fresh.state_dict())
+    assert again.update(net)[0].equal(Node(node.folder.parent / "third", node.folder.parent / "keys").update(fresh)[0])
+
+
+def leftovers(net: nn.Module) -> set[str]:
+    """Whatever Opacus leaves: hooks, and attributes of modules and parameters."""
+    plain = {*vars(nn.Linear(1, 1)), *vars(nn.GroupNorm(1, 1)), *vars(nn.ReLU()), *vars(nn.BatchNorm1d(1)), "seen"}
+    found = {name for part in net.modules() for name in vars(part)} - plain
+    found |= {name for p in net.parameters() for name in vars(p)}
+    for part in net.modules():
+        found |= {name for name in vars(part) if name.endswith("_hooks") and vars(part)[name]}
+    return found
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_model_is_plain_again_also_when_the_body_raises(node: Node, mode: Any) -> None:
+    net = model()
+    names, (x, y) = [*net.state_dict()], classes()
+    privacy = settings(grad_sample_mode=mode)
+    with node.ask(net, privacy=privacy) as dp:
+        assert leftovers(net)  # so the test would see them
+        move(dp, net, x, y, loss=nn.CrossEntropyLoss())
+    assert [*net.state_dict()] == names and not leftovers(net)
+
+    def broken_off(dp: PrivateTraining) -> None:
+        with dp:
+            dp.model(x)  # a forward pass without its backward pass
+            raise KeyError("disk")
+
+    with pytest.raises(KeyError, match="disk"):
+        broken_off(node.ask(net, privacy=privacy, round=2))
+    assert [*net.state_dict()] == names and not leftovers(net)
+    loss = nn.functional.cross_entropy(net(x), y)
+    loss.backward()  # and trains plainly
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in net.parameters())
+    with node.ask(net, privacy=privacy, round=3) as dp:
+        move(dp, net, x[:7].repeat(6, 1)[:40], y[:7].repeat(6)[:40], loss=nn.CrossEntropyLoss())
+
+
+def test_an_optimizer_with_momentum_and_groups_works(node: Node) -> None:
+    net: Any = model()
+    x, y = classes()
+    with node.ask(net) as dp:
+        groups = [{"params": net[0].parameters()}, {"params": [*net[1].parameters(), *net[3].parameters()], "lr": 0.1}]
+        optimizer = dp.optimizer(torch.optim.AdamW(groups, lr=0.01))
+        for batch in dp.batches():
+            optimizer.zero_grad()
+            dp.criterion(nn.CrossEntropyLoss())(dp.model(x[batch]), y[batch]).backward()
+            optimizer.step()
+    assert not flat(net).equal(flat(model())) and flat(net).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("examples", "delta", "error", "reason"),
+    [
+        (0, 1e-5, PrivacyRefused, "Shard 0 has 0 examples; private training needs at least one"),
+        (40, 0.025, PrivacyRefused, r"delta=0\.025 with 40 records would allow to publish one"),
+    ],
+)
+def test_shards_that_cannot_be_protected_are_refused(
+    node: Node, examples: int, delta: float, error: type[Exception], reason: str
+) -> None:
+    with pytest.raises(error, match=reason):
+        node.ask(linear(), examples=examples, privacy=settings(delta=delta)).__enter__()
+    assert not node.ledger.exists()
+
+
+def test_only_the_shard_that_is_trained_is_charged(node: Node) -> None:
+    with pytest.raises(InvalidSetting, match="asks for shard 1, and partition-id is 0"):
+        node.ask(linear(), shard=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("shard", 0.0), ("shard", False), ("round", 1.0), ("round", -1), ("round", True), ("run", 7), ("holders", 0)],
+)
+def test_a_request_of_another_type_is_refused(node: Node, name: str, value: Any) -> None:
+    with pytest.raises(InvalidSetting, match=f"The {name} that is asked for is {value!r}; it must be"):
+        node.ask(linear(), **{name: value})
+
+
+def test_without_a_folder_independent_noise_keeps_to_the_runs_budget() -> None:
+    def enter(server_round: int, most: float) -> float:
+        privacy = settings(noise="independent", max_epsilon=most)
+        node = Node.__new__(Node)
+        node.folder = Path("")
+        with node.ask(linear(), privacy=privacy, round=server_round, node_config={"privacy-dir": ""}) as dp:
+            return dp.epsilon
+
+    most = enter(2, 1e9)
+    assert enter(1, most) < most == enter(2, most)
+    with pytest.raises(PrivacyRefused, match="round 3: it would bring this run to epsilon .* above the budget"):
+        enter(3, most)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_noise_of_a_release_has_the_variance_of_theory(mode: Any) -> None:
+    sigma, clip, lr, expected, size, keys = 1.3, 0.5, 0.7, 8.0, 500, 200
+    x, y = torch.zeros(8, size), torch.zeros(8, 1)  # gradients of nothing: what moves is noise
+    updates = np.empty((keys, size))
+    context = KeyContext("r", 1, 0, bytes(32), bytes(32), bytes(32))
+    for i in range(keys):
+        net = linear(size)
+        stream = KeyedStream(context.key(i.to_bytes(32, "big"), "noise"))
+        wrapped, drawn = wrap(net, stream, mode=mode, noise_multiplier=sigma, max_grad_norm=clip)
+        optimizer = wrapped.optimizer(torch.optim.SGD(net.parameters(), lr=lr), expected_batch_size=expected)
+        criterion = wrapped.criterion(nn.MSELoss())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Full backward hook")
+            drawn(8)
+            criterion(wrapped.model(x), y).backward()
+            optimizer.step()
+        updates[i] = net.weight.detach().numpy()
+    theory = (lr * sigma * clip / expected) ** 2
+    assert updates.var() == pytest.approx(theory, rel=0.03)  # five standard errors
+    assert abs(updates.mean()) < 5 * np.sqrt(theory / updates.size)
+    # From one key to the next, and from one parameter to the next, independent.
+    for one, other in ((updates[1:], updates[:-1]), (updates[:, 1:], updates[:, :-1])):
+        assert abs(np.mean(one * other)) / theory < 5 / np.sqrt(one.size)
+
+
+SCRIPT = """
+import hashlib, sys, torch
+from pathlib import Path
+from fl_gradcode.testing import inside_a_run
+from tests.privacy.direct import Node
+from tests.privacy.test_dp_optimizer import digest_of
+torch.set_num_threads(int(sys.argv[2]))
+torch.manual_seed(int(sys.argv[3]))
+with inside_a_run():
+    print(digest_of(Path(sys.argv[1])))
+"""
+
+
+def digest_of(folder: Path) -> str:
+    """Of a private update of a wide model; the update itself lies in the folder."""
+    net = model()
+    x, y = classes(600)
+    with Node(folder).ask(net, examples=600, privacy=settings(steps=8)) as dp:
+        move(dp, net, x, y, loss=nn.CrossEntropyLoss())
+    update = (flat(net) - flat(model())).numpy()
+    np.save(folder / "update.npy", update)
+    return hashlib.sha256(update.tobytes()).hexdigest()
+
+
+def test_processes_with_equal_settings_give_the_same_bits(tmp_path: Path) -> None:
+    keys = Node(tmp_path / "made").folder.parent / "keys"
+    folders = [Node(tmp_path / f"{i}", keys).folder for i in range(3)]
+    processes = []
+    for i, (folder, threads) in enumerate(zip(folders, (1, 1, 2), strict=True)):
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONHASHSEED": str(i)}
+        command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder), str(threads), str(i)]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True))
+    digests = [process.communicate(timeout=120)[0].strip() for process in processes]
+    assert all(process.returncode == 0 for process in processes) and len(digests[0]) == 64
+    assert digests[0] == digests[1]
+    one, two = (np.load(folders[i] / "update.npy") for i in (0, 2))
+    assert np.linalg.norm(one - two) < 1e-5 * np.linalg.norm(one)
+    (tmp_path / "other").mkdir()
+    stranger = Node(tmp_path / "other" / "node")  # with other keys
+    assert digest_of(stranger.folder) not in digests
+
+
+def test_importing_opacus_leaves_the_root_logger_alone() -> None:
+    script = (
+        "import logging, sys; from fl_gradcode.opacus_import import opacus; assert 'opacus' not in sys.modules\n"
+        "root = logging.getLogger(); opacus(); print(root.handlers, root.level, 'opacus' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == ["[]", str(logging.WARNING), "True"]
