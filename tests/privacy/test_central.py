@@ -109,6 +109,14 @@ def test_the_sum_of_clipped_updates_gets_noise_of_std_zc_whoever_answers(name: s
     assert max(np.abs(np.array(ratios) - 1)) < 0.03
 
 
+def test_noise_covers_what_rounding_to_a_field_adds_to_the_sensitivity() -> None:
+    rounding = 2.0**-9  # of each of so many entries: as much as the clipping norm
+    result, _ = run(reed_solomon(6, 2, fraction_bits=8))
+    theory = NOISE * (CLIP + rounding * np.sqrt(ENTRIES))
+    assert theory > 1.8 * NOISE * CLIP
+    assert (flat(result.arrays) * 6 - clipped(updates()).sum(0)).std() == pytest.approx(theory, rel=0.015)
+
+
 @pytest.fixture
 def same_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operating system's generator repeats itself: two runs have the same noise, and their difference none."""

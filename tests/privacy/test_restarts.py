@@ -83,7 +83,7 @@ def test_a_run_that_goes_on_after_a_kill_has_the_same_model_and_ledgers(name: st
         arrays, begin = initial(), 1
         for stop in stops:  # each by a strategy that knows nothing of the one before
             strategy = private(code, run="r")
-            with deaf(2)(private_app(), 6, run_config={"privacy-dir": str(tmp_path / folder)}) as grid:
+            with deaf(3)(private_app(), 6, run_config={"privacy-dir": str(tmp_path / folder)}) as grid:
                 arrays = go_on(strategy, grid, arrays, range(begin, stop))
             assert [row["train"]["outcome"] for row in strategy.ledger.rows] == ["exact"] * (stop - begin)
             begin = stop
