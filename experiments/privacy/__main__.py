@@ -6,6 +6,8 @@ A run that was killed goes on where it was: each task is a row of its own.
 from __future__ import annotations
 
 import argparse
+import gzip
+import json
 import sys
 import time
 from functools import partial
@@ -16,11 +18,16 @@ from rich.console import Console
 from clients.data import load_dataset
 from clients.errors import AppConfigError
 from experiments.compare.pool import run_all
-from experiments.compare.store import ROOT, Store
+from experiments.compare.store import ROOT, Store, Task
+from experiments.privacy.figure import draw
+from experiments.privacy.measures import Results
+from experiments.privacy.page import page
 from experiments.privacy.runs import run
 from experiments.privacy.tasks import PROBLEMS, SUITES, cost_of
 
-__all__ = ["main"]
+__all__ = ["PAGE", "ROWS", "main"]
+
+PAGE, ROWS = "privacy-measured.md", "docs/results/privacy.jsonl.gz"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,7 +51,25 @@ def main(arguments: list[str] | None = None) -> int:
     work = partial(run, data_dir=data_dir, keys=out / "keys")
     failed = run_all(missing, store, work, cost_of, processes=options.processes, console=console)
     console.print(f"{len(missing) - failed} tasks in {time.perf_counter() - started:.0f} s; rows: {store.path}")
+    if not failed:
+        _write(store, tasks, out, console, docs=options.docs)
     return 1 if failed else 0
+
+
+def _write(store: Store, tasks: list[Task], out: Path, console: Console, *, docs: bool) -> None:
+    """The page, from the rows of these tasks and those that tuned."""
+    wanted = {task.hash for task in (*tasks, *SUITES["tuning"]())}
+    rows = [row for key, row in sorted(store.rows().items()) if key in wanted]
+    results = Results(rows)
+    if not results.rows:
+        return
+    for folder in [out, ROOT / "docs"] if docs else [out]:
+        draw(results, folder / "images" / "privacy-accuracy.png")
+        (folder / PAGE).write_text(page(results))
+        console.print(f"{folder / PAGE}")
+    if docs:
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (ROOT / ROWS).write_bytes(gzip.compress(lines.encode(), mtime=0))  # the same bytes for the same rows
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -53,8 +78,11 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", dest="suite", action="store_const", const="quick", help="digits: no files, a minute")
     parser.add_argument("--data-dir", default="", help="folder with the data sets' folders; digits needs none")
     parser.add_argument("--out", default=str(ROOT / "out" / "privacy"))
+    parser.add_argument("--docs", action="store_true", help="write docs/privacy-measured.md, its figure and rows too")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
+    if options.docs and options.suite != "main":
+        parser.error("--docs shows the suite main")
     if options.processes < 1:
         parser.error(f"--processes {options.processes} must be at least 1")
     return options

@@ -26,6 +26,8 @@ from fl_gradcode.testing import InProcessGrid
 
 __all__ = ["privacy_of", "run"]
 
+_NEXT_TO_NONE = 1e-6  # of the clipping norm
+
 
 def run(task: Task, data_dir: str, keys: Path) -> dict[str, Any]:
     """The row of a task, without its provenance.
@@ -77,7 +79,7 @@ def run(task: Task, data_dir: str, keys: Path) -> dict[str, Any]:
             evaluate_fn=evaluate,
         )
     result: dict[str, Any] = {"points": curve.points, "work": work_of(grid)}
-    if privacy is not None:
+    if privacy is not None and scheme.noise != "none":
         result |= _promised(privacy, code, task.rounds)
     if code is not None:
         entries = [row["train"] for row in strategy.ledger.rows]
@@ -91,6 +93,15 @@ def privacy_of(
     scheme: Scheme, private: Private, code: GradientCode | None, rounds: int, options: dict[str, float]
 ) -> DPSGD:
     """The least noise with which all rounds together keep the wished epsilon, by the accountant PRV."""
+    if scheme.noise == "none":
+        return DPSGD(
+            noise_multiplier=_NEXT_TO_NONE,
+            max_grad_norm=options["clip"],
+            sample_rate=private.sample_rate,
+            steps=private.steps,
+            noise="independent",
+            delta=DELTA,
+        )
     assert scheme.noise is not None
     return DPSGD.for_epsilon(
         options["epsilon"],
