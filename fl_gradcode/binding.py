@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def key_context(
         "others": dict(others),
         "parameters": [[n, [*p.shape], str(p.dtype), p.requires_grad] for n, p in model.named_parameters()],
         # Without the build (+cpu): kinds of processor differ by rounding, versions may by more.
-        "versions": [version(name).partition("+")[0] for name in ("torch", "opacus")],
+        "versions": _versions(),
     }
     text = json.dumps(config, sort_keys=True, default=_as_text)
     return KeyContext(
@@ -104,6 +105,11 @@ def needed(folder: Path | None, what: str) -> Path:
             f"its folder, and start it with --node-config '... {FOLDER}=\"/path/to/node-0\"'."
         )
     return folder
+
+
+@lru_cache(maxsize=1)
+def _versions() -> list[str]:
+    return [version(name).partition("+")[0] for name in ("torch", "opacus")]
 
 
 def _as_text(value: object) -> dict[str, str]:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 
@@ -109,7 +110,7 @@ class Spent:
         return None
 
 
-def in_config(privacy: Privacy) -> dict[str, str]:
+def in_config(privacy: Privacy) -> dict[str, Any]:
     """For a plain strategy's `train_config`, where no `GradientCoding` asks: `ConfigRecord(in_config(DPSGD(...)))`."""
     return {_NAME: privacy_to_json(privacy)}
 
@@ -169,6 +170,6 @@ def refuse_unprotected(message: Message, context: Context, privacy: Privacy | No
     training = message.metadata.message_type.split(".")[0] == MessageType.TRAIN
     if training and BUDGET in context.node_config and not isinstance(privacy, DPSGD):
         raise PrivacyRefused(
-            f"This node has {BUDGET}={budget_of(context):g}: it trains with noise only, and the server asks for an update "
-            f"in the clear. Say GradientCoding(..., privacy=DPSGD(...)), or take {BUDGET} out of the node config."
+            f"This node has {BUDGET}={budget_of(context):g}: it trains with noise only, and the server asks for an "
+            "update in the clear. Say GradientCoding(..., privacy=DPSGD(...)), or take it out of the node config."
         )

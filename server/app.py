@@ -49,7 +49,7 @@ def main(grid: Grid, context: Context) -> None:
     if settings.code == "none" and settings.dp != "none":
         privacy = make_privacy(settings)
         assert privacy is not None
-        train_config = ConfigRecord(dict(in_config(privacy)))
+        train_config = ConfigRecord(in_config(privacy))
     clock = time.monotonic
     if settings.latency != "none":
         grid = VirtualGrid(grid, make_latency(settings), seed=settings.seed)

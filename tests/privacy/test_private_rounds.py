@@ -38,6 +38,7 @@ CODES: dict[str, GradientCode] = {
     "fractional": fractional_repetition(6, 2),
     "fractional, m=2": fractional_repetition(6, 2, m=2),
     "cyclic": cyclic_repetition(6, 2, rng=np.random.default_rng(0)),
+    "cyclic, well drawn": cyclic_repetition(6, 2, rng=np.random.default_rng(13)),  # kappa at most 4.8, not 18
     "universal": for_assignment(HELD, s=2),
     "field": reed_solomon(6, 2),
 }
