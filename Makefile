@@ -34,7 +34,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo chapter compare report test check lint format bench build clean venv
+.PHONY: help demo chapter compare privacy report test check lint format bench build clean venv
 
 help: ## list every command
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /\1\t/' | \
@@ -48,6 +48,9 @@ chapter: $(STAMP) ## recompute the source chapter's results
 
 compare: $(STAMP) ## run what is missing of the comparison, 1 minute; ARGS='--suite main --data-dir DIR': 40 minutes
 	$(BIN)/python -m experiments.compare $(ARGS)
+
+privacy: $(STAMP) ## accuracy against epsilon: what is missing of it; ARGS=--quick: a minute, ARGS='--data-dir DIR': 25 minutes
+	$(BIN)/python -m experiments.privacy $(ARGS)
 
 report: $(STAMP) ## turn rows of the comparison into a page (runs nothing)
 	$(BIN)/python -m experiments.report $(ARGS)

@@ -56,19 +56,18 @@ def _accuracy(panel: Axes, results: Results) -> None:
         above = [100 * max(values.values) - mean for mean, (_, values) in zip(means, points, strict=True)]
         look = {**_LOOKS[name].kwargs, "markersize": 5.5}
         panel.errorbar(x, means, yerr=[below, above], capsize=2, elinewidth=1, label=SCHEMES[name].title, **look)
-    for name, over in (("no-noise", True), ("no-privacy", False)):
+    for name, place, side in (("no-noise", 0.0, "left"), ("no-privacy", 1.0, "right")):
         ceiling = results.accuracy(name, None)
         if ceiling is not None:
-            colour, line = _LOOKS[name].colour, _LOOKS[name].line
-            panel.axhline(100 * ceiling.mean, color=colour, linestyle=line, linewidth=1.2, zorder=1)
+            height, colour = 100 * ceiling.mean, _LOOKS[name].colour
+            panel.axhline(height, color=colour, linestyle=_LOOKS[name].line, linewidth=1.2, zorder=1)
             panel.annotate(
-                f"{SCHEMES[name].title.split(',')[0]}: {100 * ceiling.mean:.1f} %",
-                (1.0, 100 * ceiling.mean),
+                f"{SCHEMES[name].title.split(',')[0]}: {height:.1f} %",
+                (place, height),
                 xycoords=("axes fraction", "data"),
-                xytext=(0, 3 if over else -4),
+                xytext=(4 if side == "left" else 0, 3),
                 textcoords="offset points",
-                ha="right",
-                va="bottom" if over else "top",
+                ha=side,
                 color=colour,
                 fontsize=8.5,
             )
