@@ -102,7 +102,8 @@ def _dropping(results: Results) -> str:
     most = max(max(values.values) for values in dropped if values)
     return (
         f"Dropping the slowest {SCHEMES['drop'].drop} is fastest ({found.mean:.0f} s) and {_points(paired.mean)} "
-        f"{'less' if paired.mean < 0 else 'more'} accurate: its accuracy on the labels that only the owners have is {100 * most:.0f} %."
+        f"{'less' if paired.mean < 0 else 'more'} accurate: its accuracy on the labels that only the owners "
+        f"have is {100 * most:.0f} %."
     )
 
 
