@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from . import pack
 from .errors import InvalidSetting
 from .keyed import KeyContext
-from .privacy_records import Asked
+from .privacy_records import BUDGET, Asked
 from .privacy_settings import privacy_to_json
 from .wire import NUM_PARTITIONS
 
@@ -48,7 +48,7 @@ def key_context(
         if isinstance(record, ArrayRecord):
             for key, array in record.items():
                 values: NDArray[Any] = np.ascontiguousarray(pack.view(array))
-                weights.update(repr((name, key, array.dtype, tuple(array.shape))).encode())
+                weights.update(repr((name, key, array.dtype, values.dtype.str, tuple(array.shape))).encode())
                 weights.update(values.reshape(-1).view(np.uint8).data)
         elif not name.startswith("fl-gradcode."):
             records[name] = dict(record.items())
@@ -89,6 +89,11 @@ def folder_of(context: Context, worker: int) -> Path | None:
         InvalidSetting: It is no absolute path.
     """
     own, common = context.node_config.get(FOLDER), context.run_config.get(FOLDER)
+    if BUDGET in context.node_config and not own:
+        raise InvalidSetting(
+            f"This node has {BUDGET} and no {FOLDER} in its node config: one that the server names could be an empty "
+            "ledger each time. Add it there."
+        )
     if own or common:
         path = Path(str(own)) if own else Path(str(common)) / f"node-{worker}"
         if not path.is_absolute():

@@ -31,11 +31,17 @@ class NodeKeys:
         worker: Whose file it is.
         generation: 1 for the first keys, one more with each rotation.
         secrets: Shard -> 32 bytes.
+        holders: Shard -> how many workers have its key.
     """
 
     worker: int
     generation: int
     secrets: Mapping[int, bytes] = field(repr=False)
+    holders: Mapping[int, int] = field(default_factory=dict)
+
+    def holders_of(self, shard: int) -> int:
+        """How many workers have the shard's key, whatever a server says; at least 1."""
+        return max(1, self.holders.get(shard, 1))
 
     def secret(self, shard: int) -> bytes:
         """The shard's secret.
@@ -85,6 +91,7 @@ def _write(root: Path, shards_of: Sequence[Sequence[int]], generation: int) -> l
             "worker": worker,
             "generation": generation,
             "secrets": {str(shard): made[shard].hex() for shard in sorted(held)},
+            "holders": {str(shard): sum(shard in one for one in shards_of) for shard in sorted(held)},
         }
         _write_private(path, json.dumps(content, indent=1) + "\n")
     return paths
@@ -139,7 +146,8 @@ def read_keys(folder: str | os.PathLike[str]) -> NodeKeys:
         if values["format"] != _FORMAT:
             raise InvalidSetting(f"{path} has format {values['format']!r}; this version reads {_FORMAT!r}.")
         found = {int(shard): bytes.fromhex(text) for shard, text in values["secrets"].items()}
-        keys = NodeKeys(int(values["worker"]), int(values["generation"]), found)
+        holders = {int(shard): int(count) for shard, count in values["holders"].items()}
+        keys = NodeKeys(int(values["worker"]), int(values["generation"]), found, holders)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, InvalidSetting):
             raise

@@ -51,7 +51,7 @@ class KeyContext:
     config: bytes
     manifest: bytes
 
-    def key(self, secret: bytes, purpose: Literal["noise", "sample"]) -> bytes:
+    def key(self, secret: bytes, purpose: Literal["noise", "sample", "generators", "digest"]) -> bytes:
         """The 32 bytes for one purpose: HKDF-SHA256 of the shard's secret (RFC 5869).
 
         Fields are prefixed by their lengths, so that no two contexts share an `info`.
@@ -61,7 +61,7 @@ class KeyContext:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the context, in hex: tells two requests apart, and holds nothing secret."""
+        """SHA-256 of the context, in hex: tells two requests apart. For holders only: it can be guessed at."""
         return hashlib.sha256(self._fields).hexdigest()
 
     @property

@@ -20,7 +20,8 @@ from . import pack
 from .carry import carrier_of
 from .clipping import clip, refuse_clipping_mods
 from .errors import Overflow, UnsuitableApp
-from .privacy_records import Asked, Spent, asked_of, refuse_unprotected
+from .guard import call_silently, guarded_reply, refuse_unprotected, spent_by
+from .privacy_records import Asked, Spent, asked_of
 from .privacy_settings import DPSGD, CentralNoise, privacy_from_json
 from .seeding import generators_restored, seed_generators
 from .watched import WatchedConfig
@@ -64,7 +65,11 @@ def gradient_coding_mod(message: Message, context: Context, call_next: _Call) ->
     if plan is None:
         asked = asked_of(message, context)
         refuse_unprotected(message, context, asked.privacy if asked else None)
-        return call_next(message, context)
+        return guarded_reply(asked, message, context, call_next)
+    if plan.kind != message.metadata.message_type.split(".")[0] or (plan.kind == "train") != bool(plan.arrays_key):
+        raise UnsuitableApp(
+            f"The plan says {plan.kind!r}, and the message does not: does the server have this version?"
+        )
     refuse_unprotected(message, context, privacy_from_json(plan.privacy) if plan.privacy else None)
     refuse_clipping_mods(call_next)
     with generators_restored():
@@ -146,7 +151,7 @@ class _CodedCall:
             asked.add_to(message.content)
         started = time.perf_counter()
         seed_generators(self.plan.seed, self.plan.round, shard)
-        reply = self.call_next(message, context)
+        reply = call_silently(self.call_next, message, context, private=isinstance(self.privacy, DPSGD))
         self.seconds.append(time.perf_counter() - started)
         self.stateful |= bool(context.state)
         _put_state(self.context.state, shard, context.state)
@@ -212,15 +217,7 @@ class _CodedCall:
         """What private training says; without it no update leaves that was to be private."""
         if not isinstance(self.privacy, DPSGD):
             return None
-        try:
-            spent = Spent.find_in(content)
-        except (ValueError, TypeError):  # whatever an app may have put there
-            spent = None
-        if spent is None or (spent.shard, spent.round) != (shard, self.plan.round):
-            raise ValueError(
-                "the server asks for differential privacy, and train() answered without the record of "
-                "private_training for this shard and round: nothing is sent"
-            )
+        spent = spent_by(content, shard, self.plan.round, self.plan.weight_key)
         self.spent.append((shard, spent.context, spent.epsilon, spent.total_epsilon))
         return spent
 

@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from .errors import InvalidSetting, PrivacyRefused
-from .privacy_settings import DPSGD, Privacy, privacy_from_json, privacy_to_json
+from .errors import InvalidSetting
+from .privacy_settings import Privacy, privacy_from_json, privacy_to_json
 from .wire import PARTITION_ID
 
-__all__ = ["BUDGET", "Asked", "Spent", "asked_of", "budget_of", "in_config", "refuse_unprotected"]
+__all__ = ["BUDGET", "Asked", "Spent", "asked_of", "budget_of", "in_config", "max_delta_of", "trusts_server"]
 
-#: Key of the node config: the data owner's own limit.
-BUDGET = "max-epsilon"
+#: Keys of the node config: the data owner's own limits, and whether the server is taken at its word.
+BUDGET, MAX_DELTA, HONEST_SERVER = "max-epsilon", "max-delta", "honest-server"
 
 #: Key of what is asked and of what was spent, in records of whatever name; ours to a shard has this name too.
 _NAME = "fl-gradcode.privacy"
@@ -79,7 +79,7 @@ class Spent:
         epsilon: Of this run, at `delta`.
         total_epsilon: Of all runs that this holder knows of.
         delta: The other half.
-        unit: Whose presence is protected.
+        examples: Records of the shard: the weight of its update.
     """
 
     shard: int
@@ -88,7 +88,7 @@ class Spent:
     epsilon: float
     total_epsilon: float
     delta: float
-    unit: str = "record"
+    examples: int = 0
 
     def to_record(self) -> ConfigRecord:
         """For the reply."""
@@ -156,20 +156,17 @@ def budget_of(context: Context) -> float:
     return float(value)
 
 
-def refuse_unprotected(message: Message, context: Context, privacy: Privacy | None) -> None:
-    """A node with a budget trains privately or not at all, whatever the server asks.
+def max_delta_of(context: Context) -> float:
+    """The delta at which the data owner's limit is meant, if the server asks for a larger one."""
+    value = context.node_config.get(MAX_DELTA, 1e-5)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise InvalidSetting(f"{MAX_DELTA}={value!r} in the node config must be a number between 0 and 1.")
+    return float(value)
 
-    Args:
-        message: Any; only training is refused.
-        context: Of the node.
-        privacy: What the message asks for.
 
-    Raises:
-        PrivacyRefused: It asks a node with a budget for an update without noise of its own.
-    """
-    training = message.metadata.message_type.split(".")[0] == MessageType.TRAIN
-    if training and BUDGET in context.node_config and not isinstance(privacy, DPSGD):
-        raise PrivacyRefused(
-            f"This node has {BUDGET}={budget_of(context):g}: it trains with noise only, and the server asks for an "
-            "update in the clear. Say GradientCoding(..., privacy=DPSGD(...)), or take it out of the node config."
-        )
+def trusts_server(context: Context) -> bool:
+    """Whether holders of a shard are believed to be sent the same; if not, each round counts once for each of them."""
+    value = context.node_config.get(HONEST_SERVER, True)
+    if not isinstance(value, bool):
+        raise InvalidSetting(f"{HONEST_SERVER}={value!r} in the node config must be true or false.")
+    return value

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from .binding import folder_of, key_context, needed
 from .dp_optimizer import wrap
 from .errors import InvalidSetting, PrivacyRefused
 from .key_files import read_keys
-from .keyed import KeyContext, KeyedStream
-from .privacy_records import Asked, Spent, asked_of, budget_of
+from .keyed import SECRET_BYTES, KeyContext, KeyedStream
+from .privacy_records import Asked, Spent, asked_of, budget_of, max_delta_of, trusts_server
 from .privacy_settings import DPSGD
+from .seeding import generators_restored, seed_with
 from .spending import Charge, Request, SpentLedger
+from .stepping import same_bits
 from .wire import PARTITION_ID
 
 __all__ = ["PrivateTraining", "private_training"]
@@ -88,7 +91,6 @@ class PrivateTraining:
 
     Attributes:
         model: To call in training: it keeps single records' gradients. The plain model shares its weights.
-        record: For the reply: what was spent.
         epsilon: Of this run, after this round.
     """
 
@@ -105,13 +107,14 @@ class PrivateTraining:
         binding: dict[str, Any],
     ) -> None:
         self.model: Any = None
-        self.record: ConfigRecord
         self.epsilon = 0.0
         self._asked, self._privacy, self._message, self._context = asked, privacy, message, context
         self._plain, self._examples, self._manifest, self._binding = model, examples, manifest, binding
         self._open = ExitStack()
         self._sampling: KeyedStream
         self._steps = 0
+        self._record: ConfigRecord | None = None
+        self._complete = False
 
     def __enter__(self) -> PrivateTraining:
         self._check_examples()
@@ -119,11 +122,12 @@ class PrivateTraining:
         folder = folder_of(self._context, self._asked.worker)
         keys = read_keys(needed(folder, "the key of its shards")) if shared else None
         bound = self._bound_to(keys.generation if keys else 0)
-        if keys is not None:
-            secret = keys.secret(self._asked.shard)
-            noise_key, batch_key = bound.key(secret, "noise"), bound.key(secret, "sample")
-        else:
-            noise_key, batch_key = os.urandom(32), os.urandom(32)
+        # Without keys of shards: keys of this one answer.
+        secret = os.urandom(SECRET_BYTES) if keys is None else keys.secret(self._asked.shard)
+        noise_key, batch_key = bound.key(secret, "noise"), bound.key(secret, "sample")
+        # The server knows the seed of the mod's generators: dropout and the like are drawn from the key instead.
+        self._open.enter_context(generators_restored())
+        seed_with(int.from_bytes(bound.key(secret, "generators")[:8], "little"))
         wrapped, self._drawn = wrap(
             self._plain,
             KeyedStream(noise_key),
@@ -133,7 +137,8 @@ class PrivateTraining:
         )
         self._open.callback(wrapped.unwrap)
         try:
-            charge = self._charge(folder, bound, repeatable=shared)
+            holders = max(self._asked.holders, keys.holders_of(self._asked.shard) if keys else 1)
+            charge = self._charge(folder, bound, holders, repeatable=shared)
         except BaseException:
             self._open.close()
             raise
@@ -145,21 +150,51 @@ class PrivateTraining:
         self.record = Spent(
             self._asked.shard,
             self._asked.round,
-            bound.digest if shared else "",
+            # Keyed: a plain digest would tell whoever guesses the manifest whether the guess is right.
+            bound.key(secret, "digest").hex() if shared else "",
             charge.run_epsilon,
             charge.total_epsilon,
             self._privacy.delta,
+            self._examples,
         ).to_record()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._open.close()
-        changed = [n for n, b in self._plain.named_buffers() if not torch.equal(b, self._buffers.get(n, b))]
-        if kind is None and changed:
+        if kind is not None:
+            return
+        before = self._buffers
+        changed = [n for n, b in self._plain.named_buffers() if n not in before or not same_bits(b, before[n])]
+        if changed:
             raise PrivacyRefused(
                 f"Training changed {changed[0]!r}, which is no parameter and gets no noise: it would tell of the data. "
                 "Use layers without running statistics."
             )
+        self._wrapped.check_weights()
+        if not self._wrapped.steps == self._steps == self._privacy.steps:
+            raise PrivacyRefused(
+                "Training ended before its last step: when it ends must not depend on the records. Take one step for "
+                "each batch of batches(), and choose fewer by DPSGD(steps=...)."
+            )
+        self._complete = True
+
+    @property
+    def record(self) -> ConfigRecord:
+        """For the reply: what was spent. It is there once the `with` block has ended and all steps were taken.
+
+        Raises:
+            PrivacyRefused: Before that.
+        """
+        if self._record is None or not self._complete:
+            raise PrivacyRefused(
+                "The record of private training is there after its with block alone, and if that took all steps: "
+                "reply after the block."
+            )
+        return self._record
+
+    @record.setter
+    def record(self, record: ConfigRecord) -> None:
+        self._record = record
 
     def optimizer(self, inner: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Gives `inner`, which must be new, clipped and noisy gradients. One step for each batch.
@@ -184,8 +219,16 @@ class PrivateTraining:
         """The round's batches: indices of records, int64; each record is in each by itself with chance `sample_rate`.
 
         A batch may be empty. It still is one step, of noise alone; its mean loss is NaN.
+
+        Raises:
+            PrivacyRefused: The last batch had no step.
         """
         while self._steps < self._privacy.steps:
+            if self._wrapped.steps != self._steps:
+                raise PrivacyRefused(
+                    "A batch without a step of its own: call step() of the optimizer that optimizer() returned once "
+                    "for each batch of batches(), also for small and empty ones, before the next is drawn."
+                )
             self._steps += 1
             chosen = np.flatnonzero(self._sampling.uniform(self._examples) < self._privacy.sample_rate)
             self._drawn(len(chosen))
@@ -194,11 +237,11 @@ class PrivateTraining:
     def _check_examples(self) -> None:
         here = f"Shard {self._asked.shard}"
         if self._examples < 1:
-            raise PrivacyRefused(f"{here} has {self._examples} examples; private training needs at least one.")
+            raise PrivacyRefused(f"{here} has no records; private training needs at least one.")
         if self._privacy.delta * self._examples >= 1:
             raise PrivacyRefused(
-                f"{here}: delta={self._privacy.delta:g} with {self._examples} records would allow to publish one of "
-                f"them. Choose a delta far below {1 / self._examples:.1g}."
+                f"{here}: delta={self._privacy.delta:g} is not below 1 over the number of its records, and would allow "
+                "to publish one of them. Choose a delta far below that."
             )
 
     def _bound_to(self, generation: int) -> KeyContext:
@@ -211,11 +254,12 @@ class PrivateTraining:
             others={**self._binding, "fl-gradcode.keys": generation},
         )
 
-    def _charge(self, folder: Path | None, bound: KeyContext, *, repeatable: bool) -> Charge:
+    def _charge(self, folder: Path | None, bound: KeyContext, holders: int, *, repeatable: bool) -> Charge:
         budget = budget_of(self._context)
+        privacy = replace(self._privacy, honest_server=self._privacy.honest_server and trusts_server(self._context))
         if folder is None and budget == float("inf"):
             # No record is kept here: as if every round so far had been answered.
-            epsilon = self._privacy.epsilon(max(1, self._asked.round), holders=self._asked.holders)
+            epsilon = privacy.epsilon(max(1, self._asked.round), holders=holders)
             if epsilon > self._privacy.max_epsilon:
                 raise PrivacyRefused(
                     f"Shard {self._asked.shard}, round {self._asked.round}: it would bring this run to epsilon "
@@ -228,9 +272,10 @@ class PrivateTraining:
             self._asked.run,
             self._asked.round,
             bound.digest,
-            self._privacy.spend(1, holders=self._asked.holders),
-            self._asked.earlier_rounds if self._privacy.honest_server else range(1, self._asked.round),
+            privacy.spend(1, holders=holders),
+            self._asked.earlier_rounds if privacy.honest_server else range(1, self._asked.round),
             repeatable,
+            bound.manifest.hex(),
         )
         return ledger.charge(
             request,
@@ -238,6 +283,7 @@ class PrivateTraining:
             accountant=self._privacy.accountant,
             run_budget=self._privacy.max_epsilon,
             budget=budget,
+            budget_delta=min(self._privacy.delta, max_delta_of(self._context)),
         )
 
 

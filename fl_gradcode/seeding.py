@@ -13,13 +13,17 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["generators_restored", "seed_generators"]
+__all__ = ["generators_restored", "seed_generators", "seed_with"]
 
 
 def seed_generators(seed: int, server_round: int, shard: int) -> None:
     """Seed `random`, NumPy and torch so that all holders of a shard draw the same."""
     digest = hashlib.sha256(f"{seed}|{server_round}|{shard}".encode()).digest()
-    number = int.from_bytes(digest[:8], "little")
+    seed_with(int.from_bytes(digest[:8], "little"))
+
+
+def seed_with(number: int) -> None:
+    """Seed `random`, NumPy and torch with a number of 64 bits."""
     random.seed(number)
     np.random.seed(number % 2**32)
     torch = _torch()

@@ -36,6 +36,7 @@ class Entry:
     round: int
     context: str
     spend: Spend
+    data: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Request:
         spend: What answering costs.
         earlier: Rounds of this run in which holders of the shard, whichever, were asked before.
         repeatable: Whether the same request gets the same answer. If not, each answer is a release of its own.
+        data: Digest of what the shard's data are; empty: not known.
     """
 
     shard: int
@@ -57,6 +59,7 @@ class Request:
     spend: Spend
     earlier: Iterable[int] = ()
     repeatable: bool = True
+    data: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class SpentLedger:
         accountant: str = "prv",
         run_budget: float = float("inf"),
         budget: float = float("inf"),
+        budget_delta: float | None = None,
     ) -> Charge:
         """Charge a request, and those rounds of its run that only other holders answered.
 
@@ -107,6 +111,7 @@ class SpentLedger:
             accountant: Of the epsilons.
             run_budget: Largest epsilon of this run.
             budget: Largest epsilon of all runs.
+            budget_delta: At this delta; by default `delta`.
 
         Raises:
             PrivacyRefused: It would exceed a budget; or the round was answered to another request, is before one
@@ -120,13 +125,22 @@ class SpentLedger:
             total = epsilon_of((one.spend for one in after), delta, accountant=accountant)
             ours = [one.spend for one in after if one.run == request.run]
             this_run = total if len(ours) == len(after) else epsilon_of(ours, delta, accountant=accountant)
-            for what, epsilon, most in (("this run", this_run, run_budget), ("all runs", total, budget)):
-                if new and epsilon > most:
-                    raise PrivacyRefused(
-                        f"Shard {request.shard}, round {request.round}: it would bring {what} to epsilon {epsilon:.3g} "
-                        f"(delta {delta:g}), above the budget of {most:g}."
-                    )
             if new:
+                own = delta if budget_delta is None else budget_delta
+                counted = total
+                if budget < float("inf"):
+                    _refuse_other_data(request, entries)
+                    if own != delta:
+                        counted = epsilon_of((one.spend for one in after), own, accountant=accountant)
+                for what, epsilon, most, at in (
+                    ("this run", this_run, run_budget, delta),
+                    ("all runs", counted, budget, own),
+                ):
+                    if epsilon > most:
+                        raise PrivacyRefused(
+                            f"Shard {request.shard}, round {request.round}: it would bring {what} to epsilon "
+                            f"{epsilon:.3g} (delta {at:g}), above the budget of {most:g}."
+                        )
                 self._append(request.shard, end, new)
             return Charge(this_run, total, bool(new))
 
@@ -156,7 +170,7 @@ class SpentLedger:
             try:
                 v = json.loads(line)
                 spend = Spend(float(v["noise-multiplier"]), float(v["sample-rate"]), int(v["steps"]))
-                entries.append(Entry(str(v["run"]), int(v["round"]), str(v["context"]), spend))
+                entries.append(Entry(str(v["run"]), int(v["round"]), str(v["context"]), spend, str(v.get("data", ""))))
             except (ValueError, KeyError, TypeError):
                 raise InvalidSetting(
                     f"Line {number} of the ledger of spent privacy {path} cannot be read. Restore the file; without it "
@@ -174,6 +188,7 @@ class SpentLedger:
                     "noise-multiplier": one.spend.noise_multiplier,
                     "sample-rate": one.spend.sample_rate,
                     "steps": one.spend.steps,
+                    "data": one.data,
                 }
             )
             + "\n"
@@ -234,8 +249,17 @@ def _new_entries(request: Request, run: list[Entry]) -> list[Entry]:
     missed = sorted({r for r in itertools.islice(request.earlier, 10 * _MOST_MISSED) if r < request.round} - charged)
     if len(missed) > _MOST_MISSED:
         raise PrivacyRefused(f"{here}: the server says that more than {_MOST_MISSED} rounds went by without this node.")
-    mine = Entry(request.run, request.round, request.context, request.spend)
-    return [*(Entry(request.run, r, "", request.spend) for r in missed), mine]
+    mine = Entry(request.run, request.round, request.context, request.spend, request.data)
+    return [*(Entry(request.run, r, "", request.spend, request.data) for r in missed), mine]
+
+
+def _refuse_other_data(request: Request, entries: list[Entry]) -> None:
+    """A budget is of records, and a shard's number comes from the server: it has to be the same records."""
+    if any(one.data and request.data and one.data != request.data for one in entries):
+        raise PrivacyRefused(
+            f"Shard {request.shard} has other data than the ledger's: its records may have been charged as another "
+            "shard's. Where that is not so, give this data a folder of its own (privacy-dir)."
+        )
 
 
 def _told(spend: Spend) -> str:

@@ -56,7 +56,7 @@ LAYERS = (
     # What privacy needs apart from Flower. PyTorch and the rest are granted below, module by module: they are extras.
     Layer(
         "protection",
-        names("accounting opacus_import privacy_settings keyed key_files spending dp_optimizer"),
+        names("accounting opacus_import privacy_settings keyed key_files spending dp_optimizer stepping ghost_clipping"),
         peers=True,
     ),
     # Flower's public names alone: the rest is internal or legacy, and changes without notice.
@@ -65,7 +65,7 @@ LAYERS = (
         names("wire messages pack unpack mods seeding watched roster bucket inbox carry phase sending shardwise memory")
         | names("options report contract inner asking opening ways strategy")
         | names("arrivals stop grid virtual ledger testing")
-        | names("privacy private_training privacy_records binding clipping release run_privacy"),
+        | names("privacy private_training privacy_records guard binding clipping release run_privacy"),
         names("flwr.app flwr.clientapp flwr.clientapp.mod")
         | names("flwr.serverapp flwr.serverapp.strategy flwr.serverapp.exception"),
         peers=True,
@@ -82,6 +82,8 @@ EXTRAS = {
     ("keyed", "torch"),  # faster than NumPy at logarithms and sines
     ("keyed", "cryptography"),
     ("dp_optimizer", "torch"),
+    ("stepping", "torch"),
+    ("ghost_clipping", "torch"),
     ("private_training", "torch"),
     ("binding", "torch"),  # a type
     ("seeding", "torch"),  # only to seed local training

@@ -41,7 +41,7 @@ def train_privately(message: Message, context: Context) -> Message:
             criterion(dp.model(x[batch]), y[batch]).backward()
             optimizer.step()
     metrics = MetricRecord({"num-examples": len(y), "secret-loss": 0.123})
-    records = {"arrays": ArrayRecord(net.state_dict()), "metrics": metrics, "privacy": dp.record}
+    records: dict[str, Any] = {"arrays": ArrayRecord(net.state_dict()), "metrics": metrics, "privacy": dp.record}
     return Message(RecordDict(records), reply_to=message)
 
 

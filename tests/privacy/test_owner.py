@@ -19,7 +19,8 @@ CODE = fractional_repetition(4, 1)  # groups (0, 2) and (1, 3)
 
 def grid_of(folder: Path, owners: dict[int, float]) -> InProcessGrid:
     def node_config(worker: int) -> dict[str, Any]:
-        budget = {"max-epsilon": owners[worker]} if worker in owners else {}
+        own: dict[str, Any] = {"privacy-dir": str(folder / f"node-{worker}")}
+        budget = {**own, "max-epsilon": owners[worker]} if worker in owners else {}
         return {"partition-id": worker, "num-partitions": 4, **budget}
 
     return InProcessGrid(private_app(), 4, run_config=keys_for(CODE, folder), node_config=node_config)

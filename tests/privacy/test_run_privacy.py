@@ -286,7 +286,8 @@ def test_a_node_whose_own_budget_is_exhausted_is_a_straggler(tmp_path: Path) -> 
     budget = hand_computed(2) + 1e-6
 
     def node_config(worker: int) -> dict[str, Any]:
-        own = {"max-epsilon": budget} if worker in (2, 5) else {}
+        own: dict[str, Any] = {"max-epsilon": budget, "privacy-dir": str(tmp_path / f"node-{worker}")}
+        own = own if worker in (2, 5) else {}
         return {"partition-id": worker, "num-partitions": 6, **own}
 
     strategy = private(code)
