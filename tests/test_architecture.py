@@ -42,7 +42,8 @@ LAYERS = (
     Layer(
         "mathematics",
         names("codes gradient_code reals prime_field combine axpy incremental estimate field_decoding border")
-        | names("repetition classical universal field_codes approximate"),
+        | names("repetition classical universal field_codes approximate")
+        | names("bases product_blocks product_code product_codes product_check"),
         names("numpy scipy"),
         peers=True,
     ),
@@ -50,7 +51,7 @@ LAYERS = (
     Layer(
         "plan",
         names("latency laws marginals traces populations history assignment placing")
-        | names("schemes round_times order_statistics planner"),
+        | names("schemes round_times order_statistics planner product_plan"),
         peers=True,
     ),
     # Flower's public names alone: the rest is internal or legacy, and changes without notice.
@@ -58,7 +59,8 @@ LAYERS = (
         "Flower",
         names("wire messages pack unpack mods watched roster bucket inbox carry phase sending shardwise memory options")
         | names("report contract inner asking opening ways strategy")
-        | names("arrivals stop grid virtual ledger testing"),
+        | names("arrivals stop grid virtual ledger testing")
+        | names("product_messages product_worker product_nodes product_rule coded_matmul matmul"),
         names("flwr.app flwr.clientapp flwr.clientapp.mod")
         | names("flwr.serverapp flwr.serverapp.strategy flwr.serverapp.exception"),
         peers=True,
