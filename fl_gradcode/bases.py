@@ -26,6 +26,7 @@ _SOUND = 1e6
 _WARN = 1e8
 _SETS = 64  # of answers, drawn to judge a basis by
 _TRIES = 5
+_BUDGET = 200 * 100**3  # of all singular value decompositions, in cubes of k
 
 
 class ConditionWarning(UserWarning):
@@ -77,7 +78,7 @@ def worst_condition(
     """
     n, k = D.shape
     rng = np.random.default_rng(0) if rng is None else rng
-    count = 1 if n == k else sets
+    count = 1 if n == k else min(sets, max(_BUDGET // k**3, 8))
     drawn = np.argsort(rng.random((count, n)), axis=1)[:, :k]
     starts = np.linspace(0, n, min(count, n), endpoint=False).astype(int)
     tried = np.concatenate([drawn, (starts[:, None] + np.arange(k)) % n])

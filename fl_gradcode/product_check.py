@@ -20,6 +20,7 @@ from .product_code import ProductCode
 __all__ = ["disagreement", "project", "suspects", "tolerance"]
 
 _PROJECTIONS = 4
+_STANDS_OUT = 0.01
 
 
 def project(answers: Sequence[NDArray[Any]], rng: np.random.Generator) -> NDArray[Any]:
@@ -64,9 +65,10 @@ def suspects(code: ProductCode, numbers: NDArray[Any], workers: Sequence[int], l
     """
     if len(workers) < code.k + 2:
         return []
-    found = []
+    without = {}
     for place, worker in enumerate(workers):
         others = [*workers[:place], *workers[place + 1 :]]
-        if disagreement(code, np.delete(numbers, place, axis=0), others) <= limit:
-            found.append(worker)
-    return found
+        without[worker] = disagreement(code, np.delete(numbers, place, axis=0), others)
+    found = sorted((worker for worker in without if without[worker] <= limit), key=lambda worker: without[worker])
+    # An error hardly above the limit falls below it with any answer left out; the wrong one's absence stands out.
+    return found[:1] if len(found) > 1 and without[found[0]] < _STANDS_OUT * without[found[1]] else found
