@@ -66,7 +66,7 @@ LAYERS = (
         peers=True,
     ),
     # The command line sits on top of everything.
-    Layer("face", names("cli sources plan_figure"), names("typer rich matplotlib"), peers=True),
+    Layer("face", names("cli sources plan_figure product_report"), names("typer rich matplotlib"), peers=True),
     # The package itself re-exports: it sees all, and no module may import it.
     Layer("package", names("__init__")),
 )
