@@ -21,7 +21,7 @@ _console = Console()
 _LAWS = ("pareto", "virtual-machines", "serverless", "lognormal", "none")
 
 
-def products(size: int = 4096, n: int = 20, p: int = 4, repeats: int = 5) -> None:
+def products(size: int = 4096, n: int = 20, p: int = 4, repeats: int = 5, count: int = 200) -> None:
     """A product split p x p over n workers: what decoding and a worker cost, and how long it takes with stragglers."""
     rng = np.random.default_rng(0)
     A, B = rng.standard_normal((size, size)), rng.standard_normal((size, size))
@@ -49,7 +49,7 @@ def products(size: int = 4096, n: int = 20, p: int = 4, repeats: int = 5) -> Non
         f"1/{A.nbytes / left.nbytes:g} of A and 1/{B.nbytes / right.nbytes:g} of B (asked: 1/{p} each)."
     )
     for law in _LAWS:
-        slow, fast = (_virtual(one, law) for one in (uncoded_product(p, n // p), code))
+        slow, fast = (_virtual(one, law, count) for one in (uncoded_product(p, n // p), code))
         asked = " (asked: at least 2)" if law == "pareto" else ""
         _console.print(
             f"{n} virtual nodes, {law}: {slow:.2f} s a product uncoded, {fast:.2f} s from any {code.k}: "
@@ -57,7 +57,7 @@ def products(size: int = 4096, n: int = 20, p: int = 4, repeats: int = 5) -> Non
         )
 
 
-def _virtual(code: ProductCode, law: str, count: int = 200) -> float:
+def _virtual(code: ProductCode, law: str, count: int) -> float:
     """Mean virtual seconds of a product over a run; its size does not matter, since work is charged by the law."""
     app = ClientApp()
     app.query("matmul")(coded_matmul_worker)

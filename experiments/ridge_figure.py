@@ -47,7 +47,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Test accuracy over virtual seconds, one panel a law."""
     runs = _runs(rows)
-    figure, panels = plt.subplots(1, len(runs), figsize=(10, 4), sharey=True, layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(1, len(runs), figsize=(11, 4.4), sharey=True, layout="constrained", squeeze=False)
     for panel, (law, schemes) in zip(panels[0], runs.items(), strict=True):
         for (scheme, some), (colour, marker) in zip(schemes.items(), _LOOKS, strict=False):
             panel.plot(
@@ -60,11 +60,12 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 label=f"{scheme}: {some[-1]['seconds']:.0f} s",
             )
         panel.set_title(f"Law of latency: {law}", fontsize=10)
-        panel.set_xlabel("virtual time (seconds)")
-        panel.set_xlim(left=0)
+        panel.set_xlabel("virtual time (seconds, logarithmic)")
+        panel.set_xscale("log")
+        panel.xaxis.set_major_formatter("{x:g}")
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(loc="lower right", frameon=False, fontsize=9, title="answers waited for: time for all batches")
+        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, frameon=False, fontsize=9)
     panels[0][0].set_ylabel("test accuracy (%)")
     first = rows[0]
     figure.suptitle(
