@@ -187,7 +187,7 @@ class CodedMatrix:
         rule, messages = self._ask(b, workers, server_round)
         self.grid.expect(rule)
         self.grid.send_and_receive(messages, timeout=self.timeout)
-        self._nodes.learn(rule.wait, rule.holding, rule.missing)
+        self._nodes.learn(rule.wait, rule.holding)
         if not rule.decided:
             raise RoundFailed(rule.failure())
         started = time.perf_counter()
@@ -255,7 +255,7 @@ class CodedMatrix:
         rule = PlacingRule(label, self._name, 0, {node: task.worker for node, task in tasks.items()})
         self.grid.expect(rule)
         self.grid.send_and_receive([message(node) for node in tasks], timeout=timeout)
-        self._nodes.learn(rule.wait, rule.holding, rule.missing)
+        self._nodes.learn(rule.wait, rule.holding)
 
     def _report(self, rule: ProductRule, workers: Mapping[int, int], decoding: float) -> ProductReport:
         used, rejected, wait = tuple(rule.answers), tuple(rule.rejected), rule.wait

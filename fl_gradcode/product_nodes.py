@@ -49,9 +49,8 @@ class Nodes:
         self._number(online)
         return dict(sorted(self.worker.items(), key=lambda pair: pair[1]))
 
-    def learn(self, wait: Wait, holding: Collection[int], missing: Collection[int]) -> None:
+    def learn(self, wait: Wait, holding: Collection[int]) -> None:
         """What a phase told of who holds a block: its answers, and late ones to the phases before."""
-        self.holding.difference_update(missing)
         self.holding.update(holding)
         for node, label, wrong in wait.late:
             if node in self.sent.get(label, ()) and node in self.worker and not wrong:

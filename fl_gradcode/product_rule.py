@@ -35,9 +35,8 @@ class _Rule:
         self.label, self.matrix, self.product, self.workers = label, matrix, product, dict(workers)
         #: (worker, why its answer was not used).
         self.rejected: list[tuple[int, str]] = []
-        #: Nodes that hold their block of A, and nodes that said that they do not.
+        #: Nodes that said that they hold their block of A.
         self.holding: set[int] = set()
-        self.missing: set[int] = set()
         self.wait = Wait()
 
     def arrived(self, arrival: Arrival) -> None:
@@ -132,7 +131,8 @@ class ProductRule(_Rule):
         self.decided = False
         self.needed = code.k + extra
         self._seed = int(rng.integers(2**63))
-        self._again: set[int] = set()
+        self._again: set[int] = set()  # nodes that are to be sent their block as soon as they are free
+        self._resent: set[int] = set()
 
     def next_message(self, node: int, held: Message | None, now: float) -> Message | None:
         """Its message; once more, with its block, if it has lost that."""
@@ -157,20 +157,19 @@ class ProductRule(_Rule):
             return
         assert reply is not None
         if said.outcome == "missing":
-            if arrival.node in self.missing:
+            if arrival.node in self._resent:
                 self.reject(said.worker, "it has no block of the matrix, though it was sent it")
             else:
                 self._again.add(arrival.node)
-            self.missing.add(arrival.node)
+                self._resent.add(arrival.node)
             return
         try:
             values = self._values(reply)
         except ValueError as error:
             self.reject(said.worker, str(error))
             return
-        if said.worker not in self.answers:
-            self.answers[said.worker] = values
-            self._look()
+        self.answers[said.worker] = values
+        self._look()
 
     def failure(self) -> str:
         """Why there is no product, in one sentence, with the first few reasons."""

@@ -100,6 +100,12 @@ def test_the_best_k_is_n_when_the_tail_is_light(law: Any) -> None:
     assert min(plan.lines, key=lambda line: line.idle).k == 12
 
 
+def test_a_gain_of_less_than_5_percent_is_not_worth_a_code() -> None:
+    plan = plan_products(Latency(fixed=0.2, compute=0.8, slowdown=lognormal(1.0, 0.2)), 12, ks=[11], populations=4)
+    assert 1.0 < plan.speedup(plan.lines[0]) < 1.05
+    assert plan.best.k == 12 and "(k = 11 is 2.6% faster)" in plan.verdict
+
+
 def test_a_heavy_tail_is_coded() -> None:
     plan = plan_products(named("pareto"), 20, populations=8)
     assert plan.best.k < 20 and plan.speedup(plan.best) > 2

@@ -29,7 +29,8 @@ from fl_gradcode.matmul import (
 from fl_gradcode.pack import as_array
 from fl_gradcode.prime_field import PrimeField
 from fl_gradcode.product_messages import Answer, Task, block
-from fl_gradcode.testing import InProcessGrid
+from fl_gradcode.product_rule import ProductRule
+from fl_gradcode.testing import InProcessGrid, inside_a_run
 
 RNG = np.random.default_rng(0)
 A, B = RNG.standard_normal((9, 7)), RNG.standard_normal((7, 5))
@@ -160,6 +161,37 @@ def test_a_wrong_answer_is_found_with_two_to_check_by(numbers: PrimeField | None
             assert [worker for worker, _ in report.rejected] in ([], [wrong])
 
 
+def rule_of(code: ProductCode, answers: list[np.ndarray], **options: Any) -> ProductRule:
+    settings: dict[str, Any] = {"extra": 0, "resend": lambda node: pytest.fail("nobody lost a block"), "rng": RNG}
+    settings |= {"code": code, "shape": answers[0].shape, "dtype": answers[0].dtype, **options}
+    return ProductRule("product 1", "m", 1, {100 + i: i for i in range(code.n)}, **settings)
+
+
+def test_answers_read_together_with_the_kth_have_to_agree_with_it() -> None:
+    # A real grid brings what has come in one batch: what is beyond k is a check that costs nothing.
+    code = polynomial(7, 2, 2)
+    answers = [code.multiply(left, right) for left, right in zip(*code.encode(A, B), strict=True)]
+    rule = rule_of(code, answers)
+    states = []
+    with inside_a_run():
+        for i, answer in enumerate(answers):
+            sent = answer + 1.0 if i == 4 else answer
+            content = Answer("m", i, 1, "product", True).content(answer=as_array(sent))
+            reply = Message(content, dst_node_id=100 + i, message_type="query.matmul")
+            rule.offer(Arrival("", 100 + i, 0.0), reply, 0.0)
+            states.append(rule.decided)
+    assert states == [False, False, False, True, False, True, True]
+    assert [worker for worker, _ in rule.rejected] == [4]
+
+
+def test_gives_up_as_soon_as_too_few_can_still_answer() -> None:
+    rule = rule_of(polynomial(7, 2, 2), [np.zeros((2, 2))], extra=2)
+    assert not rule.hopeless([100, 101, 102, 103, 104, 105])
+    rule.offer(Arrival("", 106, 0.0, failure="gone"), None, 0.0)
+    assert rule.hopeless([100, 101, 102, 103, 104])
+    assert rule.rejected == [(6, "gone")]
+
+
 def test_wrong_answers_that_cannot_be_told_apart_end_it() -> None:
     def tamper(worker: int, message: Message, reply: Message) -> Message:
         return changed(message, reply, lambda x: x + 1.0 + worker) if worker in (1, 2) else reply
@@ -266,6 +298,7 @@ def test_another_node_takes_over_the_number_of_one_that_is_gone() -> None:
         grid.gone = frozenset({0, 1, 2})
         assert np.abs(matrix.multiply(B) - A @ B).max() < 1e-12
         assert grid.calls[5] + grid.calls[6] == 2
+        assert matrix.place() == (0, 1, 3, 4)  # the worker whose node is gone is not among them
         grid.gone = frozenset({0, 1, 2, 3})
         with pytest.raises(RoundFailed, match="3 nodes are online after 0 s; the product needs 4 answers"):
             matrix.multiply(B)
@@ -284,7 +317,8 @@ def test_late_answers_are_dropped_and_free_their_node() -> None:
         late = [report.product for report in matrix.reports if report.late]
         assert late and all(0 not in report.used for report in matrix.reports[: late[0] - 1])
         # It held its block though its answer came too late: nothing is sent again.
-        assert 0 in matrix.place()
+        before = len(virtual.jobs)
+        assert matrix.place() == (0, 1, 2, 3, 4) and len(virtual.jobs) == before
         downs = [report.bytes_down for report in matrix.reports]
         assert downs[-1] <= downs[0]
 
