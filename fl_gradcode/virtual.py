@@ -69,6 +69,7 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
     A node works off its messages one by one, in the order sent, as Flower's do. Evaluating a shard takes
     `latency.evaluation` times as long as training it; transfer is charged for the message and a reply of the
     same size (a model goes both ways; 1/m of it under a code that divides updates), and one way only when evaluating.
+    A coded product is charged for its work, in units of an n-th of the product, and for its answer's own size.
     A latency of infinity loses the message: no reply ever comes, and the node is free for the next message at once.
 
     Args:
