@@ -23,6 +23,7 @@ from clients.app import app as client_app
 from clients.data import load_dataset
 from clients.models import build_model
 from experiments.bench_codes import bandwidth, field, vectors
+from experiments.bench_matmul import products
 from experiments.bench_privacy import private_encoding, private_step
 from fl_gradcode import GradientCode, GradientCoding, VirtualGrid, cyclic_repetition, fractional_repetition, uncoded
 from fl_gradcode.arrivals import Arrival
@@ -46,6 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         "bandwidth": bandwidth,
         "private_step": private_step,
         "private_encoding": private_encoding,
+        "products": products,
     }
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[*benchmarks, []], help="which; all by default")

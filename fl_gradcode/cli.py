@@ -17,6 +17,9 @@ from .plan_figure import draw_plan
 from .planner import Line, RoundPlan, make_plan
 from .populations import POPULATIONS
 from .privacy_commands import keys, one_sentence, privacy
+from .product_plan import plan_products
+from .product_report import as_json as products_as_json
+from .product_report import draw_products, table_of
 from .sources import Source, read_source
 
 __all__ = ["app", "main"]
@@ -61,6 +64,10 @@ def plan(
     figure: Annotated[Path | None, typer.Option(help="Write a figure (.png, .svg, .pdf).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     seed: Annotated[int, typer.Option(help="Of the simulated runs.")] = 0,
+    matmul: Annotated[
+        bool,
+        typer.Option("--matmul", help="Plan coded matrix products instead of rounds; --model: the product's size."),
+    ] = False,
 ) -> None:
     """Does coding pay for these clients? Round times, costs, and the line to paste."""
     console = Console()
@@ -76,6 +83,9 @@ def plan(
             transfer_included=not add_transfer,
         )
         n = _workers(workers, read)
+        if matmul:
+            _plan_products(console, read, n, model, s, figure, as_json, seed)
+            return
         with console.status("Simulating runs ...") if console.is_terminal else _Quiet():
             result = make_plan(read.latency, n, model_megabytes=model, tolerances=s or None, seed=seed)
         if figure is not None:
@@ -91,6 +101,27 @@ def plan(
     if read.fits:
         best = read.fits[0]
         console.print(f"Closest law: {best.code} (Kolmogorov-Smirnov distance {best.distance:.2f}).", highlight=False)
+    if figure is not None:
+        console.print(f"Figure: {figure}", highlight=False, soft_wrap=True)
+
+
+def _plan_products(
+    console: Console, read: Source, n: int, megabytes: float, s: list[int] | None, figure: Path | None, as_json: bool,
+    seed: int,
+) -> None:  # fmt: skip
+    """Which k to take for a product."""
+    if s:
+        raise FlGradcodeError("--s is about rounds; a product is planned for every k, with --matmul alone.")
+    with console.status("Simulating products ...") if console.is_terminal and not as_json else _Quiet():
+        result = plan_products(read.latency, n, megabytes=megabytes, seed=seed)
+    if figure is not None:
+        draw_products(result, figure, title=f"A coded product on {n} workers, {read.told}")
+    if as_json:
+        typer.echo(json.dumps(products_as_json(result, read.told), indent=2))
+        return
+    console.print(table_of(result, f"A product on {n} workers, {read.told}"))
+    console.print(result.verdict[0].upper() + result.verdict[1:], highlight=False)
+    console.print(f"\n    {result.best.python}\n", highlight=False, soft_wrap=True, markup=False)
     if figure is not None:
         console.print(f"Figure: {figure}", highlight=False, soft_wrap=True)
 

@@ -19,6 +19,7 @@ from .arrivals import Arrival, ArrivalSource, ForwardingGrid
 from .errors import UnsuitableApp
 from .latency import Latency
 from .messages import content_bytes, error_text, is_evaluation, load_of, reply_part, round_of
+from .product_messages import answer_bytes_of, lasting, work_of
 from .wire import Reply, plan_bytes, probe_content
 
 __all__ = ["Job", "VirtualGrid"]
@@ -55,6 +56,7 @@ class _Pending:
     node: int
     job: Job
     message: Message | None
+    abandoned: bool = False
 
 
 class VirtualGrid(ForwardingGrid, ArrivalSource):
@@ -67,6 +69,7 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
     A node works off its messages one by one, in the order sent, as Flower's do. Evaluating a shard takes
     `latency.evaluation` times as long as training it; transfer is charged for the message and a reply of the
     same size (a model goes both ways; 1/m of it under a code that divides updates), and one way only when evaluating.
+    A coded product is charged for its work, in units of an n-th of the product, and for its answer's own size.
     A latency of infinity loses the message: no reply ever comes, and the node is free for the next message at once.
 
     Args:
@@ -145,8 +148,8 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
                 continue  # forgotten
             self._now = max(self._now, finish)
             pending = self._jobs[token]
-            if pending.message is None:  # abandoned: nobody will fetch it
-                del self._jobs[token]
+            if pending.abandoned:  # nobody will fetch it
+                self.forget(token)
             return Arrival(token, pending.node, self._now, computing=pending.job.computing)
         if limit != float("inf"):
             self._now = max(self._now, limit)
@@ -167,10 +170,17 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
         """Nobody will read these: they are never computed, and their content is let go."""
         for token in tokens:
             if token in self._jobs:
-                self._jobs[token].message = None
+                pending = self._jobs[token]
+                pending.abandoned = True
+                if pending.message is not None and not lasting(pending.message):
+                    pending.message = None
 
     def forget(self, token: str) -> None:
-        """Drop the event."""
+        """Drop the event; what it leaves behind on its node, it does leave there if it has come."""
+        pending = self._jobs.get(token)
+        message = None if pending is None or pending.job.finished > self._now else pending.message
+        if message is not None and lasting(message):
+            self.fetch([Arrival(token, message.metadata.dst_node_id, self._now)])
         self._jobs.pop(token, None)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
@@ -206,7 +216,8 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
 
     def shards_of(self, message: Message, worker: int) -> float:
         """How many shards' worth of training `message` asks for; to be overridden where an app does less."""
-        return load_of(message, worker)
+        work = work_of(message)
+        return load_of(message, worker) if work is None else work
 
     def _finish(self, token: str) -> float:
         return self._jobs[token].job.finished
@@ -219,7 +230,10 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
         number = count if server_round is None else server_round
         tick = 2 * number + evaluating
         down = content_bytes(message.content) / 1e6
+        answer = answer_bytes_of(message)
         up = 0.0 if evaluating else (down - plan_bytes(message.content) / 1e6) * reply_part(message, worker)
+        if answer is not None:
+            up = answer / 1e6
         shards = self.shards_of(message, worker)
         draw = {"seed": self.seed, "worker": worker, "tick": tick}
         seconds = self.latency.seconds(**draw, shards=shards, megabytes=down + up, evaluating=evaluating)

@@ -42,7 +42,8 @@ LAYERS = (
     Layer(
         "mathematics",
         names("codes gradient_code reals prime_field combine axpy incremental estimate field_decoding border")
-        | names("repetition classical universal field_codes approximate"),
+        | names("repetition classical universal field_codes approximate")
+        | names("bases product_blocks product_code product_codes product_check"),
         names("numpy scipy"),
         peers=True,
     ),
@@ -50,13 +51,14 @@ LAYERS = (
     Layer(
         "plan",
         names("latency laws marginals traces populations history assignment placing")
-        | names("schemes round_times order_statistics planner"),
+        | names("schemes round_times order_statistics planner product_plan"),
         peers=True,
     ),
     # What privacy needs apart from Flower. PyTorch and the rest are granted below, module by module: they are extras.
     Layer(
         "protection",
-        names("accounting opacus_import privacy_settings keyed key_files spending dp_optimizer stepping ghost_clipping"),
+        names("accounting opacus_import privacy_settings keyed key_files spending")
+        | names("dp_optimizer stepping ghost_clipping"),
         peers=True,
     ),
     # Flower's public names alone: the rest is internal or legacy, and changes without notice.
@@ -65,13 +67,19 @@ LAYERS = (
         names("wire messages pack unpack mods seeding watched roster bucket inbox carry phase sending shardwise memory")
         | names("options report contract inner asking opening ways strategy")
         | names("arrivals stop grid virtual ledger testing")
-        | names("privacy private_training privacy_records guard binding clipping release run_privacy"),
+        | names("privacy private_training privacy_records guard binding clipping release run_privacy")
+        | names("product_messages product_worker product_nodes product_rule coded_matmul matmul"),
         names("flwr.app flwr.clientapp flwr.clientapp.mod")
         | names("flwr.serverapp flwr.serverapp.strategy flwr.serverapp.exception"),
         peers=True,
     ),
     # The command line sits on top of everything.
-    Layer("face", names("cli privacy_commands sources plan_figure"), names("typer rich matplotlib"), peers=True),
+    Layer(
+        "face",
+        names("cli privacy_commands sources plan_figure product_report"),
+        names("typer rich matplotlib"),
+        peers=True,
+    ),
     # The package itself re-exports: it sees all, and no module may import it.
     Layer("package", names("__init__")),
 )

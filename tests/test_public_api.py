@@ -1,5 +1,6 @@
 """What a user may rely on: the names in `__all__`, and what the wheel installs."""
 
+import re
 import zipfile
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import hatchling.build
 import pytest
 
 import fl_gradcode
+import fl_gradcode.matmul
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,6 +38,14 @@ def test_public_name_has_a_docstring(name: str) -> None:
     docstring = getattr(fl_gradcode, name).__doc__ or ""
     assert docstring.strip()
     assert not docstring.startswith(f"{name}("), "a dataclass without a docstring is given its signature"
+
+
+def test_the_public_names_of_products_are_documented() -> None:
+    api = (ROOT / "docs" / "api.md").read_text()
+    for name in fl_gradcode.matmul.__all__:
+        docstring = getattr(fl_gradcode.matmul, name).__doc__ or ""
+        assert docstring.strip() and not docstring.startswith(f"{name}(")
+        assert re.search(rf"`{name}[`(]", api), f"{name} is not in docs/api.md"
 
 
 def test_wheel_holds_the_library_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
