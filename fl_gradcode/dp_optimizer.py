@@ -6,6 +6,7 @@ and ghost clipping included, is Opacus'.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -13,10 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from .errors import PrivacyRefused
+from .ghost_clipping import per_record_loss, watched_ghost
 from .keyed import KeyedStream
 from .opacus_import import opacus
+from .stepping import Batch, Weights
 
 __all__ = ["Wrapped", "wrap"]
+
+_DTYPES = (torch.float32, torch.float64)
 
 
 class Wrapped:
@@ -26,15 +31,21 @@ class Wrapped:
         model: To be called in training; unwrap() gives the plain model back.
     """
 
-    def __init__(self, model: Any, *, ghost: bool, max_grad_norm: float, noise: _Noise, batch: _Batch) -> None:
-        self.model, self._ghost, self._max_grad_norm, self._noise, self._batch = (
-            model,
-            ghost,
-            max_grad_norm,
-            noise,
-            batch,
-        )
+    def __init__(
+        self, model: Any, *, ghost: bool, max_grad_norm: float, noise: _Noise, batch: Batch, weights: Weights
+    ) -> None:
+        self.model, self._ghost, self._max_grad_norm, self._noise = model, ghost, max_grad_norm, noise
+        self._batch, self._weights = batch, weights
         self._optimizer: Any = None
+
+    @property
+    def steps(self) -> int:
+        """How many batches had their noisy step."""
+        return self._batch.steps
+
+    def check_weights(self) -> None:
+        """Refuse weights that something other than noisy steps has changed."""
+        self._weights.check()
 
     def optimizer(self, inner: torch.optim.Optimizer, *, expected_batch_size: float) -> Any:
         """The inner optimizer, given clipped and noisy gradients."""
@@ -53,7 +64,7 @@ class Wrapped:
             max_grad_norm=self._max_grad_norm,
             expected_batch_size=expected_batch_size,
         )
-        self._optimizer.fl_gradcode = (self._noise, self._batch)
+        self._optimizer.fl_gradcode = (self._noise, self._batch, self._weights)
         return self._optimizer
 
     def criterion(self, inner: Any) -> Any:
@@ -62,8 +73,7 @@ class Wrapped:
             return inner
         if self._optimizer is None:
             raise PrivacyRefused("Ghost clipping needs the optimizer before the loss: call optimizer() first.")
-        losses = opacus().utils.fast_gradient_clipping_utils
-        return losses.DPLossFastGradientClipping(self.model, self._optimizer, inner)
+        return per_record_loss(self._batch)(self.model, self._optimizer, inner)
 
     def unwrap(self) -> nn.Module:
         """The plain model, without hooks."""
@@ -90,29 +100,6 @@ class _Noise:
         return values.mul_(self.multiplier * scale).view(parameter.shape).to(parameter.device)
 
 
-class _Batch:
-    """Holds what is stepped on to what was drawn."""
-
-    def __init__(self) -> None:
-        self.drawn: int | None = None
-        self.clipped: int | None = None  # records in the last backward pass that was clipped; ghost only
-
-    def check(self, records: int | None) -> None:
-        """One optimizer step for each drawn batch, on that batch."""
-        drawn, self.drawn, self.clipped = self.drawn, None, None
-        if drawn is None:
-            raise PrivacyRefused("A step without a batch of its own: take one step for each batch of batches().")
-        if records is None:
-            raise PrivacyRefused(
-                "A step whose gradients were not clipped: with grad_sample_mode='ghost' wrap the loss by criterion()."
-            )
-        if records != drawn:
-            raise PrivacyRefused(
-                f"A step on {records} records, where {drawn} were drawn: train on the batches of batches(), whole. "
-                "Other batches would not have the privacy that is accounted."
-            )
-
-
 def wrap(
     model: nn.Module,
     stream: KeyedStream,
@@ -124,8 +111,14 @@ def wrap(
     """The wrapped model, and what to call with the number of records of each batch that is drawn.
 
     Raises:
-        PrivacyRefused: The model mixes records (BatchNorm), or has parts whose gradients Opacus cannot tell apart.
+        PrivacyRefused: The model mixes records (BatchNorm), has parts whose gradients Opacus cannot tell apart, or is
+            trained at less than single precision.
     """
+    if any(p.requires_grad and p.dtype not in _DTYPES for p in model.parameters()):
+        raise PrivacyRefused(
+            "Parameters that are trained must be float32 or float64: coarser numbers round clipped gradients above the "
+            "clipping norm. Call model.float() first."
+        )
     validators, grad_sample = opacus().validators, opacus().grad_sample
     model.train()
     errors = validators.ModuleValidator.validate(model, strict=False)
@@ -135,9 +128,9 @@ def wrap(
             "opacus.validators.ModuleValidator.fix(model) makes one that can, such as GroupNorm for BatchNorm; use it "
             "on the server too."
         )
-    batch = _Batch()
+    batch, weights = Batch(), Weights(model)
     if mode == "ghost":
-        wrapped = _watched_ghost(grad_sample.GradSampleModuleFastGradientClipping)(model, max_grad_norm=max_grad_norm)
+        wrapped = watched_ghost(grad_sample.GradSampleModuleFastGradientClipping)(model, max_grad_norm=max_grad_norm)
         wrapped.fl_gradcode_batch = batch
     else:
         wrapped = grad_sample.GradSampleModule(model)
@@ -147,7 +140,11 @@ def wrap(
         batch.drawn = records
 
     noise = _Noise(stream, noise_multiplier)
-    return Wrapped(wrapped, ghost=mode == "ghost", max_grad_norm=max_grad_norm, noise=noise, batch=batch), drawn
+    ghost = mode == "ghost"
+    return (
+        Wrapped(wrapped, ghost=ghost, max_grad_norm=max_grad_norm, noise=noise, batch=batch, weights=weights),
+        drawn,
+    )
 
 
 def _with_stream(kind: type[Any]) -> type[Any]:
@@ -156,10 +153,50 @@ def _with_stream(kind: type[Any]) -> type[Any]:
     mark_used = opacus().optimizers.optimizer._mark_as_processed
 
     class KeyedOptimizer(kind):  # type: ignore[misc] # a class that is known at run time only
+        def step(self, closure: Callable[[], float] | None = None) -> float | None:
+            loss: float | None = super().step(closure)
+            _, batch, weights = self.fl_gradcode
+            weights.keep()
+            batch.steps += 1
+            return loss
+
+        def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
+            self.fl_gradcode[2].check()
+            for p in self.params:
+                p.summed_grad = None  # this batch's records, once
+            if not super().pre_step(closure):
+                raise PrivacyRefused("A step was skipped: each batch of batches() has one step, not parts of one.")
+            return True
+
+        def clip_and_accumulate(self) -> None:
+            """Clip; under hooks, after a record without a finite gradient was made one with none."""
+            if all(getattr(p, "grad_sample", None) is not None for p in self.params):  # else super() says so, or ghost
+                batch, samples = self.fl_gradcode[1], self.grad_samples
+                for p, sample in zip(self.params, samples, strict=True):
+                    check_unused(p.grad_sample)
+                    batch.check(len(sample))
+                lengths = [
+                    s.to(p.dtype).reshape(len(s), p.numel()).norm(dim=1)
+                    for p, s in zip(self.params, samples, strict=True)
+                ]
+                finite = torch.stack([length.to(lengths[0].device) for length in lengths]).norm(dim=0).isfinite()
+                del samples  # single records' gradients are large: no second copy of them all
+                for p in self.params:
+                    sample = self._get_flat_grad_sample(p).to(p.dtype)  # of another dtype under autocast
+                    kept = finite.to(sample.device).view(-1, *[1] * (sample.dim() - 1))
+                    p.grad_sample = torch.where(kept, sample, 0.0)  # not by a product: 0 times NaN is NaN
+            super().clip_and_accumulate()
+
         def add_noise(self) -> None:
-            noise, batch = self.fl_gradcode
+            noise, batch, _ = self.fl_gradcode
             samples = getattr(self.params[0], "grad_sample", None)
-            batch.check(batch.clipped if samples is None else len(samples))
+            records = batch.use(batch.clipped if samples is None else len(samples))
+            length = math.hypot(*(float(p.summed_grad.double().norm()) for p in self.params))
+            if not length <= records * self.max_grad_norm * (1 + 1e-3) + 1e-30:  # NaN is refused too
+                raise PrivacyRefused(
+                    "Gradients were not clipped: a weight is used past its layer, as by F.linear(x, layer.weight), "
+                    "or a loss mixes records. Use grad_sample_mode='hooks', layers alone, and a loss for each record."
+                )
             for p in self.params:  # their order is part of what holders have to share
                 check_unused(p.summed_grad)
                 noisy = p.summed_grad.double().view(p.shape) + noise.for_(p, self.max_grad_norm)
@@ -167,22 +204,3 @@ def _with_stream(kind: type[Any]) -> type[Any]:
                 mark_used(p.summed_grad)
 
     return KeyedOptimizer
-
-
-def _watched_ghost(kind: type[Any]) -> type[Any]:
-    """Ghost clipping that remembers that it clipped, and how many records."""
-
-    class WatchedGhost(kind):  # type: ignore[misc]
-        def get_clipping_coef(self) -> Tensor:
-            coefficients: Tensor = super().get_clipping_coef()
-            self.fl_gradcode_batch.clipped = len(coefficients)
-            return coefficients
-
-        def capture_backprops_hook(self, *args: Any, **kwargs: Any) -> None:
-            # Runs in the first pass of each loss, which measures norms, and not in the second, which clips. After
-            # a loss that is not wrapped, or a second one, no clipping follows or what was clipped is not all.
-            if self.hooks_enabled:
-                self.fl_gradcode_batch.clipped = None
-            super().capture_backprops_hook(*args, **kwargs)
-
-    return WatchedGhost

@@ -30,7 +30,8 @@ class DPSGD:
             round. "independent": each holder adds its own: r holders are r releases, and decoding amplifies the noise.
         delta: The other half of the guarantee; below 1 over the number of records.
         max_epsilon: The run does not start if it would spend more.
-        grad_sample_mode: Opacus' way to clip single records: "hooks", or "ghost", which wide linear layers gain by.
+        grad_sample_mode: Opacus' way to clip single records: "hooks", or "ghost", which wide linear layers gain by, and
+            which refuses a round in which a record's gradient is not finite ("hooks" counts it as zero).
         honest_server: Whether the server is trusted to send the same weights to all holders of a shard. If not, a round
             counts as a release by each of them.
         accountant: "prv", or the faster and looser "rdp".

@@ -175,8 +175,10 @@ def test_whatever_the_server_may_change_makes_another_key(node: Node, name: str)
     base: dict[str, Any] = {"run_config": {"lr": 0.1}, "config": {"epochs": 1}, "seed": 7}
 
     def digest(holder: Node, **asked: Any) -> str:
-        with holder.ask(linear(), **asked) as dp:
-            return str(dp.record["fl-gradcode.privacy"]).split('"context": "')[1][:64]
+        net = linear()
+        with holder.ask(net, **asked) as dp:
+            move(dp, net, *records())
+        return str(dp.record["fl-gradcode.privacy"]).split('"context": "')[1][:64]
 
     others = holders(node)
     plain = digest(node, **base)
@@ -192,8 +194,10 @@ def test_bytes_and_texts_that_look_alike_are_told_apart(node: Node) -> None:
     others = holders(node)
     found = set()
     for value in (b"\x01", "01", 1, 1.0, True, "b'01'", "1"):
-        with next(others).ask(linear(), config={"x": value}) as dp:
-            found.add(str(dp.record["fl-gradcode.privacy"]))
+        net = linear()
+        with next(others).ask(net, config={"x": value}) as dp:
+            move(dp, net, *records())
+        found.add(str(dp.record["fl-gradcode.privacy"]))
     assert len(found) == 7
 
 
@@ -214,12 +218,26 @@ def test_a_model_that_is_not_all_in_the_message_is_bound_too(node: Node) -> None
         dp = holder.ask(sent)
         dp._plain = own
         with dp:
-            pass
+            move(dp, own, *records())
 
     entered(node, 1.0)
     entered(node, 1.0)
     with pytest.raises(PrivacyRefused, match="answered before, to a request with other weights or settings"):
         entered(node, 2.0)
+
+
+def test_arrays_that_are_not_in_the_model_are_bound_too(node: Node) -> None:
+    """Such as a control variate: the update depends on it, the model does not hold it."""
+
+    def entered(sent: float) -> None:
+        dp = node.ask(linear(value=sent))
+        dp._plain = net = linear()
+        with dp:
+            move(dp, net, *records())
+
+    entered(1.0)
+    with pytest.raises(PrivacyRefused, match="answered before, to a request with other weights or settings"):
+        entered(1.0 + 2**-20)
 
 
 # ---- Equivocation ---------------------------------------------------------------------------------------------------

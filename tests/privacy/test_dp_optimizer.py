@@ -221,8 +221,8 @@ def with_the_loss_before_the_optimizer(dp: PrivateTraining, net: Any, x: Tensor,
 MISUSES: list[tuple[str, Callable[..., None], str]] = [
     ("both", without_a_batch, "A step without a batch of its own"),
     ("both", twice_on_one_batch, "A step without a batch of its own"),
-    ("both", on_another_batch, r"A step on 40 records, where \d+ were drawn"),
-    ("both", on_batches_drawn_before, r"A step (on \d+ records, where \d+ were drawn|without a batch of its own)"),
+    ("both", on_another_batch, "A step on another number of records than was drawn"),
+    ("both", on_batches_drawn_before, "A batch without a step of its own"),
     ("both", with_other_parameters, "The optimizer has other parameters than those of the model"),
     ("both", without_all_parameters, "The optimizer has other parameters than those of the model"),
     ("both", with_state, "The optimizer keeps something of earlier steps: make a new one"),
@@ -303,8 +303,8 @@ def test_an_optimizer_with_momentum_and_groups_works(node: Node) -> None:
 @pytest.mark.parametrize(
     ("examples", "delta", "error", "reason"),
     [
-        (0, 1e-5, PrivacyRefused, "Shard 0 has 0 examples; private training needs at least one"),
-        (40, 0.025, PrivacyRefused, r"delta=0\.025 with 40 records would allow to publish one"),
+        (0, 1e-5, PrivacyRefused, "Shard 0 has no records; private training needs at least one"),
+        (40, 0.025, PrivacyRefused, r"delta=0\.025 is not below 1 over the number of its records"),
     ],
 )
 def test_shards_that_cannot_be_protected_are_refused(
@@ -334,8 +334,10 @@ def test_without_a_folder_independent_noise_keeps_to_the_runs_budget() -> None:
         privacy = settings(noise="independent", max_epsilon=most)
         node = Node.__new__(Node)
         node.folder = Path("")
-        with node.ask(linear(), privacy=privacy, round=server_round, node_config={"privacy-dir": ""}) as dp:
-            return dp.epsilon
+        net = linear()
+        with node.ask(net, privacy=privacy, round=server_round, node_config={"privacy-dir": ""}) as dp:
+            move(dp, net, *records())
+        return dp.epsilon
 
     most = enter(2, 1e9)
     assert enter(1, most) < most == enter(2, most)
