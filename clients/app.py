@@ -106,9 +106,11 @@ class _Local:
 
     @property
     def manifest(self) -> str:
-        """Which examples are trained on: a digest of their places in the data set, and its size."""
-        places = hashlib.sha256(np.ascontiguousarray(self.train_indices, "<i8").data).hexdigest()
-        return f"{places} of {len(self.dataset.train_y)}"
+        """A digest of the examples that are trained on: holders with others get other keys."""
+        digest = hashlib.sha256()
+        for tensor in self.examples(self.train_indices):
+            digest.update(np.ascontiguousarray(tensor.numpy()).data)
+        return digest.hexdigest()
 
     def examples(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         x, y = self.dataset.train_x[indices], self.dataset.train_y[indices]

@@ -167,9 +167,13 @@ def check_private(path: Path) -> None:
         InvalidSetting: With the mode, and the command that mends it.
         OSError: It is not there, or out of reach.
     """
-    mode = path.stat().st_mode
+    mode, folder = path.stat().st_mode, path.parent.stat().st_mode
     if os.name == "posix" and mode & _OTHERS:
         raise InvalidSetting(f"{path} is open to others (mode {stat.S_IMODE(mode):04o}): chmod 600 {path}")
+    if os.name == "posix" and folder & (stat.S_IWGRP | stat.S_IWOTH):
+        raise InvalidSetting(
+            f"Others may exchange the files in {path.parent} (mode {stat.S_IMODE(folder):04o}): chmod 700 {path.parent}"
+        )
 
 
 def _write_private(path: Path, text: str) -> None:
