@@ -88,6 +88,7 @@ def test_nothing_costs_nothing_and_no_noise_costs_everything() -> None:
     for accountant in ("prv", "rdp"):
         assert epsilon_of([], DELTA, accountant=accountant) == 0
         assert epsilon_of([Spend(1, 0.5, 0)], DELTA, accountant=accountant) == 0
+        assert epsilon_of([Spend(0, 0.0, 5)], DELTA, accountant=accountant) == 0  # no record is ever in a batch
         assert epsilon_of([Spend(0, 0.5, 1)], DELTA, accountant=accountant) == math.inf
         assert epsilon_of([Spend(2, 1, 1), Spend(0, 0.01, 1)], DELTA, accountant=accountant) == math.inf
 
@@ -110,6 +111,13 @@ def test_extremes_end_soon_and_in_an_upper_bound(spend: Spend, least: float, mos
     began = time.process_time()
     assert least <= epsilon_of([spend], DELTA) <= most
     assert time.process_time() - began < 20
+
+
+def test_what_would_take_minutes_is_by_the_fast_accountant() -> None:
+    for spend in (Spend(100.0, 0.01, 10**7), Spend(0.5, 0.5, 5000)):
+        assert epsilon_of([spend], DELTA) == epsilon_of([spend], DELTA, accountant="rdp")
+    below = Spend(100.0, 0.01, 10**6)
+    assert epsilon_of([below], DELTA) < epsilon_of([below], DELTA, accountant="rdp")
 
 
 def test_more_noise_costs_less_and_more_steps_cost_more() -> None:

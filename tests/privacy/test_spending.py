@@ -207,6 +207,15 @@ def test_a_last_line_cut_anywhere_is_as_if_it_had_not_been_written(ledger: Spent
         assert whole.startswith(lines) and lines.count(b"\n") == known + 1
 
 
+def test_a_torn_line_longer_than_the_next_leaves_nothing(ledger: SpentLedger) -> None:
+    ask(ledger, 1)
+    whole = ledger.path_of(0).read_bytes()
+    ledger.path_of(0).write_bytes(whole + b"{" * 5000)
+    ask(ledger, 2)
+    assert ledger.path_of(0).read_bytes().count(b"{") == 2
+    assert [one.round for one in ledger.entries(0)] == [1, 2]
+
+
 @pytest.mark.parametrize(
     "line",
     [b"", b"{", b"7", b"[]", b"{}", b"\xff\xfe", b'{"run": "r", "round": 2}', b"null", None],
