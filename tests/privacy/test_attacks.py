@@ -177,7 +177,7 @@ def test_whatever_the_server_may_change_makes_another_key(node: Node, name: str)
     def digest(holder: Node, **asked: Any) -> str:
         net = linear()
         with holder.ask(net, **asked) as dp:
-            move(dp, net, *records())
+            move(dp, net, *records(asked.get("examples", 40)))
         return str(dp.record["fl-gradcode.privacy"]).split('"context": "')[1][:64]
 
     others = holders(node)
