@@ -68,9 +68,11 @@ class Wrapped:
         return self._optimizer
 
     def criterion(self, inner: Any) -> Any:
-        """The loss, such that ghost clipping sees it."""
+        """The loss as a mean over records of what each has alone, such that ghost clipping sees it."""
+        if getattr(inner, "reduction", "mean") == "sum":
+            raise PrivacyRefused("The loss is a sum over records: give criterion() one with reduction='mean'.")
         if not self._ghost:
-            return inner
+            return _mean_over_records(inner) if getattr(inner, "reduction", None) == "mean" else inner
         if self._optimizer is None:
             raise PrivacyRefused("Ghost clipping needs the optimizer before the loss: call optimizer() first.")
         return per_record_loss(self._batch)(self.model, self._optimizer, inner)
@@ -86,6 +88,22 @@ class Wrapped:
             if hasattr(parameter, "summed_grad"):  # has no noise yet
                 del parameter.summed_grad
         return plain
+
+
+def _mean_over_records(loss: Any) -> Callable[..., Tensor]:
+    """The same as ghost clipping has. PyTorch divides by the sum of class weights, and leaves out ignored labels: how
+    long one record's gradient is would depend on the others, before it is clipped.
+    """
+
+    def mean(*args: Any, **kwargs: Any) -> Tensor:
+        loss.reduction = "none"
+        try:
+            values: Tensor = loss(*args, **kwargs)
+        finally:
+            loss.reduction = "mean"
+        return values.mean()
+
+    return mean
 
 
 class _Noise:

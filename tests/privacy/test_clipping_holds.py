@@ -106,6 +106,25 @@ def test_one_record_more_changes_the_sum_by_at_most_the_clipping_norm(outputs: i
     assert 0.9 * CLIP < torch.linalg.vector_norm(apart) < CLIP * (1 + 1e-4)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("label", [0, -100])
+def test_class_weights_and_ignored_labels_do_not_scale_the_gradients_of_other_records(label: int, mode: str) -> None:
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1000.0, 1.0, 2.0]))
+    x, y = records(COUNT)[0], 1 + torch.arange(COUNT) % 2
+    y[-1] = label
+    few = [summed(net_of(3), x[:count], y[:count], mode, loss=loss, clip=5.0) for count in (COUNT - 1, COUNT)]
+    assert torch.linalg.vector_norm(few[1] - few[0]) <= 5.0 * (1 + 1e-4)
+    assert torch.allclose(few[0], summed(net_of(3), x[:-1], y[:-1], "hooks", loss=loss, clip=5.0), rtol=1e-5, atol=1e-6)
+    if label < 0:
+        assert torch.allclose(few[0], few[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_sum_over_records_is_refused(mode: str) -> None:
+    with pytest.raises(PrivacyRefused, match="The loss is a sum over records: give criterion"):
+        summed(net_of(1), *records(COUNT), mode, loss=nn.MSELoss(reduction="sum"))
+
+
 def test_losses_under_ghost_clipping_are_added_and_scaled_as_under_hooks() -> None:
     x, y = records(COUNT)
     one, other = (summed(net_of(1), x, y, mode, change=lambda loss: (2 * loss + 1.0 - loss / 4) * 3) for mode in MODES)
