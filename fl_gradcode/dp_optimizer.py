@@ -165,6 +165,11 @@ def wrap(
     )
 
 
+def _length(parameters: Any) -> float:
+    """Norm of the summed gradients, added up in float64."""
+    return math.hypot(*(float(torch.linalg.vector_norm(p.summed_grad, dtype=torch.float64)) for p in parameters))
+
+
 def _with_stream(kind: type[Any]) -> type[Any]:
     """An optimizer of Opacus' whose noise is the stream's."""
     check_unused = opacus().optimizers.optimizer._check_processed_flag
@@ -187,29 +192,34 @@ def _with_stream(kind: type[Any]) -> type[Any]:
             return True
 
         def clip_and_accumulate(self) -> None:
-            """Clip; under hooks, after a record without a finite gradient was made one with none."""
-            if all(getattr(p, "grad_sample", None) is not None for p in self.params):  # else super() says so, or ghost
-                batch, samples = self.fl_gradcode[1], self.grad_samples
-                for p, sample in zip(self.params, samples, strict=True):
-                    check_unused(p.grad_sample)
-                    batch.check(len(sample))
-                lengths = [
-                    s.to(p.dtype).reshape(len(s), p.numel()).norm(dim=1)
-                    for p, s in zip(self.params, samples, strict=True)
-                ]
-                finite = torch.stack([length.to(lengths[0].device) for length in lengths]).norm(dim=0).isfinite()
-                del samples  # single records' gradients are large: no second copy of them all
+            """Clip; under hooks, once more without the records that have no finite gradient, if there are any.
+
+            Such a record makes the sum NaN or infinite, which one pass over the sum shows. To look at all records'
+            gradients before would cost half a step.
+            """
+            hooks = all(getattr(p, "grad_sample", None) is not None for p in self.params)
+            if hooks:  # else super() says so, or ghost
                 for p in self.params:
-                    sample = self._get_flat_grad_sample(p).to(p.dtype)  # of another dtype under autocast
+                    check_unused(p.grad_sample)
+                    self.fl_gradcode[1].check(len(self._get_flat_grad_sample(p)))
+            super().clip_and_accumulate()
+            if hooks and not math.isfinite(_length(self.params)):
+                samples = [self._get_flat_grad_sample(p).to(p.dtype) for p in self.params]
+                lengths = [s.reshape(len(s), p.numel()).norm(dim=1) for p, s in zip(self.params, samples, strict=True)]
+                finite = torch.stack([length.to(lengths[0].device) for length in lengths]).norm(dim=0).isfinite()
+                del samples
+                for p in self.params:
+                    sample = self._get_flat_grad_sample(p).to(p.dtype)
                     kept = finite.to(sample.device).view(-1, *[1] * (sample.dim() - 1))
                     p.grad_sample = torch.where(kept, sample, 0.0)  # not by a product: 0 times NaN is NaN
-            super().clip_and_accumulate()
+                    p.summed_grad = None
+                super().clip_and_accumulate()
 
         def add_noise(self) -> None:
             noise, batch, _ = self.fl_gradcode
             samples = getattr(self.params[0], "grad_sample", None)
             records = batch.use(batch.clipped if samples is None else len(samples))
-            length = math.hypot(*(float(p.summed_grad.double().norm()) for p in self.params))
+            length = _length(self.params)
             if not length <= records * self.max_grad_norm * (1 + 1e-3) + 1e-30:  # NaN is refused too
                 raise PrivacyRefused(
                     "Gradients were not clipped: a weight is used past its layer, as by F.linear(x, layer.weight), "
@@ -217,7 +227,7 @@ def _with_stream(kind: type[Any]) -> type[Any]:
                 )
             for p in self.params:  # their order is part of what holders have to share
                 check_unused(p.summed_grad)
-                noisy = p.summed_grad.double().view(p.shape) + noise.for_(p, self.max_grad_norm)
+                noisy = noise.for_(p, self.max_grad_norm).add_(p.summed_grad.view(p.shape))  # in float64
                 p.grad = noisy.to(p.dtype)  # one rounding
                 mark_used(p.summed_grad)
 
