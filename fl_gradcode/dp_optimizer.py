@@ -201,7 +201,10 @@ def _with_stream(kind: type[Any]) -> type[Any]:
             if hooks:  # else super() says so, or ghost
                 for p in self.params:
                     check_unused(p.grad_sample)
-                    self.fl_gradcode[1].check(len(self._get_flat_grad_sample(p)))
+                    sample = self._get_flat_grad_sample(p)
+                    self.fl_gradcode[1].check(len(sample))
+                    if sample.dtype != p.dtype:  # autocast: norms of coarser numbers are too coarse to clip by
+                        p.grad_sample = sample.to(p.dtype)
             super().clip_and_accumulate()
             if hooks and not math.isfinite(_length(self.params)):
                 samples = [self._get_flat_grad_sample(p).to(p.dtype) for p in self.params]

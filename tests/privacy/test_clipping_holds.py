@@ -215,6 +215,16 @@ def test_parameters_of_half_precision_are_refused(node: Node, dtype: torch.dtype
     assert found.dtype == torch.float64
 
 
+def test_under_autocast_hooks_clip_in_the_parameters_precision_and_ghost_refuses() -> None:
+    x, y = records(COUNT)
+    for i in range(COUNT):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            one = summed(net_of(1), 9 * x[i : i + 1], 99 * y[i : i + 1], "hooks")
+        assert torch.linalg.vector_norm(one) <= CLIP * (1 + 1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(PrivacyRefused, match="another precision"):
+        summed(net_of(1), x, y, "ghost")
+
+
 # ---- Steps ----------------------------------------------------------------------------------------------------------
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
