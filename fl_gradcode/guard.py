@@ -74,10 +74,10 @@ def spent_by(content: RecordDict, shard: int, server_round: int, weight_key: str
             "private_training for this shard and round: nothing is sent"
         )
     for record in content.values():
-        if isinstance(record, MetricRecord) and record.get(weight_key) != spent.examples:
+        if isinstance(record, MetricRecord) and record.get(weight_key) != spent.weight:
             raise ValueError(
                 f"under differential privacy {weight_key!r} has to be the number of records that private_training was "
-                "given (examples=), which is public: nothing is sent"
+                "given (examples=, or weight=), which is public: nothing is sent"
             )
     return spent
 

@@ -79,7 +79,7 @@ class Spent:
         epsilon: Of this run, at `delta`.
         total_epsilon: Of all runs that this holder knows of.
         delta: The other half.
-        examples: Records of the shard: the weight of its update.
+        weight: Of the update: public, and what the reply has to say.
     """
 
     shard: int
@@ -88,7 +88,7 @@ class Spent:
     epsilon: float
     total_epsilon: float
     delta: float
-    examples: int = 0
+    weight: float = 0.0
 
     def to_record(self) -> ConfigRecord:
         """For the reply."""

@@ -37,6 +37,7 @@ def private_training(
     model: torch.nn.Module,
     *,
     examples: int,
+    weight: float | None = None,
     manifest: str = "",
     binding: Mapping[str, Any] | None = None,
 ) -> PrivateTraining:
@@ -58,7 +59,8 @@ def private_training(
         context: As `train()` got it. Its node config names the node's folder with keys and ledger by `privacy-dir`, or
             the run config a folder with one for each worker; and the data owner's own `max-epsilon`, over all runs.
         model: With the weights of the message, and with layers that do not mix records.
-        examples: Number of records of the shard. It is public: it weighs the update.
+        examples: Number of records of the shard. It is public: it weighs the update, as the reply's `num-examples`.
+        weight: What the reply says instead, if anything else; public too.
         manifest: What the shard's data are, such as a digest of its records: holders with other data then get other
             keys, which shows.
         binding: Whatever else the result depends on and somebody else decides, as JSON values. The message, the run
@@ -81,9 +83,8 @@ def private_training(
             f"The message asks for shard {asked.shard}, and {PARTITION_ID} is {given!r}: one shard's records would be "
             "charged to another's ledger."
         )
-    return PrivateTraining(
-        asked, asked.privacy, message, context, model, examples=examples, manifest=manifest, binding=dict(binding or {})
-    )
+    bound_too = {**dict(binding or {}), "fl-gradcode.weight": examples if weight is None else weight}
+    return PrivateTraining(asked, asked.privacy, message, context, model, examples, manifest, bound_too)
 
 
 class PrivateTraining:
@@ -101,7 +102,6 @@ class PrivateTraining:
         message: Message,
         context: Context,
         model: torch.nn.Module,
-        *,
         examples: int,
         manifest: str,
         binding: dict[str, Any],
@@ -125,9 +125,6 @@ class PrivateTraining:
         # Without keys of shards: keys of this one answer.
         secret = os.urandom(SECRET_BYTES) if keys is None else keys.secret(self._asked.shard)
         noise_key, batch_key = bound.key(secret, "noise"), bound.key(secret, "sample")
-        # The server knows the seed of the mod's generators: dropout and the like are drawn from the key instead.
-        self._open.enter_context(generators_restored())
-        seed_with(int.from_bytes(bound.key(secret, "generators")[:8], "little"))
         wrapped, self._drawn = wrap(
             self._plain,
             KeyedStream(noise_key),
@@ -142,6 +139,9 @@ class PrivateTraining:
         except BaseException:
             self._open.close()
             raise
+        # The server knows the seed of the mod's generators: dropout and the like are drawn from the key instead.
+        self._open.enter_context(generators_restored())
+        seed_with(int.from_bytes(bound.key(secret, "generators")[:8], "little"))
         self._open.enter_context(_without_hook_warnings())
         self._sampling = KeyedStream(batch_key)
         self._wrapped, self.model = wrapped, wrapped.model
@@ -155,7 +155,7 @@ class PrivateTraining:
             charge.run_epsilon,
             charge.total_epsilon,
             self._privacy.delta,
-            self._examples,
+            self._binding["fl-gradcode.weight"],
         ).to_record()
         return self
 

@@ -56,7 +56,7 @@ def noise_app() -> ClientApp:
         content: Any = message.content
         net.load_state_dict(content["arrays"].to_torch_state_dict())
         x = torch.zeros(examples_of(shard), ENTRIES)
-        with private_training(message, context, net, examples=len(x)) as dp:
+        with private_training(message, context, net, examples=len(x), weight=weight_of(shard)) as dp:
             optimizer = dp.optimizer(torch.optim.SGD(net.parameters(), lr=RATE))
             for batch in dp.batches():
                 optimizer.zero_grad()
