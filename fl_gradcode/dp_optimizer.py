@@ -7,7 +7,7 @@ and ghost clipping included, is Opacus'.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -112,10 +112,13 @@ class _Noise:
     def __init__(self, stream: KeyedStream, multiplier: float) -> None:
         self.stream, self.multiplier = stream, multiplier
 
-    def for_(self, parameter: Tensor, scale: float) -> Tensor:
-        """float64, shaped as the parameter, on its device."""
-        values = torch.from_numpy(self.stream.normal(parameter.numel()))
-        return values.mul_(self.multiplier * scale).view(parameter.shape).to(parameter.device)
+    def of_a_step(self, parameters: Sequence[Tensor], scale: float) -> Iterator[Tensor]:
+        """For each parameter in their order, which holders have to share: float64, of its shape, on its device. One
+        draw for all: many small ones cost more than their numbers.
+        """
+        drawn = torch.from_numpy(self.stream.normal(sum(p.numel() for p in parameters))).mul_(self.multiplier * scale)
+        pieces = torch.split(drawn, [p.numel() for p in parameters])
+        return (piece.view(p.shape).to(p.device) for piece, p in zip(pieces, parameters, strict=True))
 
 
 def wrap(
@@ -166,8 +169,8 @@ def wrap(
 
 
 def _length(parameters: Any) -> float:
-    """Norm of the summed gradients, added up in float64."""
-    return math.hypot(*(float(torch.linalg.vector_norm(p.summed_grad, dtype=torch.float64)) for p in parameters))
+    """Norm of the summed gradients."""
+    return float(torch.nn.utils.get_total_norm([p.summed_grad for p in parameters]))
 
 
 def _with_stream(kind: type[Any]) -> type[Any]:
@@ -206,7 +209,8 @@ def _with_stream(kind: type[Any]) -> type[Any]:
                     if sample.dtype != p.dtype:  # autocast: norms of coarser numbers are too coarse to clip by
                         p.grad_sample = sample.to(p.dtype)
             super().clip_and_accumulate()
-            if hooks and not math.isfinite(_length(self.params)):
+            self.fl_gradcode_length = _length(self.params) if hooks else None
+            if hooks and not math.isfinite(self.fl_gradcode_length):
                 samples = [self._get_flat_grad_sample(p).to(p.dtype) for p in self.params]
                 lengths = [s.reshape(len(s), p.numel()).norm(dim=1) for p, s in zip(self.params, samples, strict=True)]
                 finite = torch.stack([length.to(lengths[0].device) for length in lengths]).norm(dim=0).isfinite()
@@ -217,20 +221,22 @@ def _with_stream(kind: type[Any]) -> type[Any]:
                     p.grad_sample = torch.where(kept, sample, 0.0)  # not by a product: 0 times NaN is NaN
                     p.summed_grad = None
                 super().clip_and_accumulate()
+                self.fl_gradcode_length = _length(self.params)
 
         def add_noise(self) -> None:
             noise, batch, _ = self.fl_gradcode
             samples = getattr(self.params[0], "grad_sample", None)
             records = batch.use(batch.clipped if samples is None else len(samples))
-            length = _length(self.params)
+            length = getattr(self, "fl_gradcode_length", None)
+            length = _length(self.params) if length is None else length
             if not length <= records * self.max_grad_norm * (1 + 1e-3) + 1e-30:  # NaN is refused too
                 raise PrivacyRefused(
                     "Gradients were not clipped: a weight is used past its layer, as by F.linear(x, layer.weight), "
                     "or a loss mixes records. Use grad_sample_mode='hooks', layers alone, and a loss for each record."
                 )
-            for p in self.params:  # their order is part of what holders have to share
+            for p, drawn in zip(self.params, noise.of_a_step(self.params, self.max_grad_norm), strict=True):
                 check_unused(p.summed_grad)
-                noisy = noise.for_(p, self.max_grad_norm).add_(p.summed_grad.view(p.shape))  # in float64
+                noisy = drawn.add_(p.summed_grad.view(p.shape))  # in float64
                 p.grad = noisy.to(p.dtype)  # one rounding
                 mark_used(p.summed_grad)
 

@@ -57,17 +57,27 @@ class Weights:
         self.keep()
 
     def keep(self) -> None:
-        """As they are now. Copies: versions of tensors miss what is written through `.data`."""
-        self._kept = {name: p.detach().clone() for name, p in self._model.named_parameters()}
+        """As they are now. A copy: versions of tensors miss what is written through `.data`."""
+        self._kept, self._shapes = self._now()
 
     def check(self) -> None:
         """Nothing but a noisy step has changed them; on another device they are the same."""
-        now = dict(self._model.named_parameters())
-        if now.keys() != self._kept.keys() or not all(same_bits(p, self._kept[name]) for name, p in now.items()):
+        now, shapes = self._now()
+        if shapes != self._shapes or not all(map(same_bits, now, self._kept)):
             raise PrivacyRefused(
                 "Something other than a step of the optimizer that optimizer() returned has changed the model, without "
                 "noise: change weights by its step() alone, and set them or their dtype before private_training."
             )
+
+    def _now(self) -> tuple[list[Tensor], list[tuple[str, torch.Size, torch.dtype]]]:
+        """The numbers, one copy for each dtype: many small ones cost more than what is in them."""
+        parameters = list(self._model.named_parameters())
+        shapes = [(name, p.shape, p.dtype) for name, p in parameters]
+        kinds = dict.fromkeys((p.dtype, p.device) for _, p in parameters)
+        flat = [
+            torch.cat([p.detach().reshape(-1) for _, p in parameters if (p.dtype, p.device) == kind]) for kind in kinds
+        ]
+        return flat, shapes
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
