@@ -210,7 +210,7 @@ def _with_stream(kind: type[Any]) -> type[Any]:
                         p.grad_sample = sample.to(p.dtype)
             super().clip_and_accumulate()
             self.fl_gradcode_length = _length(self.params) if hooks else None
-            if hooks and not math.isfinite(self.fl_gradcode_length):
+            if self.fl_gradcode_length is not None and not math.isfinite(self.fl_gradcode_length):
                 samples = [self._get_flat_grad_sample(p).to(p.dtype) for p in self.params]
                 lengths = [s.reshape(len(s), p.numel()).norm(dim=1) for p, s in zip(self.params, samples, strict=True)]
                 finite = torch.stack([length.to(lengths[0].device) for length in lengths]).norm(dim=0).isfinite()
