@@ -19,7 +19,7 @@ from .populations import POPULATIONS
 from .privacy_commands import keys, one_sentence, privacy
 from .product_plan import plan_products
 from .product_report import as_json as products_as_json
-from .product_report import draw_products, table_of
+from .product_report import draw_products, seconds_text, table_of
 from .sources import Source, read_source
 
 __all__ = ["app", "main"]
@@ -164,10 +164,10 @@ def _table(result: RoundPlan, read: Source, *, uploads: bool) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for line in result.lines:
         cells = [
-            _seconds(line.steady),
-            _seconds(line.error, 1),
+            seconds_text(line.steady),
+            seconds_text(line.error, 1),
             f"{result.speedup(line):.2f}x",
-            _seconds(line.idle) + ("*" if line.closed_form else " "),
+            seconds_text(line.idle) + ("*" if line.closed_form else " "),
             f"{line.computed:.2f}x",
             *([f"{line.upload:.3g}"] if uploads else []),
             str(line.storage),
@@ -175,10 +175,6 @@ def _table(result: RoundPlan, read: Source, *, uploads: bool) -> Table:
         style = "bold green" if line is result.recommended else None if line.scheme.exact else "dim"
         table.add_row(line.scheme.name + ("" if line.scheme.exact else " †"), *cells, style=style)
     return table
-
-
-def _seconds(value: float, digits: int = 3) -> str:
-    return "-" if math.isnan(value) else "never" if math.isinf(value) else f"{value:.{digits}g}"
 
 
 def _as_json(result: RoundPlan, read: Source) -> dict[str, Any]:

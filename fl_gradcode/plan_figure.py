@@ -8,7 +8,7 @@ from typing import Any
 from .errors import InvalidSetting
 from .planner import Line, RoundPlan
 
-__all__ = ["draw_plan"]
+__all__ = ["draw_plan", "new_figure", "save_figure"]
 
 # Okabe and Ito's colours: told apart by colour-blind readers too.
 _STYLES: dict[str, tuple[str, str, str]] = {
@@ -21,6 +21,32 @@ _STYLES: dict[str, tuple[str, str, str]] = {
 }
 
 
+def new_figure() -> tuple[Any, Any]:
+    """An empty figure and its axes.
+
+    Raises:
+        ImportError: matplotlib is not installed; it is in the extra `figures`.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("A figure needs matplotlib: pip install 'fl-gradcode[figures]'.") from error
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write it; the format follows the file's ending.
+
+    Raises:
+        InvalidSetting: The file cannot be written.
+    """
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise InvalidSetting(f"The figure {str(path)!r} cannot be written: {error}.") from error
+
+
 def draw_plan(plan: RoundPlan, path: str | Path, *, title: str) -> None:
     """Write a figure; the format follows the file's ending.
 
@@ -28,12 +54,7 @@ def draw_plan(plan: RoundPlan, path: str | Path, *, title: str) -> None:
         ImportError: matplotlib is not installed; it is in the extra `figures`.
         InvalidSetting: The file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("A figure needs matplotlib: pip install 'fl-gradcode[figures]'.") from error
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes: Any = figure.add_subplot()
+    figure, axes = new_figure()
     families: dict[str, list[Line]] = {}
     for line in plan.lines[1:]:
         family = _family(line)
@@ -69,10 +90,7 @@ def draw_plan(plan: RoundPlan, path: str | Path, *, title: str) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise InvalidSetting(f"The figure {str(path)!r} cannot be written: {error}.") from error
+    save_figure(figure, path)
 
 
 def _family(line: Line) -> str | None:

@@ -9,10 +9,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from .errors import InvalidSetting
+from .plan_figure import new_figure, save_figure
 from .product_plan import ProductLine, ProductPlan
 
-__all__ = ["as_json", "draw_products", "table_of"]
+__all__ = ["as_json", "draw_products", "seconds_text", "table_of"]
 
 _SHOWN = 16  # rows of the table; --json has all
 
@@ -33,10 +33,10 @@ def table_of(plan: ProductPlan, title: str) -> Table:
     for line in _shown(plan):
         table.add_row(
             str(line.k),
-            _seconds(line.steady),
-            _seconds(line.error, 1),
+            seconds_text(line.steady),
+            seconds_text(line.error, 1),
             f"{plan.speedup(line):.2f}x",
-            _seconds(line.idle) + ("*" if line.closed_form else " "),
+            seconds_text(line.idle) + ("*" if line.closed_form else " "),
             f"{line.computed:.2f}x",
             style="bold green" if line is plan.best else None,
         )
@@ -62,12 +62,7 @@ def draw_products(plan: ProductPlan, path: str | Path, *, title: str) -> None:
         ImportError: matplotlib is not installed; it is in the extra `figures`.
         InvalidSetting: The file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("A figure needs matplotlib: pip install 'fl-gradcode[figures]'.") from error
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes: Any = figure.add_subplot()
+    figure, axes = new_figure()
     last = plan.lines[-1]
     shown = [line for line in plan.lines if math.isfinite(line.steady) and math.isfinite(line.idle)]
     k = [line.k for line in shown]
@@ -91,10 +86,7 @@ def draw_products(plan: ProductPlan, path: str | Path, *, title: str) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise InvalidSetting(f"The figure {str(path)!r} cannot be written: {error}.") from error
+    save_figure(figure, path)
 
 
 def _shown(plan: ProductPlan) -> list[ProductLine]:
@@ -121,5 +113,6 @@ def _line(line: ProductLine) -> dict[str, Any]:
     }
 
 
-def _seconds(value: float, digits: int = 3) -> str:
+def seconds_text(value: float, digits: int = 3) -> str:
+    """For a table."""
     return "-" if math.isnan(value) else "never" if math.isinf(value) else f"{value:.{digits}g}"
