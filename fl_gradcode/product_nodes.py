@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Collection
 
 from .errors import RoundFailed
 from .grid import EarlyStopGrid
+from .roster import poll_nodes
 from .stop import Wait
 
 __all__ = ["Nodes"]
 
 _log = logging.getLogger(__name__)
-_POLL = 0.5  # seconds between two looks at who is online
 
 
 class Nodes:
@@ -36,9 +35,8 @@ class Nodes:
         Raises:
             RoundFailed: Fewer than `least` are there.
         """
-        deadline = time.monotonic() + (0.0 if self._grid.source.fixed_nodes else timeout)
-        while len(online := sorted(self._grid.get_node_ids())) < wanted and time.monotonic() < deadline:
-            time.sleep(_POLL)
+        settling = 0.0 if self._grid.source.fixed_nodes else timeout
+        online = sorted(poll_nodes(self._grid, settling, f"{wanted} nodes", lambda nodes: len(nodes) >= wanted))
         if len(online) < least:
             raise RoundFailed(
                 f"{len(online)} nodes are online after {timeout:g} s; the product needs {least} answers. Start more "

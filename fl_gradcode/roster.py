@@ -14,7 +14,7 @@ from .errors import RoundFailed
 from .gradient_code import GradientCode
 from .wire import Reply
 
-__all__ = ["Roster", "nodes_of_a_phase", "wait_for_nodes"]
+__all__ = ["Roster", "nodes_of_a_phase", "poll_nodes", "wait_for_nodes"]
 
 _log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def wait_for_nodes(grid: Grid, code: GradientCode, timeout: float) -> None:
         RoundFailed: More than n nodes, or fewer than n - s.
     """
     n, s = code.n, code.s
-    online = len(_poll(grid, timeout, f"{n} nodes", lambda nodes: len(nodes) == n))
+    online = len(poll_nodes(grid, timeout, f"{n} nodes", lambda nodes: len(nodes) == n))
     if online > n:
         raise RoundFailed(
             f"{online} nodes are online, but the code has n={n} workers. Build the code for {online}, or stop "
@@ -117,10 +117,11 @@ def nodes_of_a_phase(
     """
     least = code.n - code.s
     wanted = f"at least {least} of {code.n} nodes"
-    return _poll(grid, timeout, wanted, lambda nodes: len(nodes) >= least or not hopeless(nodes))
+    return poll_nodes(grid, timeout, wanted, lambda nodes: len(nodes) >= least or not hopeless(nodes))
 
 
-def _poll(grid: Grid, timeout: float, wanted: str, enough: Callable[[list[int]], bool]) -> list[int]:
+def poll_nodes(grid: Grid, timeout: float, wanted: str, enough: Callable[[list[int]], bool]) -> list[int]:
+    """The nodes that are online; waits up to `timeout` seconds for `enough` of them, and says once what is `wanted`."""
     deadline = time.monotonic() + timeout
     told = False
     while not enough(nodes := list(grid.get_node_ids())) and time.monotonic() < deadline:
