@@ -35,6 +35,8 @@ class RunPrivacy:
         self._holders = {j: len(code.holders_of(j)) for j in range(code.k)}
         #: Shard -> ranges of rounds in which its update was, or may have been, released.
         self._released: dict[int, list[list[int]]] = {j: [] for j in range(code.k)}
+        #: Shard -> draws of noise after decoding: each is a release, also a second one of the same round.
+        self._draws = dict.fromkeys(range(code.k), 0)
         folder = privacy.folder if isinstance(privacy, CentralNoise) else ""
         self._ledger = SpentLedger(folder) if folder else None
         #: What earlier starts spent, of this run too, each different history once.
@@ -150,6 +152,7 @@ class RunPrivacy:
                 request = Request(shard, self.run, server_round, "", spend, repeatable=False)
                 most = self.privacy.max_epsilon
                 self._ledger.charge(request, delta=self.privacy.delta, accountant=self.privacy.accountant, budget=most)
+            self._draws[shard] += 1
             self._count(shard, server_round)
 
     def _goes_on(self, server_round: int) -> None:
@@ -168,6 +171,9 @@ class RunPrivacy:
             ranges.append([server_round, server_round])
 
     def _rounds(self, shard: int) -> int:
+        return max(self._draws[shard], self._asked_rounds(shard))
+
+    def _asked_rounds(self, shard: int) -> int:
         return sum(last - first + 1 for first, last in self._released[shard])
 
     @property

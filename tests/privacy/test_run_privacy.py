@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,8 @@ from fl_gradcode import (
 )
 from fl_gradcode.errors import InvalidSetting, UnsuitableApp
 from fl_gradcode.latency import Latency, Law
-from fl_gradcode.privacy import Spent, SpentLedger, read_keys
+from fl_gradcode.privacy import CentralNoise, Spent, SpentLedger, read_keys
+from fl_gradcode.run_privacy import RunPrivacy
 from fl_gradcode.testing import InProcessGrid
 from tests.privacy.private_app import initial, keys_for, private_app, settings, train_privately
 
@@ -314,3 +316,14 @@ def test_the_run_says_at_the_start_what_it_will_cost(tmp_path: Path, caplog: pyt
     assert loud.levelno == logging.WARNING
     spends = f"spends epsilon {hand_computed(2, 3):.3g}, where shared noise spends {hand_computed(2):.3g}"
     assert spends in loud.getMessage()
+
+
+def test_each_draw_of_noise_on_the_server_counts_also_a_second_one_of_a_round() -> None:
+    central = CentralNoise(noise_multiplier=5.0, clipping_norm=1.0, accountant="rdp")
+    account = RunPrivacy(central, CODES["fractional"], "r")
+    for _ in range(3):
+        release = account.release(1, [0, 2])
+        assert release is not None
+        release.noisy(np.zeros(4))
+    spent = account.entry(SimpleNamespace(spent=None, other_requests={}))  # type: ignore[arg-type]
+    assert spent["epsilon"] == pytest.approx(central.epsilon(3))
