@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -12,21 +11,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from . import report
-from .arrivals import Arrival
-from .contract import broken_promises, refuse_unsuitable, refuse_wrappers
-from .errors import InvalidSetting, RoundFailed
+from .contract import refuse_wrappers
+from .errors import InvalidSetting
 from .gradient_code import GradientCode
 from .grid import EarlyStopGrid
-from .inner import ShardGrid, aggregate, check_bounds, check_strategy, has_custom_metrics
+from .inner import check_bounds, check_strategy
 from .ledger import Ledger
-from .memory import Memory
-from .opening import Opening
 from .options import Approximation, Options
-from .phase import Phase
 from .privacy_settings import Privacy
-from .roster import Roster, nodes_of_a_phase, wait_for_nodes
-from .ways import FixedWay, Way, Ways, ways_of
+from .running import Run
 
 __all__ = ["GradientCoding"]
 
@@ -118,18 +111,13 @@ class GradientCoding(Strategy):
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
         self.on_round_end = on_round_end
         self._name = run
-        self.roster = Roster()
-        self._ways: Ways = FixedWay(Way(code, "coded"))
-        self._way: Way | None = None
-        self._open(None)
-        self._patience = 0.0
-        self._drafts: list[Message] = []
-        self._phase: Phase | None = None
         self._arrays = ArrayRecord()
-        self._row: dict[str, Any] = {}
-        self._ever_decoded = False
-        self._warned: set[str] = set()
-        self._memory: dict[str, Memory] = {}
+        self._run = Run(strategy, self.options, code, run, None)
+
+    @property
+    def run(self) -> str:
+        """Name of the run."""
+        return self._run.name
 
     def summary(self) -> None:
         """Log the code, then the wrapped strategy's own summary."""
@@ -159,26 +147,16 @@ class GradientCoding(Strategy):
             UnsuitableApp: The clients lack the mod, or do not choose their data by `partition-id`.
         """
         waiting = grid if isinstance(grid, EarlyStopGrid) else EarlyStopGrid(grid)
-        waiting.on_late = lambda node, label, reply: self.roster.learn_from(node, reply, run=self.run)
-        self.roster = Roster()  # another start may meet other nodes, and other clients
-        self._ever_decoded = False
-        self._warned.clear()
-        if self.options.fills_in:
-            self._memory = {"train": Memory(), "evaluate": Memory()}
-        self._open(timeout)
-        self._opening.begin(num_rounds)
-        self._way = None
-        limit: Any = timeout  # Flower's grids take None for "no limit"
+        self._run = Run(self.strategy, self.options, self.code, self._name, timeout)
         self._arrays = initial_arrays
-        settling = 0.0 if waiting.source.fixed_nodes else self.options.node_timeout
-        wait_for_nodes(waiting, self.code, settling)
-        self._patience = settling if timeout is None else min(settling, timeout)
+        self._run.begin(waiting, num_rounds)
+        limit: Any = timeout  # Flower's grids take None for "no limit"
+        configs = (train_config, evaluate_config)
         try:
-            configs = (train_config, evaluate_config)
             result = super().start(waiting, initial_arrays, num_rounds, limit, *configs, evaluate_fn)
         except BaseException as error:
-            if self._row:
-                self._row["ended-by"] = f"{type(error).__name__}: {error}"
+            if self._run.row:
+                self._run.row["ended-by"] = f"{type(error).__name__}: {error}"
                 self._close_row()
             raise
         finally:
@@ -192,109 +170,33 @@ class GradientCoding(Strategy):
     ) -> Iterable[Message]:
         """The wrapped strategy's training messages, one plan for each worker."""
         refuse_wrappers()
-        self._row = report.new_row(self.run, grid, server_round, self.code)
         self._arrays = arrays
-        return self._configure("train", server_round, arrays, config, grid)
+        return self._run.configure("train", server_round, arrays, config, grid)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The wrapped strategy's evaluation messages, one plan for each worker."""
-        if not self._row:
-            self._row = report.new_row(self.run, grid, server_round, self.code)
-        return self._configure("evaluate", server_round, arrays, config, grid)
+        return self._run.configure("evaluate", server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Decode, and let the wrapped strategy aggregate the one decoded reply."""
-        arrays, metrics = self._aggregate(server_round, replies)
+        arrays, metrics = self._run.aggregate(server_round, replies)
         if arrays is not None:
             self._arrays = arrays
         return arrays, metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Decode the metrics, and let the wrapped strategy aggregate the one decoded reply."""
-        _, metrics = self._aggregate(server_round, replies)
+        _, metrics = self._run.aggregate(server_round, replies)
         row = self._close_row()
         if self.on_round_end is not None:
             self.on_round_end(server_round, self._arrays, row)
         return metrics
 
-    def _configure(
-        self, kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> list[Message]:
-        self._phase = None
-        configure = getattr(self.strategy, f"configure_{kind}")
-        self._drafts = list(configure(server_round, arrays, config, ShardGrid(self.code.k, grid)))
-        if not self._drafts:
-            return []
-        if has_custom_metrics(self.strategy, kind):
-            self._warn_once(
-                f"metrics {kind}",
-                f"The custom {kind} metric aggregation is called on one decoded record, not on one for each client.",
-            )
-        if kind == "train" or self._way is None:
-            self._way = self._ways.choose(complete=len(list(grid.get_node_ids())) >= self.code.n)
-        self._phase, asking = self._opening.phase(kind, server_round, self._drafts, self._way)
-        self._row["way"] = self._way.entry
-        nodes = nodes_of_a_phase(grid, self.code, self._patience, self._phase.hopeless)
-        self.roster.keep(nodes)
-        if isinstance(grid, EarlyStopGrid):
-            for node, worker in grid.source.known_workers().items():
-                self.roster.learn(node, worker)
-            grid.expect(self._phase)
-        elif self._way.send == "shards":
-            raise InvalidSetting(f"send={self.options.send!r} hands out work: run the strategy by its start().")
-        return asking.messages(nodes, self.roster, self._phase.sending.first_rows())
-
-    def _open(self, timeout: float | None) -> None:
-        """What a run needs anew: nobody is known yet, nothing has been learnt or spent."""
-        self._ways = ways_of(self.options, self.code)
-        self._opening = Opening.of(self.strategy, self.options, self.code, self._name, self.roster, timeout)
-        self.run = self._opening.run
-
-    def _aggregate(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        phase = self._phase
-        if phase is None:
-            return None, None
-        if not phase.collected:  # somebody else's loop brings the replies of a plain grid
-            for reply in replies:
-                phase.offer(Arrival("", reply.metadata.src_node_id, 0.0), reply, 0.0)
-        began = time.perf_counter()
-        decoded = phase.decode(self.options.approximation, self._memory.get(phase.plan.kind))
-        entry = report.phase_entry(phase, decoded, self._opening.privacy, decoding=time.perf_counter() - began)
-        self._row[phase.plan.kind] = entry  # whatever is raised from here on, the row tells what happened
-        self._phase = None
-        phase.release()
-        refuse_unsuitable(phase.inbox, ever_decoded=self._ever_decoded)
-        for key, text in broken_promises(phase.inbox):
-            self._warn_once(key, text)
-        if decoded is None:
-            self._undecodable(phase, entry)
-            return None, MetricRecord(report.figures(entry))
-        self._ever_decoded = True
-        began = time.perf_counter()
-        arrays, metrics = aggregate(self.strategy, self._drafts[0], server_round, decoded)
-        entry["seconds"]["aggregating"] = time.perf_counter() - began
-        return arrays, MetricRecord({**(metrics or {}), **report.figures(entry)})
-
-    def _undecodable(self, phase: Phase, entry: dict[str, Any]) -> None:
-        why = report.why_undecodable(phase, entry)
-        if self.options.policy == "raise":
-            entry["outcome"] = "raised"
-            raise RoundFailed(f"{why}.")
-        _log.warning("%s. The round is skipped: the model stays as it is.", why)
-
     def _close_row(self) -> dict[str, Any]:
-        row, self._row = self._row, {}
+        row = self._run.close_row()
         self.ledger.append(row)
-        self._ways.learn(row)
         return row
-
-    def _warn_once(self, key: str, text: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            _log.warning("%s", text)

@@ -1,0 +1,149 @@
+"""One run: what is kept from round to round, and how its phases are opened and closed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from . import report
+from .arrivals import Arrival
+from .contract import broken_promises, refuse_unsuitable
+from .errors import InvalidSetting, RoundFailed
+from .gradient_code import GradientCode
+from .grid import EarlyStopGrid
+from .inner import ShardGrid, aggregate, has_custom_metrics
+from .memory import Memory
+from .opening import Opening
+from .options import Options
+from .phase import Phase
+from .roster import Roster, nodes_of_a_phase, wait_for_nodes
+from .ways import Way, ways_of
+
+__all__ = ["Run"]
+
+_log = logging.getLogger(__name__)
+
+
+class Run:
+    """One run of a wrapped strategy.
+
+    Args:
+        strategy: The wrapped one.
+        options: As the user set them.
+        code: Who holds which shards.
+        name: Of the run; made up if None.
+        timeout: Seconds of a phase.
+    """
+
+    def __init__(
+        self, strategy: Strategy, options: Options, code: GradientCode, name: str | None, timeout: float | None
+    ) -> None:
+        self.strategy, self.options, self.code, self.timeout = strategy, options, code, timeout
+        self.roster = Roster()  # another run may meet other nodes, and other clients
+        self.ways = ways_of(options, code)
+        self.way: Way | None = None
+        self.opening = Opening.of(strategy, options, code, name, self.roster, timeout)
+        self.name = self.opening.run
+        #: The ledger row of the round that is under way.
+        self.row: dict[str, Any] = {}
+        self.phase: Phase | None = None
+        self.memory = {"train": Memory(), "evaluate": Memory()} if options.fills_in else {}
+        self._patience = 0.0
+        self._drafts: list[Message] = []
+        self._ever_decoded = False
+        self._warned: set[str] = set()
+
+    def begin(self, grid: EarlyStopGrid, num_rounds: int) -> None:
+        """Say what it is going to cost, and wait for the nodes.
+
+        Raises:
+            InvalidSetting: It costs more privacy than it may.
+            RoundFailed: Too few or too many nodes.
+        """
+        grid.on_late = lambda node, label, reply: self.roster.learn_from(node, reply, run=self.name)
+        self.opening.begin(num_rounds)
+        settling = 0.0 if grid.source.fixed_nodes else self.options.node_timeout
+        wait_for_nodes(grid, self.code, settling)
+        self._patience = settling if self.timeout is None else min(settling, self.timeout)
+
+    def configure(
+        self, kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """The messages of a phase, one for each worker; none if the wrapped strategy has none."""
+        if kind == "train" or not self.row:
+            self.row = report.new_row(self.name, grid, server_round, self.code)
+        self.phase = None
+        configure = getattr(self.strategy, f"configure_{kind}")
+        self._drafts = list(configure(server_round, arrays, config, ShardGrid(self.code.k, grid)))
+        if not self._drafts:
+            return []
+        if has_custom_metrics(self.strategy, kind):
+            self._warn_once(
+                f"metrics {kind}",
+                f"The custom {kind} metric aggregation is called on one decoded record, not on one for each client.",
+            )
+        if kind == "train" or self.way is None:
+            self.way = self.ways.choose(complete=len(list(grid.get_node_ids())) >= self.code.n)
+        self.phase, asking = self.opening.phase(kind, server_round, self._drafts, self.way)
+        self.row["way"] = self.way.entry
+        nodes = nodes_of_a_phase(grid, self.code, self._patience, self.phase.hopeless)
+        self.roster.keep(nodes)
+        if isinstance(grid, EarlyStopGrid):
+            for node, worker in grid.source.known_workers().items():
+                self.roster.learn(node, worker)
+            grid.expect(self.phase)
+        elif self.way.send == "shards":
+            raise InvalidSetting(f"send={self.options.send!r} hands out work: run the strategy by its start().")
+        return asking.messages(nodes, self.roster, self.phase.sending.first_rows())
+
+    def aggregate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Decode the phase, and let the wrapped strategy aggregate the one decoded reply."""
+        phase = self.phase
+        if phase is None:
+            return None, None
+        if not phase.collected:  # somebody else's loop brings the replies of a plain grid
+            for reply in replies:
+                phase.offer(Arrival("", reply.metadata.src_node_id, 0.0), reply, 0.0)
+        began = time.perf_counter()
+        decoded = phase.decode(self.options.approximation, self.memory.get(phase.plan.kind))
+        entry = report.phase_entry(phase, decoded, self.opening.privacy, decoding=time.perf_counter() - began)
+        self.row[phase.plan.kind] = entry  # whatever is raised from here on, the row tells what happened
+        self.phase = None
+        phase.release()
+        refuse_unsuitable(phase.inbox, ever_decoded=self._ever_decoded)
+        for key, text in broken_promises(phase.inbox):
+            self._warn_once(key, text)
+        if decoded is None:
+            self._undecodable(phase, entry)
+            return None, MetricRecord(report.figures(entry))
+        self._ever_decoded = True
+        began = time.perf_counter()
+        arrays, metrics = aggregate(self.strategy, self._drafts[0], server_round, decoded)
+        entry["seconds"]["aggregating"] = time.perf_counter() - began
+        return arrays, MetricRecord({**(metrics or {}), **report.figures(entry)})
+
+    def close_row(self) -> dict[str, Any]:
+        """The row of the round that has ended; the next one is chosen by what it says."""
+        row, self.row = self.row, {}
+        self.ways.learn(row)
+        return row
+
+    def _undecodable(self, phase: Phase, entry: dict[str, Any]) -> None:
+        why = report.why_undecodable(phase, entry)
+        if self.options.policy == "raise":
+            entry["outcome"] = "raised"
+            raise RoundFailed(f"{why}.")
+        _log.warning("%s. The round is skipped: the model stays as it is.", why)
+
+    def _warn_once(self, key: str, text: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            _log.warning("%s", text)
