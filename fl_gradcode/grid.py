@@ -8,29 +8,17 @@ newest message is held back until its late reply is in, then sent at once if tha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from .arrivals import Arrival, ArrivalSource, ForwardingGrid, PollingArrivals
+from .arrivals import ArrivalSource, ForwardingGrid, PollingArrivals
 from .errors import InvalidSetting
-from .messages import computing_seconds, content_bytes, error_text, loads_of
-from .stop import CountRule, JobTime, StopRule, Wait
+from .stop import CountRule, StopRule
+from .waiting import Debt, Waiting
 
 __all__ = ["EarlyStopGrid"]
-
-
-@dataclass
-class _Debt:
-    """A reply that a node owes."""
-
-    token: str
-    rule: StopRule
-    sent: float
-    loads: dict[int, int]
-    lapses: float
 
 
 class EarlyStopGrid(ForwardingGrid):
@@ -66,7 +54,7 @@ class EarlyStopGrid(ForwardingGrid):
         )
         #: Called with (node, label, reply or None) for each reply that came after its phase had ended.
         self.on_late: Callable[[int, str, Message | None], None] | None = None
-        self._debts: dict[int, _Debt] = {}
+        self._debts: dict[int, Debt] = {}
         self._announced: StopRule | None = None
 
     def expect(self, rule: StopRule) -> None:
@@ -83,176 +71,5 @@ class EarlyStopGrid(ForwardingGrid):
         rule, self._announced = self._announced or CountRule(self.stop_after), None
         if not batch:
             return []
-        phase = _Waiting(self.source, self._debts, rule, timeout, self.on_late)
+        phase = Waiting(self.source, self._debts, rule, timeout, self.on_late)
         return rule.finish(phase.run(batch))
-
-
-class _Waiting:
-    """One phase: from the first message to the end of waiting."""
-
-    def __init__(
-        self,
-        source: ArrivalSource,
-        debts: dict[int, _Debt],
-        rule: StopRule,
-        timeout: float | None,
-        on_late: Callable[[int, str, Message | None], None] | None,
-    ) -> None:
-        self.source, self.debts, self.rule, self.on_late = source, debts, rule, on_late
-        self.start = source.now()
-        self.deadline = None if timeout is None else self.start + timeout
-        # Nothing can be cancelled in Flower; a node that never answers is trusted again after this long.
-        self.patience = float("inf") if timeout is None else 3 * timeout
-        self.wait = Wait()
-        self.held: dict[int, Message] = {}
-        self.free: list[int] = []  # nodes that the rule may have something for
-        self.idle: list[int] = []  # nodes that it had nothing for
-        self.unread: list[Arrival] = []
-        self.woken: float | None = None
-        self.lost = True  # whether a reply that might have come is known not to
-
-    def run(self, messages: Sequence[Message]) -> Wait:
-        self._lapse()
-        self.free.clear()
-        for message in messages:
-            node = message.metadata.dst_node_id
-            self.held[node] = message
-            if node in self.debts:
-                self.wait.held_back.append(node)
-            else:
-                self.free.append(node)
-        ended = self._loop()
-        if ended != "decoded":
-            while not self.rule.decided and self._read(final=True):
-                pass  # a reply that turned out bad may have a replica that is in too
-        self.wait.ended = "decoded" if self.rule.decided else ended
-        self.wait.seconds = self.source.now() - self.start
-        self.wait.never_sent = list(self.held)
-        now = self.source.now()
-        self.wait.owing = [
-            JobTime(node, debt.rule.label, debt.loads, now - debt.sent) for node, debt in self.debts.items()
-        ]
-        self.wait.unread = [arrival.node for arrival in self.unread]
-        for arrival in self.unread:
-            self.source.forget(arrival.token)
-        self.source.abandon([debt.token for debt in self.debts.values() if debt.rule is self.rule])
-        return self.wait
-
-    def _loop(self) -> str:
-        while True:
-            if self.rule.decided:
-                return "decoded"
-            # Before handing out: reading may tell who a node is, and what is left to do.
-            while self.free and not (self.source.immediate and self.unread):
-                self._hand_out()
-            outstanding = self._outstanding()
-            if self.unread and self._read(final=not outstanding):
-                self.lost = True
-                continue
-            coming = outstanding + [arrival.node for arrival in self.unread]
-            if self.lost and self.rule.hopeless(coming):
-                return "hopeless"
-            if not outstanding:
-                return "answered"  # what is unread was not wanted
-            self.lost = False
-            arrival = self.source.next_arrival(self._next_deadline())
-            if arrival is not None:
-                self._arrived(arrival)
-                # Whatever came at the same moment comes before handing out: its sender needs no help.
-                while (also := self.source.next_arrival(self.source.now())) is not None:
-                    self._arrived(also)
-            elif self.deadline is not None and self.source.now() >= self.deadline:
-                return "timed out"
-            elif (wake := self._wake()) is not None and self.source.now() >= wake:
-                self.woken = wake
-                self._offer_idle()
-            elif not self._lapse():
-                return "timed out"  # nothing is under way any more, and there is no deadline to wait for
-
-    def _outstanding(self) -> list[int]:
-        """Nodes whose reply to this phase may still come."""
-        return [node for node, debt in self.debts.items() if debt.rule is self.rule] + list(self.held)
-
-    def _next_deadline(self) -> float | None:
-        lapses = [self.debts[node].lapses for node in self.held if node in self.debts]
-        moments = [t for t in [self.deadline, self._wake(), *lapses] if t is not None and t != float("inf")]
-        return min(moments) if moments else None
-
-    def _wake(self) -> float | None:
-        """When the rule wants to be asked again, unless that has been done."""
-        return None if self.rule.wake_at == self.woken else self.rule.wake_at
-
-    def _arrived(self, arrival: Arrival) -> None:
-        debt = self.debts.get(arrival.node)
-        if debt is None or debt.token != arrival.token:
-            return  # its debt lapsed: the node has been given other work since
-        del self.debts[arrival.node]
-        reply = arrival.reply
-        if not (arrival.failure or (reply is not None and reply.has_error())):
-            computing = arrival.computing if reply is None else computing_seconds(reply)
-            taken = JobTime(arrival.node, debt.rule.label, debt.loads, arrival.at - debt.sent, computing)
-            self.wait.times.append(taken)
-        if debt.rule is self.rule:
-            self.unread.append(arrival)
-            self.rule.arrived(arrival)
-        else:
-            wrong = error_text(reply) if reply is not None and reply.has_error() else arrival.failure
-            self.wait.late.append((arrival.node, debt.rule.label, wrong))
-            if self.on_late is not None:
-                self.on_late(arrival.node, debt.rule.label, reply)
-        self.free.append(arrival.node)
-
-    def _hand_out(self) -> None:
-        """Give the nodes that are free what the rule has for them."""
-        messages = []
-        for node in self.free:
-            message = self.rule.next_message(node, self.held.pop(node, None), self.source.now())
-            if message is None:
-                self.idle.append(node)
-            else:
-                messages.append(message)
-        self.free.clear()
-        if messages:
-            self._push(messages)
-
-    def _lapse(self) -> bool:
-        """Give up on debts that are too old; whether there was one."""
-        now = self.source.now()
-        old = [node for node, debt in self.debts.items() if debt.lapses <= now and debt.rule is not self.rule]
-        for node in old:
-            self.source.forget(self.debts.pop(node).token)
-            self.wait.lapsed.append(node)
-            self.free.append(node)
-        return bool(old)
-
-    def _push(self, messages: list[Message]) -> None:
-        now = self.source.now()
-        for message, token in zip(messages, self.source.push(messages), strict=True):
-            node = message.metadata.dst_node_id
-            self.wait.asked.append(node)
-            self.wait.bytes_down += content_bytes(message.content)
-            if token is None:
-                refused = Arrival("", node, now, failure="the SuperLink refused the message")
-                self.rule.offer(refused, None, now - self.start)
-                self._offer_idle()
-                self.lost = True
-            else:
-                self.debts[node] = _Debt(token, self.rule, now, loads_of(message), now + self.patience)
-
-    def _read(self, *, final: bool) -> bool:
-        """Read what is needed of what is in; whether anything was."""
-        arrivals = self.unread if self.source.immediate else self.rule.choose(self.unread, final=final)
-        wanted = {arrival.token for arrival in arrivals}
-        self.unread = [arrival for arrival in self.unread if arrival.token not in wanted]
-        for arrival, reply in zip(arrivals, self.source.fetch(arrivals), strict=True):
-            if reply is not None and reply.has_content():
-                self.wait.bytes_up += content_bytes(reply.content)
-            self.rule.offer(arrival, reply, arrival.at - self.start)
-        if arrivals:  # who a node is, which copies count: what is left to do may be another than before
-            self._offer_idle()
-        return bool(arrivals)
-
-    def _offer_idle(self) -> None:
-        """Ask the rule once more what idle nodes may do."""
-        self.free.extend(self.idle)
-        self.idle.clear()
