@@ -14,7 +14,11 @@ from .roster import Roster
 from .run_privacy import RunPrivacy
 from .wire import Plan, Row
 
-__all__ = ["Asking", "make_plan", "whole_shard"]
+__all__ = ["Asking", "make_plan", "time_to_live", "whole_shard"]
+
+_OBSERVED = 20.0  # times the slowest reply so far that a message stays valid
+_LEAST_TTL = 600.0  # seconds
+_LEAST_TTL_UNBOUNDED = 3600.0  # where rounds have no timeout
 
 
 def make_plan(
@@ -56,13 +60,11 @@ class Asking:
         plan: With every worker's row.
         content: The inner strategy's records, which all messages share.
         message_type: As the inner strategy chose it.
-        timeout: Seconds of the phase.
+        ttl: Seconds for which the messages and their replies are valid; None: Flower's 12 hours.
     """
 
-    def __init__(self, plan: Plan, content: RecordDict, *, message_type: str, timeout: float | None) -> None:
-        self.plan, self._content, self._type = plan, content, message_type
-        # Several times the timeout: it only bounds how long the SuperLink stores a message.
-        self._ttl = None if timeout is None else max(600.0, 4 * timeout)
+    def __init__(self, plan: Plan, content: RecordDict, *, message_type: str, ttl: float | None) -> None:
+        self.plan, self._content, self._type, self._ttl = plan, content, message_type, ttl
 
     def messages(self, nodes: Iterable[int], roster: Roster, rows: Mapping[int, Row]) -> list[Message]:
         """One message for each node whose worker has shards to work on, or is not known yet.
@@ -89,6 +91,24 @@ class Asking:
     def _message(self, content: RecordDict, node: int) -> Message:
         group = str(self.plan.round)
         return Message(content, dst_node_id=node, message_type=self._type, ttl=self._ttl, group_id=group)
+
+
+def time_to_live(timeout: float | None, slowest: float | None) -> float | None:
+    """How long a message is to be valid, in seconds.
+
+    It bounds how long the SuperLink stores what nobody fetches, and spares a node that comes back work that is out of
+    date. A message must never expire while its round may still use the reply, so it lasts longer than the timeout,
+    whatever has been seen.
+
+    Args:
+        timeout: Of the phase; None: there is none.
+        slowest: The longest that a reply has taken so far; None: none has come.
+    """
+    if timeout is None:
+        return None if slowest is None else max(_LEAST_TTL_UNBOUNDED, _OBSERVED * slowest)
+    most = 4 * timeout
+    wanted = most if slowest is None else min(most, _OBSERVED * slowest)
+    return max(_LEAST_TTL, 1.25 * timeout + 60, wanted)
 
 
 def whole_shard(shard: int) -> Row:

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from .arrivals import ArrivalSource, ForwardingGrid, PollingArrivals
+from .arrivals import ArrivalSource, ForwardingGrid
 from .errors import InvalidSetting
+from .polling import PollingArrivals
 from .stop import CountRule, StopRule
 from .waiting import Debt, Waiting
 

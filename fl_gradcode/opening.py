@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp.strategy import Strategy
 
-from .asking import Asking, make_plan
+from .asking import Asking, make_plan, time_to_live
 from .gradient_code import GradientCode
 from .inner import arrays_key_of, common_content
 from .options import Options
@@ -71,8 +71,10 @@ class Opening:
         if self.privacy is not None:
             self.privacy.begin(num_rounds)
 
-    def phase(self, kind: str, server_round: int, drafts: Sequence[Message], way: Way) -> tuple[Phase, Asking]:
-        """A phase over the shards that were sampled, and the maker of its messages."""
+    def phase(
+        self, kind: str, server_round: int, drafts: Sequence[Message], way: Way, *, slowest: float | None
+    ) -> Phase:
+        """A phase over the shards that were sampled; `slowest` is the longest that a reply has taken so far."""
         content = common_content(drafts)
         shards = sorted({message.metadata.dst_node_id for message in drafts})
         code = way.code.restrict(shards)
@@ -91,9 +93,11 @@ class Opening:
         )
         before = content[arrays_key] if arrays_key else None
         assert before is None or isinstance(before, ArrayRecord)
-        asking = Asking(plan, content, message_type=drafts[0].metadata.message_type, timeout=self.timeout)
+        asking = Asking(
+            plan, content, message_type=drafts[0].metadata.message_type, ttl=time_to_live(self.timeout, slowest)
+        )
         sending = sending_of(way, asking, code, shards, self.roster, kappa_max=self.options.kappa_max)
-        phase = Phase(plan, shards, before, self.roster, sending)
+        phase = Phase(plan, shards, before, self.roster, sending, asking)
         if self.privacy is not None and arrays_key:
             phase.release_by = self.privacy.release(server_round, shards)
-        return phase, asking
+        return phase

@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, Message
 from numpy.typing import NDArray
 
 from .arrivals import Arrival
+from .asking import Asking
 from .bucket import Decoded, Stale
 from .estimate import whole_groups
 from .gradient_code import GradientCode
@@ -39,12 +40,20 @@ class Phase:
         before: The arrays that were sent; None when evaluating.
         roster: Who is who; learns from the replies.
         sending: How replies add up, and who gets what when.
+        asking: Makes the messages.
     """
 
     def __init__(
-        self, plan: Plan, shards: Sequence[int], before: ArrayRecord | None, roster: Roster, sending: Sending
+        self,
+        plan: Plan,
+        shards: Sequence[int],
+        before: ArrayRecord | None,
+        roster: Roster,
+        sending: Sending,
+        asking: Asking,
     ) -> None:
         self.plan, self.shards, self.roster, self.sending = plan, list(shards), roster, sending
+        self._asking: Asking | None = asking
         self.label = plan.label
         self.inbox = Inbox(plan, sending.code, before, roster, sending.row_of, spare=sending.spare)
         self.collected = False
@@ -80,6 +89,19 @@ class Phase:
         """What a free node gets."""
         return self.sending.next_message(node, held, self.inbox, now)
 
+    def messages(self, nodes: Sequence[int]) -> list[Message]:
+        """What each node is asked first."""
+        return [] if self._asking is None else self._asking.messages(nodes, self.roster, self.sending.first_rows())
+
+    def join(self, node: int) -> Message | None:
+        """What a node gets that has come since the phase began: the whole plan, if it is not known."""
+        return next(iter(self.messages([node])), None)
+
+    def restarted(self, node: int) -> None:
+        """What it was working on is lost."""
+        self.roster.forget(node)
+        self.sending.restarted(node)
+
     def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
         """Those that are needed, in order of arrival; see `StopRule`."""
         return self.sending.choose(arrivals, self.inbox, final=final)
@@ -106,6 +128,7 @@ class Phase:
         """Let go of the replies: a node that still owes one keeps this phase in mind for rounds."""
         self.inbox.buckets.clear()
         self.inbox.before = None
+        self._asking = None
         self.sending.release()
 
     # Results

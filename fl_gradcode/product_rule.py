@@ -42,6 +42,13 @@ class _Rule:
     def arrived(self, arrival: Arrival) -> None:
         """Nothing to do."""
 
+    def join(self, node: int) -> Message | None:
+        """Nothing: blocks are placed when a product begins."""
+        return None
+
+    def restarted(self, node: int) -> None:
+        """Nothing to do: it is asked again for the next product."""
+
     def finish(self, wait: Wait) -> list[Message]:
         """What happened; the answers are read off the rule."""
         self.wait = wait

@@ -67,6 +67,8 @@ def phase_entry(
         "rejected": [_rejected(one) for one in rejections],
         "late": [_late(phase, *one) for one in wait.late],
         "lapsed": workers(wait.lapsed),
+        "joined": workers(wait.joined),
+        "restarted": workers(wait.restarted),
         "decodable-after-replies": after[0] if after else None,
         "decodable-after-seconds": after[1] if after else None,
         "decoding-error": error,

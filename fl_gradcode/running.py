@@ -57,6 +57,7 @@ class Run:
         self._patience = 0.0
         self._drafts: list[Message] = []
         self._ever_decoded = False
+        self._slowest: float | None = None  # seconds of a reply
         self._warned: set[str] = set()
 
     def begin(self, grid: EarlyStopGrid, num_rounds: int) -> None:
@@ -90,7 +91,7 @@ class Run:
             )
         if kind == "train" or self.way is None:
             self.way = self.ways.choose(complete=len(list(grid.get_node_ids())) >= self.code.n)
-        self.phase, asking = self.opening.phase(kind, server_round, self._drafts, self.way)
+        self.phase = self.opening.phase(kind, server_round, self._drafts, self.way, slowest=self._slowest)
         self.row["way"] = self.way.entry
         nodes = nodes_of_a_phase(grid, self.code, self._patience, self.phase.hopeless)
         self.roster.keep(nodes)
@@ -100,7 +101,7 @@ class Run:
             grid.expect(self.phase)
         elif self.way.send == "shards":
             raise InvalidSetting(f"send={self.options.send!r} hands out work: run the strategy by its start().")
-        return asking.messages(nodes, self.roster, self.phase.sending.first_rows())
+        return self.phase.messages(nodes)
 
     def aggregate(
         self, server_round: int, replies: Iterable[Message]
@@ -116,6 +117,8 @@ class Run:
         decoded = phase.decode(self.options.approximation, self.memory.get(phase.plan.kind))
         entry = report.phase_entry(phase, decoded, self.opening.privacy, decoding=time.perf_counter() - began)
         self.row[phase.plan.kind] = entry  # whatever is raised from here on, the row tells what happened
+        taken = [self._slowest or 0.0, *(one.seconds for one in [*phase.wait.times, *phase.wait.owing])]
+        self._slowest = max(taken) or None
         self.phase = None
         phase.release()
         refuse_unsuitable(phase.inbox, ever_decoded=self._ever_decoded)

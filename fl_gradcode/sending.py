@@ -58,6 +58,9 @@ class Sending(Protocol):
     def offered(self, arrival: Arrival, *, good: bool) -> None:
         """A reply was read."""
 
+    def restarted(self, node: int) -> None:
+        """The node was started again: what it was working on is lost."""
+
     def release(self) -> None:
         """The phase is over: let go of what is large."""
 
@@ -155,6 +158,9 @@ class CodedSending:
         return not self.code.exact or all(decoder.hopeless(outstanding) for decoder in decoders)
 
     def offered(self, arrival: Arrival, *, good: bool) -> None:
+        """Nothing to do."""
+
+    def restarted(self, node: int) -> None:
         """Nothing to do."""
 
     def release(self) -> None:

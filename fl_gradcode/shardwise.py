@@ -177,6 +177,12 @@ class ShardSending:
                 self._working.pop(arrival.node, None)
                 self._began.pop(arrival.node, None)
 
+    def restarted(self, node: int) -> None:
+        """Nobody works on its shard any more, and it may be asked again."""
+        self._working.pop(node, None)
+        self._began.pop(node, None)
+        self._failed.discard(node)
+
     def release(self) -> None:
         """Let go of the message that all were made of."""
         self._compose = None

@@ -45,6 +45,8 @@ class Wait:
         late: (node, label of the phase it answers, what went wrong) of replies to earlier phases that came in
             meanwhile; the third is empty unless the reply is an error.
         lapsed: Nodes whose debt was given up on.
+        joined: Nodes that came while the phase was under way, and were asked then.
+        restarted: Nodes that were started again while they owed a reply, which is lost.
         times: How long each reply took that came in meanwhile, of this phase or an earlier one; not of errors.
         owing: How long each node that still owes a reply has had its message.
         bytes_down, bytes_up: Payload sent, and payload of the replies that were read.
@@ -58,6 +60,8 @@ class Wait:
     unread: list[int] = field(default_factory=list)
     late: list[tuple[int, str, str]] = field(default_factory=list)
     lapsed: list[int] = field(default_factory=list)
+    joined: list[int] = field(default_factory=list)
+    restarted: list[int] = field(default_factory=list)
     times: list[JobTime] = field(default_factory=list)
     owing: list[JobTime] = field(default_factory=list)
     bytes_down: int = 0
@@ -87,6 +91,12 @@ class StopRule(Protocol):
 
         `held` is what was to be sent to it when the phase began, the first time that it is free in this phase.
         """
+
+    def join(self, node: int) -> Message | None:
+        """What to send a node that has come since the phase began; None: nothing."""
+
+    def restarted(self, node: int) -> None:
+        """The node was started again: what it was working on in this phase, or before, is lost."""
 
     def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
         """Which of the replies that are in, but not read yet, to read now.
@@ -128,6 +138,13 @@ class CountRule:
     def next_message(self, node: int, held: Message | None, now: float) -> Message | None:
         """Its one message."""
         return held
+
+    def join(self, node: int) -> Message | None:
+        """Nothing: the strategy chose whom to ask."""
+        return None
+
+    def restarted(self, node: int) -> None:
+        """Nothing to do."""
 
     def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
         """The first that are enough, if all are good."""

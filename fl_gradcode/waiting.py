@@ -13,6 +13,8 @@ from .stop import JobTime, StopRule, Wait
 
 __all__ = ["Debt", "Waiting"]
 
+_LOOK_SECONDS = 1.0  # between two looks at who is there
+
 
 @dataclass
 class Debt:
@@ -23,6 +25,8 @@ class Debt:
     sent: float
     loads: dict[int, int]
     lapses: float
+    #: When its node last became active, as Flower tells it; None: not looked yet.
+    mark: str | None = None
 
 
 class Waiting:
@@ -48,13 +52,18 @@ class Waiting:
         self.unread: list[Arrival] = []
         self.woken: float | None = None
         self.lost = True  # whether a reply that might have come is known not to
+        self.met: set[int] = set()  # nodes that the rule was asked about
+        self.next_look = None if source.fixed_nodes else self.start
 
     def run(self, messages: Sequence[Message]) -> Wait:
+        """Send them, wait, and say what happened."""
         self._lapse()
+        self.source.look_anew()
         self.free.clear()
         for message in messages:
             node = message.metadata.dst_node_id
             self.held[node] = message
+            self.met.add(node)
             if node in self.debts:
                 self.wait.held_back.append(node)
             else:
@@ -80,6 +89,7 @@ class Waiting:
         while True:
             if self.rule.decided:
                 return "decoded"
+            self._look()
             # Before handing out: reading may tell who a node is, and what is left to do.
             while self.free and not (self.source.immediate and self.unread):
                 self._hand_out()
@@ -104,6 +114,8 @@ class Waiting:
             elif (wake := self._wake()) is not None and self.source.now() >= wake:
                 self.woken = wake
                 self._offer_idle()
+            elif self.next_look is not None and self.source.now() >= self.next_look:
+                pass  # who is there is looked at above
             elif not self._lapse():
                 return "timed out"  # nothing is under way any more, and there is no deadline to wait for
 
@@ -113,12 +125,43 @@ class Waiting:
 
     def _next_deadline(self) -> float | None:
         lapses = [self.debts[node].lapses for node in self.held if node in self.debts]
-        moments = [t for t in [self.deadline, self._wake(), *lapses] if t is not None and t != float("inf")]
+        known = [self.deadline, self._wake(), self.next_look, *lapses]
+        moments = [t for t in known if t is not None and t != float("inf")]
         return min(moments) if moments else None
 
     def _wake(self) -> float | None:
         """When the rule wants to be asked again, unless that has been done."""
         return None if self.rule.wake_at == self.woken else self.rule.wake_at
+
+    def _look(self) -> None:
+        """Give work to nodes that have come since the phase began, and to those that were started again.
+
+        What a node was working on is lost when it is started again: under authentication it has the same id, and only
+        the time since when it is active tells.
+        """
+        if self.next_look is None or self.source.now() < self.next_look:
+            return
+        self.next_look = self.source.now() + _LOOK_SECONDS
+        for node, mark in self.source.listed().items():
+            debt = self.debts.get(node)
+            if debt is not None and debt.mark is None:
+                debt.mark = mark
+            elif debt is not None and debt.mark != mark:
+                self.source.forget(self.debts.pop(node).token)
+                self.wait.restarted.append(node)
+                if node not in self.held:
+                    self.met.discard(node)
+                    self.rule.restarted(node)
+                else:
+                    self.free.append(node)
+            if node not in self.met:
+                self.met.add(node)
+                message = self.rule.join(node)
+                if message is not None:
+                    self.held[node] = message
+                    self.wait.joined.append(node)
+                    if node not in self.debts:
+                        self.free.append(node)
 
     def _arrived(self, arrival: Arrival) -> None:
         debt = self.debts.get(arrival.node)

@@ -66,7 +66,7 @@ LAYERS = (
         "Flower",
         names("wire messages pack unpack mods seeding watched roster bucket inbox carry phase sending shardwise memory")
         | names("options report contract inner asking opening ways running strategy")
-        | names("arrivals stop waiting grid virtual ledger testing")
+        | names("arrivals polling stop waiting grid virtual ledger testing")
         | names("privacy private_training privacy_records guard binding clipping release run_privacy")
         | names("product_messages product_worker product_nodes product_rule coded_matmul matmul"),
         names("flwr.app flwr.clientapp flwr.clientapp.mod")

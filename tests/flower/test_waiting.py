@@ -12,10 +12,10 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from fl_gradcode import EarlyStopGrid, GradientCoding, VirtualGrid, fractional_repetition, gradient_coding_mod, uncoded
-from fl_gradcode.arrivals import PollingArrivals
 from fl_gradcode.errors import InvalidSetting, RoundFailed, UnsuitableApp
 from fl_gradcode.latency import Latency, Law, lognormal, scaled
 from fl_gradcode.messages import content_bytes
+from fl_gradcode.polling import PollingArrivals
 from fl_gradcode.testing import InProcessGrid, ManualClock, inside_a_run
 from tests.conftest import all_codes, initial_arrays, relative, run_plain, toy_app
 
