@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import replace_file
 from .errors import InvalidSetting
 
 __all__ = ["Ledger"]
@@ -42,6 +43,7 @@ class Ledger:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.path.open("a").close()
+                self._mend()
             except OSError as error:
                 raise InvalidSetting(f"The ledger {str(path)!r} cannot be written: {error.strerror}.") from error
 
@@ -51,9 +53,40 @@ class Ledger:
         if self.path is not None:
             with self.path.open("a") as file:
                 file.write(json.dumps(_storable(row), allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint is written after it, and must not be there without it
         for kind in ("train", "evaluate"):
             if row.get(kind):
                 _log.info("%s", _readable(row, kind))
+
+    def resume(self, run: str, rounds: int) -> list[dict[str, Any]]:
+        """Leave out the rows of a run behind its round `rounds`: those rounds will be run again.
+
+        Returns:
+            The run's rows that stay, which are also put into `rows`.
+        """
+        if self.path is None:
+            return []
+        every = self.read(self.path)
+        kept = [row for row in every if row.get("run") != run or row.get("round", 0) <= rounds]
+        if len(kept) < len(every):
+            replace_file(self.path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
+        self.rows = [row for row in kept if row.get("run") == run]
+        return self.rows
+
+    def _mend(self) -> None:
+        """Cut off a last line that was being written when its process was killed."""
+        assert self.path is not None
+        content = self.path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            try:
+                json.loads(content[end:])
+            except ValueError:
+                os.truncate(self.path, end)
+            else:
+                with self.path.open("ab") as file:
+                    file.write(b"\n")
 
     @staticmethod
     def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

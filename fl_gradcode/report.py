@@ -26,6 +26,7 @@ def new_row(run: str, grid: Grid, server_round: int, code: GradientCode) -> dict
         "run": run,
         "flower-run-id": str(getattr(getattr(grid, "run", None), "run_id", "")),
         "round": server_round,
+        "ended-at": None,
         "code": {"name": code.name, "n": code.n, "k": code.k, "s": code.s, "m": code.m},
         "train": None,
         "evaluate": None,

@@ -86,15 +86,17 @@ class Roster:
         return [i for i in workers if i not in known]
 
 
-def wait_for_nodes(grid: Grid, code: GradientCode, timeout: float) -> None:
+def wait_for_nodes(grid: Grid, code: GradientCode, timeout: float, *, surplus: bool = False) -> None:
     """Wait up to `timeout` seconds for n nodes (0: look once); fewer are enough if the code tolerates it.
+
+    With `surplus` more are fine: after a breakdown nodes that were started again are listed twice for a while.
 
     Raises:
         RoundFailed: More than n nodes, or fewer than n - s.
     """
     n, s = code.n, code.s
     online = len(poll_nodes(grid, timeout, f"{n} nodes", lambda nodes: len(nodes) == n))
-    if online > n:
+    if online > n and not surplus:
         raise RoundFailed(
             f"{online} nodes are online, but the code has n={n} workers. Build the code for {online}, or stop "
             f"{online - n} of them (a node that was just restarted is listed twice for a minute)."

@@ -37,12 +37,15 @@ class RunPrivacy:
         self._released: dict[int, list[list[int]]] = {j: [] for j in range(code.k)}
         #: Shard -> draws of noise after decoding: each is a release, also a second one of the same round.
         self._draws = dict.fromkeys(range(code.k), 0)
+        self._lost = 0  # draws of rounds that a restart has lost, and that are drawn again
         folder = privacy.folder if isinstance(privacy, CentralNoise) else ""
         self._ledger = SpentLedger(folder) if folder else None
         #: What earlier starts spent, of this run too, each different history once.
         self._before: set[tuple[Spend, ...]] = {()}
         if self._ledger is not None:
             self._before |= {composed(e.spend for e in self._ledger.entries(j)) for j in range(code.k)}
+        #: Called with `state` whenever it has changed, before anything leaves.
+        self.keep: Callable[[dict[str, Any]], None] = lambda state: None
         #: Whether this object knows all of its run's rounds.
         self._knows_all = self._ledger is not None
 
@@ -60,9 +63,9 @@ class RunPrivacy:
         """
         self._knows_all = True
         one, holders = self.privacy, max(self._holders.values())
-        whole = self._epsilon(num_rounds, holders)
+        whole = self._epsilon(num_rounds + self._lost, holders)
         if whole > one.max_epsilon:
-            fits = _most(num_rounds, lambda rounds: self._epsilon(rounds, holders) <= one.max_epsilon)
+            fits = _most(num_rounds, lambda rounds: self._epsilon(rounds + self._lost, holders) <= one.max_epsilon)
             raise InvalidSetting(
                 f"{num_rounds} rounds would spend epsilon {whole:.3g} (delta {one.delta:g}) on a {one.unit}, above "
                 f"max_epsilon={one.max_epsilon:g}. Run {fits} rounds at most, or take more noise: "
@@ -105,6 +108,7 @@ class RunPrivacy:
         for shard in shards:
             told[shard] = (self._holders[shard], tuple((first, last) for first, last in self._released[shard]))
             self._count(shard, server_round)
+        self.keep(self.state)
         return told
 
     def release(self, server_round: int, shards: Sequence[int]) -> CentralRelease | None:
@@ -154,6 +158,31 @@ class RunPrivacy:
                 self._ledger.charge(request, delta=self.privacy.delta, accountant=self.privacy.accountant, budget=most)
             self._draws[shard] += 1
             self._count(shard, server_round)
+        self.keep(self.state)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What was asked and drawn so far, for a checkpoint."""
+        return {"released": [*self._released.items()], "draws": [*self._draws.items()]}
+
+    def go_on(self, state: dict[str, Any] | None, rounds: int) -> None:
+        """Take up a run of which so many rounds are done.
+
+        Args:
+            state: What `state` was last; None: it is not known, and all shards count as asked in all of these rounds.
+            rounds: How many rounds are done; the one behind them may have been under way.
+        """
+        if self._ledger is not None:  # this run's part is in the state, or is counted whole
+            self._before = {()} | {
+                composed(e.spend for e in self._ledger.entries(j) if e.run != self.run) for j in range(self.code.k)
+            }
+        for shard, ranges in state["released"] if state else [(j, [[1, rounds + 1]]) for j in range(self.code.k)]:
+            self._released[int(shard)] = [[int(first), int(last)] for first, last in ranges]
+        if state:
+            self._draws.update({int(shard): int(count) for shard, count in state["draws"]})
+        elif not isinstance(self.privacy, DPSGD):
+            self._draws = dict.fromkeys(self._draws, rounds + 1)
+        self._lost = max(0, max(self._draws.values()) - rounds)
 
     def _goes_on(self, server_round: int) -> None:
         """A run that goes on after a restart, and not by `start`: who was asked in the rounds before is not known here,

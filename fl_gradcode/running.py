@@ -56,7 +56,7 @@ class Run:
         self.memory = {"train": Memory(), "evaluate": Memory()} if options.fills_in else {}
         self._patience = 0.0
         self._drafts: list[Message] = []
-        self._ever_decoded = False
+        self._ever_decoded = self._resumed = False
         self._slowest: float | None = None  # seconds of a reply
         self._warned: set[str] = set()
 
@@ -70,8 +70,16 @@ class Run:
         grid.on_late = lambda node, label, reply: self.roster.learn_from(node, reply, run=self.name)
         self.opening.begin(num_rounds)
         settling = 0.0 if grid.source.fixed_nodes else self.options.node_timeout
-        wait_for_nodes(grid, self.code, settling)
+        wait_for_nodes(grid, self.code, settling, surplus=self._resumed)
         self._patience = settling if self.timeout is None else min(settling, self.timeout)
+
+    def go_on(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Take up a run after these rounds: how the next one is run is chosen by what they took."""
+        for row in rows:
+            self.ways.choose(complete=True)
+            self.ways.learn(row)
+            self._ever_decoded |= (row.get("train") or {}).get("outcome") in ("exact", "approximate")
+        self._resumed = True
 
     def configure(
         self, kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -79,6 +87,8 @@ class Run:
         """The messages of a phase, one for each worker; none if the wrapped strategy has none."""
         if kind == "train" or not self.row:
             self.row = report.new_row(self.name, grid, server_round, self.code)
+            if self._resumed:
+                self.row["resumed"], self._resumed = True, False
         self.phase = None
         configure = getattr(self.strategy, f"configure_{kind}")
         self._drafts = list(configure(server_round, arrays, config, ShardGrid(self.code.k, grid)))
@@ -136,6 +146,7 @@ class Run:
     def close_row(self) -> dict[str, Any]:
         """The row of the round that has ended; the next one is chosen by what it says."""
         row, self.row = self.row, {}
+        row["ended-at"] = time.time()
         self.ways.learn(row)
         return row
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["generators_restored", "seed_generators", "seed_with"]
+__all__ = ["generators_restored", "global_states", "seed_generators", "seed_with", "set_global_states"]
 
 
 def seed_generators(seed: int, server_round: int, shard: int) -> None:
@@ -50,6 +50,17 @@ def generators_restored() -> Iterator[None]:
             torch.set_rng_state(torch_state)
             if devices:
                 torch.cuda.set_rng_state_all(devices)
+
+
+def global_states() -> dict[str, Any]:
+    """What `random` and NumPy draw from next, in plain values: Flower samples clients from the former."""
+    return {"random": random.getstate(), "numpy": np.random.get_state()}
+
+
+def set_global_states(states: dict[str, Any]) -> None:
+    """Go on from what `global_states` gave."""
+    random.setstate(states["random"])
+    np.random.set_state(states["numpy"])
 
 
 @lru_cache(maxsize=1)

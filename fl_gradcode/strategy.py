@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from .checkpoint import Checkpoint
 from .contract import refuse_wrappers
 from .errors import InvalidSetting
 from .gradient_code import GradientCode
@@ -19,7 +20,9 @@ from .inner import check_bounds, check_strategy
 from .ledger import Ledger
 from .options import Approximation, Options
 from .privacy_settings import Privacy
+from .resuming import Continuation, made_of
 from .running import Run
+from .strategy_state import StrategyState
 
 __all__ = ["GradientCoding"]
 
@@ -59,7 +62,11 @@ class GradientCoding(Strategy):
         node_timeout: Seconds to wait for n nodes before the first round; it starts without if n - s are there.
         give_up_after: Seconds after which a client stops between two shards and is free again; None: never.
         allow_fixed_data: Accept an app that does not choose its data by `partition-id`.
-        on_round_end: Called with (round, current arrays, ledger row) after each round.
+        on_round_end: Called with (round, current arrays, ledger row) after each round; a second time for a round that
+            was lost in a kill right after it.
+        checkpoint: Absolute path of a file that the run is kept in after each round. If it is there already, `start`
+            goes on where it ended: same run name, next round, same model, state of the wrapped strategy, ledger and
+            account of privacy (docs/deployment.md).
         run: Name of the run, which plans, keys and the ledger carry; made up at each start if None.
         privacy: `DPSGD` or `CentralNoise`: what the run promises (`fl_gradcode.privacy`, docs/privacy.md).
 
@@ -85,6 +92,7 @@ class GradientCoding(Strategy):
         give_up_after: float | None = None,
         allow_fixed_data: bool = False,
         on_round_end: Callable[[int, ArrayRecord, dict[str, Any]], None] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
         run: str | None = None,
         privacy: Privacy | None = None,
     ) -> None:
@@ -110,7 +118,10 @@ class GradientCoding(Strategy):
         self.code = code
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
         self.on_round_end = on_round_end
+        self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint)
+        self._state = StrategyState(strategy, warn=checkpoint is not None)
         self._name = run
+        self._going = self._continuation()
         self._arrays = ArrayRecord()
         self._run = Run(strategy, self.options, code, run, None)
 
@@ -147,23 +158,29 @@ class GradientCoding(Strategy):
             UnsuitableApp: The clients lack the mod, or do not choose their data by `partition-id`.
         """
         waiting = grid if isinstance(grid, EarlyStopGrid) else EarlyStopGrid(grid)
-        self._run = Run(self.strategy, self.options, self.code, self._name, timeout)
-        self._arrays = initial_arrays
-        self._run.begin(waiting, num_rounds)
-        limit: Any = timeout  # Flower's grids take None for "no limit"
-        configs = (train_config, evaluate_config)
-        try:
-            result = super().start(waiting, initial_arrays, num_rounds, limit, *configs, evaluate_fn)
-        except BaseException as error:
-            if self._run.row:
-                self._run.row["ended-by"] = f"{type(error).__name__}: {error}"
-                self._close_row()
-            raise
-        finally:
-            if waiting is not grid:
-                waiting.close()
-        result.arrays = result.arrays or self._arrays
-        return result
+        with self._continuation() as going:
+            self._going = going
+            self._run = Run(self.strategy, self.options, self.code, going.name, timeout)
+            self._arrays = going.take_up(self._run, self.ledger, initial_arrays)
+            left = num_rounds - going.done
+            if left < 1 <= going.done:
+                _log.info("All %d rounds of run %s are done: nothing is left to do.", going.done, self.run)
+                return going.complete(Result(arrays=self._arrays))
+            self._run.begin(waiting, num_rounds)
+            limit: Any = timeout  # Flower's grids take None for "no limit"
+            rest = (train_config, evaluate_config, going.evaluating(evaluate_fn))
+            try:
+                result = super().start(waiting, self._arrays, left, limit, *rest)
+            except BaseException as error:
+                if self._run.row:
+                    self._run.row["ended-by"] = f"{type(error).__name__}: {error}"
+                    self._close_row()
+                raise
+            finally:
+                if waiting is not grid:
+                    waiting.close()
+            result.arrays = result.arrays or self._arrays
+            return going.complete(result)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -171,30 +188,38 @@ class GradientCoding(Strategy):
         """The wrapped strategy's training messages, one plan for each worker."""
         refuse_wrappers()
         self._arrays = arrays
-        return self._run.configure("train", server_round, arrays, config, grid)
+        return self._run.configure("train", server_round + self._going.done, arrays, config, grid)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The wrapped strategy's evaluation messages, one plan for each worker."""
-        return self._run.configure("evaluate", server_round, arrays, config, grid)
+        return self._run.configure("evaluate", server_round + self._going.done, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Decode, and let the wrapped strategy aggregate the one decoded reply."""
-        arrays, metrics = self._run.aggregate(server_round, replies)
+        number = server_round + self._going.done
+        arrays, metrics = self._run.aggregate(number, replies)
         if arrays is not None:
             self._arrays = arrays
+        self._going.trained(number, metrics)
         return arrays, metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Decode the metrics, and let the wrapped strategy aggregate the one decoded reply."""
-        _, metrics = self._run.aggregate(server_round, replies)
+        number = server_round + self._going.done
+        _, metrics = self._run.aggregate(number, replies)
         row = self._close_row()
         if self.on_round_end is not None:
-            self.on_round_end(server_round, self._arrays, row)
+            self.on_round_end(number, self._arrays, row)
+        self._going.evaluated(number, metrics, self._arrays)
         return metrics
+
+    def _continuation(self) -> Continuation:
+        made = made_of(self.strategy, self.code, self.code.k, self.options.seed)
+        return Continuation(self._checkpoint, self._state, made, self._name)
 
     def _close_row(self) -> dict[str, Any]:
         row = self._run.close_row()

@@ -65,7 +65,7 @@ LAYERS = (
     Layer(
         "Flower",
         names("wire messages pack unpack mods seeding watched roster bucket inbox carry phase sending shardwise memory")
-        | names("options report contract inner asking opening ways running strategy")
+        | names("options report contract inner asking opening ways running resuming checkpoint strategy_state strategy")
         | names("arrivals polling stop waiting grid virtual ledger testing")
         | names("privacy private_training privacy_records guard binding clipping release run_privacy")
         | names("product_messages product_worker product_nodes product_rule coded_matmul matmul"),

@@ -1,0 +1,199 @@
+"""A run that goes on after its server was killed: what was done before, and what is kept after each round."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+from flwr.app import ArrayRecord, MetricRecord
+from flwr.serverapp.strategy import Result, Strategy
+
+from .checkpoint import Checkpoint, Saved
+from .errors import InvalidSetting
+from .gradient_code import GradientCode
+from .ledger import Ledger
+from .running import Run
+from .seeding import global_states, set_global_states
+from .strategy_state import StrategyState
+
+__all__ = ["Continuation", "made_of"]
+
+_log = logging.getLogger(__name__)
+_KINDS = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
+_TRAIN, _EVALUATE, _SERVER = _KINDS
+
+_Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+def made_of(strategy: Strategy, code: GradientCode | None, k: int, seed: int) -> dict[str, Any]:
+    """What a checkpoint and the run that takes it up must have in common; `code` is None if nodes decide it."""
+    digest = None
+    if code is not None:
+        digest = hashlib.sha256(repr((code.B.shape, code.s, code.B.dtype.str)).encode() + code.B.tobytes()).hexdigest()
+    return {"strategy": type(strategy).__name__, "code": digest, "shards": k, "seed": seed}
+
+
+class Continuation:
+    """Keeps a run in a checkpoint, and takes it up from there.
+
+    Flower's loop counts rounds from 1: it runs the rest, and `done` is added to each number. Without a checkpoint
+    nothing is kept, and `done` is 0. Use it as a context manager: it holds the checkpoint's lock.
+
+    Args:
+        checkpoint: Its file; None: the run is not kept.
+        state: Of the wrapped strategy, as it was made; what it has changed is set again.
+        made: See `made_of`.
+        name: Of the run, as the user set it, if at all.
+
+    Raises:
+        InvalidSetting: The checkpoint is damaged, or is of another run.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint | None, state: StrategyState, made: dict[str, Any], name: str | None
+    ) -> None:
+        self._checkpoint, self._state, self._made, self._name = checkpoint, state, made, name
+        self._stack = ExitStack()
+        self._saved: Saved | None = None
+        self._metrics: dict[str, dict[int, dict[str, Any]]] = {kind: {} for kind in _KINDS}
+        self._run: Run | None = None
+        self._central = False
+        #: Rounds that are done.
+        self.done = 0
+
+    def __enter__(self) -> Continuation:
+        """Read the checkpoint, if there is one."""
+        if self._checkpoint is not None:
+            self._stack.enter_context(self._checkpoint.locked())
+            try:
+                self._saved = self._checkpoint.load()
+                self._check()
+            except BaseException:
+                self._stack.close()
+                raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let go of it."""
+        self._stack.close()
+
+    @property
+    def name(self) -> str | None:
+        """Of the run; None: it has none yet."""
+        return self._saved.run if self._saved else self._name
+
+    def take_up(self, run: Run, ledger: Ledger, initial: ArrayRecord) -> ArrayRecord:
+        """Set everything as it was after the last round that is done; the arrays to go on from.
+
+        Raises:
+            InvalidSetting: The model has other arrays than the checkpoint's.
+        """
+        self._run = run
+        checkpoint, privacy = self._checkpoint, run.opening.privacy
+        if checkpoint is None:
+            return initial
+        if privacy is not None:
+            privacy.keep = lambda account: checkpoint.save_privacy(run.name, account)
+        saved = self._saved
+        if saved is None:
+            self._save(initial)  # so that a run that is killed in its first round keeps its name
+            return initial
+        _check_arrays(saved.arrays, initial, checkpoint)
+        self.done = saved.round
+        self._metrics = saved.metrics
+        self._state.restore(saved.strategy)
+        if privacy is not None:
+            privacy.go_on(checkpoint.load_privacy(run.name), saved.round)
+        run.go_on(ledger.resume(run.name, saved.round))
+        set_global_states(saved.randomness)
+        _log.info("Going on after round %d of run %s (checkpoint %s).", saved.round, run.name, checkpoint.path)
+        return saved.arrays
+
+    def evaluating(self, evaluate_fn: _Evaluate | None) -> _Evaluate | None:
+        """The user's central evaluation, with the numbers that rounds have in the run; it is the last of a round."""
+        if evaluate_fn is None:
+            return None
+        self._central = True
+
+        def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            if server_round == 0 and self.done:
+                return None  # done when the run began
+            number = server_round + self.done
+            metrics = evaluate_fn(number, arrays)
+            self._note(_SERVER, number, metrics)
+            if number:
+                self._save(arrays, number)
+            return metrics
+
+        return evaluate
+
+    def trained(self, number: int, metrics: MetricRecord | None) -> None:
+        """A round's training is over."""
+        self._note(_TRAIN, number, metrics)
+
+    def evaluated(self, number: int, metrics: MetricRecord | None, arrays: ArrayRecord) -> None:
+        """A round's evaluation is over, and with it the round, unless there is a central evaluation."""
+        self._note(_EVALUATE, number, metrics)
+        if not self._central:
+            self._save(arrays, number)
+
+    def complete(self, result: Result) -> Result:
+        """The result of all rounds, those before a restart included."""
+        if self.done:
+            for kind in _KINDS:
+                numbered = {number: MetricRecord(values) for number, values in sorted(self._metrics[kind].items())}
+                setattr(result, kind, numbered)
+        return result
+
+    def _check(self) -> None:
+        saved = self._saved
+        if saved is None or self._checkpoint is None:
+            return
+        where = f"The checkpoint {self._checkpoint.path} is of"
+        if self._name is not None and saved.run != self._name:
+            raise InvalidSetting(f"{where} run {saved.run!r}, and this is run {self._name!r}: name another file.")
+        for what, value in self._made.items():
+            if saved.made_of.get(what) != value:
+                told = "" if what == "code" else f" ({saved.made_of.get(what)!r}, now {value!r})"
+                raise InvalidSetting(
+                    f"{where} a run with another {what}{told}. Go on with the same one, or name another file to begin "
+                    "anew."
+                )
+
+    def _note(self, kind: str, number: int, metrics: MetricRecord | None) -> None:
+        if metrics is not None and self._checkpoint is not None:
+            self._metrics[kind][number] = dict(metrics.items())
+
+    def _save(self, arrays: ArrayRecord, number: int = 0) -> None:
+        if self._checkpoint is None or self._run is None:
+            return
+        privacy = self._run.opening.privacy
+        self._checkpoint.save(
+            Saved(
+                self._run.name,
+                number,
+                arrays,
+                self._made,
+                self._state.changed(),
+                global_states(),
+                self._metrics,
+                None if privacy is None else privacy.state,
+            )
+        )
+
+
+def _check_arrays(saved: ArrayRecord, given: ArrayRecord, checkpoint: Checkpoint) -> None:
+    """A round may change dtypes, never names and shapes."""
+    shapes = [{name: tuple(array.shape) for name, array in record.items()} for record in (saved, given)]
+    if shapes[0] != shapes[1]:
+        other = sorted(name for name in {*shapes[0], *shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
+        raise InvalidSetting(
+            f"The checkpoint {checkpoint.path} is of a run with another model: array {other[0]!r} differs. Go on with "
+            "the same one, or name another file to begin anew."
+        )
