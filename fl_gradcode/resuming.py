@@ -109,8 +109,8 @@ class Continuation:
         self._metrics = saved.metrics
         self._state.restore(saved.strategy)
         if privacy is not None:
-            privacy.go_on(checkpoint.load_privacy(run.name), saved.round)
-        run.go_on(ledger.resume(run.name, saved.round))
+            privacy.take_up(checkpoint.load_privacy(run.name), saved.round)
+        run.take_up(ledger.resume(run.name, saved.round))
         set_global_states(saved.randomness)
         _log.info("Going on after round %d of run %s (checkpoint %s).", saved.round, run.name, checkpoint.path)
         return saved.arrays

@@ -165,7 +165,7 @@ class RunPrivacy:
         """What was asked and drawn so far, for a checkpoint."""
         return {"released": [*self._released.items()], "draws": [*self._draws.items()]}
 
-    def go_on(self, state: dict[str, Any] | None, rounds: int) -> None:
+    def take_up(self, state: dict[str, Any] | None, rounds: int) -> None:
         """Take up a run of which so many rounds are done.
 
         Args:

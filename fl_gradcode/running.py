@@ -73,7 +73,7 @@ class Run:
         wait_for_nodes(grid, self.code, settling, surplus=self._resumed)
         self._patience = settling if self.timeout is None else min(settling, self.timeout)
 
-    def go_on(self, rows: Iterable[dict[str, Any]]) -> None:
+    def take_up(self, rows: Iterable[dict[str, Any]]) -> None:
         """Take up a run after these rounds: how the next one is run is chosen by what they took."""
         for row in rows:
             self.ways.choose(complete=True)

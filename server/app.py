@@ -43,8 +43,9 @@ def main(grid: Grid, context: Context) -> None:
     strategy = inner
     if settings.code != "none":
         strategy = make_coding(settings, inner, n)  # type: ignore[assignment]
-    elif settings.ledger:
-        raise AppConfigError("ledger= is written by a coded run; choose a code, or leave ledger empty.")
+    elif settings.ledger or settings.checkpoint:
+        what = "ledger" if settings.ledger else "checkpoint"
+        raise AppConfigError(f"{what}= is written by a coded run; choose a code, or leave {what} empty.")
     train_config = None
     if settings.code == "none" and settings.dp != "none":
         privacy = make_privacy(settings)

@@ -123,6 +123,7 @@ def make_coding(settings: Settings, inner: FedAvg, n: int) -> GradientCoding:
         kappa_max=settings.kappa_max or float("inf"),
         seed=settings.seed,
         ledger=settings.ledger or None,
+        checkpoint=settings.checkpoint or None,
         give_up_after=settings.give_up_after or None,
     )
 

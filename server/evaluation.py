@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -26,7 +27,8 @@ class CentralEvaluation:
         dataset: Its test part is used.
         model: Name of the model.
         now: Seconds on the clock that the run is measured by, virtual or real.
-        path: File for one JSON line a round, or None.
+        path: File for one JSON line a round, or None. A run that goes on after a restart keeps what is there of the
+            rounds before.
     """
 
     def __init__(self, dataset: Dataset, model: str, *, now: Callable[[], float], path: str | None) -> None:
@@ -38,7 +40,7 @@ class CentralEvaluation:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text("")
+        self._kept = False
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
         """Test loss, test accuracy and the accuracy on the worst class."""
@@ -55,8 +57,21 @@ class CentralEvaluation:
                 # A class without test examples has none: null, since JSON knows no NaN.
                 "class-accuracies": [None if np.isnan(a) else float(a) for a in by_class],
             }
+            if not self._kept:
+                _keep_rounds_before(server_round, self._path)
+                self._kept = True
             with self._path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         return MetricRecord(
             {"test-loss": loss, "test-accuracy": accuracy, "worst-class-accuracy": float(np.nanmin(by_class))}
         )
+
+
+def _keep_rounds_before(server_round: int, path: Path) -> None:
+    """Leave out what will be measured again, and what was being written when a process was killed."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["round"] < server_round:
+                kept.append(line + "\n")
+    path.write_text("".join(kept))

@@ -68,6 +68,7 @@ class Settings:
     slow_clients: int
     slow_factor: float
     ledger: str
+    checkpoint: str
     results: str
 
     @classmethod
@@ -138,7 +139,7 @@ class Settings:
                 f"slow-clients={self.slow_clients} needs virtual time: choose latency from {', '.join(LATENCIES[1:])}."
             )
         self._check_privacy()
-        for key in ("ledger", "results", "latency", "privacy-dir"):
+        for key in ("ledger", "checkpoint", "results", "latency", "privacy-dir"):
             path = getattr(self, _name(key))
             if key == "latency" and Path(path).suffix not in TRACES:
                 continue

@@ -115,6 +115,16 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         AppConfigError,
         "ledger='ledger.jsonl' is a relative path",
     ),
+    "relative checkpoint": (
+        {"code": "fractional", "checkpoint": "run.ckpt"},
+        AppConfigError,
+        "checkpoint='run.ckpt' is a relative path",
+    ),
+    "checkpoint without a code": (
+        {"checkpoint": "/tmp/run.ckpt"},
+        AppConfigError,
+        "checkpoint= is written by a coded run",
+    ),
     "ledger without a code": ({"ledger": "/tmp/ledger.jsonl"}, AppConfigError, "ledger= is written by a coded run"),
     "fewer clients than nodes": (
         {"code": "fractional", "num-clients": 4},
