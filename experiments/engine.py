@@ -6,10 +6,10 @@ Every process that is started here is stopped here, by its pid.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -19,17 +19,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
-__all__ = ["Engine", "EngineError", "Outcome"]
+from experiments.flwr_commands import EngineError, Flwr
+from experiments.processes import Processes
+from experiments.secure import Security
 
-#: run-config keys that hold a path: made absolute, since the app runs in the engine's working folder.
-_PATHS = ("data-dir", "ledger", "results")
+__all__ = ["Engine", "EngineError", "Outcome", "free_port"]
+
 _START_SECONDS = 60.0
-
-
-class EngineError(RuntimeError):
-    """A SuperLink or a run could not be started."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,8 @@ class Engine:
         folder: Where logs and FLWR_HOME go; a temporary folder by default.
         cpus: Actors of the simulation.
         node_config: Of a SuperNode: what its node config holds besides partition-id and num-partitions.
+        secure: TLS, and SuperNodes that prove by a key who they are (deployed only).
+        database: The SuperLink keeps its state in a file: runs and registered nodes outlive it.
     """
 
     def __init__(
@@ -65,20 +65,26 @@ class Engine:
         folder: Path | None = None,
         cpus: int = 2,
         node_config: Callable[[int], str] = lambda number: "",
+        secure: bool = False,
+        database: bool = False,
     ) -> None:
+        if secure and not deployed:
+            raise ValueError("secure=True needs deployed=True: simulated nodes have no connection to secure.")
         self.nodes, self.deployed, self.cpus = nodes, deployed, cpus
-        self._node_config = node_config
+        self._node_config, self._database = node_config, database
         self._temporary = tempfile.TemporaryDirectory(prefix="fl-gradcode-") if folder is None else None
         self.folder = Path(self._temporary.name) if self._temporary else Path(folder or ".").resolve()
-        self._link_port, self._control_port = _free_port(), _free_port()
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._security = Security(self.folder / "certificates", nodes) if secure else None
+        self._control_port = free_port()
+        self.address = f"127.0.0.1:{free_port()}"
+        self._link: subprocess.Popen[bytes] | None = None
         self._nodes: dict[int, subprocess.Popen[bytes]] = {}
-        self._logs: list[IO[bytes]] = []
-        home = self.folder / "flwr-home"
+        #: Node number -> node id, of registered nodes.
+        self.node_ids: dict[int, int] = {}
         bin_folder = str(Path(sys.executable).parent)  # flower-superexec and others are started by name
         self.environment = {
             **os.environ,
-            "FLWR_HOME": str(home),
+            "FLWR_HOME": str(self.folder / "flwr-home"),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -89,28 +95,26 @@ class Engine:
             "PYTHONWARNINGS": "ignore",
             "PATH": bin_folder + os.pathsep + os.environ.get("PATH", ""),
         }
+        self._processes = Processes(self.folder, self.environment)
+        self.flwr = Flwr(self.environment)
 
     def __enter__(self) -> Engine:
         """Start the SuperLink and, if deployed, the SuperNodes."""
         home = self.folder / "flwr-home"
         home.mkdir(parents=True, exist_ok=True)
-        address = f"127.0.0.1:{self._link_port}"
+        trust = f'root-certificates = "{self._security.authority}"' if self._security else "insecure = true"
         (home / "config.toml").write_text(
-            f'[superlink]\ndefault = "own"\n\n[superlink.own]\naddress = "{address}"\ninsecure = true\n'
+            f'[superlink]\ndefault = "own"\n\n[superlink.own]\naddress = "{self.address}"\n{trust}\n'
         )
-        command = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(self._link_port)]
-        command += ["--disable-runtime-dependency-installation"]
-        if not self.deployed:
-            control = f"127.0.0.1:{self._control_port}"
-            command += ["--simulation", "--isolation", "subprocess", "--control-api-address", control]
         try:
-            self._start(command, "superlink")
-            self._wait_until_healthy(address)
+            self.start_superlink()
             if self.deployed:
                 for number in range(self.nodes):
+                    if self._security is not None:
+                        self.node_ids[number] = self.flwr.register(self._security.public_key(number))
                     self.start_node(number)
         except BaseException:
-            self._stop_all()
+            self._processes.stop_all()
             raise
         return self
 
@@ -118,23 +122,95 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop everything."""
-        self._stop_all()
+        self._processes.stop_all()
         if self._temporary is not None:
             self._temporary.cleanup()
 
+    def start_superlink(self) -> None:
+        """Start the SuperLink; after `kill_superlink` with the same port, certificates and database."""
+        host, _, port = self.address.partition(":")
+        command = ["flower-superlink", "--host", host, "--port", port, "--disable-runtime-dependency-installation"]
+        command += self._security.superlink_options() if self._security else ["--insecure"]
+        if self._database:
+            command += ["--database", str(self.folder / "state.db")]
+        if not self.deployed:
+            control = f"127.0.0.1:{self._control_port}"
+            command += ["--simulation", "--isolation", "subprocess", "--control-api-address", control]
+        self._link = self._processes.start(command, "superlink")
+        self._wait_until_healthy(self._link)
+
+    def kill_superlink(self) -> None:
+        """End the SuperLink, its SuperExec and the ServerApp by SIGKILL, as when its machine dies."""
+        assert self._link is not None
+        self._processes.kill(self._link)
+
+    def kill_serverapp(self) -> None:
+        """End the ServerApp of the run, and nothing else, by SIGKILL.
+
+        Raises:
+            EngineError: None is running.
+        """
+        assert self._link is not None
+        found = [member for member in self._processes.members(self._link) if "flwr-serverapp" in member.command]
+        if not found:
+            raise EngineError("No ServerApp is running under this SuperLink.")
+        for member in found:
+            member.signal(signal.SIGKILL)
+
     def start_node(self, number: int) -> subprocess.Popen[bytes]:
         """Start the SuperNode with this partition-id."""
-        command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self._link_port}"]
-        command += ["--host", "127.0.0.1", "--port", str(_free_port())]
+        command = ["flower-supernode", "--superlink", self.address, "--host", "127.0.0.1", "--port", str(free_port())]
+        command += self._security.supernode_options(number) if self._security else ["--insecure"]
         command += ["--node-config", f"partition-id={number} num-partitions={self.nodes} {self._node_config(number)}"]
-        self._nodes[number] = self._start(command, f"supernode-{number}")
+        self._nodes[number] = self._processes.start(command, f"supernode-{number}")
         return self._nodes[number]
 
     def kill_node(self, number: int) -> None:
         """End the SuperNode with this partition-id by SIGKILL, and what it runs, as when its machine dies."""
-        process = self._nodes.pop(number)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=8)
+        self._processes.kill(self._nodes.pop(number))
+
+    def stop_node(self, number: int) -> None:
+        """End the SuperNode with this partition-id by SIGTERM, as an operator does: it says goodbye."""
+        self._processes.stop(self._nodes.pop(number))
+
+    def restart_node(self, number: int, *, timeout: float = 150.0, pause: float = 5.0) -> None:
+        """Start a killed or stopped SuperNode again, as a supervisor does: until the SuperLink takes it.
+
+        With authentication it is refused while the old one still counts as online, up to 60 s after a kill.
+
+        Args:
+            number: Which.
+            timeout: Seconds until we give up.
+            pause: Seconds between two attempts.
+
+        Raises:
+            EngineError: It was refused all the time; its last words.
+        """
+        deadline = time.monotonic() + timeout
+        if number in self._nodes:
+            self.stop_node(number)
+        while not self._comes_up(number, deadline):
+            self.stop_node(number)
+            if time.monotonic() > deadline:
+                words = self._processes.log(f"supernode-{number}")[-2000:]
+                raise EngineError(f"Node {number} was refused for {timeout:g} s:\n{words}")
+            self._processes.stopping.wait(pause)
+
+    def _comes_up(self, number: int, deadline: float) -> bool:
+        name = f"supernode-{number}"
+        before = len(self._processes.log(name))
+        process = self.start_node(number)
+        while process.poll() is None and time.monotonic() < deadline:
+            if "SuperNode ID:" in self._processes.log(name)[before:]:
+                return True
+            self._processes.stopping.wait(0.2)
+        return False
+
+    def listed_nodes(self) -> list[dict[str, Any]]:
+        """What `flwr supernode list` tells: `id`, `status` ("registered", "online", "offline", "unregistered"), its
+        times, and the `number` of each node that was registered here."""
+        numbers = {node_id: number for number, node_id in self.node_ids.items()}
+        return [{**node, "number": numbers.get(node["id"])} for node in self.flwr.nodes()]
 
     def run(
         self,
@@ -144,127 +220,65 @@ class Engine:
         timeout: float,
         while_waiting: Callable[[], None] | None = None,
     ) -> Outcome:
-        """Run a Flower app and wait for its end.
+        """Run a Flower app and wait for its end: `submit` and `wait`."""
+        return self.wait(self.submit(app, run_config), timeout, while_waiting)
+
+    def submit(self, app: Path, run_config: Mapping[str, Any]) -> str:
+        """Submit a Flower app to the SuperLink.
 
         Args:
             app: Folder of the app.
             run_config: Values that differ from the app's pyproject.toml; paths are made absolute.
-            timeout: Seconds after which the run is stopped.
-            while_waiting: Called a few times a second.
+
+        Returns:
+            Flower's number of the run.
 
         Raises:
             EngineError: The app could not be submitted; Flower's own words.
         """
-        command = ["flwr", "run", str(app), "own", "--format", "json"]
-        if run_config:
-            command += [
-                "--run-config",
-                " ".join(f"{key}={_toml(key, value)}" for key, value in run_config.items()),
-            ]
-        if not self.deployed:
-            command += [
-                "--federation-config",
-                f"num-supernodes={self.nodes} client-resources-num-cpus=1 init-args-num-cpus={self.cpus}",
-            ]
-        submitted = self._call(command)
-        run_id = submitted.get("run-id") or submitted.get("run_id")
-        if not run_id:
-            raise EngineError(f"flwr run failed: {submitted.get('error-message') or submitted}")
+        federation = f"num-supernodes={self.nodes} client-resources-num-cpus=1 init-args-num-cpus={self.cpus}"
+        return self.flwr.submit(app, run_config, "" if self.deployed else federation)
+
+    def wait(self, run_id: str, timeout: float, while_waiting: Callable[[], None] | None = None) -> Outcome:
+        """Wait for the end of a run; meanwhile the SuperLink may be away.
+
+        Args:
+            run_id: Flower's number of the run.
+            timeout: Seconds after which the run is stopped.
+            while_waiting: Called a few times a second.
+        """
         deadline = time.monotonic() + timeout
         status = "unknown"
         last_look = 0.0
         while not status.startswith("finished"):
             if time.monotonic() > deadline:
-                self._call(["flwr", "stop", str(run_id), "own", "--format", "json"])
+                self.flwr.stop(run_id)
                 status = "finished:timed-out"
                 break
             if while_waiting is not None:
                 while_waiting()
             if time.monotonic() - last_look > 1.5:
-                status = self._status(str(run_id))
+                status = self.flwr.status(run_id)
                 last_look = time.monotonic()
             time.sleep(0.3)
-        return Outcome(str(run_id), status, self._log_of(str(run_id)))
+        return Outcome(run_id, status, self.flwr.log(run_id))
 
-    def _status(self, run_id: str) -> str:
-        listed = self._call(["flwr", "ls", "own", "--run-id", run_id, "--format", "json"])
-        runs = listed.get("runs") or [{}]
-        return str(runs[0].get("status", "unknown"))
-
-    def _log_of(self, run_id: str) -> str:
-        done = subprocess.run(
-            ["flwr", "log", run_id, "own", "--show"],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        return done.stdout + done.stderr
-
-    def _call(self, command: list[str]) -> dict[str, Any]:
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120, check=False)
-        start = done.stdout.find("{")
-        try:
-            answer = json.loads(done.stdout[start:]) if start >= 0 else {}
-        except json.JSONDecodeError:
-            answer = {}
-        return answer or {"error-message": (done.stdout + done.stderr).strip()}
-
-    def _start(self, command: list[str], name: str) -> subprocess.Popen[bytes]:
-        log = (self.folder / f"{name}.log").open("ab")
-        self._logs.append(log)
-        # A session of its own: its children can be stopped with it, whatever they are.
-        process = subprocess.Popen(
-            command,
-            env=self.environment,
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        self._processes.append(process)
-        return process
-
-    def _wait_until_healthy(self, address: str) -> None:
+    def _wait_until_healthy(self, link: subprocess.Popen[bytes]) -> None:
+        scheme = "https" if self._security else "http"
+        context: ssl.SSLContext | None = self._security.context() if self._security else None
         deadline = time.monotonic() + _START_SECONDS
-        while time.monotonic() < deadline:
-            if self._processes[0].poll() is not None:
-                break
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{address}/health", timeout=2):
+        while time.monotonic() < deadline and link.poll() is None:
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"{scheme}://{self.address}/health", timeout=2, context=context),
+            ):
                 return
             time.sleep(0.1)
-        tail = (self.folder / "superlink.log").read_text(errors="replace")[-2000:]
-        raise EngineError(f"The SuperLink did not start:\n{tail}")
-
-    def _stop_all(self) -> None:
-        for stop in (signal.SIGTERM, signal.SIGKILL):
-            # SuperNodes first: a SuperLink that goes first leaves them retrying.
-            for process in reversed(self._processes):
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, stop)
-            deadline = time.monotonic() + 8
-            for process in self._processes:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=max(0.1, deadline - time.monotonic()))
-        for log in self._logs:
-            log.close()
-        self._processes.clear()
-        self._logs.clear()
+        raise EngineError(f"The SuperLink did not start:\n{self._processes.log('superlink')[-2000:]}")
 
 
-def _toml(key: str, value: Any) -> str:
-    if key in _PATHS and value:
-        value = str(Path(value).expanduser().resolve())
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return "'" + value + "'"
-    return str(value)
-
-
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of 127.0.0.1 on which nobody listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
