@@ -71,7 +71,7 @@ def aggregation(workers: int = 32, repeats: int = 5) -> None:
             plan = list(strategy.configure_train(1, before, ConfigRecord(), grid))
             replies = [_coded_reply(message, before, values) for message in plan]
             started = time.perf_counter()
-            phase = strategy._run.phase
+            phase = strategy._here.phase
             assert phase is not None
             for reply in replies:
                 phase.offer(Arrival("", reply.metadata.src_node_id, 0.0), reply, 0.0)

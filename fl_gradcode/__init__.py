@@ -5,6 +5,7 @@ app = ClientApp(mods=[gradient_coding_mod])                             # client
 """
 
 from .codes import cyclic_repetition, fractional_repetition, uncoded
+from .discovered import Discovered
 from .errors import FlGradcodeError, NotDecodable
 from .gradient_code import GradientCode
 from .grid import EarlyStopGrid
@@ -16,6 +17,7 @@ from .virtual import VirtualGrid
 
 __all__ = [
     "Approximation",
+    "Discovered",
     "EarlyStopGrid",
     "FlGradcodeError",
     "GradientCode",

@@ -33,6 +33,8 @@ def make_plan(
     weight_key: str,
     arrays_key: str,
     privacy: RunPrivacy | None = None,
+    digests: Mapping[int, str] | None = None,
+    is_open: bool = False,
 ) -> Plan:
     """The plan with every worker's row; `code` covers the sampled `shards`, its columns, out of k."""
     return Plan(
@@ -50,6 +52,8 @@ def make_plan(
         fraction_bits=code.numbers.fraction_bits if isinstance(code.numbers, PrimeField) else None,
         privacy=privacy.text if privacy else "",
         releases=privacy.ask(server_round, shards) if privacy else {},
+        digests={shard: digest for shard, digest in (digests or {}).items() if shard in set(shards)},
+        open=is_open,
     )
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 
 from .clipping import clipping_mod_named_in
-from .errors import IncompatibleStrategy, InvalidSetting, UnsuitableApp
+from .errors import IncompatibleStrategy, InvalidSetting, ShardMismatch, UnsuitableApp, VersionMismatch
 from .inbox import DISAGREEMENT, FIXED_DATA, NO_MOD, Inbox
 from .inner import PRIVACY_WRAPPERS
 
@@ -52,7 +52,8 @@ def refuse_unsuitable(inbox: Inbox, *, ever_decoded: bool) -> None:
         )
     if inbox.answered or not reasons:
         return
-    if all(any(kind.__name__ in reason for kind in (UnsuitableApp, InvalidSetting)) for reason in reasons):
+    final = (UnsuitableApp, InvalidSetting, VersionMismatch, ShardMismatch)
+    if all(any(kind.__name__ in reason for kind in final) or "older fl-gradcode" in reason for reason in reasons):
         raise UnsuitableApp(f"No client can take part: {sorted(reasons)[0]}")
     clipping = [clipping_mod_named_in(reason) for reason in sorted(reasons)]
     if all(clipping):

@@ -6,6 +6,8 @@
     ├── Overflow            (OverflowError) numbers too large for a code's fixed point
     ├── IncompatibleStrategy (TypeError)    a Flower strategy that cannot work on a decoded reply
     ├── UnsuitableApp       (RuntimeError)  the clients' app breaks the contract, or lacks the mod
+    │   └── VersionMismatch (RuntimeError)  server and client have versions that do not understand each other
+    ├── ShardMismatch       (ValueError)    a node's data are not what a manifest says
     ├── InvalidSetting      (ValueError)    an option or a path that cannot be used
     ├── PrivacyRefused      (RuntimeError)  a client's privacy rules forbid the answer
     └── RoundFailed         (RuntimeError)  a round that must decode did not, or the nodes do not fit
@@ -22,7 +24,9 @@ __all__ = [
     "Overflow",
     "PrivacyRefused",
     "RoundFailed",
+    "ShardMismatch",
     "UnsuitableApp",
+    "VersionMismatch",
 ]
 
 
@@ -48,6 +52,14 @@ class IncompatibleStrategy(FlGradcodeError, TypeError):
 
 class UnsuitableApp(FlGradcodeError, RuntimeError):
     """The clients' app breaks the contract that coding relies on, or lacks the mod."""
+
+
+class VersionMismatch(UnsuitableApp):
+    """Server and client have versions of this library that do not understand each other."""
+
+
+class ShardMismatch(FlGradcodeError, ValueError):
+    """A node does not hold what it is asked for, or holds other data than a manifest says."""
 
 
 class InvalidSetting(FlGradcodeError, ValueError):

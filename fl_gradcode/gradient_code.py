@@ -102,6 +102,11 @@ class GradientCode:
         return int(self.B.shape[2]) if self.B.ndim == 3 else 1
 
     @property
+    def active(self) -> tuple[int, ...]:
+        """The workers that hold anything, ascending."""
+        return tuple(np.flatnonzero(self.blocks.any(axis=(1, 2))).tolist())
+
+    @property
     def blocks(self) -> NDArray[Any]:
         """B with its axis of m blocks: shape (n, k, m)."""
         return self.B if self.B.ndim == 3 else self.B[:, :, None]

@@ -16,6 +16,7 @@ from .gradient_code import GradientCode
 from .messages import error_text, last_line
 from .roster import Roster
 from .unpack import vectors_of
+from .versions import explained
 from .wire import Plan, Reply
 
 __all__ = ["DISAGREEMENT", "FIXED_DATA", "NO_MOD", "Inbox", "Rejection"]
@@ -112,7 +113,7 @@ class Inbox:
 
     def _examine(self, node: int, message: Message) -> str | None:
         if message.has_error():
-            return error_text(message)
+            return explained(error_text(message))
         try:
             reply = Reply.find_in(message.content)
         except ValueError as error:
@@ -122,13 +123,19 @@ class Inbox:
         if (reply.run, reply.kind, reply.round) != (self.plan.run, self.plan.kind, self.plan.round):
             wrong = f"run {reply.run!r}, " if reply.run != self.plan.run else ""
             return f"wrong round: it answers {wrong}{reply.kind} {reply.round}"
+        if self.plan.open:
+            self.roster.holdings[reply.worker] = dict(reply.holds)
+        if reply.worker not in self.plan.rows and self.plan.open:
+            self.roster.answered(node, reply.worker, self.plan.round)
+            return None  # it is new: the next round's code has a row for it
         if reply.worker not in self.plan.rows:
             return f"worker {reply.worker} is not in the code (workers 0..{self.plan.n - 1})"
         self.roster.answered(node, reply.worker, self.plan.round)
         self.stateful |= reply.stateful
         self.fixed_data |= reply.fixed_data
         if reply.outcome == "idle":
-            return None
+            asked = self.plan.rows[reply.worker].shards
+            return f"it does not hold all of the shards {list(asked)} any more" if asked else None
         if reply.outcome == "gave-up":
             return f"gave up after {sum(reply.seconds):.1f} s with {len(reply.seconds)} shards done"
         if reply.outcome == "fixed-data":

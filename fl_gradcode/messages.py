@@ -7,7 +7,7 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
-from .wire import Plan, Reply
+from .wire import Plan, Reply, is_probe
 
 __all__ = [
     "computing_seconds",
@@ -26,7 +26,7 @@ def load_of(message: Message, worker: int) -> int:
     """How many shards `message` asks `worker` to work on; 1 for a message without a plan."""
     plan = Plan.find_in(message.content)
     if plan is None:
-        return 1
+        return 0 if is_probe(message.content) else 1
     row = plan.rows.get(worker)
     return len(row.shards) if row else 0
 

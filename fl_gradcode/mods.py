@@ -21,11 +21,12 @@ from .carry import carrier_of
 from .clipping import clip, refuse_clipping_mods
 from .errors import Overflow, UnsuitableApp
 from .guard import call_silently, guarded_reply, refuse_unprotected, spent_by
+from .holdings import held_by, refuse_other_shards
 from .privacy_records import Asked, Spent, asked_of
 from .privacy_settings import DPSGD, CentralNoise, privacy_from_json
 from .seeding import generators_restored, seed_generators
 from .watched import WatchedConfig
-from .wire import ARRAYS, METRICS, NUM_PARTITIONS, PARTITION_ID, UPDATE, Plan, Reply, is_probe
+from .wire import ARRAYS, METRICS, NUM_PARTITIONS, PARTITION_ID, UPDATE, Plan, Reply, Row, is_probe
 
 __all__ = ["gradient_coding_mod"]
 
@@ -59,7 +60,7 @@ def gradient_coding_mod(message: Message, context: Context, call_next: _Call) ->
     if not message.has_content():
         return call_next(message, context)
     if is_probe(message.content):
-        who = Reply("", 0, "probe", _worker_of(context), "idle")
+        who = Reply("", 0, "probe", _worker_of(context), "idle", holds=_told(held_by(context.node_config)))
         return Message(who.content(), reply_to=message)
     plan = Plan.find_in(message.content)
     if plan is None:
@@ -89,7 +90,7 @@ class _CodedCall:
         )
         self.worker = _worker_of(context)
         self.carrier = carrier_of(plan.fraction_bits, plan.k)
-        if self.worker not in plan.rows:
+        if self.worker not in plan.rows and not plan.open:
             raise UnsuitableApp(
                 f"This node reports partition-id {self.worker}, but the code has workers 0..{plan.n - 1}. Start "
                 f"{plan.n} nodes with partition-id 0..{plan.n - 1}, or build the code for more workers."
@@ -111,9 +112,10 @@ class _CodedCall:
         self.spent: list[tuple[int, str, float, float]] = []
 
     def run(self) -> Message:
-        row = self.plan.rows[self.worker]
-        if not row.shards:
+        row = self.plan.rows.get(self.worker)
+        if row is None or not row.shards or self._holds_others(row):
             return self._answer("idle")
+        refuse_other_shards(self.plan, self.worker, self.context.node_config)
         started = time.monotonic()
         for shard, coefficients in zip(row.shards, row.coefficients, strict=True):
             if self.seconds and 0 < self.plan.give_up_after < time.monotonic() - started:
@@ -130,6 +132,11 @@ class _CodedCall:
             except (ValueError, Overflow) as error:
                 raise UnsuitableApp(f"Shard {shard}, {self.plan.label}: {str(error).rstrip('.')}.") from error
         return self._answer("coded", row.shards)
+
+    def _holds_others(self, row: Row) -> bool:
+        """Whether the node no longer holds what an open plan asks for: it says what it does, and the code follows."""
+        held = held_by(self.context.node_config) if self.plan.open else None
+        return held is not None and not held.keys() >= {*row.shards}
 
     def _call_user(self, shard: int) -> tuple[Message, bool]:
         node_config = WatchedConfig({**self.context.node_config, PARTITION_ID: shard, NUM_PARTITIONS: self.plan.k})
@@ -239,6 +246,7 @@ class _CodedCall:
             stateful=self.stateful,
             fixed_data=self.fixed_data,
             spent=tuple(self.spent) if coded else (),
+            holds=_told(held_by(self.context.node_config)) if self.plan.open else (),
         )
         records: dict[str, Any] = {}
         if coded:
@@ -258,6 +266,10 @@ def _worker_of(context: Context) -> int:
             '--node-config "partition-id=0 num-partitions=..." (the simulation sets it).'
         )
     return value
+
+
+def _told(held: dict[int, str] | None) -> tuple[tuple[int, str], ...]:
+    return tuple(sorted(held.items())) if held else ()
 
 
 def _take_state(state: RecordDict, shard: int) -> RecordDict:

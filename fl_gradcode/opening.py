@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flwr.app import ArrayRecord, Message
@@ -35,6 +35,8 @@ class Opening:
         roster: Who is who.
         timeout: Seconds of a phase.
         privacy: The run's account, if it promises any.
+        digests: Shard -> SHA-256 of its data, where there is a manifest.
+        is_open: Whether the code is made for what nodes hold.
     """
 
     strategy: Strategy
@@ -45,6 +47,8 @@ class Opening:
     roster: Roster
     timeout: float | None
     privacy: RunPrivacy | None = None
+    digests: Mapping[int, str] | None = None
+    is_open: bool = False
 
     @classmethod
     def of(
@@ -55,12 +59,16 @@ class Opening:
         run: str | None,
         roster: Roster,
         timeout: float | None,
+        *,
+        is_open: bool = False,
     ) -> Opening:
         """For a run that begins; without a name it gets one, which no other run has."""
         run = run or uuid.uuid4().hex
         weight_key = str(getattr(strategy, "weighted_by_key", "num-examples"))
         privacy = RunPrivacy(options.privacy, code, run, send=options.send) if options.privacy else None
-        return cls(strategy, options, code.k, run, weight_key, roster, timeout, privacy)
+        return cls(
+            strategy, options, code.k, run, weight_key, roster, timeout, privacy, options.digests, is_open=is_open
+        )
 
     def begin(self, num_rounds: int) -> None:
         """Say what the run is going to cost.
@@ -90,6 +98,8 @@ class Opening:
             weight_key=self.weight_key,
             arrays_key=arrays_key,
             privacy=self.privacy if arrays_key else None,
+            digests=self.digests,
+            is_open=self.is_open,
         )
         before = content[arrays_key] if arrays_key else None
         assert before is None or isinstance(before, ArrayRecord)

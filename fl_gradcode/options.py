@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,6 +51,7 @@ class Options:
     give_up_after: float | None = None
     allow_fixed_data: bool = False
     privacy: Privacy | None = None
+    digests: Mapping[int, str] | None = None
 
     def check(self, code: GradientCode) -> None:
         """Refuse what makes no sense, alone or with this code.

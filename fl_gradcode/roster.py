@@ -23,6 +23,8 @@ class Roster:
     """Node -> worker, as far as known."""
 
     def __init__(self) -> None:
+        #: Worker -> shard -> SHA-256 of its data, as last told under an open plan or by a probe.
+        self.holdings: dict[int, dict[int, str]] = {}
         self._worker: dict[int, int] = {}
         self._answered: dict[int, dict[int, set[int]]] = {}  # worker -> round -> nodes
 
@@ -77,8 +79,13 @@ class Roster:
             return
         with contextlib.suppress(ValueError):
             reply = Reply.find_in(message.content)
-            if reply is not None and reply.run == run:
+            if reply is not None and reply.kind == "probe":
+                self.learn(node, reply.worker)
+                self.holdings[reply.worker] = dict(reply.holds)
+            elif reply is not None and reply.run == run:
                 self.answered(node, reply.worker, reply.round)
+                if reply.holds:
+                    self.holdings[reply.worker] = dict(reply.holds)
 
     def missing(self, workers: Iterable[int]) -> list[int]:
         """Those of `workers` whose node is not known."""
@@ -94,7 +101,7 @@ def wait_for_nodes(grid: Grid, code: GradientCode, timeout: float, *, surplus: b
     Raises:
         RoundFailed: More than n nodes, or fewer than n - s.
     """
-    n, s = code.n, code.s
+    n, s = len(code.active), code.s
     online = len(poll_nodes(grid, timeout, f"{n} nodes", lambda nodes: len(nodes) == n))
     if online > n and not surplus:
         raise RoundFailed(
@@ -117,8 +124,9 @@ def nodes_of_a_phase(
 
     An outage would otherwise burn one round after another in no time.
     """
-    least = code.n - code.s
-    wanted = f"at least {least} of {code.n} nodes"
+    n = len(code.active)
+    least = n - code.s
+    wanted = f"at least {least} of {n} nodes"
     return poll_nodes(grid, timeout, wanted, lambda nodes: len(nodes) >= least or not hopeless(nodes))
 
 

@@ -49,6 +49,11 @@ class RunPrivacy:
         #: Whether this object knows all of its run's rounds.
         self._knows_all = self._ledger is not None
 
+    def follow(self, code: GradientCode) -> None:
+        """The code is another one from now on; a shard's holders count as the most that it has had."""
+        self.code = code
+        self._holders = {j: max(count, len(code.holders_of(j))) for j, count in self._holders.items()}
+
     @property
     def text(self) -> str:
         """For the plan: what clients have to know."""

@@ -14,6 +14,7 @@ from flwr.serverapp.strategy import Strategy
 from . import report
 from .arrivals import Arrival
 from .contract import broken_promises, refuse_unsuitable
+from .discovered import Holdings
 from .errors import InvalidSetting, RoundFailed
 from .gradient_code import GradientCode
 from .grid import EarlyStopGrid
@@ -39,16 +40,27 @@ class Run:
         code: Who holds which shards.
         name: Of the run; made up if None.
         timeout: Seconds of a phase.
+        roster: Who is who, as far as known.
+        holdings: What nodes have told that they hold, if the code is made for that.
     """
 
     def __init__(
-        self, strategy: Strategy, options: Options, code: GradientCode, name: str | None, timeout: float | None
+        self,
+        strategy: Strategy,
+        options: Options,
+        code: GradientCode,
+        name: str | None,
+        timeout: float | None,
+        roster: Roster | None = None,
+        holdings: Holdings | None = None,
     ) -> None:
         self.strategy, self.options, self.code, self.timeout = strategy, options, code, timeout
-        self.roster = Roster()  # another run may meet other nodes, and other clients
+        self.roster = roster or Roster()  # another run may meet other nodes, and other clients
+        self._holdings, self._told_lacking = holdings, ""
         self.ways = ways_of(options, code)
         self.way: Way | None = None
-        self.opening = Opening.of(strategy, options, code, name, self.roster, timeout)
+        is_open = holdings is not None
+        self.opening = Opening.of(strategy, options, code, name, self.roster, timeout, is_open=is_open)
         self.name = self.opening.run
         #: The ledger row of the round that is under way.
         self.row: dict[str, Any] = {}
@@ -70,7 +82,10 @@ class Run:
         grid.on_late = lambda node, label, reply: self.roster.learn_from(node, reply, run=self.name)
         self.opening.begin(num_rounds)
         settling = 0.0 if grid.source.fixed_nodes else self.options.node_timeout
-        wait_for_nodes(grid, self.code, settling, surplus=self._resumed)
+        if self._holdings is None:
+            wait_for_nodes(grid, self.code, settling, surplus=self._resumed)
+        else:
+            self._tell_lacking(self._holdings, None)
         self._patience = settling if self.timeout is None else min(settling, self.timeout)
 
     def take_up(self, rows: Iterable[dict[str, Any]]) -> None:
@@ -85,6 +100,8 @@ class Run:
         self, kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """The messages of a phase, one for each worker; none if the wrapped strategy has none."""
+        if kind == "train":
+            self._follow_holdings(grid)
         if kind == "train" or not self.row:
             self.row = report.new_row(self.name, grid, server_round, self.code)
             if self._resumed:
@@ -100,7 +117,7 @@ class Run:
                 f"The custom {kind} metric aggregation is called on one decoded record, not on one for each client.",
             )
         if kind == "train" or self.way is None:
-            self.way = self.ways.choose(complete=len(list(grid.get_node_ids())) >= self.code.n)
+            self.way = self.ways.choose(complete=len(list(grid.get_node_ids())) >= len(self.code.active))
         self.phase = self.opening.phase(kind, server_round, self._drafts, self.way, slowest=self._slowest)
         self.row["way"] = self.way.entry
         nodes = nodes_of_a_phase(grid, self.code, self._patience, self.phase.hopeless)
@@ -149,6 +166,32 @@ class Run:
         row["ended-at"] = time.time()
         self.ways.learn(row)
         return row
+
+    def _follow_holdings(self, grid: Grid) -> None:
+        """Make the code anew if other workers are there, or hold other shards, than it was made for."""
+        holdings = self._holdings
+        if holdings is None:
+            return
+        for worker, shards in self.roster.holdings.items():
+            holdings.learn(worker, shards)
+        listed = [self.roster.worker_of(node) for node in grid.get_node_ids()]
+        # A node that is not known may be any of those that are gone: then all keep their rows.
+        there = [*holdings.told] if None in listed else [i for i in listed if i in holdings.told]
+        code = holdings.code(there)
+        if code is not None and (code.B.shape != self.code.B.shape or (code.B != self.code.B).any()):
+            self.code = code
+            self.ways = ways_of(self.options, code)
+            if self.opening.privacy is not None:
+                self.opening.privacy.follow(code)
+            _log.info("The code is made anew for workers %s: %r.", [*code.active], code)
+        self._tell_lacking(holdings, there)
+
+    def _tell_lacking(self, holdings: Holdings, workers: list[int] | None) -> None:
+        """Once for each state of affairs."""
+        text = holdings.told_lacking(workers)
+        if text and text != self._told_lacking:
+            _log.warning("%s The code tolerates s=%d until then.", text, self.code.s)
+        self._told_lacking = text
 
     def _undecodable(self, phase: Phase, entry: dict[str, Any]) -> None:
         why = report.why_undecodable(phase, entry)

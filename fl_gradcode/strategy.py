@@ -13,14 +13,19 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from .checkpoint import Checkpoint
 from .contract import refuse_wrappers
+from .discovered import Discovered, Holdings
 from .errors import InvalidSetting
 from .gradient_code import GradientCode
 from .grid import EarlyStopGrid
+from .holdings import digests_of
 from .inner import check_bounds, check_strategy
 from .ledger import Ledger
+from .manifest import Manifest
 from .options import Approximation, Options
 from .privacy_settings import Privacy
+from .probing import discover
 from .resuming import Continuation, made_of
+from .roster import Roster
 from .running import Run
 from .strategy_state import StrategyState
 
@@ -44,7 +49,8 @@ class GradientCoding(Strategy):
 
     Args:
         strategy: An averaging strategy: FedAvg, FedAvgM, FedAdam, FedYogi, FedAdagrad, FedProx or one of your own.
-        code: Who holds which shards; worker i is the node whose client reports `partition-id` i.
+        code: Who holds which shards; worker i is the node whose client reports `partition-id` i. Or `Discovered`: the
+            code is made for what nodes report to hold.
         send: "coded": one coded vector a worker and round, least upload. "shards": one shard a message; a free node
             gets the uncovered shard that fewest are working on, the first copy wins. Best where compute dominates.
             "adaptive": chosen anew every few rounds from what the last ones took, by replaying them; so is how much of
@@ -68,6 +74,7 @@ class GradientCoding(Strategy):
             goes on where it ended: same run name, next round, same model, state of the wrapped strategy, ledger and
             account of privacy (docs/deployment.md).
         run: Name of the run, which plans, keys and the ledger carry; made up at each start if None.
+        manifest: Of the shards, as `fl-gradcode place` wrote it (path or value): nodes refuse to train on other data.
         privacy: `DPSGD` or `CentralNoise`: what the run promises (`fl_gradcode.privacy`, docs/privacy.md).
 
     Raises:
@@ -80,7 +87,7 @@ class GradientCoding(Strategy):
     def __init__(
         self,
         strategy: Strategy,
-        code: GradientCode,
+        code: GradientCode | Discovered,
         *,
         send: Literal["coded", "shards", "adaptive"] = "coded",
         patience: float | None = None,
@@ -95,11 +102,13 @@ class GradientCoding(Strategy):
         checkpoint: str | os.PathLike[str] | None = None,
         run: str | None = None,
         privacy: Privacy | None = None,
+        manifest: Manifest | str | os.PathLike[str] | None = None,
     ) -> None:
         check_strategy(strategy)
-        if not isinstance(code, GradientCode):
+        if not isinstance(code, GradientCode | Discovered):
             raise InvalidSetting(
-                f"code={type(code).__name__}: pass a GradientCode, such as fractional_repetition(n, s)."
+                f"code={type(code).__name__}: pass a GradientCode, such as fractional_repetition(n, s), or "
+                "Discovered(k)."
             )
         check_bounds(strategy, code.k)
         self.options = Options(
@@ -112,27 +121,51 @@ class GradientCoding(Strategy):
             give_up_after=give_up_after,
             allow_fixed_data=allow_fixed_data,
             privacy=privacy,
+            digests=None if manifest is None else digests_of(manifest, code.k),
         )
-        self.options.check(code)
         self.strategy = strategy
-        self.code = code
+        self._wish = code if isinstance(code, Discovered) else None
+        self._code = None if isinstance(code, Discovered) else code
+        if self._code is not None:
+            self.options.check(self._code)
+        elif send == "adaptive":
+            raise InvalidSetting(
+                "send='adaptive' chooses among ways to send for one fixed code; with Discovered choose 'coded' or "
+                "'shards'."
+            )
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
         self.on_round_end = on_round_end
+        self._k = code.k
         self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint)
         self._state = StrategyState(strategy, warn=checkpoint is not None)
         self._name = run
         self._going = self._continuation()
         self._arrays = ArrayRecord()
-        self._run = Run(strategy, self.options, code, run, None)
+        self._run = None if self._code is None else Run(strategy, self.options, self._code, run, None)
+
+    @property
+    def code(self) -> GradientCode:
+        """The code; under `Discovered` that of the last round.
+
+        Raises:
+            InvalidSetting: Nodes have not told yet what they hold.
+        """
+        return self._here.code
 
     @property
     def run(self) -> str:
         """Name of the run."""
-        return self._run.name
+        return self._here.name
+
+    @property
+    def _here(self) -> Run:
+        if self._run is None:
+            raise InvalidSetting("With Discovered the code is known once start() has asked the nodes what they hold.")
+        return self._run
 
     def summary(self) -> None:
         """Log the code, then the wrapped strategy's own summary."""
-        _log.info("\t├──> Gradient coding: %r", self.code)
+        _log.info("\t├──> Gradient coding: %r", self._wish if self._run is None else self._run.code)
         _log.info("\t│\t├── Sending: %s", self.options.send)
         _log.info("\t│\t└── Undecodable rounds: %s", self.options.policy)
         _log.info("\t├──> Wrapped strategy: %s", type(self.strategy).__name__)
@@ -160,20 +193,20 @@ class GradientCoding(Strategy):
         waiting = grid if isinstance(grid, EarlyStopGrid) else EarlyStopGrid(grid)
         with self._continuation() as going:
             self._going = going
-            self._run = Run(self.strategy, self.options, self.code, going.name, timeout)
-            self._arrays = going.take_up(self._run, self.ledger, initial_arrays)
+            run = self._run = self._new_run(going, waiting, timeout)
+            self._arrays = going.take_up(run, self.ledger, initial_arrays)
             left = num_rounds - going.done
             if left < 1 <= going.done:
                 _log.info("All %d rounds of run %s are done: nothing is left to do.", going.done, self.run)
                 return going.complete(Result(arrays=self._arrays))
-            self._run.begin(waiting, num_rounds)
+            run.begin(waiting, num_rounds)
             limit: Any = timeout  # Flower's grids take None for "no limit"
             rest = (train_config, evaluate_config, going.evaluating(evaluate_fn))
             try:
                 result = super().start(waiting, self._arrays, left, limit, *rest)
             except BaseException as error:
-                if self._run.row:
-                    self._run.row["ended-by"] = f"{type(error).__name__}: {error}"
+                if run.row:
+                    run.row["ended-by"] = f"{type(error).__name__}: {error}"
                     self._close_row()
                 raise
             finally:
@@ -188,20 +221,20 @@ class GradientCoding(Strategy):
         """The wrapped strategy's training messages, one plan for each worker."""
         refuse_wrappers()
         self._arrays = arrays
-        return self._run.configure("train", server_round + self._going.done, arrays, config, grid)
+        return self._here.configure("train", server_round + self._going.done, arrays, config, grid)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The wrapped strategy's evaluation messages, one plan for each worker."""
-        return self._run.configure("evaluate", server_round + self._going.done, arrays, config, grid)
+        return self._here.configure("evaluate", server_round + self._going.done, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Decode, and let the wrapped strategy aggregate the one decoded reply."""
         number = server_round + self._going.done
-        arrays, metrics = self._run.aggregate(number, replies)
+        arrays, metrics = self._here.aggregate(number, replies)
         if arrays is not None:
             self._arrays = arrays
         self._going.trained(number, metrics)
@@ -210,18 +243,28 @@ class GradientCoding(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Decode the metrics, and let the wrapped strategy aggregate the one decoded reply."""
         number = server_round + self._going.done
-        _, metrics = self._run.aggregate(number, replies)
+        _, metrics = self._here.aggregate(number, replies)
         row = self._close_row()
         if self.on_round_end is not None:
             self.on_round_end(number, self._arrays, row)
         self._going.evaluated(number, metrics, self._arrays)
         return metrics
 
+    def _new_run(self, going: Continuation, grid: EarlyStopGrid, timeout: float | None) -> Run:
+        if self._wish is None:
+            return Run(self.strategy, self.options, self.code, going.name, timeout)
+        roster, holdings = Roster(), Holdings(self._wish, self.options.digests)
+        discover(grid, holdings, roster, self.options.node_timeout)
+        code = holdings.code()
+        assert code is not None
+        self.options.check(code)
+        return Run(self.strategy, self.options, code, going.name, timeout, roster, holdings)
+
     def _continuation(self) -> Continuation:
-        made = made_of(self.strategy, self.code, self.code.k, self.options.seed)
+        made = made_of(self.strategy, self._code, self._k, self.options.seed)
         return Continuation(self._checkpoint, self._state, made, self._name)
 
     def _close_row(self) -> dict[str, Any]:
-        row = self._run.close_row()
+        row = self._here.close_row()
         self.ledger.append(row)
         return row

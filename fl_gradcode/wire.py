@@ -14,6 +14,9 @@ from typing import Any
 
 from flwr.app import ConfigRecord, RecordDict
 
+from .errors import VersionMismatch
+from .versions import read_json, record_of
+
 __all__ = [
     "ARRAYS",
     "METRICS",
@@ -32,8 +35,6 @@ __all__ = [
 _PLAN = "fl-gradcode.plan"
 _REPLY = "fl-gradcode.reply"
 _PROBE = "fl-gradcode.probe"
-_JSON = "json"
-
 #: Name of the ArrayRecord that holds the coded vectors. A name of its own makes a mod that expects model
 #: arrays (clipping, local privacy) fail loudly instead of clipping a coded sum.
 UPDATE = "fl-gradcode.update"
@@ -73,6 +74,8 @@ class Plan:
         fraction_bits: Of the fixed point, under a code over a prime field; None: replies are floats.
         privacy: What training has to promise, as `privacy_to_json` writes it; empty: nothing.
         releases: With privacy: shard -> how many hold it, and the ranges of rounds in which they were asked before.
+        digests: Shard -> SHA-256 of its data, where the server has a manifest.
+        open: Whether the code is made for what nodes hold: each says what that is, also one that has no row.
     """
 
     run: str
@@ -89,6 +92,8 @@ class Plan:
     fraction_bits: int | None = None
     privacy: str = ""
     releases: dict[int, tuple[int, tuple[tuple[int, int], ...]]] = field(default_factory=dict)
+    digests: dict[int, str] = field(default_factory=dict)
+    open: bool = False
 
     @property
     def label(self) -> str:
@@ -99,19 +104,24 @@ class Plan:
         """The plan with this worker's row alone."""
         row = self.rows[worker]
         releases = {shard: self.releases[shard] for shard in row.shards if shard in self.releases}
-        return replace(self, rows={worker: row}, releases=releases)
+        digests = {shard: self.digests[shard] for shard in row.shards if shard in self.digests}
+        return replace(self, rows={worker: row}, releases=releases, digests=digests)
 
     def add_to(self, content: RecordDict) -> RecordDict:
         """A new RecordDict with the same records and this plan; strategies may share one object."""
         values = dict(vars(self))
         values["rows"] = {i: [row.shards, row.coefficients] for i, row in self.rows.items()}
-        return RecordDict({**content, _PLAN: ConfigRecord({_JSON: json.dumps(values)})})
+        return RecordDict({**content, _PLAN: record_of(values)})
 
     @classmethod
     def find_in(cls, content: RecordDict) -> Plan | None:
-        """The plan of a message, or None."""
+        """The plan of a message, or None.
+
+        Raises:
+            VersionMismatch: It is of a version that is not understood here.
+        """
         record = content.get(_PLAN)
-        return _parse_plan(str(record[_JSON])) if isinstance(record, ConfigRecord) else None
+        return _parse_plan(read_json(record, "server")) if isinstance(record, ConfigRecord) else None
 
     @staticmethod
     def remove_from(content: RecordDict) -> RecordDict:
@@ -138,6 +148,7 @@ class Reply:
         fixed_data: Whether it never read `partition-id`.
         spent: With privacy: for each shard its number, the digest of what its key was bound to, and epsilon of this run
             and of all runs.
+        holds: Under an open plan: the shards that the node holds, and the SHA-256 of each; empty: not known.
     """
 
     run: str
@@ -155,10 +166,11 @@ class Reply:
     stateful: bool = False
     fixed_data: bool = False
     spent: tuple[tuple[int, str, float, float], ...] = ()
+    holds: tuple[tuple[int, str], ...] = ()
 
     def to_record(self) -> ConfigRecord:
         """This reply as a record."""
-        return ConfigRecord({_JSON: json.dumps(vars(self))})
+        return record_of(vars(self))
 
     def content(self, **records: Any) -> RecordDict:
         """A RecordDict with this reply and further records."""
@@ -169,13 +181,17 @@ class Reply:
         """The reply record of a message, or None.
 
         Raises:
-            ValueError: The record is there and cannot be read.
+            ValueError: The record is there and cannot be read, or is of a version that is not understood here.
         """
         record = content.get(_REPLY)
         if not isinstance(record, ConfigRecord):
             return None
         try:
-            v = json.loads(str(record[_JSON]))
+            text = read_json(record, "node")
+        except VersionMismatch as error:
+            raise ValueError(str(error)) from error
+        try:
+            v = json.loads(text)
             v["layout"] = tuple((str(a), str(d), tuple(int(x) for x in s)) for a, d, s in v["layout"])
             v["metrics_layout"] = tuple((str(a), int(x), bool(w)) for a, x, w in v["metrics_layout"])
             v["sketches"] = tuple(tuple(float(x) for x in one) for one in v["sketches"])
@@ -184,6 +200,7 @@ class Reply:
             v["worker"], v["round"] = int(v["worker"]), int(v["round"])
             v["stateful"], v["fixed_data"] = bool(v["stateful"]), bool(v["fixed_data"])
             v["spent"] = tuple((int(j), str(c), float(e), float(t)) for j, c, e, t in v["spent"])
+            v["holds"] = tuple((int(j), str(digest)) for j, digest in v["holds"])
             v["arrays_name"], v["metrics_name"] = str(v["arrays_name"]), str(v["metrics_name"])
             if v["outcome"] not in OUTCOMES:
                 raise ValueError(f"outcome {v['outcome']!r}")
@@ -207,6 +224,7 @@ def _parse_plan(text: str) -> Plan:
         int(shard): (int(holders), tuple((int(first), int(last)) for first, last in ranges))
         for shard, (holders, ranges) in values["releases"].items()
     }
+    values["digests"] = {int(shard): str(digest) for shard, digest in values["digests"].items()}
     return Plan(**values)
 
 
@@ -217,15 +235,22 @@ def report_key(name: str) -> str:
 
 def probe_content() -> RecordDict:
     """Content of a message that asks only "which worker are you?"; the mod answers it without training."""
-    return RecordDict({_PROBE: ConfigRecord({"who": True})})
+    return RecordDict({_PROBE: record_of({"who": True})})
 
 
 def is_probe(content: RecordDict) -> bool:
-    """Whether a message asks only for the worker number."""
-    return _PROBE in content
+    """Whether a message asks only for the worker number.
+
+    Raises:
+        VersionMismatch: It is of a version that is not understood here.
+    """
+    record = content.get(_PROBE)
+    if isinstance(record, ConfigRecord):
+        read_json(record, "server")
+    return record is not None
 
 
 def plan_bytes(content: RecordDict) -> int:
     """Bytes of the plan in it."""
     record = content.get(_PLAN)
-    return len(_JSON) + len(str(record[_JSON])) if isinstance(record, ConfigRecord) else 0
+    return sum(len(key) + len(str(value)) for key, value in record.items()) if isinstance(record, ConfigRecord) else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -38,9 +38,9 @@ def update_of(server_round: int, shard: int, size: int) -> NDArray[np.float64]:
     return np.random.default_rng((server_round, shard)).standard_normal(size)
 
 
-def toy_app(**kwargs: Any) -> ClientApp:
+def toy_app(mods: Sequence[Any] = (gradient_coding_mod,), **kwargs: Any) -> ClientApp:
     """An app whose model moves by `update_of`; shard j has j + 1 examples."""
-    app = ClientApp(mods=[gradient_coding_mod], **kwargs)
+    app = ClientApp(mods=[*mods], **kwargs)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:

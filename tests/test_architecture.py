@@ -50,7 +50,7 @@ LAYERS = (
     # Planning reads codes and clocks; it must run without Flower.
     Layer(
         "plan",
-        names("latency laws marginals traces populations history assignment placing")
+        names("latency laws marginals traces populations history assignment placing discovered")
         | names("schemes round_times order_statistics planner product_plan"),
         peers=True,
     ),
@@ -65,7 +65,8 @@ LAYERS = (
     Layer(
         "Flower",
         names("wire messages pack unpack mods seeding watched roster bucket inbox carry phase sending shardwise memory")
-        | names("options report contract inner asking opening ways running resuming checkpoint strategy_state strategy")
+        | names("options report contract inner asking opening ways running strategy")
+        | names("probing holdings versions resuming checkpoint strategy_state")
         | names("arrivals polling stop waiting grid virtual ledger testing")
         | names("privacy private_training privacy_records guard binding clipping release run_privacy")
         | names("product_messages product_worker product_nodes product_rule coded_matmul matmul"),

@@ -21,6 +21,7 @@ PUBLIC = (
     "fractional_repetition",
     "cyclic_repetition",
     "Approximation",
+    "Discovered",
     "EarlyStopGrid",
     "VirtualGrid",
     "Ledger",

@@ -109,7 +109,7 @@ def lost_group(policy: str) -> list[dict[str, Any]]:
 
     def lose(server_round: int, arrays: Any, row: Any) -> None:
         if server_round == 4:
-            gone.update(next(iter(strategy._run.way.code.groups))[:2])
+            gone.update(next(iter(strategy._here.way.code.groups))[:2])
 
     with InProcessGrid(toy_app(), 12) as inner:
         strategy: Any = GradientCoding(

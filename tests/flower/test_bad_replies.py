@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import FedAvg
 from fl_gradcode import GradientCode, GradientCoding, fractional_repetition
 from fl_gradcode.errors import RoundFailed, UnsuitableApp
 from fl_gradcode.testing import InProcessGrid
+from fl_gradcode.versions import PROTOCOL
 from tests.conftest import all_codes, flat, initial_arrays, relative, run_plain, toy_app, update_of
 
 # The worker whose replies are spoilt: the one that is read first, so that it is read under every code.
@@ -66,7 +67,7 @@ def without(name: str) -> Tamper:
 
 
 def unreadable(reply: Message) -> Message:
-    reply.content["fl-gradcode.reply"] = ConfigRecord({"json": "{"})
+    reply.content["fl-gradcode.reply"] = ConfigRecord({"json": "{", "protocol": PROTOCOL})
     return reply
 
 

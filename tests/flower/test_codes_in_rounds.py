@@ -237,7 +237,7 @@ def test_remembers_no_more_updates_than_there_are_shards() -> None:
     strategy = GradientCoding(inner, fractional_repetition(4, 1, k=8), on_undecodable=Approximation(fill_in=True))
     with InProcessGrid(toy_app(), 4) as grid:
         strategy.start(grid, initial_arrays(), num_rounds=40)
-    assert len(strategy._run.memory["train"]._known) <= 8
+    assert len(strategy._here.memory["train"]._known) <= 8
 
 
 def test_ridge_trades_coverage_for_less_noise() -> None:

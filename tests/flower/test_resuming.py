@@ -192,7 +192,7 @@ def test_how_adaptive_rounds_are_sent_is_chosen_as_before(tmp_path: Path) -> Non
     _, strategy = start(tmp_path / "a", FedAvg(fraction_evaluate=0.0), rounds=8, **options)
     _, whole = start(tmp_path / "b", FedAvg(fraction_evaluate=0.0), rounds=8, **options)
     assert [row["way"] for row in strategy.ledger.rows[:7]] == [row["way"] for row in whole.ledger.rows[:7]]
-    assert strategy._run.ways._history.rounds >= 7  # type: ignore[attr-defined]
+    assert strategy._here.ways._history.rounds >= 7  # type: ignore[attr-defined]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

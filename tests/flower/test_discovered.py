@@ -1,0 +1,297 @@
+"""Nodes tell what they hold, and the code is made for that; they come, go and return."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Message
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedTrimmedAvg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fl_gradcode import Discovered, GradientCoding, VirtualGrid, fractional_repetition
+from fl_gradcode.discovered import Holdings
+from fl_gradcode.errors import IncompatibleStrategy, InvalidCode, InvalidSetting, RoundFailed, UnsuitableApp
+from fl_gradcode.latency import Latency, lognormal, scaled
+from fl_gradcode.testing import InProcessGrid, inside_a_run
+from tests.conftest import initial_arrays, relative, run_plain, toy_app
+from tests.flower.living import LivingGrid
+
+HELD = {0: "0,1,2", 1: "2,3", 2: "0,3,1", 3: "1,2,3,0"}
+
+
+def config_of(held: dict[int, str]) -> Any:
+    return lambda worker: {"partition-id": worker, "num-partitions": len(held), "shards": held[worker]}
+
+
+def coded(k: int = 4, s: int = 1, inner: Any = None, **options: Any) -> GradientCoding:
+    return GradientCoding(inner or FedAvg(fraction_evaluate=0.0), Discovered(k=k, s=s), **options)
+
+
+def expected(k: int, rounds: int, inner: Any = None) -> Any:
+    return run_plain(toy_app(), k, inner or FedAvg(fraction_evaluate=0.0), rounds).arrays
+
+
+# The code
+
+
+def holdings(held: dict[int, tuple[int, ...]], k: int, s: int = 1, m: int = 1, **digests: str) -> Holdings:
+    found = Holdings(Discovered(k=k, s=s, m=m))
+    for worker, shards in held.items():
+        found.learn(worker, dict.fromkeys(shards, ""))
+    return found
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_any_s_of_those_who_hold_something_may_be_missing(data: st.DataObject) -> None:
+    k, n, s = data.draw(st.integers(1, 7)), data.draw(st.integers(3, 7)), data.draw(st.integers(0, 2))
+    workers = data.draw(st.lists(st.integers(0, 12), min_size=n, max_size=n, unique=True))
+    held: dict[int, set[int]] = {worker: set() for worker in workers}
+    for shard in range(k):
+        for worker in data.draw(st.lists(st.sampled_from(workers), min_size=s + 1, unique=True)):
+            held[worker].add(shard)
+    found = holdings({worker: tuple(shards) for worker, shards in held.items()}, k, s)
+    code = found.code()
+    assert code is not None and code.s == min(s, len(code.active) - 1) and code.k == k
+    assert set(code.active) == {worker for worker, shards in held.items() if shards}
+    for worker in code.active:
+        assert set(code.shards_of(worker)) == held[worker]
+    for gone in itertools.combinations(code.active, code.s):
+        assert code.decodable([i for i in code.active if i not in gone])
+    again = holdings({w: tuple(held[w]) for w in reversed(workers)}, k, s).code()
+    assert again is not None and (again.B == code.B).all()
+
+
+def test_equal_holdings_are_groups_and_decode_without_amplifying() -> None:
+    code = holdings({0: (0, 1), 5: (0, 1), 2: (2,), 7: (2,)}, 3).code()
+    assert code is not None and code.groups == ((0, 5), (2, 7)) and code.s == 1
+    assert code.active == (0, 2, 5, 7) and code.n == 8
+    uncoded = holdings({0: (0,), 1: (1,)}, 2, s=0).code()
+    assert uncoded is not None and uncoded.groups == ((0,), (1,)) and uncoded.s == 0
+
+
+def test_shards_that_lack_holders_are_named_and_lower_the_tolerance() -> None:
+    found = holdings({0: (0, 1), 1: (1, 2), 2: (2, 1)}, 3)
+    assert found.told_lacking() == (
+        "s=1 needs 2 holders of each shard: shard 0 has 1 (0). Place them on further nodes."
+    )
+    code = found.code()
+    assert code is not None and code.s == 0
+    assert found.code([1, 2]) is None and "shard 0 has 0 (nobody)" in found.told_lacking([1, 2])
+    found.learn(4, {0: ""})
+    assert found.told_lacking() == "" and found.code().s == 1  # type: ignore[union-attr]
+    lower = holdings({0: (0,), 1: (0, 1), 2: (1,)}, 2, s=1, m=2)
+    assert lower.code().m == 2 and lower.code().s == 0  # type: ignore[union-attr]
+    assert "s=1 at m=2 needs 3 holders" in lower.told_lacking()
+
+
+def test_holders_with_other_data_do_not_count() -> None:
+    found = Holdings(Discovered(k=2, s=1))
+    for worker, digest in ((3, "a"), (1, "b"), (2, "a")):
+        found.learn(worker, {0: digest, 1: "same"})
+    assert found.holders()[0] == [2, 3] and found.wrong() == {1: [0]}
+    tie = Holdings(Discovered(k=1, s=0))
+    tie.learn(2, {0: "x"})
+    tie.learn(1, {0: "y"})
+    assert tie.holders()[0] == [1]
+    manifest = Holdings(Discovered(k=1, s=0), {0: "x"})
+    manifest.learn(1, {0: "y"})
+    manifest.learn(2, {0: "x", 9: "z"})
+    assert manifest.holders()[0] == [2] and manifest.wrong() == {1: [0], 2: [9]}
+
+
+# Rounds
+
+
+@pytest.mark.parametrize("send", ["coded", "shards"])
+def test_the_model_is_that_of_all_shards_whoever_is_late(send: Any) -> None:
+    for late in range(4):
+        latency = Latency(compute=scaled(lognormal(), {late: float("inf")}))
+        strategy = coded(send=send, inner=FedAdam(fraction_evaluate=0.0))
+        with InProcessGrid(toy_app(), 4, node_config=config_of(HELD)) as grid:
+            result = strategy.start(VirtualGrid(grid, latency), initial_arrays(), num_rounds=3)
+        assert relative(result.arrays, expected(4, 3, FedAdam(fraction_evaluate=0.0))) < 1e-6
+        assert all(late not in row["train"]["used"] for row in strategy.ledger.rows)
+        assert strategy.code.s == 1 and strategy.code.name == "universal"
+
+
+def test_nodes_that_hold_the_same_are_groups(caplog: pytest.LogCaptureFixture) -> None:
+    strategy = coded(k=2)
+    with InProcessGrid(toy_app(), 4, node_config=config_of({0: "0", 1: "1", 2: "0", 3: "1"})) as grid:
+        strategy.start(grid, initial_arrays(), num_rounds=1)
+    assert strategy.code.groups == ((0, 2), (1, 3))
+    assert [r for r in caplog.records if r.levelname == "WARNING"] == []
+
+
+def test_nodes_join_leave_and_return_between_rounds(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "fl_gradcode")
+    held = {0: "0,1", 1: "1,2", 2: "2,3", 3: "3,0", 4: "0,1,2,3"}
+    grid = LivingGrid(toy_app(), 5, node_config=config_of(held))
+    grid.kill(4)
+
+    def between(server_round: int, *_: Any) -> None:
+        if server_round == 1:
+            grid.start(4)  # somebody new, who holds everything
+        if server_round == 3:
+            grid.kill(0)
+        if server_round == 5:
+            grid.start(0)  # with a new node id: the same worker
+
+    strategy = coded(on_round_end=between, node_timeout=10)
+    with inside_a_run():
+        result = strategy.start(grid, initial_arrays(), num_rounds=8, timeout=60)
+    assert relative(result.arrays, expected(4, 8)) < 1e-6
+    rows = strategy.ledger.rows
+    assert [row["train"]["outcome"] for row in rows] == ["exact"] * 8
+    assert [row["code"]["n"] for row in rows] == [4, 4, 5, 5, 5, 5, 5, 5]
+    assert [row["train"]["workers"] for row in rows] == [4, 4, 5, 4, 4, 5, 5, 5]
+    assert any(4 in row["train"]["used"] for row in rows[2:]) or rows[3]["train"]["answered"].count(4)
+    assert "made anew for workers [0, 1, 2, 3, 4]" in caplog.text and "workers [1, 2, 3, 4]" in caplog.text
+
+
+def test_a_node_whose_shards_were_taken_away_says_so_and_the_code_follows() -> None:
+    held = dict(HELD)
+    grid = LivingGrid(toy_app(), 4, node_config=lambda worker: config_of(held)(worker))
+
+    def between(server_round: int, *_: Any) -> None:
+        if server_round == 1:
+            held[0] = "0"
+
+    strategy = coded(on_round_end=between, node_timeout=10)
+    with inside_a_run():
+        result = strategy.start(grid, initial_arrays(), num_rounds=4, timeout=60)
+    assert relative(result.arrays, expected(4, 4)) < 1e-6
+    reasons = [one["reason"] for row in strategy.ledger.rows for one in row["train"]["rejected"]]
+    late = [one for row in strategy.ledger.rows for one in row["train"]["late"]]
+    assert reasons[:1] == ["it does not hold all of the shards [0, 1, 2] any more"] or late
+    assert strategy.code.shards_of(0) in ((0,), ())
+
+
+def test_a_shard_without_holder_is_waited_for_and_then_named() -> None:
+    strategy = coded(node_timeout=0.3)
+    grid = LivingGrid(toy_app(), 2, node_config=config_of({0: "0,1", 1: "1,2"}))
+    with inside_a_run(), pytest.raises(RoundFailed, match=r"Nobody holds shards 3: 2 nodes told what they hold"):
+        strategy.start(grid, initial_arrays(), num_rounds=1, timeout=60)
+
+
+def test_a_late_node_is_waited_for() -> None:
+    grid = LivingGrid(toy_app(), 4, node_config=config_of(HELD))
+    for worker in (1, 2, 3):
+        grid.kill(worker)
+    looks = itertools.count()
+
+    def look() -> None:
+        if (turn := next(looks)) in (2, 3, 4):
+            grid.start(turn - 1)
+
+    grid.look = look
+    strategy = coded(node_timeout=30)
+    with inside_a_run():
+        strategy.start(grid, initial_arrays(), num_rounds=1, timeout=60)
+    assert strategy.code.s == 1
+
+
+def test_fewer_holders_than_wished_for_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    strategy = coded(k=3, node_timeout=0.3)
+    grid = LivingGrid(toy_app(), 2, node_config=config_of({0: "0,1,2", 1: "1,2"}))
+    with inside_a_run():
+        strategy.start(grid, initial_arrays(), num_rounds=2, timeout=60)
+    told = [r.getMessage() for r in caplog.records if "needs 2 holders" in r.getMessage()]
+    assert told == [
+        "s=1 needs 2 holders of each shard: shard 0 has 1 (0). Place them on further nodes. The code tolerates s=0 "
+        "until then."
+    ]
+
+
+def test_two_nodes_with_one_number_are_named() -> None:
+    grid = LivingGrid(toy_app(), 2, node_config=lambda worker: {"partition-id": 0, "shards": "0,1"})
+    with inside_a_run(), pytest.raises(RoundFailed, match=r"Nodes 10\d and 10\d both answer as worker 0"):
+        coded(k=2, node_timeout=5).start(grid, initial_arrays(), num_rounds=1, timeout=60)
+
+
+def _with(more: dict[str, Any], worker: int) -> dict[str, Any]:
+    return {"partition-id": worker, **more}
+
+
+def test_nodes_that_do_not_say_what_they_hold_are_told_how(tmp_path: Any) -> None:
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({}, r"worker \d does not say what it holds: start its SuperNode with"),
+        ({"shards": "a;b"}, r"shards='a;b' must be numbers with commas"),
+        ({"shards-dir": "here"}, r"shards-dir='here' is a relative path"),
+    )
+    for more, text in cases:
+        with (
+            InProcessGrid(toy_app(), 2, node_config=partial(_with, more)) as grid,
+            pytest.raises(UnsuitableApp, match=text),
+        ):
+            coded(k=2).start(grid, initial_arrays(), num_rounds=1)
+
+
+def test_what_cannot_work_is_refused_at_once() -> None:
+    with pytest.raises(InvalidSetting, match="send='adaptive'"):
+        coded(send="adaptive")
+    with pytest.raises(IncompatibleStrategy, match="asks for 9 nodes"):
+        coded(inner=FedAvg(min_available_nodes=9))
+    with pytest.raises(IncompatibleStrategy, match="cannot be wrapped"):
+        coded(inner=FedTrimmedAvg())
+    with pytest.raises(InvalidCode, match="k=0"):
+        Discovered(k=0)
+    with pytest.raises(InvalidSetting, match="s=-1"):
+        Discovered(k=2, s=-1)
+    strategy = coded()
+    with pytest.raises(InvalidSetting, match="once start"):
+        _ = strategy.code
+
+
+def test_a_run_over_what_nodes_hold_goes_on_after_a_kill(tmp_path: Any) -> None:
+    def kill(server_round: int, *_: Any) -> None:
+        if server_round == 2 and len(starts) == 1:
+            raise KeyboardInterrupt
+
+    starts: list[int] = []
+    for _ in range(2):
+        starts.append(1)
+        options = {"ledger": tmp_path / "ledger.jsonl", "checkpoint": tmp_path / "run.ckpt", "on_round_end": kill}
+        strategy = coded(**options)
+        with InProcessGrid(toy_app(), 4, node_config=config_of(HELD)) as grid:
+            if len(starts) == 1:
+                with pytest.raises(KeyboardInterrupt):
+                    strategy.start(grid, initial_arrays(), num_rounds=4)
+            else:
+                result = strategy.start(grid, initial_arrays(), num_rounds=4)
+    assert relative(result.arrays, expected(4, 4)) < 1e-6
+    assert [row["round"] for row in strategy.ledger.rows] == [1, 2, 3, 4]
+
+
+def test_an_assigned_code_does_not_ask_what_nodes_hold() -> None:
+    seen: list[Any] = []
+
+    def look(worker: int, message: Message, reply: Message) -> Message:
+        seen.append(str(reply.content["fl-gradcode.reply"]["json"]))
+        return reply
+
+    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), fractional_repetition(4, 1))
+    with InProcessGrid(toy_app(), 4, node_config=config_of(dict.fromkeys(range(4), "0,1,2,3")), tamper=look) as grid:
+        strategy.start(grid, initial_arrays(), num_rounds=1)
+    assert seen and all('"holds": []' in text for text in seen)
+
+
+def test_a_node_that_does_not_hold_what_an_assigned_code_asks_for_is_told_what_to_do() -> None:
+    held = {0: "0,2", 1: "1,3", 2: "0", 3: "1,3"}
+    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), fractional_repetition(4, 1))
+    with InProcessGrid(toy_app(), 4, node_config=config_of(held)) as inner:
+        grid = VirtualGrid(inner, Latency(compute=scaled(lognormal(), {0: 50.0})))
+        strategy.start(grid, initial_arrays(), num_rounds=1)
+    (one,) = strategy.ledger.rows[0]["train"]["rejected"]
+    assert one["worker"] == 2 and "is asked for shard 2 and holds shards 0: bring it the folder node-2" in one["reason"]
+    assert strategy.ledger.rows[0]["train"]["outcome"] == "exact"
+
+
+def test_rows_of_workers_that_are_not_there_are_empty() -> None:
+    code = holdings({1: (0, 1), 4: (0, 1), 6: (1, 0)}, 2).code()
+    assert code is not None and not np.asarray(code.B)[[0, 2, 3, 5]].any()
