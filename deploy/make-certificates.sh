@@ -5,8 +5,9 @@
 #     make-certificates.sh certificates fl.example.org 192.0.2.10
 #
 # FOLDER gets ca.key, ca.crt, server.key and server.crt. Give every name and IP address under which nodes reach the
-# SuperLink: whoever connects by another one is refused. An authority that is in FOLDER already is kept, and a new
-# server certificate is made: that is how it is renewed. Days are set by CA_DAYS (3650) and SERVER_DAYS (365).
+# SuperLink: by another one they refuse to connect. 127.0.0.1 and ::1 are added: the SuperLink's own ServerApps come from
+# there. An authority that is in FOLDER already is kept, and a new server certificate is made: that is how it is renewed.
+# Days are set by CA_DAYS (3650) and SERVER_DAYS (365).
 set -eu
 
 if [ $# -lt 2 ]; then
@@ -19,7 +20,7 @@ ca_days=${CA_DAYS:-3650}
 server_days=${SERVER_DAYS:-365}
 umask 077
 
-names=
+names=IP:127.0.0.1,IP:::1
 for name in "$@"; do
     case $name in
         *:*[!0-9A-Fa-f:.]* | *[!0-9A-Fa-f:.]*:* | *.*:* | *[!A-Za-z0-9.:*_-]* | '')
@@ -30,7 +31,7 @@ for name in "$@"; do
         *[!0-9.]*) kind=DNS ;;
         *) kind=IP ;; # IPv4
     esac
-    names="${names:+$names,}$kind:$name"
+    case ,$names, in *",$kind:$name,"*) ;; *) names=$names,$kind:$name ;; esac
 done
 
 failed() {

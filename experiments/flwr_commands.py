@@ -19,14 +19,15 @@ class EngineError(RuntimeError):
 
 
 class Flwr:
-    """The commands, on the SuperLink that config.toml in FLWR_HOME calls "own".
+    """The commands, on one of the SuperLinks of config.toml in FLWR_HOME.
 
     Args:
         environment: With FLWR_HOME.
+        superlink: Its name there.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self._environment = environment
+    def __init__(self, environment: Mapping[str, str], superlink: str = "own") -> None:
+        self.environment, self._superlink = environment, superlink
 
     def submit(self, app: Path, run_config: Mapping[str, Any], federation: str = "") -> str:
         """The number of the run.
@@ -34,7 +35,7 @@ class Flwr:
         Raises:
             EngineError: The app could not be submitted; Flower's own words.
         """
-        command = ["run", str(app), "own"]
+        command = ["run", str(app), self._superlink]
         if run_config:
             command += ["--run-config", " ".join(f"{key}={_toml(key, value)}" for key, value in run_config.items())]
         if federation:
@@ -47,16 +48,16 @@ class Flwr:
 
     def status(self, run_id: str) -> str:
         """Of a run, such as "running" or "finished:completed"; "unknown" while the SuperLink does not answer."""
-        runs = self._call("ls", "own", "--run-id", run_id).get("runs") or [{}]
+        runs = self._call("ls", self._superlink, "--run-id", run_id).get("runs") or [{}]
         return str(runs[0].get("status", "unknown"))
 
     def stop(self, run_id: str) -> None:
         """Stop a run."""
-        self._call("stop", run_id, "own")
+        self._call("stop", run_id, self._superlink)
 
     def log(self, run_id: str) -> str:
         """All that a run has logged."""
-        done = self._run("log", run_id, "own", "--show")
+        done = self._run("log", run_id, self._superlink, "--show")
         return done.stdout + done.stderr
 
     def register(self, public_key: Path) -> int:
@@ -65,7 +66,7 @@ class Flwr:
         Raises:
             EngineError: The SuperLink refused; Flower's own words.
         """
-        answer = self._call("supernode", "register", str(public_key), "own")
+        answer = self._call("supernode", "register", str(public_key), self._superlink)
         if "node-id" not in answer:
             raise EngineError(f"flwr supernode register failed: {answer.get('error-message')}")
         return int(answer["node-id"])
@@ -76,7 +77,7 @@ class Flwr:
         Raises:
             EngineError: The SuperLink refused; Flower's own words.
         """
-        answer = self._call("supernode", "unregister", str(node_id), "own")
+        answer = self._call("supernode", "unregister", str(node_id), self._superlink)
         if "node-id" not in answer:
             raise EngineError(f"flwr supernode unregister failed: {answer.get('error-message')}")
 
@@ -86,7 +87,7 @@ class Flwr:
         Raises:
             EngineError: The SuperLink does not answer; Flower's own words.
         """
-        answer = self._call("supernode", "list", "own")
+        answer = self._call("supernode", "list", self._superlink)
         if "nodes" not in answer:
             raise EngineError(f"flwr supernode list failed: {answer.get('error-message')}")
         return [{**node, "id": int(node["node-id"])} for node in answer["nodes"]]
@@ -102,7 +103,7 @@ class Flwr:
 
     def _run(self, *command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["flwr", *command], env=dict(self._environment), capture_output=True, text=True, timeout=120, check=False
+            ["flwr", *command], env=dict(self.environment), capture_output=True, text=True, timeout=120, check=False
         )
 
 
