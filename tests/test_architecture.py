@@ -51,6 +51,7 @@ LAYERS = (
     Layer(
         "plan",
         names("latency laws marginals traces populations history assignment placing discovered")
+        | names("manifest shard_files shards cutting node_folders")
         | names("schemes round_times order_statistics planner product_plan"),
         peers=True,
     ),
@@ -77,7 +78,7 @@ LAYERS = (
     # The command line sits on top of everything.
     Layer(
         "face",
-        names("cli privacy_commands sources plan_figure product_report"),
+        names("cli privacy_commands place_commands sources plan_figure product_report"),
         names("typer rich matplotlib"),
         peers=True,
     ),
@@ -95,6 +96,8 @@ EXTRAS = {
     ("ghost_clipping", "torch"),
     ("private_training", "torch"),
     ("binding", "torch"),  # a type
+    ("cutting", "flwr_datasets.partitioner"),  # extra "app": the Dirichlet split
+    ("cutting", "datasets"),
     ("seeding", "torch"),  # only to seed local training
     (
         "testing",
