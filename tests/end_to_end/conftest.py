@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from tests.end_to_end.apps.straggling.straggling import client
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(__file__).resolve().parent / "apps" / "straggling"
-QUIET = {"folder": "", "sleeper": -1, "raiser": -1}
+QUIET = {"folder": "", "sleeper": -1, "raiser": -1, "sleeps-from": 1}
 
 
 @dataclass(frozen=True)
@@ -73,14 +72,10 @@ def run_straggling(
 
     `while_waiting` is called a few times a second, with a function that reads the events so far.
     """
-    folder.mkdir(parents=True)
-    app = folder / "app"
-    shutil.copytree(TEMPLATE, app, ignore=shutil.ignore_patterns("__pycache__"))
+    app = copy_of_the_app(folder)
 
     def events() -> list[dict[str, Any]]:
-        file = folder / "events.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return client.read_notes(folder)
 
     def look() -> None:
         while_waiting(events)
@@ -92,17 +87,28 @@ def run_straggling(
         outcome = engine.run(app, {**config, "folder": str(folder)}, timeout=timeout, while_waiting=look)
     finally:
         (folder / "wake-up").touch()
-    ledger, final = folder / "ledger.jsonl", folder / "final.npz"
-    arrays = None
-    if final.exists():
-        with np.load(final) as saved:
-            arrays = np.concatenate([saved[name].ravel().astype(np.float64) for name in saved.files])
-    return Run(outcome, Ledger.read(ledger) if ledger.exists() else [], events(), arrays)
+    ledger = folder / "ledger.jsonl"
+    return Run(outcome, Ledger.read(ledger) if ledger.exists() else [], events(), saved_arrays(folder / "final.npz"))
 
 
-def plain_fedavg(rounds: int) -> NDArray[np.float64]:
-    """The oracle: the same client on the same four shards, under FedAvg as Flower ships it, with nobody missing."""
-    with InProcessGrid(client.app, 4, run_config=QUIET) as grid:
+def copy_of_the_app(folder: Path) -> Path:
+    """The app, in a folder of its own."""
+    folder.mkdir(parents=True)
+    shutil.copytree(TEMPLATE, folder / "app", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder / "app"
+
+
+def saved_arrays(file: Path) -> NDArray[np.float64] | None:
+    """A model that the app has left, flat; None: it has not."""
+    if not file.exists():
+        return None
+    with np.load(file) as saved:
+        return np.concatenate([saved[name].ravel().astype(np.float64) for name in saved.files])
+
+
+def plain_fedavg(rounds: int, nodes: int = 4) -> NDArray[np.float64]:
+    """The oracle: the same client on the same shards, under FedAvg as Flower ships it, with nobody missing."""
+    with InProcessGrid(client.app, nodes, run_config=QUIET) as grid:
         result = FedAvg(fraction_evaluate=0.0).start(grid, client.initial_arrays(), num_rounds=rounds)
     return flat(result.arrays)
 

@@ -46,7 +46,7 @@ def train(message: Message, context: Context) -> Message:
     server_round = int(message.content["config"]["server-round"])
     if _visit.new:
         _visit.new = False
-        _make_trouble(context.run_config, _visit.worker, server_round)
+        _make_trouble(context.run_config, _visit.worker, server_round, message.content["config"])
     x, y = _data(int(context.node_config["partition-id"]))
     w, b = (array.astype(np.float64) for array in message.content["arrays"].to_numpy_ndarrays())
     for _ in range(5):
@@ -78,15 +78,25 @@ def note(folder: str, **event: Any) -> None:
             file.write(json.dumps({**event, "time": time.time()}) + "\n")
 
 
-def _make_trouble(config: Any, worker: int, server_round: int) -> None:
+def read_notes(folder: Path) -> list[dict[str, Any]]:
+    """All events so far."""
+    file = folder / "events.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _make_trouble(config: Any, worker: int, server_round: int, asked: Any) -> None:
     folder = str(config["folder"])
-    note(folder, what="began", worker=worker, round=server_round)
-    if worker == config["sleeper"] and server_round >= config["sleeps-from"]:
+    more = {"block": asked["block"]} if "block" in asked else {}
+    note(folder, what="began", worker=worker, round=server_round, **more)
+    if worker == config["sleeper"] and server_round >= config["sleeps-from"] and asked.get("asleep", True):
+        note(folder, what="asleep", worker=worker, round=server_round, **more)
         until = time.monotonic() + float(config["sleep-seconds"])
         # the file comes when the run is over: nobody need wait for what is left of the sleep
-        while time.monotonic() < until and not (Path(folder) / "wake-up").exists():
+        files = [Path(folder) / "wake-up", *(Path(folder) / f"wake-up-{block}" for block in more.values())]
+        while time.monotonic() < until and not any(file.exists() for file in files):
             time.sleep(0.2)
-        note(folder, what="awake", worker=worker, round=server_round)
+        note(folder, what="awake", worker=worker, round=server_round, **more)
     if worker == config["raiser"]:
         raise RuntimeError(f"worker {worker} is out of disk")
 
