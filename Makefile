@@ -34,14 +34,17 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo chapter compare privacy report test check lint format bench build clean venv
+.PHONY: help demo deploy-demo chapter compare privacy report test check lint format bench build clean venv
 
 help: ## list every command
-	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /\1\t/' | \
-	    while IFS="$$(printf '\t')" read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
+	    while IFS="$$(printf '\t')" read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
 
 demo: $(STAMP) ## run the demonstration (first run installs)
 	$(BIN)/python -m experiments.demo $(ARGS)
+
+deploy-demo: $(STAMP) ## watch a deployment: TLS, keys, a slow node, a killed one; 2 minutes
+	$(BIN)/python -m experiments.deploy_demo $(ARGS)
 
 chapter: $(STAMP) ## recompute the source chapter's results
 	$(BIN)/python -m experiments.chapter $(ARGS)

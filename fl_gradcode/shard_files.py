@@ -70,8 +70,8 @@ def check_names(names: Sequence[str]) -> None:
             )
         if (alike := _alike(name)) in seen:
             raise InvalidSetting(
-                f"The names {seen[alike]!r} and {name!r} are the same on file systems that ignore case or accents' form; "
-                "rename one."
+                f"The names {seen[alike]!r} and {name!r} are the same on file systems that ignore case or the form of "
+                "accents; rename one."
             )
         seen[alike] = name
 
