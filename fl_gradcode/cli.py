@@ -21,6 +21,7 @@ from .product_plan import plan_products
 from .product_report import as_json as products_as_json
 from .product_report import draw_products, seconds_text, table_of
 from .sources import Source, read_source
+from .status_commands import status
 
 __all__ = ["app", "main"]
 
@@ -127,6 +128,7 @@ def _plan_products(
 
 
 app.command()(privacy)
+app.command()(status)
 app.add_typer(keys, name="keys")
 
 

@@ -52,7 +52,8 @@ LAYERS = (
         "plan",
         names("latency laws marginals traces populations history assignment placing discovered")
         | names("manifest shard_files shards cutting node_folders")
-        | names("schemes round_times order_statistics planner product_plan"),
+        | names("schemes round_times order_statistics planner product_plan")
+        | names("run_rows run_workers run_notices run_status run_advice"),
         peers=True,
     ),
     # What privacy needs apart from Flower. PyTorch and the rest are granted below, module by module: they are extras.
@@ -78,7 +79,7 @@ LAYERS = (
     # The command line sits on top of everything.
     Layer(
         "face",
-        names("cli privacy_commands place_commands sources plan_figure product_report"),
+        names("cli privacy_commands place_commands status_commands status_page sources plan_figure product_report"),
         names("typer rich matplotlib"),
         peers=True,
     ),

@@ -1,0 +1,164 @@
+"""What a person must see of a run: data that nobody answers for, no spare worker left, holders that disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .repetition import fractional_repetition
+from .run_rows import RoundLine
+from .run_workers import WorkerLine, in_time_of, told_workers
+
+__all__ = ["Notice", "notices_of"]
+
+_DISAGREEMENT = 1e-5  # relative: what the run itself warns of
+_DUPLICATE = "duplicate: node "
+_LATELY = 10  # rounds that are looked back
+_LARGEST = 400  # workers of a code that is made to learn who holds what
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that a person must see.
+
+    Attributes:
+        key: What it is about: the same from round to round.
+        text: One sentence.
+    """
+
+    key: str
+    text: str
+
+
+def notices_of(
+    rounds: Sequence[RoundLine], recent: Sequence[Mapping[str, Any]], workers: Sequence[WorkerLine]
+) -> Iterable[Notice]:
+    """The worst first.
+
+    Args:
+        rounds: All rounds of a run.
+        recent: The last rows, whole.
+        workers: What those say of the workers.
+    """
+    last = rounds[-1]
+    if last.raised:
+        yield Notice("ended", f"The run ended in round {last.round}: {_sentence(last.raised)}")
+    failed: list[tuple[Mapping[str, Any], RoundLine]] = []
+    for row, line in zip(reversed(recent), reversed(rounds), strict=False):
+        if line.outcome not in ("skipped", "approximate", "raised"):
+            break
+        failed.insert(0, (row, line))
+    if failed:
+        yield _undecoded(failed, recent)
+    s = last.code.get("s")
+    gone = sorted(one.worker for one in workers if one.mark in ("failing", "silent") and one.worker is not None)
+    if s and len(gone) >= s:
+        verb = "do" if len(gone) > 1 else "does"
+        left = "no spare is left, the next failure may cost a round" if len(gone) == s else "each round is at risk"
+        text = f"{told_workers(gone)} {verb} not answer, and the code covers any {s}: {left}."
+        yield Notice("spare", text[0].upper() + text[1:])
+    yield from _disagreements(recent[-_LATELY:])
+
+
+def _undecoded(failed: Sequence[tuple[Mapping[str, Any], RoundLine]], recent: Sequence[Mapping[str, Any]]) -> Notice:
+    """Rounds at the end that are not exact: which shards nobody answered for, as far as can be told."""
+    first, last = failed[0][1], failed[-1][1]
+    which = f"Round {last.round} was" if len(failed) == 1 else f"Rounds {first.round} to {last.round} were"
+    outcome = f"not exact ({', '.join(sorted({line.outcome for _, line in failed}))})"
+    phases = [_main(row) for row, _ in failed]
+    silent = set.intersection(*({*(phase.get("stragglers") or ())} for phase in phases))
+    sampled = set.intersection(*({*(phase.get("shards") or ())} for phase in phases))
+    blocks, doubt = _blocks(last.code, recent)
+    lost: dict[tuple[int, ...], list[int]] = {}
+    for shard in sorted(sampled):
+        holders = tuple(i for i, block in blocks.items() if shard in block)
+        covered = [phase.get("coverage") or () for phase in phases if phase.get("outcome") == "approximate"]
+        left_out = bool(covered) and all(shard < len(one) and one[shard] == 0 for one in covered)
+        if (holders and silent.issuperset(holders)) or (not holders and left_out):
+            lost.setdefault(holders, []).append(shard)
+    if lost:
+        told = [
+            _told_shards(shards) + (f" (held by {told_workers(holders)}{doubt})" if holders else "")
+            for holders, shards in lost.items()
+        ]
+        more = f" and {len(told) - 3} more such blocks" if len(told) > 3 else ""
+        why = f"nobody answered in time for {', '.join(told[:3])}{more}"
+    elif silent:
+        why = f"{told_workers(sorted(silent))} not in time, and the code covers any {last.code.get('s')}"
+    else:
+        why = last.ended or "the ledger does not say why"
+    return Notice("undecoded", f"{which} {outcome}: {why}.")
+
+
+def _blocks(code: Mapping[str, Any], recent: Sequence[Mapping[str, Any]]) -> tuple[dict[int, set[int]], str]:
+    """Worker -> its shards, where the code's name tells; and a doubt about it. The ledger has no assignment.
+
+    Repetition may have been given another `order`: where a round was exact without one of these groups, it was.
+    """
+    n, k, s, m = (code.get(name) for name in ("n", "k", "s", "m"))
+    if not (isinstance(n, int) and isinstance(k, int) and isinstance(s, int)):
+        return {}, ""
+    if code.get("name") == "cyclic repetition" and n == k:
+        return {i: {(i + j) % n for j in range(s + 1)} for i in range(n)}, ""
+    if code.get("name") != "fractional repetition" or n > _LARGEST:
+        return {}, ""
+    made = fractional_repetition(n, s, k=k, m=m or 1)
+    for row in recent:
+        phase = _main(row)
+        if row.get("code") == code and phase.get("outcome") == "exact" and len(phase.get("shards") or ()) == k:
+            good = in_time_of(phase)
+            if not all(good.intersection(group) for group in made.groups or ()):
+                return {}, ""
+    return {i: {*made.shards_of(i)} for i in range(n)}, ", if order= was not given"
+
+
+def _disagreements(recent: Sequence[Mapping[str, Any]]) -> Iterable[Notice]:
+    """What holders of a shard, or nodes with one number, say against each other."""
+    most, where = _DISAGREEMENT, 0
+    twins: dict[tuple[str, str], int] = {}
+    others: dict[str, list[int]] = {}
+    for row in recent:
+        for phase in (row.get("train") or {}, row.get("evaluate") or {}):
+            apart = float(phase.get("replica-disagreement") or 0.0)
+            if apart > most:
+                most, where = apart, int(row["round"])
+            for one in phase.get("rejected") or ():
+                reason = str(one.get("reason"))
+                if reason.startswith(_DUPLICATE):
+                    other, _, worker = reason.removeprefix(_DUPLICATE).partition(" answered as worker ")
+                    twins[" and ".join(sorted({other, str(one.get("node"))})), worker] = int(row["round"])
+            others.update((phase.get("privacy") or {}).get("other-requests") or {})
+    if where:
+        yield Notice(
+            "disagreement",
+            f"Holders of a shard disagreed by up to {most:.1e} (relative), most in round {where}: their training "
+            "depends on more than the message, the shard and the seeded generators.",
+        )
+    for (nodes, worker), server_round in twins.items():
+        yield Notice(
+            f"twins {nodes}",
+            f"Nodes {nodes} both answered as worker {worker}, last in round {server_round}: give each its own "
+            "partition-id, unless one was just restarted.",
+        )
+    for shard, pair in others.items():
+        yield Notice(
+            f"requests {shard}",
+            f"Workers {' and '.join(map(str, pair))} bound the noise of shard {shard} to different requests: one "
+            "of them runs another app or other settings.",
+        )
+
+
+def _main(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The phase that a round's outcome is of."""
+    return row.get("train") or row.get("evaluate") or {}
+
+
+def _told_shards(shards: Sequence[int]) -> str:
+    more = f" and {len(shards) - 6} more" if len(shards) > 6 else ""
+    return f"shard{'s' * (len(shards) > 1)} {', '.join(map(str, shards[:6]))}{more}"
+
+
+def _sentence(text: str) -> str:
+    line = text.strip().rstrip(":").splitlines()[0]
+    return line if line.endswith(".") else f"{line}."

@@ -1,0 +1,284 @@
+"""`fl-gradcode status`: one look, or one after the other; on a terminal, in a pipe, as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fl_gradcode.cli import app
+from tests.test_run_status import CODE, rejected, row, write
+
+DEADLINE = 120.0
+QUICK = ("--every", "0.02")
+
+
+def status(*arguments: str | Path) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["status", *map(str, arguments)], env={"COLUMNS": "300"})
+    return result.exit_code, result.stdout, result.stderr
+
+
+def rows(*numbers: int, **fields: Any) -> list[dict[str, Any]]:
+    return [row(i, **fields) for i in numbers]
+
+
+@contextmanager
+def writing(path: Path, later: Sequence[dict[str, Any]], seconds: float = 0.1) -> Iterator[None]:
+    """Appends rows, one after the other, while the command runs; each in two pieces."""
+
+    def append() -> None:
+        for one in later:
+            time.sleep(seconds)
+            text = json.dumps(one) + "\n"
+            with path.open("a") as file:
+                file.write(text[:99])
+                file.flush()
+                time.sleep(seconds)
+                file.write(text[99:])
+
+    thread = threading.Thread(target=append)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(DEADLINE)
+
+
+# One look
+
+
+def test_in_a_pipe_it_fits_a_hundred_columns_without_colours(tmp_path: Path) -> None:
+    wrong = [rejected(4, "ValueError: " + "no such file or directory " * 9)]
+    late = rows(*range(1, 30), straggling=[1, 2, 3, 4], rejected=wrong, kappa=2.5, outcome="approximate")
+    code, out, err = status(write(tmp_path / "ledger.jsonl", late))
+    assert code == 0 and not err
+    assert "\x1b" not in out
+    assert max(len(line) for line in out.splitlines() if "strategy =" not in line) <= 100
+
+
+def test_the_page_tells_rounds_workers_and_what_to_do(tmp_path: Path) -> None:
+    ledger = rows(*range(1, 15), seconds=[8.0, 1.0, 1.0, 1.0, 1.0, 1.0], **{"ended-at": time.time() - 30})
+    _, out, _ = status(write(tmp_path / "ledger.jsonl", ledger), "--rounds", "3")
+    assert "fractional repetition, n=6 workers, k=6 shards, s=2; sends coded vectors of 3 shards" in out
+    assert re.search(r"14 rounds: 14 exact; the last, round 14, 3\d\.?\d* s ago", out)
+    assert "waiting 66.7%, decoding 8.3%, aggregating 25.0%" in out
+    assert re.findall(r"^ +(\d+)  exact", out, re.MULTILINE) == ["12", "13", "14"]
+    assert re.search(r"0 +14/14 +0 +0 +8 s +50% +8.00x +14 +slow for good", out)
+    assert "Recommended, by the times of the last 14 rounds:\nCode: " in out
+    assert "\n    strategy = GradientCoding(strategy, " in out
+
+
+def test_the_plan_can_be_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "ledger.jsonl", rows(*range(1, 10)))
+    assert "Recommended" not in status(path, "--no-plan")[1]
+    assert json.loads(status(path, "--no-plan", "--json")[1])["advice"] is None
+
+
+def test_too_few_rounds_for_a_plan_are_told(tmp_path: Path) -> None:
+    _, out, _ = status(write(tmp_path / "ledger.jsonl", rows(1, 2)))
+    assert "No recommendation yet: 2 of the last rounds left job times, 5 are needed." in out
+
+
+def test_warnings_stand_above_the_rounds(tmp_path: Path) -> None:
+    lost = rows(3, straggling=[0, 2, 4], outcome="skipped", ended="hopeless")
+    _, out, _ = status(write(tmp_path / "ledger.jsonl", [*rows(1, 2), *lost]))
+    assert 0 < out.index("! Round 3 was not exact (skipped)") < out.index("decodable after")
+
+
+def test_a_run_that_stands_still_is_told(tmp_path: Path) -> None:
+    long_ago = [row(i, **{"ended-at": time.time() - 4000 + 4 * i}) for i in (1, 2)]
+    assert "the run is over, or it hangs" in status(write(tmp_path / "ledger.jsonl", long_ago))[1]
+    just_now = [row(i, **{"ended-at": time.time() + 4000 + 4 * i}) for i in (1, 2)]  # somebody else's clock
+    _, out, _ = status(write(tmp_path / "ledger.jsonl", just_now))
+    assert "hangs" not in out and "round 2, 0 s ago" in out
+
+
+def test_of_many_workers_those_worth_a_look_are_listed(tmp_path: Path) -> None:
+    code = {**CODE, "n": 1000, "k": 1000}
+    ledger = rows(1, 2, 3, code=code, seconds=[9.0, 9.0, *[1.0] * 998], straggling=range(900))
+    _, out, _ = status(write(tmp_path / "ledger.jsonl", ledger), "--no-plan")
+    assert out.count("slow for good") == 2 and "and 996 more as expected" in out
+    assert len(out.splitlines()) < 30 and "0 1 2 3 4 5 +894" in out
+
+
+def test_many_that_fail_are_counted(tmp_path: Path) -> None:
+    code = {**CODE, "n": 100, "k": 100}
+    wrong = [rejected(i, f"OSError: {i}", node=i) for i in range(40)]
+    ledger = rows(1, 2, 3, code=code, seconds=[1.0] * 100, rejected=wrong, straggling=range(40))
+    _, out, _ = status(write(tmp_path / "ledger.jsonl", ledger), "--no-plan")
+    assert "and 24 more failing, 60 more as expected" in out and "and 35 more failed: --json has their reasons" in out
+
+
+def test_what_clients_write_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    reason = "\x1b[2J\x1b]0;owned\x07 [bold]E[/bold][/x]\r\nmore"
+    _, out, _ = status(write(tmp_path / "ledger.jsonl", rows(1, 2, 3, rejected=[rejected(1, reason)])))
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", out) and "[bold]E[/bold][/x]" in out
+
+
+def test_the_last_run_is_shown_unless_another_is_named(tmp_path: Path) -> None:
+    both = [*rows(1, 2, run="first"), *rows(1, run="second")]
+    path = write(tmp_path / "ledger.jsonl", both)
+    assert "Run second  (1 other run in this file: --run all)" in status(path)[1]
+    assert "Run first" in status(path, "--run", "first")[1] and "Run first" in status(path, "--run", "fi")[1]
+    _, out, _ = status(path, "--run", "all")
+    assert [line.split()[0] for line in out.splitlines()[2:]] == ["first", "second"]
+    code, out, err = status(path, "--run", "third")
+    assert code == 2 and not out and "The run 'third' is not in the ledger; it has 2" in err
+
+
+def test_everything_is_there_as_json(tmp_path: Path) -> None:
+    ledger = rows(*range(1, 21), rejected=[rejected(1, "x")], straggling=[1])
+    told = json.loads(status(write(tmp_path / "ledger.jsonl", ledger), "--json", "--rounds", "4")[1])
+    assert told["run"] == "one" and told["rounds-done"] == 20 and told["outcomes"] == {"exact": 20}
+    assert [one["round"] for one in told["rounds"]] == [17, 18, 19, 20]
+    assert told["workers"][0]["worker"] == 1 and told["workers"][0]["reasons"] == [["x", 20]]
+    assert told["advice"]["python"] and told["seconds"]["waiting"] == 40.0 and told["other-runs"] == []
+    everyone = json.loads(status(tmp_path / "ledger.jsonl", "--json", "--run", "all")[1])
+    assert [one["run"] for one in everyone] == ["one"]
+
+
+# Nothing to show
+
+
+@pytest.mark.parametrize("text", [None, "", "\n", '{"run": "on'])
+def test_without_a_round_it_says_so_in_one_sentence(text: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    if text is not None:
+        path.write_text(text)
+    code, out, err = status(path)
+    assert code == 1 and not out and err.count("\n") == 1
+    assert ("There is no file" if text is None else "has no rounds yet") in err and "--follow waits" in err
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"nonsense\n", "Line 1 of the ledger"),
+        (b'{"event": "x"}\n', "is no row of a ledger"),
+        (b"\x80\x81\xff\n\x00\n", "Line 1 of the ledger"),
+        (b'{"train": {"seconds": 5}, "round": 1}\n', "is no row of a ledger"),
+        (b'{"train": {"timings": [1, 2]}, "round": 1}\n', "is no ledger row"),
+    ],
+)
+def test_a_file_that_is_no_ledger_gets_one_sentence(content: bytes, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    for options in ((), ("--follow",)):
+        code, out, err = status(path, *options)
+        assert code == 2 and not out and err.count("\n") == 1
+        assert err.startswith("fl-gradcode: ") and sentence in err
+
+
+def test_a_folder_and_options_that_make_no_sense_get_one_sentence(tmp_path: Path) -> None:
+    for arguments, sentence in (
+        ((tmp_path,), "cannot be read: Is a directory"),
+        ((tmp_path / "x", "--rounds", "0"), "--rounds 0 must be at least 1"),
+        ((tmp_path / "x", "--until-round", "3"), "give --follow too"),
+        ((tmp_path / "x", "--follow", "--every", "0"), "--every 0.0 must be"),
+    ):
+        code, out, err = status(*arguments)
+        assert code == 2 and not out and sentence in err and err.count("\n") == 1
+
+
+# Following
+
+
+def test_following_in_a_pipe_appends_a_line_for_each_new_round(tmp_path: Path) -> None:
+    path = write(tmp_path / "ledger.jsonl", rows(1, 2))
+    with writing(path, [*rows(3, straggling=[0, 2, 4], outcome="skipped"), *rows(4, 5)]):
+        code, out, _ = status(path, "--follow", "--until-round", "5", *QUICK)
+    assert code == 0
+    lines = re.findall(r"^ +(\d) .(\w+)", out, re.MULTILINE)
+    assert lines == [("1", "exact"), ("2", "exact"), ("3", "skipped"), ("4", "exact"), ("5", "exact")]
+    assert out.count("Run one") == 1 and out.count("! Round 3 was not exact") == 1
+
+
+def test_following_waits_for_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    with writing(path, rows(1, 2)):
+        code, out, err = status(path, "--follow", "--until-round", "2", *QUICK)
+    assert code == 0 and "Waiting for the first round" in err
+    assert re.findall(r"^ +(\d)  exact", out, re.MULTILINE) == ["1", "2"]
+
+
+def test_following_tells_a_round_again_that_a_resumed_run_has_run_again(tmp_path: Path) -> None:
+    path = write(tmp_path / "ledger.jsonl", rows(1, 2, 3))
+
+    def resume() -> None:
+        time.sleep(0.2)
+        write(tmp_path / "new", rows(1, 2)).replace(path)
+
+    thread = threading.Thread(target=resume)
+    thread.start()
+    with writing(path, rows(3, resumed=True, outcome="approximate") + rows(4), seconds=0.5):
+        code, out, _ = status(path, "--follow", "--until-round", "4", *QUICK)
+    thread.join(DEADLINE)
+    assert code == 0
+    assert re.findall(r"^ +(\d)  (\w+)", out, re.MULTILINE)[-3:] == [
+        ("3", "exact"),
+        ("3", "approximate"),
+        ("4", "exact"),
+    ]
+    assert "resumed" in out
+
+
+def test_following_as_json_is_a_line_for_each_look_that_found_something(tmp_path: Path) -> None:
+    path = write(tmp_path / "ledger.jsonl", rows(1, 2))
+    with writing(path, rows(3)):
+        _, out, _ = status(path, "--follow", "--until-round", "3", "--json", "--no-plan", *QUICK)
+    assert [json.loads(line)["rounds-done"] for line in out.splitlines()] == [2, 3]
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-c", "from fl_gradcode.cli import main; main()", "status", *map(str, arguments)]
+
+
+def test_control_c_ends_following_cleanly(tmp_path: Path) -> None:
+    path = write(tmp_path / "ledger.jsonl", rows(1, 2))
+    with subprocess.Popen(
+        command(path, "--follow"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    ) as process:  # fmt: skip
+        assert process.stdout is not None and process.stderr is not None
+        for line in process.stdout:
+            if re.match(r" +2  exact", line):
+                break
+        process.send_signal(signal.SIGINT)
+        assert process.wait(DEADLINE) == 0
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_on_a_terminal_the_page_is_drawn_anew_and_stays_at_the_end(tmp_path: Path) -> None:
+    path = write(tmp_path / "ledger.jsonl", rows(1, 2))
+    reading, terminal = pty.openpty()
+    shown, later = b"", rows(3)
+    with subprocess.Popen(
+        command(path, "-f", "--until-round", "3", "--no-plan", *QUICK), stdout=terminal, stderr=subprocess.PIPE,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "90", "LINES": "60"},
+    ) as process:  # fmt: skip
+        os.close(terminal)
+        with suppress(OSError):  # Linux: the other end is closed
+            while piece := os.read(reading, 65536):
+                shown += piece
+                if later and b"2 rounds: 2 exact" in shown:
+                    with path.open("a") as file:
+                        file.write(json.dumps(later.pop()) + "\n")
+        assert process.wait(DEADLINE) == 0
+    os.close(reading)
+    text = shown.decode()
+    assert "\x1b[" in text and "2 rounds: 2 exact" in text
+    last = text[text.rindex("Run one") :]
+    assert "3 rounds: 3 exact" in last and "as expected" not in last and "Workers, in the last 3 rounds" in last
