@@ -26,7 +26,6 @@ _PHASES = ("train", "evaluate")
 # What makes a row long, and a line of a table does not need: left out before parsing. Inside a JSON string each quote
 # has a backslash before it, so that a reason never looks like a field.
 _LONG = re.compile(rb'"(timings|owing|coverage|asked|answered|unread|shards)": \[[^\]]*\]')
-_KNOWN = 64  # bytes before the place to read on from, by which the file is known again
 
 
 @dataclass(frozen=True)
@@ -144,12 +143,11 @@ class LedgerReader:
         """
         try:
             with self.path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                self.written = status.st_mtime
-                anew = self._offset > 0 and not self._is_known(file, status)
+                self.written = os.fstat(file.fileno()).st_mtime
+                file.seek(self._offset - len(self._before))
+                anew = file.read(len(self._before)) != self._before
                 if anew:
                     self._forget()
-                self._inode = status.st_ino
                 file.seek(self._offset)
                 new = self._read_lines(file)
         except FileNotFoundError:
@@ -161,14 +159,8 @@ class LedgerReader:
 
     def _forget(self) -> None:
         self.runs, self.last = {}, None
-        self._offset, self._line, self._inode, self._before = 0, 0, 0, b""
-
-    def _is_known(self, file: BinaryIO, status: os.stat_result) -> bool:
-        """Whether what was read of it is still what it begins with."""
-        if status.st_size < self._offset or status.st_ino != self._inode:
-            return False
-        file.seek(self._offset - len(self._before))
-        return file.read(len(self._before)) == self._before
+        self._offset, self._line = 0, 0
+        self._before = b""  # the last line read, by which the file is known again
 
     def _read_lines(self, file: BinaryIO) -> bool:
         new = False
@@ -187,7 +179,7 @@ class LedgerReader:
                 new = True
             self._offset += len(raw)
             self._line += whole
-            self._before = (self._before + raw)[-_KNOWN:] if len(raw) < _KNOWN else raw[-_KNOWN:]
+            self._before = raw
         return new
 
     def _add(self, light: Any, raw: bytes) -> None:

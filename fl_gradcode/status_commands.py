@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
@@ -19,7 +19,7 @@ from .privacy_commands import one_sentence
 from .run_advice import Advice, advise
 from .run_rows import LedgerReader, RoundLine, RunRows
 from .run_status import RunStatus, as_json, status_of
-from .status_page import draw_all, draw_status, heading, rounds_table, told_notice
+from .status_page import TO_PASTE, draw_all, draw_status, heading, rounds_table, told_notice
 
 __all__ = ["status"]
 
@@ -96,8 +96,9 @@ class _View:
         """Print it; a line to paste is never broken."""
         if isinstance(page, str):
             typer.echo(page)
-        else:
-            self.console.print(page)
+            return
+        for part in page.renderables if isinstance(page, Group) else [page]:
+            self.console.print(part, soft_wrap=isinstance(part, Text) and part.overflow == TO_PASTE)
 
     def page(self) -> RenderableType | str:
         """Everything."""
@@ -138,7 +139,7 @@ class _View:
                     live.update(page, refresh=True)
         finally:
             if self.reader.last is not None:  # the whole page, also what had no room
-                self.console.print(page)
+                self.show(page)
 
     def _look(self) -> RenderableType:
         """The page as it is now: what is so many seconds ago grows."""

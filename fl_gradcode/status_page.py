@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Group, OverflowMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -17,8 +17,10 @@ from .run_rows import RoundLine, number
 from .run_status import RunStatus
 from .run_workers import MARKS, WorkerLine
 
-__all__ = ["draw_all", "draw_status", "heading", "plain", "rounds_table", "told_notice", "told_seconds"]
+__all__ = ["TO_PASTE", "draw_all", "draw_status", "heading", "plain", "rounds_table", "told_notice", "told_seconds"]
 
+#: How a line to paste runs over: whoever can prints it whole.
+TO_PASTE: OverflowMethod = "fold"
 _WORKERS, _LEAST = 16, 4  # lines of the table of workers: at most, and at least if there are so many
 _REASONS, _FAILING = 3, 5  # reasons of a worker, and workers whose reasons are listed
 _BARS = "▁▂▃▄▅▆▇█"
@@ -26,7 +28,7 @@ _PLAIN_BARS = "_.-=+*%#"
 _SIGNS = 60  # of the line of waiting times
 _HIGH = 5.0  # times the median waiting time: what is above is drawn as high as this
 _LONG = 10.0  # times a usual round without another
-_ROOM = 18  # signs for the workers that were not in time
+_ROOM = 13  # signs for the workers that were not in time
 _OUTCOMES = ("exact", "approximate", "skipped", "raised", "ended")
 _STYLES = {"approximate": "yellow", "skipped": "red", "raised": "bold red", "ended": "yellow"}
 _MARK_STYLES = dict(zip(MARKS, ("bold red", "red", "yellow", "yellow", "", "dim"), strict=True))
@@ -41,7 +43,7 @@ def draw_status(
     written: float | None,
     others: int,
     ascii_only: bool,
-) -> RenderableType:
+) -> Group:
     """The whole page.
 
     Args:
@@ -97,11 +99,11 @@ def told_notice(notice: Notice) -> Text:
 def rounds_table(rounds: Sequence[RoundLine], *, header: bool = True) -> Table:
     """A line a round; with the same widths whichever rounds they are, so that lines can follow one by one."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_header=header, show_edge=False)
-    widths = {"round": 6, "outcome": 11, "waited": 8, "decodable after": 18, "used": 9}
+    widths = {"round": 6, "outcome": 11, "waited": 7, "decodable after": 15, "used": 8}
     for name, width in widths.items():
         table.add_column(name, justify="left" if name == "outcome" else "right", width=width, no_wrap=True)
     table.add_column("not in time", width=_ROOM, no_wrap=True)
-    table.add_column("", max_width=24)
+    table.add_column("", min_width=9, max_width=30)
     for one in rounds:
         after = "-" if one.replies is None else f"{one.replies} in {_short(one.after)}"
         table.add_row(
@@ -204,7 +206,8 @@ def _advice(advice: Advice) -> Iterable[Text]:
         yield Text("This run does that already, if its slow workers are spread over the groups like this:")
     elif advice.own_seconds is not None:
         yield Text(f"By the same times, this run's own scheme takes {_short(advice.own_seconds)} a round.")
-    yield Text(f"\n    {advice.python}", no_wrap=True, overflow="ignore")
+    yield Text()
+    yield Text(f"    {advice.python}", overflow=TO_PASTE)
 
 
 def draw_all(statuses: Sequence[RunStatus], *, now: float) -> Table:
@@ -234,7 +237,7 @@ def _ended(status: RunStatus, written: float | None) -> float | None:
 
 def _ago(status: RunStatus, now: float, written: float | None) -> str:
     ended = _ended(status, written)
-    return "not known when" if ended is None else f"{told_seconds(max(0.0, now - ended))} ago"
+    return "not known when" if ended is None else f"{told_seconds(round(max(0.0, now - ended)))} ago"
 
 
 def _stands(status: RunStatus, now: float, written: float | None) -> Iterable[Text]:
@@ -264,7 +267,9 @@ def _few(workers: Sequence[int], room: int = _ROOM) -> str:
 def _short(seconds: float | None) -> str:
     if seconds is None:
         return "-"
-    return f"{seconds:.3g} s" if seconds < 999.5 else told_seconds(seconds)
+    if seconds < 999.5:
+        return f"{seconds:.3g} s"
+    return f"{seconds:.0f} s" if seconds < 36_000 else f"{seconds / 3600:.3g} h"
 
 
 def told_seconds(seconds: float) -> str:

@@ -81,6 +81,17 @@ def test_the_page_tells_rounds_workers_and_what_to_do(tmp_path: Path) -> None:
     assert "\n    strategy = GradientCoding(strategy, " in out
 
 
+def test_the_line_to_paste_is_never_broken(tmp_path: Path) -> None:
+    slow = {0, 15}  # in one group of two
+    code = {**CODE, "n": 30, "k": 30}
+    path = write(
+        tmp_path / "ledger.jsonl",
+        rows(*range(1, 8), code=code, seconds=[(9.0 if i in slow else 1.0) * (1 + i / 100) for i in range(30)]),
+    )
+    python = json.loads(status(path, "--json")[1])["advice"]["python"]
+    assert len(python) > 100 and f"\n    {python}\n" in status(path)[1]
+
+
 def test_the_plan_can_be_left_out(tmp_path: Path) -> None:
     path = write(tmp_path / "ledger.jsonl", rows(*range(1, 10)))
     assert "Recommended" not in status(path, "--no-plan")[1]
@@ -111,7 +122,7 @@ def test_of_many_workers_those_worth_a_look_are_listed(tmp_path: Path) -> None:
     ledger = rows(1, 2, 3, code=code, seconds=[9.0, 9.0, *[1.0] * 998], straggling=range(900))
     _, out, _ = status(write(tmp_path / "ledger.jsonl", ledger), "--no-plan")
     assert out.count("slow for good") == 2 and "and 996 more as expected" in out
-    assert len(out.splitlines()) < 30 and "0 1 2 3 4 5 +894" in out
+    assert len(out.splitlines()) < 30 and "0 1 2 3 +896" in out
 
 
 def test_many_that_fail_are_counted(tmp_path: Path) -> None:
@@ -198,12 +209,12 @@ def test_a_folder_and_options_that_make_no_sense_get_one_sentence(tmp_path: Path
 
 def test_following_in_a_pipe_appends_a_line_for_each_new_round(tmp_path: Path) -> None:
     path = write(tmp_path / "ledger.jsonl", rows(1, 2))
-    with writing(path, [*rows(3, straggling=[0, 2, 4], outcome="skipped"), *rows(4, 5)]):
+    with writing(path, [*rows(3, 4, straggling=[0, 2, 4], outcome="skipped"), *rows(5)]):
         code, out, _ = status(path, "--follow", "--until-round", "5", *QUICK)
     assert code == 0
     lines = re.findall(r"^ +(\d) .(\w+)", out, re.MULTILINE)
-    assert lines == [("1", "exact"), ("2", "exact"), ("3", "skipped"), ("4", "exact"), ("5", "exact")]
-    assert out.count("Run one") == 1 and out.count("! Round 3 was not exact") == 1
+    assert lines == [("1", "exact"), ("2", "exact"), ("3", "skipped"), ("4", "skipped"), ("5", "exact")]
+    assert out.count("Run one") == 1 and out.count("! Round") == 1
 
 
 def test_following_waits_for_the_file(tmp_path: Path) -> None:
@@ -219,11 +230,11 @@ def test_following_tells_a_round_again_that_a_resumed_run_has_run_again(tmp_path
 
     def resume() -> None:
         time.sleep(0.2)
-        write(tmp_path / "new", rows(1, 2)).replace(path)
+        write(tmp_path / "new", [*rows(1, 2), *rows(3, resumed=True, outcome="approximate")]).replace(path)
 
     thread = threading.Thread(target=resume)
     thread.start()
-    with writing(path, rows(3, resumed=True, outcome="approximate") + rows(4), seconds=0.5):
+    with writing(path, rows(4), seconds=0.5):
         code, out, _ = status(path, "--follow", "--until-round", "4", *QUICK)
     thread.join(DEADLINE)
     assert code == 0

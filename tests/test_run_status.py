@@ -133,6 +133,14 @@ def test_a_file_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
     assert [one.round for one in reader.runs["one"].rounds] == [1, 2, 3]
 
 
+def test_a_last_row_that_was_written_anew_is_seen_though_it_is_as_long(tmp_path: Path) -> None:
+    path = write(tmp_path / "ledger.jsonl", [row(1), row(2, outcome="exact")])
+    reader, size = read(path), path.stat().st_size
+    write(path, [row(1), row(2, outcome="excat")])
+    assert path.stat().st_size == size and reader.read()
+    assert [one.outcome for one in reader.runs["one"].rounds] == ["exact", "excat"]
+
+
 def test_what_was_read_is_not_read_again(tmp_path: Path) -> None:
     path = write(tmp_path / "ledger.jsonl", [row(i) for i in range(1, 6)])
     reader = read(path)
