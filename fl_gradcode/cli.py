@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import FlGradcodeError
+from .place_commands import place
 from .plan_figure import draw_plan
 from .planner import Line, RoundPlan, make_plan
 from .populations import POPULATIONS
@@ -127,6 +128,7 @@ def _plan_products(
         console.print(f"Figure: {figure}", highlight=False, soft_wrap=True)
 
 
+app.command()(place)
 app.command()(privacy)
 app.command()(status)
 app.add_typer(keys, name="keys")
