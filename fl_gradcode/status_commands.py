@@ -28,9 +28,10 @@ _PLAN_EVERY = 60.0  # seconds between two plans while following: the run needs t
 
 
 def status(
-    ledger: Annotated[Path, typer.Argument(help="The file given as GradientCoding(ledger=...).")],
+    ledger: Annotated[Path, typer.Argument(help="The ledger (.jsonl) that the run writes.")],
     run: Annotated[
-        str | None, typer.Option(help="Name of a run in it, or how it begins; all: a line for each [the last one].")
+        str | None,
+        typer.Option(help="Name of a run in it, or how it begins; all: a line for each. Without it, the last one."),
     ] = None,
     rounds: Annotated[int, typer.Option(help="How many of the last rounds to list.")] = 10,
     follow: Annotated[

@@ -28,6 +28,7 @@ _PLAIN_BARS = "_.-=+*%#"
 _SIGNS = 60  # of the line of waiting times
 _HIGH = 5.0  # times the median waiting time: what is above is drawn as high as this
 _LONG = 10.0  # times a usual round without another
+_NOISY = 10.0  # kappa from which on it is worth telling of an exact round
 _ROOM = 13  # signs for the workers that were not in time
 _OUTCOMES = ("exact", "approximate", "skipped", "raised", "ended")
 _STYLES = {"approximate": "yellow", "skipped": "red", "raised": "bold red", "ended": "yellow"}
@@ -123,7 +124,7 @@ def _remarks(one: RoundLine) -> Iterable[str]:
         yield "resumed"
     if one.outcome == "approximate" and one.error is not None:
         yield f"error {one.error:.2g}"
-    if one.kappa is not None and one.kappa > 1.0 + 1e-9:
+    if one.kappa is not None and one.kappa > (_NOISY if one.outcome == "exact" else 1.0 + 1e-9):
         yield f"kappa {one.kappa:.3g}"
     if one.outcome in ("skipped", "raised") and one.ended:
         yield one.ended
@@ -267,6 +268,8 @@ def _few(workers: Sequence[int], room: int = _ROOM) -> str:
 def _short(seconds: float | None) -> str:
     if seconds is None:
         return "-"
+    if 0 < seconds < 0.1:
+        return f"{1000 * seconds:.3g} ms" if seconds >= 0.001 else "< 1 ms"
     if seconds < 999.5:
         return f"{seconds:.3g} s"
     return f"{seconds:.0f} s" if seconds < 36_000 else f"{seconds / 3600:.3g} h"

@@ -92,6 +92,17 @@ def test_the_line_to_paste_is_never_broken(tmp_path: Path) -> None:
     assert len(python) > 100 and f"\n    {python}\n" in status(path)[1]
 
 
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(1e-5, "< 1 ms"), (0.01234, "12.3 ms"), (1800.0, "1800 s"), (9e4, "25 h")]
+)
+def test_short_and_long_waits_fit_their_column(seconds: float, told: str, tmp_path: Path) -> None:
+    ledger = rows(1, 2, **{"decodable-after-seconds": seconds, "decodable-after-replies": 1000})
+    for one in ledger:
+        one["train"]["seconds"]["waiting"] = seconds
+    _, out, _ = status(write(tmp_path / "ledger.jsonl", ledger), "--no-plan")
+    assert re.search(rf"2  exact +{told} +1000 in {told} ", out)
+
+
 def test_the_plan_can_be_left_out(tmp_path: Path) -> None:
     path = write(tmp_path / "ledger.jsonl", rows(*range(1, 10)))
     assert "Recommended" not in status(path, "--no-plan")[1]
