@@ -75,8 +75,8 @@ def cut(source: Path, folder: Path, split: str, shards: int | None, default: int
     empty = next((j for j, part in enumerate(parts) if not len(part)), None)
     if empty is not None:
         raise InvalidSetting(
-            f"Shard {empty} would have no examples, of {file.examples} in {len(parts)} shards: cut into fewer shards, or "
-            "otherwise."
+            f"Shard {empty} would have no examples, of {file.examples} in {len(parts)} shards: cut into fewer, "
+            "or otherwise."
         )
     digits = max(3, len(str(len(parts) - 1)))
     paths = [folder / f"shard-{j:0{digits}}{source.suffix.lower()}" for j in range(len(parts))]

@@ -91,20 +91,20 @@ def write_folders(
     """
     out = draft.parent
     total = _room_for(out, shards, held, link=link)
-    held = tuple(tuple(sorted(one)) for one in held)
+    assigned = tuple(tuple(sorted(one)) for one in held)
     found: dict[int, Shard] = {}
-    nodes = [draft / f"node-{worker}" for worker in range(len(held))]
+    nodes = [draft / f"node-{worker}" for worker in range(len(assigned))]
     for node in nodes:
         node.mkdir()
     for number, (path, examples) in enumerate(shards.items()):
-        targets = [nodes[worker] / path.name for worker, one in enumerate(held) if number in one]
+        targets = [nodes[worker] / path.name for worker, one in enumerate(assigned) if number in one]
         told = _place(path, targets, link=link)
         found[number] = Shard(number, path.name, examples, *told)
     for worker, node in enumerate(nodes):
-        listed = tuple(found[number] for number in held[worker])
+        listed = tuple(found[number] for number in assigned[worker])
         Manifest(len(found), listed, worker, code=code).write(node / SHARDS_FILE)
-    whole = Manifest(len(found), tuple(found.values()), held=held, code=code)
-    if sum(found[number].bytes for one in held for number in one) != total:
+    whole = Manifest(len(found), tuple(found.values()), held=assigned, code=code)
+    if sum(found[number].bytes for one in assigned for number in one) != total:
         raise InvalidSetting("The shards changed while they were copied: place them again once nobody writes to them.")
     # From here on an earlier placement is no longer there as a whole, and must not seem to be.
     (out / MANIFEST).unlink(missing_ok=True)
@@ -112,7 +112,7 @@ def write_folders(
         _clear(earlier)
     for node in nodes:
         _bring(node, out / node.name)
-    write_atomically(out / ASSIGNMENT, json.dumps(held) + "\n")
+    write_atomically(out / ASSIGNMENT, json.dumps(assigned) + "\n")
     whole.write(out / MANIFEST)
     return whole
 

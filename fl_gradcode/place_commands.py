@@ -41,14 +41,14 @@ def place(
     m: Annotated[int, typer.Option("--m", "-m", help="Upload reduction of the code.")] = 1,
     code: Annotated[
         str | None,
-        typer.Option(help=f"Who holds what: {', '.join(_CODES)} [fractional; assignment with the next three]."),
+        typer.Option(
+            help=f"Who holds what: {', '.join(_CODES)} (fractional by default, assignment with the next three)."
+        ),
     ] = None,
     capacities: Annotated[str | None, typer.Option(help="Shards that each worker can take: 6,6,3,3.")] = None,
     domains: Annotated[str | None, typer.Option(help="Site, rack or provider of each worker: a,a,b,b.")] = None,
-    assignment: Annotated[
-        Path | None, typer.Option(help="A JSON file, for each worker the list of its shards: [[0,1],[1,2],[2,0]].")
-    ] = None,
-    shards: Annotated[int | None, typer.Option(help="Cut a file into so many [as many as workers].")] = None,
+    assignment: Annotated[Path | None, typer.Option(help="A JSON file with the list of shards of each worker.")] = None,
+    shards: Annotated[int | None, typer.Option(help="Cut a file into so many; as many as workers by default.")] = None,
     split: Annotated[str, typer.Option(help=f"How a file is cut: {', '.join(SPLITS)}.")] = "iid",
     seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
     link: Annotated[bool, typer.Option("--link", help="Hard links instead of copies.")] = False,
@@ -179,7 +179,7 @@ def _tell_placed(manifest: Manifest, out: Path, *, linked: bool, as_json: bool) 
     assert manifest.held is not None
     path = out / MANIFEST
     by_number = {shard.number: shard for shard in manifest.shards}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for worker, held in enumerate(manifest.held):
         counts = [by_number[number].examples for number in held]
         known = [count for count in counts if count is not None]
@@ -195,9 +195,9 @@ def _tell_placed(manifest: Manifest, out: Path, *, linked: bool, as_json: bool) 
     data, travels = sum(shard.bytes for shard in manifest.shards), sum(row["bytes"] for row in rows)
     server = f"GradientCoding(FedAvg(), {manifest.code.replace('(path)', f'({str(path)!r})')}, manifest={str(path)!r})"
     if as_json:
-        told = {"manifest": str(path), "assignment": str(out / ASSIGNMENT), "server": server, "k": manifest.k,
+        answer = {"manifest": str(path), "assignment": str(out / ASSIGNMENT), "server": server, "k": manifest.k,
                 "bytes": data, "bytes-that-travel": travels, "workers": rows}  # fmt: skip
-        typer.echo(json.dumps(told, indent=2))
+        typer.echo(json.dumps(answer, indent=2))
         return
     table = Table(title=f"{manifest.k} shards for {len(rows)} workers", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("worker", justify="right")
@@ -231,8 +231,8 @@ def _tell_placed(manifest: Manifest, out: Path, *, linked: bool, as_json: bool) 
 def _tell_findings(folder: Path, findings: tuple[Finding, ...], *, as_json: bool) -> None:
     bad = [one for one in findings if one.kind in ("wrong", "missing")]
     if as_json:
-        told = {"folder": str(folder), "right": not bad, "findings": [asdict(one) for one in findings]}
-        typer.echo(json.dumps(told, indent=2))
+        answer = {"folder": str(folder), "right": not bad, "findings": [asdict(one) for one in findings]}
+        typer.echo(json.dumps(answer, indent=2))
         return
     console = Console()
     right = sum(one.kind == "right" for one in findings)
@@ -260,8 +260,13 @@ def _tell_findings(folder: Path, findings: tuple[Finding, ...], *, as_json: bool
 def _lists(path: Path) -> list[list[int]]:
     try:
         told: Any = json.loads(path.read_text())
-        found = [[int(shard) for shard in one] for one in told if not isinstance(one, dict)]
-        if not found or len(found) < len(told) or any(shard < 0 for one in found for shard in one) or found != told:
+        found = [[int(shard) for shard in one] for one in told]
+        if (
+            not found
+            or len(found) < len(told)
+            or json.dumps(found) != json.dumps(told)
+            or min(map(min, filter(None, found)), default=0) < 0
+        ):
             raise ValueError
     except (OSError, ValueError, TypeError):
         raise FlGradcodeError(
@@ -284,4 +289,6 @@ def _words(text: str | None) -> list[str] | None:
 
 
 def _megabytes(size: int) -> str:
+    if 0 < size < 1000:
+        return "<0.001"
     return f"{size / 1e6:,.3g}" if size < 1e9 else f"{size / 1e6:,.0f}"
