@@ -16,6 +16,7 @@ from clients.data import Dataset, load_dataset
 from clients.errors import AppConfigError
 from clients.models import build_model
 from clients.partition import partition_indices
+from clients.shards import load_shard
 from fl_gradcode import gradient_coding_mod
 from fl_gradcode.privacy import asks_for_privacy, private_training
 
@@ -128,26 +129,38 @@ def _local(context: Context) -> _Local:
         )
     run_config = context.run_config
     seed = _integer(run_config, "seed", _RUN)
-    dataset = load_dataset(
-        _text(run_config, "dataset", _RUN),
-        _text(run_config, "data-dir", _RUN),
-        _integer(run_config, "train-examples", _RUN) if "train-examples" in run_config else 0,
-        seed=seed,
-    )
-    indices = partition_indices(
-        dataset,
-        num_partitions,
-        partitioner=_text(run_config, "partitioner", _RUN),
-        alpha=_number(run_config, "alpha", _RUN),
-        seed=seed,
-        owners=_integer(run_config, "owners", _RUN),
-    )[partition_id]
+    if "shards-dir" in context.node_config:
+        dataset = load_shard(context.node_config)
+        indices = np.arange(len(dataset.train_y))
+    else:
+        dataset, indices = _cut(run_config, partition_id, num_partitions, seed)
     if len(indices) == 1:
         return _Local(dataset, partition_id, seed, indices, indices)
     # a draw of its own: partitions may come sorted by label
     shuffled = np.random.default_rng((seed, partition_id)).permutation(indices)
     held_out = max(1, round(_EVALUATION_SHARE * len(indices)))
     return _Local(dataset, partition_id, seed, shuffled[held_out:], shuffled[:held_out])
+
+
+def _cut(
+    run_config: Mapping[str, object], partition_id: int, num_partitions: int, seed: int
+) -> tuple[Dataset, NDArray[np.int64]]:
+    """The whole data set, and which of its examples are this partition's."""
+    dataset = load_dataset(
+        _text(run_config, "dataset", _RUN),
+        _text(run_config, "data-dir", _RUN),
+        _integer(run_config, "train-examples", _RUN) if "train-examples" in run_config else 0,
+        seed=seed,
+    )
+    parts = partition_indices(
+        dataset,
+        num_partitions,
+        partitioner=_text(run_config, "partitioner", _RUN),
+        alpha=_number(run_config, "alpha", _RUN),
+        seed=seed,
+        owners=_integer(run_config, "owners", _RUN),
+    )
+    return dataset, parts[partition_id]
 
 
 def _received_model(message: Message, context: Context, dataset: Dataset) -> nn.Module:
