@@ -533,3 +533,26 @@ def test_examples_are_counted_where_the_form_is_known(tmp_path: Path) -> None:
     (tmp_path / "j.csv").write_bytes(b"x\n\xff\n")
     counts = {path.name[0]: count_examples(path) for path in sorted(tmp_path.iterdir())}
     assert counts == {"a": 7, "b": None, "c": 2, "d": 5, "e": 2, "f": 2, "g": 2, "h": None, "i": None, "j": None}
+
+
+def test_into_a_folder_with_keys_the_manifest_comes_last(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = tmp_path / "out" / "node-0"
+    placed(source, tmp_path / "out", "-n", 2)
+    (node / "keys.json").write_text("secret")
+    moved, real = [], os.replace
+
+    def full(path: Any, target: Any) -> None:
+        if Path(target).parent == node:
+            moved.append(Path(target).name)
+            if len(moved) == 4:
+                raise OSError(28, "No space left on device")
+        real(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        assert "No space left" in refused(source, tmp_path / "out", "-n", 2, "--force")
+    assert len(moved) == 4 and not (node / "shards.json").exists()
+    placed(source, tmp_path / "out", "-n", 2, "--force")
+    assert {one.kind for one in verify_folder(node)} == {"right"} and (node / "keys.json").read_text() == "secret"
