@@ -40,13 +40,6 @@ class Scaled:
         """`y[first:last] += a * x[first:last]`."""
         y[first:last] += self.x[first:last] * self.a
 
-    def add_start_to(self, y: NDArray[np.floating], first: int, length: int) -> None:
-        """`y[first:first + length] += a * x[:length]`; y of the same dtype, and contiguous."""
-        if self._compiled is None:
-            y[first : first + length] += self.x[:length] * self.a
-        else:
-            self.add_at(y.ctypes.data + first * y.itemsize, 0, length)
-
     @property
     def compiled(self) -> bool:
         """Whether `add_at` can be called."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from . import pack
 from .carry import Carrier
 from .gradient_code import GradientCode
 from .incremental import IncrementalDecoder
+from .prime_field import PrimeField
 from .release import CentralRelease
 from .wire import Reply
 
@@ -117,11 +118,17 @@ class Bucket:
         arrays = None
         if before is not None:
             vectors = [*(self.updates[i] for i in used), *(one.update for one in stale)]
-            total = code.numbers.decode(vectors, coefficients, order=order)
-            if release is not None:
-                total, weight = release.noisy(total), release.weight
+            pieces: Iterable[NDArray[Any]]
+            if release is None and isinstance(code.numbers, PrimeField):
+                pieces = code.numbers.decode_in_pieces(vectors, coefficients)
+            else:
+                total = code.numbers.decode(vectors, coefficients, order=order)
+                if release is not None:
+                    total, weight = release.noisy(total), release.weight
+                pieces = [total]
+                del total
             try:
-                arrays = pack.rebuild_arrays(self.reply.layout, before, total, weight)
+                arrays = pack.rebuild_arrays(self.reply.layout, before, pieces, weight)
             except OverflowError as error:
                 return str(error)
         names = (self.reply.arrays_name, self.reply.metrics_name)

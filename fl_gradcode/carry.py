@@ -6,29 +6,33 @@ Client and server take the same `Carrier`: one for the plan, one for the code.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import pack
-from .axpy import Scaled
 from .errors import Overflow
-from .prime_field import P, PrimeField, fold
+from .prime_field import P, PrimeField
 
 __all__ = ["Carrier", "FixedPoint", "Floats", "carrier_of"]
 
 # A metric is 5 digits of 15 bits, 30 of the bits behind the point; sums of 2^15 shards' digits fit the field.
 _DIGITS, _BITS, _FRACTION = 5, 15, 30
-# Numbers that stay in a core's cache.
-_CACHED = 1 << 17
+# Numbers that stay in a core's cache, with scratch beside them.
+_CACHED = 1 << 16
+_FOLD = 1024
+_P = np.uint32(P)
 
 
 class Carrier(Protocol):
     """What is done to shards' vectors while they are combined, and after they were decoded.
 
-    Totals are None before the first shard; `coefficients` has one for each of the m blocks.
+    Totals are None before the first shard; `coefficients` has one for each of the m blocks. Updates and totals that are
+    given away may be overwritten.
     """
 
     def add_update(
@@ -64,7 +68,12 @@ class Floats:
         self, total: NDArray[Any] | None, update: NDArray[np.floating], coefficients: Sequence[float]
     ) -> tuple[NDArray[Any], tuple[float, ...]]:
         """In the update's dtype; holders are compared with a tolerance: float arithmetic differs between machines."""
-        sketch = pack.sketch(update)
+        sketch = _sketch(update)
+        if total is None and len(coefficients) == 1 and coefficients[0] != 0:  # as below, without a second vector
+            if coefficients[0] != 1:
+                update *= update.dtype.type(coefficients[0])
+            update += 0  # -0 becomes 0
+            return update, sketch
         return pack.encode_row(total, update, tuple(coefficients)), sketch
 
     def add_metrics(
@@ -131,28 +140,26 @@ class FixedPoint:
         coefficients: Sequence[float],
         digest: Any = None,
     ) -> NDArray[Any]:
-        """The rounded update times the two 16-bit halves of the coefficients, apart: shape (2, length).
+        """The rounded update times the coefficients, as it is sent: one vector, however many shards.
 
-        Each shard uses a k-th of the room at most, so that all sums stay below m 2^46: float64 is exact up to m = 128,
-        and total is reduced every 64 blocks.
+        Each shard uses a k-th of the room at most, so that the decoded sum fits.
         """
         limit = (P - 1) // 2 // self.k
         length = -(-update.size // len(coefficients))
         if total is None:
-            total = np.zeros((2, length))
+            total = np.zeros(length, np.uint32)
         scratch = np.empty(min(_CACHED, length))
+        halves = np.empty((2, scratch.size), np.int32)
         for block, coefficient in enumerate(coefficients):
-            halves = [Scaled(scratch, float(half)) for half in divmod(int(coefficient), 65536)]
             piece = update[block * length : (block + 1) * length]
             for start in range(0, piece.size, _CACHED):
                 part = piece[start : start + _CACHED]
-                whole = self.field.quantise(part, limit=limit, out=scratch[: part.size])
+                rounded = self.field.quantise(part, limit=limit, out=scratch[: part.size])
+                whole, times = halves[:, : part.size]
+                np.copyto(whole, rounded, casting="unsafe")
                 if digest is not None:
-                    digest.update(whole.astype(np.int32).data)
-                for row, half in zip(total, halves, strict=True):
-                    half.add_start_to(row, start, part.size)
-            if block % 64 == 63:
-                total %= P
+                    digest.update(whole.data)
+                _add_times(total[start : start + part.size], int(coefficient), rounded, whole, times)
         return total
 
     def add_metrics(
@@ -176,23 +183,16 @@ class FixedPoint:
         whole = digits.reshape(-1)
         length = -(-whole.size // len(coefficients))
         if total is None:
-            total = np.zeros((2, length))
+            total = np.zeros(length, np.uint32)
         for block, coefficient in enumerate(coefficients):
             piece = whole[block * length : (block + 1) * length]
-            for row, half in zip(total, divmod(int(coefficient), 65536), strict=True):
-                row[: piece.size] += piece * float(half)
+            halves = np.array([piece, piece], np.int32)
+            _add_times(total[: piece.size], int(coefficient), piece.copy(), *halves)
         return total
 
     def sent(self, total: NDArray[Any]) -> NDArray[np.uint32]:
-        """31 bits an entry."""
-        out = np.empty(total.shape[1], np.uint32)
-        for start in range(0, out.size, _CACHED):
-            sums = total[:, start : start + _CACHED].astype(np.int64)
-            fold(sums)
-            sums[0] <<= 16
-            sums[1] += sums[0]
-            out[start : start + _CACHED] = sums[1] % P
-        return out
+        """As it is: 31 bits an entry."""
+        return total
 
     def dtypes(self, layout: pack.Layout) -> tuple[np.dtype[Any], np.dtype[Any]]:
         """uint32 both."""
@@ -208,6 +208,55 @@ class FixedPoint:
         rows = whole[: len(whole) // _DIGITS * _DIGITS].reshape(-1, _DIGITS)
         sums = [sum(int(digit) << _BITS * place for place, digit in enumerate(row)) for row in rows]
         return np.array([total / 2**_FRACTION for total in sums])
+
+
+def _sketch(update: NDArray[np.floating]) -> tuple[float, ...]:
+    """Norm and three signed sums of an update: replicas that disagree differ in them.
+
+    Linear and cheap (one pass); compared with a tolerance, since bit-identity does not hold across machines.
+    """
+    whole = update.size // _FOLD * _FOLD
+    folded = np.zeros(_FOLD)
+    with np.errstate(all="ignore"):
+        if whole:
+            folded += update[:whole].reshape(-1, _FOLD).sum(axis=0, dtype=np.float64)
+        folded[: update.size - whole] += update[whole:]
+        square = float(np.dot(update, update))
+        if not math.isfinite(square):
+            square = float(np.square(update, dtype=np.float64).sum())
+        values = (math.sqrt(square), *(float(x) for x in _signs() @ folded))
+    # An update that is not finite is rejected for that, with its own reason.
+    return values if all(map(math.isfinite, values)) else (0.0,) * len(values)
+
+
+@lru_cache(maxsize=1)
+def _signs() -> NDArray[np.float64]:
+    return np.random.Generator(np.random.Philox(0)).choice([-1.0, 1.0], size=(3, _FOLD))
+
+
+def _add_times(
+    total: NDArray[np.uint32],
+    coefficient: int,
+    rounded: NDArray[np.float64],
+    product: NDArray[np.int32],
+    times: NDArray[np.int32],
+) -> None:
+    """`total += coefficient * rounded` modulo p, in place; `product` holds the same numbers as `rounded`, `times` is
+    scratch, and all three are overwritten.
+
+    With t the nearest whole number to coefficient * rounded / p (below 2^30 in size, so float64 tells), what is left,
+    coefficient * rounded - t p, is at most p / 2 and a little, and 32 bits of each product are enough to know it.
+    """
+    rounded *= coefficient / P
+    np.rint(rounded, out=rounded)
+    np.copyto(times, rounded, casting="unsafe")
+    times *= np.int32(P)
+    product *= np.int32(coefficient)
+    product -= times
+    rest, spare = product.view(np.uint32), times.view(np.uint32)
+    np.minimum(rest, np.add(rest, _P, out=spare), out=rest)  # what is below 0 wraps to something larger
+    total += rest
+    np.minimum(total, np.subtract(total, _P, out=spare), out=total)
 
 
 def _numbers(digest: Any) -> tuple[float, ...]:

@@ -127,8 +127,10 @@ class _CodedCall:
                 if self.plan.arrays_key:
                     return self._answer("fixed-data")
                 self.fixed_data = True  # evaluating on one common test set is fine; the server warns
+            content = RecordDict({**reply.content})  # ours, to be emptied: nothing is there twice for long
+            del reply
             try:
-                self._add(shard, reply.content, coefficients)
+                self._add(shard, content, coefficients)
             except (ValueError, Overflow) as error:
                 raise UnsuitableApp(f"Shard {shard}, {self.plan.label}: {str(error).rstrip('.')}.") from error
         return self._answer("coded", row.shards)
@@ -177,7 +179,7 @@ class _CodedCall:
 
     def _add(self, shard: int, content: RecordDict, coefficients: tuple[float, ...]) -> None:
         spent = self._spent_by(shard, content)
-        array_records = [(name, r) for name, r in content.items() if isinstance(r, ArrayRecord)]
+        array_records = [name for name, record in content.items() if isinstance(record, ArrayRecord)]
         metric_records = [(name, r) for name, r in content.items() if isinstance(r, MetricRecord)]
         if len(metric_records) != 1:
             raise ValueError(f"a reply needs exactly one MetricRecord, not {len(metric_records)}")
@@ -196,7 +198,10 @@ class _CodedCall:
         if self.plan.arrays_key:
             if len(array_records) != 1:
                 raise ValueError(f"a reply needs exactly one ArrayRecord, not {len(array_records)}")
-            arrays_name, arrays = array_records[0]
+            arrays_name = array_records[0]
+            returned: Any = content.pop(arrays_name)
+            arrays = {**returned}
+            del returned
             layout, update = pack.flatten_update(self.arrays[self.plan.arrays_key], arrays)
             if isinstance(self.privacy, CentralNoise):
                 clip(update, self.privacy.clipping_norm)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, MetricRecord
@@ -28,7 +29,6 @@ __all__ = [
     "rebuild_metrics",
     "restore_types",
     "size_of",
-    "sketch",
     "view",
     "wire_dtype",
 ]
@@ -40,6 +40,8 @@ MetricsLayout = tuple[tuple[str, int, bool], ...]
 
 _BFLOAT16 = "bfloat16"
 _LEAST_WEIGHT = 1e-30
+# Numbers that stay in a core's cache.
+_CACHED = 1 << 17
 
 
 def view(array: Array) -> NDArray[np.generic]:
@@ -91,8 +93,8 @@ def size_of(layout: Layout) -> int:
     return sum(math.prod(shape) for _, _, shape in layout)
 
 
-def flatten_update(before: Mapping[str, Array], after: ArrayRecord) -> tuple[Layout, NDArray[np.floating]]:
-    """Layout of `after` and the flat update `after - before`.
+def flatten_update(before: Mapping[str, Array], after: dict[str, Array]) -> tuple[Layout, NDArray[np.floating]]:
+    """Layout of `after` and the flat update `after - before`. `after` is emptied: no array is there twice for long.
 
     Raises:
         ValueError: `after` has a name that was not sent, another shape, or a dtype that cannot be averaged.
@@ -114,7 +116,7 @@ def flatten_update(before: Mapping[str, Array], after: ArrayRecord) -> tuple[Lay
     start = 0
     for name, _, shape in layout:
         stop = start + math.prod(shape)
-        new, old = view(after[name]), view(before[name])
+        new, old = view(after.pop(name)), view(before[name])
         piece = flat[start:stop].reshape(shape)
         if new.dtype == old.dtype == np.float32 == dtype:
             np.subtract(new, old, out=piece)
@@ -124,41 +126,58 @@ def flatten_update(before: Mapping[str, Array], after: ArrayRecord) -> tuple[Lay
     return tuple(layout), flat
 
 
-def rebuild_arrays(layout: Layout, before: ArrayRecord, total: NDArray[np.floating], weight: float) -> ArrayRecord:
+def rebuild_arrays(
+    layout: Layout, before: ArrayRecord, total: Iterable[NDArray[np.floating]], weight: float
+) -> ArrayRecord:
     """`before + total / weight`: the weighted mean of the arrays that the clients hold.
 
     Floats get the dtype that `train()` returned; counters come as float64 and bfloat16 as float32, for the
-    inner strategy to work on (see `restore_types`). `total` may be overwritten.
+    inner strategy to work on (see `restore_types`). `total` comes in pieces, whose bounds do not matter; they may be
+    overwritten.
 
     Raises:
         OverflowError: An array of the mean is not finite in its dtype.
     """
+    pieces = iter(total)
+    mean: NDArray[np.floating] = np.zeros(0)
+    arrays = {}
+    for name, dtype_name, shape in layout:
+        size = math.prod(shape)
+        dtype = np.dtype(np.float32 if dtype_name == _BFLOAT16 else dtype_name)
+        if dtype.kind != "f":
+            dtype = np.dtype(np.float64)
+        old = view(before[name]).reshape(-1)
+        values: NDArray[Any] | None = None
+        start = 0
+        while start < size:
+            if not mean.size:
+                mean = _divided(next(pieces), weight)
+            if values is None and mean.size >= size and mean.dtype == old.dtype == dtype:
+                stop = size
+                with np.errstate(all="ignore"):
+                    values = np.add(mean[:size], old, out=mean[:size])
+            else:
+                values = np.empty(size, dtype) if values is None else values
+                stop = min(start + min(mean.size, _CACHED), size)
+                with np.errstate(all="ignore"):
+                    values[start:stop] = old[start:stop].astype(np.float64) + mean[: stop - start]
+            mean, start = mean[stop - start :], stop
+        values = np.empty(0, dtype) if values is None else values
+        if not all_finite(values):
+            raise OverflowError(f"the decoded {name!r} is not finite in {dtype_name}")
+        arrays[name] = as_array(values.reshape(shape))
+        del values
+    return ArrayRecord(arrays)
+
+
+def _divided(total: NDArray[np.floating], weight: float) -> NDArray[np.floating]:
     with np.errstate(all="ignore"):
         divisor = total.dtype.type(weight)
     if not 0 < divisor < np.inf:  # float32 cannot hold this weight
         total, divisor = total.astype(np.float64), np.float64(weight)
     with np.errstate(all="ignore"):
         total /= divisor
-    arrays = {}
-    start = 0
-    for name, dtype_name, shape in layout:
-        stop = start + math.prod(shape)
-        mean = total[start:stop].reshape(shape)
-        dtype = np.dtype(np.float32 if dtype_name == _BFLOAT16 else dtype_name)
-        if dtype.kind != "f":
-            dtype = np.dtype(np.float64)
-        old = view(before[name])
-        if mean.dtype == old.dtype == dtype:
-            with np.errstate(all="ignore"):
-                values = np.add(mean, old, out=mean)
-        else:
-            with np.errstate(all="ignore"):
-                values = (old.astype(np.float64) + mean).astype(dtype)
-        if not all_finite(values.reshape(-1)):
-            raise OverflowError(f"the decoded {name!r} is not finite in {dtype_name}")
-        arrays[name] = as_array(np.asarray(values))
-        start = stop
-    return ArrayRecord(arrays)
+    return total
 
 
 def restore_types(layout: Layout, arrays: ArrayRecord) -> ArrayRecord:
@@ -242,7 +261,9 @@ def encode_row(
         if coefficient == 1:
             total[: piece.size] += piece
         elif coefficient != 0:
-            total[: piece.size] += piece * vector.dtype.type(coefficient)
+            for start in range(0, piece.size, _CACHED):
+                part = piece[start : start + _CACHED]
+                total[start : start + part.size] += part * vector.dtype.type(coefficient)
     return total
 
 
@@ -259,30 +280,3 @@ def _npy_header(dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> bytes:
     description = np.lib.format.dtype_to_descr(dtype)
     np.lib.format.write_array_header_1_0(stream, {"descr": description, "fortran_order": False, "shape": shape})
     return stream.getvalue()
-
-
-_FOLD = 1024
-
-
-def sketch(update: NDArray[np.floating]) -> tuple[float, ...]:
-    """Norm and three signed sums of an update: replicas that disagree differ in them.
-
-    Linear and cheap (one pass); compared with a tolerance, since bit-identity does not hold across machines.
-    """
-    whole = update.size // _FOLD * _FOLD
-    folded = np.zeros(_FOLD)
-    with np.errstate(all="ignore"):
-        if whole:
-            folded += update[:whole].reshape(-1, _FOLD).sum(axis=0, dtype=np.float64)
-        folded[: update.size - whole] += update[whole:]
-        square = float(np.dot(update, update))
-        if not math.isfinite(square):
-            square = float(np.square(update, dtype=np.float64).sum())
-        values = (math.sqrt(square), *(float(x) for x in _signs() @ folded))
-    # An update that is not finite is rejected for that, with its own reason.
-    return values if all(map(math.isfinite, values)) else (0.0,) * len(values)
-
-
-@lru_cache(maxsize=1)
-def _signs() -> NDArray[np.float64]:
-    return np.random.Generator(np.random.Philox(0)).choice([-1.0, 1.0], size=(3, _FOLD))
