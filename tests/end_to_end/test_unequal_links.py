@@ -1,0 +1,160 @@
+"""Four SuperNodes, one of them behind 1.5 Mbit/s: its reply of 6 MB takes half a minute, and nobody waits for it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.serverapp.strategy import FedAvg
+
+from experiments.engine import Engine, Outcome
+from fl_gradcode import Ledger
+from fl_gradcode.testing import InProcessGrid
+from tests.conftest import flat
+from tests.end_to_end.apps.links.links import client
+from tests.end_to_end.conftest import with_the_library_on_its_path
+from tests.end_to_end.throttle import SlowLink
+
+pytestmark = pytest.mark.slow
+
+APP = Path(__file__).resolve().parent / "apps" / "links"
+# The groups of fractional_repetition(4, 1) are (0, 2) and (1, 3).
+SLOW, ROUNDS, PAUSE = 1, 4, 3
+RATE = 1.5e6 / 8  # bytes a second
+UPLOAD = 4 * client.PARAMETERS / RATE  # seconds: 32
+
+
+class UnequalEngine(Engine):
+    """One SuperNode reaches the SuperLink by way of a slow link."""
+
+    link: SlowLink
+
+    def start_node(self, number: int) -> subprocess.Popen[bytes]:
+        direct = self.address
+        self.address = self.link.address if number == SLOW else direct
+        try:
+            return super().start_node(number)
+        finally:
+            self.address = direct
+
+
+class Run:
+    """What the run left behind."""
+
+    def __init__(self, outcome: Outcome, folder: Path, sent_up: int) -> None:
+        self.outcome, self.sent_up = outcome, sent_up
+        self.rows: list[dict[str, Any]] = Ledger.read(folder / "ledger.jsonl")
+        self.events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+        with np.load(folder / "final.npz") as saved:
+            self.final = saved["arr_0"].astype(np.float64)
+        self.worker = {e["node"]: e["worker"] for e in self.events if e["what"] == "began"}
+
+    def pulled(self, server_round: int) -> dict[int, float]:
+        """Worker -> when the pull that brought its reply to this round returned."""
+        pulls = [e for e in self.events if e["what"] == "pulled" and e["round"] == server_round]
+        return {self.worker[e["node"]]: e["time"] for e in pulls}
+
+    @property
+    def ended(self) -> dict[int, float]:
+        """Round -> when its model was there."""
+        return {e["round"]: e["time"] for e in self.events if e["what"] == "ended"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("links")
+    shutil.copytree(APP, folder / "app", ignore=shutil.ignore_patterns("__pycache__"))
+    engine = UnequalEngine(4, deployed=True, folder=folder / "engine")
+    with SlowLink(engine.address, up=RATE) as engine.link, with_the_library_on_its_path(engine):
+        config = {"folder": str(folder), "num-server-rounds": ROUNDS, "slow": SLOW, "pause": PAUSE}
+        outcome = engine.run(folder / "app", config, timeout=240.0)
+        passed, _ = engine.link.passed
+    assert outcome.completed, outcome.log
+    return Run(outcome, folder, passed)
+
+
+def test_the_slow_reply_takes_as_long_as_its_link_says(run: Run) -> None:
+    assert run.sent_up > 0.9 * 4 * client.PARAMETERS  # Flower compresses, and the exponents of noise are alike
+    (done,) = [e["time"] for e in run.events if e["what"] == "done" and e["worker"] == SLOW][:1]
+    assert run.pulled(1)[SLOW] - done > 0.85 * UPLOAD
+
+
+def test_rounds_decode_without_the_slow_link(run: Run) -> None:
+    assert [row["round"] for row in run.rows] == list(range(1, ROUNDS + 1))
+    for row in run.rows:
+        assert row["train"]["outcome"] == "exact" and row["train"]["ended"] == "decoded"
+        assert SLOW not in row["train"]["used"]
+        assert row["train"]["seconds"]["waiting"] < UPLOAD
+    # All by the clock of the server: a round and a half at least pass while one reply is on its way.
+    assert run.ended[1] < run.ended[2] < run.pulled(1)[SLOW]
+
+
+def test_a_round_ends_within_a_second_of_the_reply_that_decides_it(run: Run) -> None:
+    for row in run.rows:
+        pulled = run.pulled(row["round"])
+        deciding = max(pulled[worker] for worker in row["train"]["used"])
+        assert 0 <= run.ended[row["round"]] - deciding < 1.0
+
+
+def test_the_slow_reply_is_late_once_and_enters_no_other_round(run: Run) -> None:
+    late = [(row["round"], one) for row in run.rows for one in row["train"]["late"] if one["worker"] == SLOW]
+    ((server_round, one),) = late
+    assert server_round > 1 and one["from"] == "train 1"
+    pushed = [e for e in run.events if e["what"] == "pushed" and run.worker[e["node"]] == SLOW]
+    assert pushed[0]["round"] == 1
+    assert all(e["time"] > run.pulled(1)[SLOW] for e in pushed[1:])  # one message at a time
+
+
+def test_the_model_is_that_of_fedavg_with_equal_links(run: Run) -> None:
+    with InProcessGrid(client.app, 4, run_config={"folder": "", "slow": -1}) as grid:
+        result = FedAvg(fraction_evaluate=0.0).start(grid, client.initial_arrays(), num_rounds=ROUNDS)
+    expected = flat(result.arrays)
+    assert float(np.linalg.norm(run.final - expected) / np.linalg.norm(expected)) < 1e-6
+
+
+def test_the_proxy_keeps_its_rate_and_lets_small_messages_past_large_ones() -> None:
+    """400 kB at 400 kB/s take a second; meanwhile a byte on another connection is answered."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        echo = threading.Thread(target=_answer, args=(server, 2), daemon=True)
+        echo.start()
+        with SlowLink(f"127.0.0.1:{server.getsockname()[1]}", up=400_000) as link:
+            host, _, port = link.address.partition(":")
+            with (
+                socket.create_connection((host, int(port))) as large,
+                socket.create_connection((host, int(port))) as small,
+            ):
+                began = time.monotonic()
+                sender = threading.Thread(target=large.sendall, args=(b"x" * 400_000,), daemon=True)
+                sender.start()
+                small.sendall(b"y" * 1000)
+                assert small.recv(1) == b"!"
+                after_small = time.monotonic() - began
+                left = 399
+                while left:
+                    left -= len(large.recv(left))
+                assert time.monotonic() - began >= 0.95 > after_small
+        assert link.passed[0] == 401_000
+
+
+def _answer(server: socket.socket, connections: int) -> None:
+    """One byte back for each thousand."""
+
+    def serve(connection: socket.socket) -> None:
+        with connection:
+            taken = answered = 0
+            while piece := connection.recv(1 << 16):
+                taken += len(piece)
+                connection.sendall(b"!" * (taken // 1000 - answered))
+                answered = taken // 1000
+
+    for _ in range(connections):
+        connection, _ = server.accept()
+        threading.Thread(target=serve, args=(connection,), daemon=True).start()
