@@ -1,19 +1,109 @@
-"""The process's random generators: seeded for a shard, and given back as they were."""
+"""The process's random generators: seeded for a shard, and given back as they were.
+
+torch takes a second to import, which a deployed node would pay for each message: it is seeded if the app has imported
+it, or at the moment when it does.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.util
 import random
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 __all__ = ["generators_restored", "global_states", "seed_generators", "seed_with", "set_global_states"]
+
+
+class _Torch(MetaPathFinder):
+    """torch's generators, of which nothing is known before somebody imports it."""
+
+    def __init__(self) -> None:
+        #: What it is seeded with when it is imported.
+        self.number: int | None = None
+        #: Its states when it had just been imported, before that.
+        self.before: tuple[Any, list[Any]] | None = None
+        self._searching = False
+
+    @staticmethod
+    def module() -> Any:
+        """Imported by somebody, and not just now."""
+        torch: Any = sys.modules.get("torch")
+        return torch if hasattr(torch, "default_generator") else None
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        """Called for each first import: it takes note of torch's, and finds nothing itself."""
+        if fullname != "torch" or self._searching:
+            return None
+        self._searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._searching = False
+        if spec is not None and spec.loader is not None:
+            self._seed_behind(spec)
+        return spec
+
+    def expect(self) -> bool:
+        """Look at imports from now on, unless that is done or needless; whether it was not."""
+        begins = self.module() is None and self not in sys.meta_path
+        if begins:
+            sys.meta_path.insert(0, self)
+        return begins
+
+    def forget(self) -> None:
+        """Look at them no more."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def seed(self) -> None:
+        """Seed it with our number."""
+        torch = self.module()
+        if torch is None or self.number is None:
+            return
+        # Not torch.manual_seed: without a GPU it formats a stack trace for each device kind, 1 ms a call.
+        torch.default_generator.manual_seed(self.number)
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed_all(self.number)
+
+    def states(self) -> tuple[Any, list[Any]] | None:
+        """Of its generators; none of devices that nobody has used so far; None: it is not imported."""
+        torch = self.module()
+        if torch is None:
+            return None
+        return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore(self, states: tuple[Any, list[Any]]) -> None:
+        """Give them back."""
+        torch, (state, devices) = self.module(), states
+        torch.set_rng_state(state)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
+        elif torch.cuda.is_available():
+            # CUDA was not in use and had no states: as torch.manual_seed, or nobody, had seeded it.
+            torch.cuda.manual_seed_all(torch.initial_seed())
+
+    def _seed_behind(self, spec: ModuleSpec) -> None:
+        loader: Any = spec.loader
+        execute = loader.exec_module
+
+        def execute_and_seed(module: ModuleType) -> None:
+            execute(module)
+            self.forget()
+            self.before = self.states()
+            self.seed()
+
+        loader.exec_module = execute_and_seed  # of this one spec
+
+
+_torch = _Torch()
 
 
 def seed_generators(seed: int, server_round: int, shard: int) -> None:
@@ -23,33 +113,33 @@ def seed_generators(seed: int, server_round: int, shard: int) -> None:
 
 
 def seed_with(number: int) -> None:
-    """Seed `random`, NumPy and torch with a number of 64 bits."""
+    """Seed `random`, NumPy and torch, imported or not, with a number of 64 bits."""
     random.seed(number)
     np.random.seed(number % 2**32)
-    torch = _torch()
-    if torch is not None:
-        # Not torch.manual_seed: without a GPU it formats a stack trace for each device kind, 1 ms a call.
-        torch.default_generator.manual_seed(number)
-        if torch.cuda.is_available():
-            torch.cuda.manual_seed_all(number)
+    _torch.number = number
+    _torch.seed()
 
 
 @contextmanager
 def generators_restored() -> Iterator[None]:
     """Give the process its random states back at the end."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    torch = _torch()
-    torch_state = torch.get_rng_state() if torch is not None else None
-    devices = torch.cuda.get_rng_state_all() if torch is not None and torch.cuda.is_initialized() else []
+    python_state, numpy_state, torch_states = random.getstate(), np.random.get_state(), _torch.states()
+    number, before = _torch.number, _torch.before
+    _torch.before = None
+    watching = _torch.expect()
     try:
         yield
     finally:
+        if watching:
+            _torch.forget()
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-        if torch is not None:
-            torch.set_rng_state(torch_state)
-            if devices:
-                torch.cuda.set_rng_state_all(devices)
+        new: Any = _torch.before  # set meanwhile
+        if torch_states or new:
+            _torch.restore(torch_states or new)
+        _torch.number, _torch.before = number, before or new
+        if new and number is not None:  # to whoever is around us it is as if it had been imported there
+            _torch.seed()
 
 
 def global_states() -> dict[str, Any]:
@@ -61,9 +151,3 @@ def set_global_states(states: dict[str, Any]) -> None:
     """Go on from what `global_states` gave."""
     random.setstate(states["random"])
     np.random.set_state(states["numpy"])
-
-
-@lru_cache(maxsize=1)
-def _torch() -> Any:
-    """torch, where it is installed, even if the app has not imported it: it might, inside train()."""
-    return importlib.import_module("torch") if importlib.util.find_spec("torch") else None

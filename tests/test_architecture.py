@@ -99,7 +99,6 @@ EXTRAS = {
     ("binding", "torch"),  # a type
     ("cutting", "flwr_datasets.partitioner"),  # extra "app": the Dirichlet split
     ("cutting", "datasets"),
-    ("seeding", "torch"),  # only to seed local training
     (
         "testing",
         "flwr.supercore",
@@ -242,7 +241,7 @@ def test_file_is_short_enough_to_read(path: Path) -> None:
         ("latency", "from .codes import GradientCode\nimport scipy.stats"),
         ("strategy", "from flwr.serverapp.strategy import FedAvg\nfrom flwr.serverapp import exception"),
         ("strategy", "from . import codes, wire\nfrom fl_gradcode import errors\nimport fl_gradcode.codes"),
-        ("seeding", "def f():\n    import torch.random"),
+        ("keyed", "def f():\n    import torch.random"),
         ("testing", "from flwr.supercore.task_identity import TaskIdentity"),
         ("cli", "from .strategy import GradientCoding\nfrom . import latency"),
         ("__init__", "from .cli import main\nfrom .errors import NotDecodable"),

@@ -1,0 +1,66 @@
+"""torch is seeded whenever the app imports it, and never imported by the library for that."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+NODE = """
+import importlib.util, random, sys
+import numpy as np
+from fl_gradcode import gradient_coding_mod
+from fl_gradcode.seeding import generators_restored, seed_generators
+
+def draw():
+    import torch
+    return random.random(), float(np.random.random()), float(torch.rand(1)), torch.randperm(1000).tolist()[:5]
+
+def shard(number):
+    seed_generators(7, 3, number)
+    assert importlib.util.find_spec("torch") is not None  # as libraries look, without importing it
+"""
+
+
+def said_by(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", NODE + program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def imported_before() -> str:
+    return said_by("import torch\nwith generators_restored():\n    shard(5)\n    print(draw())")
+
+
+def test_a_node_that_does_not_need_torch_does_not_import_it() -> None:
+    program = "with generators_restored():\n    shard(5)\nassert 'torch' not in sys.modules\nprint(len(sys.meta_path))"
+    assert said_by(program) == said_by("print(len(sys.meta_path))")
+    heavy = "print(sorted({'torch', 'scipy.stats', 'opacus', 'pandas', 'matplotlib'} & {*sys.modules}))"
+    assert said_by(heavy) == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "with generators_restored():\n    shard(5)\n    print(draw())",
+        "with generators_restored():\n    shard(4)\n    draw()\n    shard(5)\n    print(draw())",
+        # As private training in an app that imports torch nowhere else.
+        "with generators_restored():\n    shard(5)\n    with generators_restored():\n        draw()\n    print(draw())",
+        "with generators_restored():\n"
+        "    shard(5)\n    with generators_restored():\n        shard(4)\n        draw()\n    print(draw())",
+    ],
+)
+def test_it_draws_the_same_whenever_it_is_imported(program: str, imported_before: str) -> None:
+    assert said_by(program) == imported_before
+
+
+def test_what_is_drawn_afterwards_does_not_follow_from_the_seed_of_a_shard() -> None:
+    inside = "with generators_restored():\n    shard(5)\n    draw()\n    print(sys.modules['torch'].initial_seed())\n"
+    shards, afterwards = said_by(inside + "print(sys.modules['torch'].initial_seed())").split()
+    assert afterwards != shards  # torch seeds itself at random when it is imported
+    assert said_by(inside).split() == [shards]
