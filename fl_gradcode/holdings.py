@@ -11,7 +11,7 @@ from .errors import InvalidSetting, ShardMismatch
 from .manifest import Manifest, checked_path, held_digests
 from .wire import Plan
 
-__all__ = ["SHARDS", "SHARDS_DIR", "digests_of", "held_by", "refuse_other_shards"]
+__all__ = ["SHARDS", "SHARDS_DIR", "digests_of", "held_by", "refuse_other_shards", "told_by"]
 
 #: Keys of the node config.
 SHARDS_DIR, SHARDS = "shards-dir", "shards"
@@ -37,6 +37,11 @@ def held_by(node_config: Mapping[str, Any]) -> dict[int, str] | None:
         raise InvalidSetting(f'{SHARDS}={listed!r} must be numbers with commas between, such as "0,3,7".') from None
 
 
+def told_by(node_config: Mapping[str, Any]) -> tuple[tuple[int, str], ...]:
+    """What a reply says of that; empty if the node does not say."""
+    return tuple(sorted((held_by(node_config) or {}).items()))
+
+
 def refuse_other_shards(plan: Plan, worker: int, node_config: Mapping[str, Any]) -> None:
     """Refuse to train on data that are not what the server takes them for.
 
@@ -51,19 +56,19 @@ def refuse_other_shards(plan: Plan, worker: int, node_config: Mapping[str, Any])
         if held is None:
             if wanted:
                 raise ShardMismatch(
-                    f"The server has a manifest of the shards, and this node (worker {worker}) does not say what it "
+                    f"The server has a manifest of the shards, and this node does not say what it "
                     f"holds: start it with --node-config '... {SHARDS_DIR}=\"/path/to/node-{worker}\"'."
                 )
             continue
         if shard not in held:
             raise ShardMismatch(
-                f"This node (worker {worker}) is asked for shard {shard} and holds {_listed(held)}: bring it the "
+                f"This node is asked for shard {shard} and holds {_listed(held)}: bring it the "
                 f"folder node-{worker} that fl-gradcode place wrote for this code, or correct its {SHARDS_DIR}."
             )
         folder = node_config.get(SHARDS_DIR)
         if wanted and held[shard] and held[shard] != wanted:
             raise ShardMismatch(
-                f"Shard {shard} of this node (worker {worker}) has other data than the server's manifest says (SHA-256 "
+                f"Shard {shard} of this node has other data than the server's manifest says (SHA-256 "
                 f"{held[shard][:12]}..., not {wanted[:12]}...): fetch the folder node-{worker} anew, and verify it by "
                 f"fl-gradcode place --check {folder}."
             )

@@ -16,7 +16,6 @@ from .gradient_code import GradientCode
 from .messages import error_text, last_line
 from .roster import Roster
 from .unpack import vectors_of
-from .versions import explained
 from .wire import Plan, Reply
 
 __all__ = ["DISAGREEMENT", "FIXED_DATA", "NO_MOD", "Inbox", "Rejection"]
@@ -113,7 +112,7 @@ class Inbox:
 
     def _examine(self, node: int, message: Message) -> str | None:
         if message.has_error():
-            return explained(error_text(message))
+            return error_text(message)
         try:
             reply = Reply.find_in(message.content)
         except ValueError as error:

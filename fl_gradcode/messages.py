@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
+from .versions import explained
 from .wire import Plan, Reply, is_probe
 
 __all__ = [
@@ -20,6 +22,10 @@ __all__ = [
     "reply_part",
     "round_of",
 ]
+
+#: How Flower tells of an exception in a ClientApp.
+_EXCEPTION = re.compile(r"<class '(?:.*\.)?(\w+)'>:<'(.*)'>")
+_LONGEST = 500
 
 
 def load_of(message: Message, worker: int) -> int:
@@ -71,13 +77,17 @@ def computing_seconds(message: Message) -> float | None:
 
 def error_text(message: Message) -> str:
     """An error reply in one line: Flower's code, and the last line of the reason, where Python names the exception."""
-    return f"error {message.error.code}: {last_line(message.error.reason or '')}"
+    reason = last_line(message.error.reason or "")
+    as_flower_writes_it = _EXCEPTION.fullmatch(reason)
+    if as_flower_writes_it:
+        reason = ": ".join(as_flower_writes_it.groups())
+    return f"error {message.error.code}: {explained(reason)}"
 
 
 def last_line(text: str) -> str:
-    """The last line that is not empty, cut to 300 characters."""
+    """The last line that is not empty, cut to 500 characters."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "no reason given"
+    return lines[-1][:_LONGEST] if lines else "no reason given"
 
 
 def content_bytes(content: RecordDict) -> int:

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from . import pack
 from .carry import carrier_of
 from .clipping import clip, refuse_clipping_mods
-from .errors import Overflow, UnsuitableApp
+from .errors import Overflow, ShardMismatch, UnsuitableApp, VersionMismatch
 from .guard import call_silently, guarded_reply, refuse_unprotected, spent_by
-from .holdings import held_by, refuse_other_shards
+from .holdings import held_by, refuse_other_shards, told_by
 from .privacy_records import Asked, Spent, asked_of
 from .privacy_settings import DPSGD, CentralNoise, privacy_from_json
 from .seeding import generators_restored, seed_generators
@@ -57,10 +57,17 @@ def gradient_coding_mod(message: Message, context: Context, call_next: _Call) ->
             error reply.
         PrivacyRefused: This node has a `max-epsilon`, and is asked for an update without noise.
     """
+    try:
+        return _answered(message, context, call_next)
+    except (ShardMismatch, VersionMismatch) as error:  # the server cannot tell who it is that refuses
+        raise type(error)(f"Worker {context.node_config.get(PARTITION_ID)}: {error}") from None
+
+
+def _answered(message: Message, context: Context, call_next: _Call) -> Message:
     if not message.has_content():
         return call_next(message, context)
     if is_probe(message.content):
-        who = Reply("", 0, "probe", _worker_of(context), "idle", holds=_told(held_by(context.node_config)))
+        who = Reply("", 0, "probe", _worker_of(context), "idle", holds=told_by(context.node_config))
         return Message(who.content(), reply_to=message)
     plan = Plan.find_in(message.content)
     if plan is None:
@@ -251,7 +258,7 @@ class _CodedCall:
             stateful=self.stateful,
             fixed_data=self.fixed_data,
             spent=tuple(self.spent) if coded else (),
-            holds=_told(held_by(self.context.node_config)) if self.plan.open else (),
+            holds=told_by(self.context.node_config) if self.plan.open else (),
         )
         records: dict[str, Any] = {}
         if coded:
@@ -271,10 +278,6 @@ def _worker_of(context: Context) -> int:
             '--node-config "partition-id=0 num-partitions=..." (the simulation sets it).'
         )
     return value
-
-
-def _told(held: dict[int, str] | None) -> tuple[tuple[int, str], ...]:
-    return tuple(sorted(held.items())) if held else ()
 
 
 def _take_state(state: RecordDict, shard: int) -> RecordDict:

@@ -15,7 +15,6 @@ from .grid import EarlyStopGrid
 from .messages import error_text
 from .roster import Roster
 from .stop import Wait
-from .versions import explained
 from .wire import Reply, probe_content
 
 __all__ = ["discover"]
@@ -115,7 +114,7 @@ class _ProbeRule:
     def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
         """Note who it is, and what it holds."""
         if reply is None or reply.has_error():
-            self.reasons.append(arrival.failure if reply is None else explained(error_text(reply)))
+            self.reasons.append(arrival.failure if reply is None else error_text(reply))
             return
         try:
             said = Reply.find_in(reply.content)
