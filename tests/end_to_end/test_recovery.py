@@ -1,0 +1,108 @@
+"""The ServerApp is killed, the SuperLink is killed: `flwr run` again goes on, and no round is lost or run twice."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments.engine import Engine
+from fl_gradcode import Ledger
+from tests.end_to_end.apps.straggling.straggling.client import read_notes
+from tests.end_to_end.conftest import (
+    copy_of_the_app,
+    distance,
+    plain_fedavg,
+    saved_arrays,
+    with_the_library_on_its_path,
+)
+
+pytestmark = pytest.mark.slow
+
+NODES, ROUNDS = 4, 6
+_PATIENCE = 200.0  # seconds
+
+
+class InterruptedRun:
+    """A run that is killed, again and again, and submitted again."""
+
+    def __init__(self, engine: Engine, folder: Path) -> None:
+        self.engine, self.folder = engine, folder
+        self.app = copy_of_the_app(folder)
+        self.ledger = folder / "ledger.jsonl"
+        self.config: dict[str, Any] = {
+            "num-server-rounds": ROUNDS,
+            "nodes": NODES,
+            "fraction-evaluate": 0.0,
+            "checkpoint": str(folder / "run.ckpt"),
+            "folder": str(folder),
+        }
+        self.run_id = ""
+
+    def submit(self) -> None:
+        """What an operator types, each time the same."""
+        self.run_id = self.engine.submit(self.app, self.config)
+
+    def rounds(self) -> list[int]:
+        """As the ledger has them."""
+        return [row["round"] for row in Ledger.read(self.ledger)] if self.ledger.exists() else []
+
+    def wait_for_a_round(self) -> int:
+        """Until one more has ended than now; and a random part of the next has passed."""
+        before, deadline = len(self.rounds()), time.monotonic() + _PATIENCE
+        while len(self.rounds()) == before:
+            assert time.monotonic() < deadline, self.engine.flwr.log(self.run_id)
+            time.sleep(0.05)
+        return len(self.rounds())
+
+    def check(self) -> None:
+        """Each round once, each exact, and the model that nobody disturbed."""
+        outcome = self.engine.wait(self.run_id, _PATIENCE)
+        assert outcome.completed, outcome.log
+        rows = Ledger.read(self.ledger)
+        assert [row["round"] for row in rows] == [*range(1, ROUNDS + 1)]
+        assert len({row["run"] for row in rows}) == 1
+        assert all(row["train"]["outcome"] == "exact" for row in rows)
+        assert distance(saved_arrays(self.folder / "final.npz"), plain_fedavg(ROUNDS, NODES)) < 1e-6
+
+    def run_again(self) -> list[int]:
+        """Rounds whose function at the end of a round was called more than once: they were under way at a kill."""
+        ended = Counter(e["round"] for e in read_notes(self.folder) if e["what"] == "ended")
+        return [number for number, times in ended.items() if times > 1]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("recovery")
+    with with_the_library_on_its_path(Engine(NODES, deployed=True, database=True, folder=folder)) as engine:
+        yield engine
+
+
+def test_a_serverapp_that_is_killed_at_random_moments(engine: Engine, tmp_path: Path) -> None:
+    run, rng = InterruptedRun(engine, tmp_path / "run"), np.random.default_rng()
+    for _ in range(2):
+        run.submit()
+        done = run.wait_for_a_round()
+        time.sleep(float(rng.uniform(0, 3)))
+        engine.kill_serverapp()
+        assert done <= len(run.rounds()) < ROUNDS
+    run.submit()
+    run.check()
+    assert len(run.run_again()) <= 2
+
+
+def test_a_superlink_that_is_killed_and_keeps_its_database(engine: Engine, tmp_path: Path) -> None:
+    run, rng = InterruptedRun(engine, tmp_path / "run"), np.random.default_rng()
+    run.submit()
+    run.wait_for_a_round()
+    time.sleep(float(rng.uniform(0, 3)))
+    engine.kill_superlink()
+    assert len(run.rounds()) < ROUNDS
+    engine.start_superlink()
+    run.submit()
+    run.check()
+    assert len(run.run_again()) <= 1
