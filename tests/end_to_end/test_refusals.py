@@ -96,8 +96,8 @@ def test_each_refusal_is_one_sentence_that_says_what_to_do(run: Run, placed: Pat
     )
     assert other_version == (
         f"error 2: VersionMismatch: Worker {OLDER}: The node has fl-gradcode {today} (protocol {PROTOCOL - 1}), and "
-        f"the server {today} (protocol {PROTOCOL}). Install the same one on the node (pip install 'fl-gradcode=={today}') "
-        "and start its SuperNode again."
+        f"the server {today} (protocol {PROTOCOL}). Install the same one on the node (pip install "
+        f"'fl-gradcode=={today}') and start its SuperNode again."
     )
 
 
