@@ -20,7 +20,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fl_gradcode.cli import app
-from tests.test_run_status import CODE, rejected, row, write
+from tests.ledger_rows import CODE, rejected, row, write
 
 DEADLINE = 120.0
 QUICK = ("--every", "0.02")
