@@ -56,14 +56,14 @@ def refuse_other_shards(plan: Plan, worker: int, node_config: Mapping[str, Any])
         if held is None:
             if wanted:
                 raise ShardMismatch(
-                    f"The server has a manifest of the shards, and this node does not say what it "
-                    f"holds: start it with --node-config '... {SHARDS_DIR}=\"/path/to/node-{worker}\"'."
+                    "The server has a manifest of the shards, and this node does not say what it holds: start it "
+                    f"with --node-config '... {SHARDS_DIR}=\"/path/to/node-{worker}\"'."
                 )
             continue
         if shard not in held:
             raise ShardMismatch(
-                f"This node is asked for shard {shard} and holds {_listed(held)}: bring it the "
-                f"folder node-{worker} that fl-gradcode place wrote for this code, or correct its {SHARDS_DIR}."
+                f"This node is asked for shard {shard} and holds {_listed(held)}: bring it the folder node-{worker} "
+                f"that fl-gradcode place wrote for this code, or correct its {SHARDS_DIR}."
             )
         folder = node_config.get(SHARDS_DIR)
         if wanted and held[shard] and held[shard] != wanted:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -21,12 +20,16 @@ MARK = "<!-- run by tests/end_to_end/test_guide.py -->\n```bash\n"
 def test_the_commands_of_the_guide(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "deployment.md").read_text()
     commands = text.split(MARK)[1].split("```")[0]
-    commands = commands.replace("127.0.0.1:8000", f"127.0.0.1:{(port := free_port())}").replace("8000", str(port))
-    commands = commands.replace("$PWD/.venv/bin", str(Path(sys.executable).parent)).replace("$PWD/out", str(tmp_path))
-    for number, other in enumerate([free_port() for _ in range(4)]):
-        commands = f"PORT_{number}={other}\n" + commands
-    commands = re.sub(r"--port 910\$i", '--port "$(eval echo \\\\$PORT_$i)"', commands)
-    (tmp_path / "commands.sh").write_text(f"set -e\ncd {ROOT}\n{commands}")
+    ports = " ".join(str(free_port()) for _ in range(4))
+    for ours, here in {
+        "$PWD/.venv/bin": str(Path(sys.executable).parent),
+        "$PWD/out": str(tmp_path),
+        "8000": str(free_port()),
+        "910$i": "${ports[i]}",
+    }.items():
+        assert ours in commands
+        commands = commands.replace(ours, here)
+    (tmp_path / "commands.sh").write_text(f"set -e\ncd '{ROOT}'\nports=({ports})\n{commands}")
     processes = Processes(tmp_path, {**os.environ, "PYTHONPATH": str(ROOT)})
     try:
         shell = processes.start(["bash", str(tmp_path / "commands.sh")], "guide")

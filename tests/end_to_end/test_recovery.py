@@ -51,13 +51,14 @@ class InterruptedRun:
         """As the ledger has them."""
         return [row["round"] for row in Ledger.read(self.ledger)] if self.ledger.exists() else []
 
-    def wait_for_a_round(self) -> int:
-        """Until one more has ended than now; and a random part of the next has passed."""
+    def wait_into_a_round(self) -> None:
+        """Until one more has ended than now; then a random part of what it took."""
         before, deadline = len(self.rounds()), time.monotonic() + _PATIENCE
         while len(self.rounds()) == before:
             assert time.monotonic() < deadline, self.engine.flwr.log(self.run_id)
             time.sleep(0.05)
-        return len(self.rounds())
+        took = sum(Ledger.read(self.ledger)[-1]["train"]["seconds"].values())
+        time.sleep(float(np.random.default_rng().uniform(0, took)))
 
     def check(self) -> None:
         """Each round once, each exact, and the model that nobody disturbed."""
@@ -83,23 +84,21 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_a_serverapp_that_is_killed_at_random_moments(engine: Engine, tmp_path: Path) -> None:
-    run, rng = InterruptedRun(engine, tmp_path / "run"), np.random.default_rng()
+    run = InterruptedRun(engine, tmp_path / "run")
     for _ in range(2):
         run.submit()
-        done = run.wait_for_a_round()
-        time.sleep(float(rng.uniform(0, 3)))
+        run.wait_into_a_round()
         engine.kill_serverapp()
-        assert done <= len(run.rounds()) < ROUNDS
+        assert len(run.rounds()) < ROUNDS
     run.submit()
     run.check()
     assert len(run.run_again()) <= 2
 
 
 def test_a_superlink_that_is_killed_and_keeps_its_database(engine: Engine, tmp_path: Path) -> None:
-    run, rng = InterruptedRun(engine, tmp_path / "run"), np.random.default_rng()
+    run = InterruptedRun(engine, tmp_path / "run")
     run.submit()
-    run.wait_for_a_round()
-    time.sleep(float(rng.uniform(0, 3)))
+    run.wait_into_a_round()
     engine.kill_superlink()
     assert len(run.rounds()) < ROUNDS
     engine.start_superlink()
