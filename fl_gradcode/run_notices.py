@@ -6,16 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .repetition import fractional_repetition
 from .run_rows import RoundLine
-from .run_workers import WorkerLine, in_time_of, told_workers
+from .run_workers import WorkerLine, told_workers
 
 __all__ = ["Notice", "notices_of"]
 
 _DISAGREEMENT = 1e-5  # relative: what the run itself warns of
 _DUPLICATE = "duplicate: node "
 _LATELY = 10  # rounds that are looked back
-_LARGEST = 400  # workers of a code that is made to learn who holds what
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ def notices_of(
             break
         failed.insert(0, (row, line))
     if failed:
-        yield _undecoded(failed, recent)
+        yield _undecoded(failed, next((line.holders for line in reversed(rounds) if line.holders), ()))
     s = last.code.get("s")
     gone = sorted(one.worker for one in workers if one.mark in ("failing", "silent") and one.worker is not None)
     if s and len(gone) >= s:
@@ -61,25 +59,27 @@ def notices_of(
     yield from _disagreements(recent[-_LATELY:])
 
 
-def _undecoded(failed: Sequence[tuple[Mapping[str, Any], RoundLine]], recent: Sequence[Mapping[str, Any]]) -> Notice:
-    """Rounds at the end that are not exact: which shards nobody answered for, as far as can be told."""
+def _undecoded(failed: Sequence[tuple[Mapping[str, Any], RoundLine]], holders_of: Sequence[tuple[int, ...]]) -> Notice:
+    """Rounds at the end that are not exact: which shards nobody answered for, as far as can be told.
+
+    An older ledger does not say who holds them: then the coverage of an estimate tells.
+    """
     first, last = failed[0][1], failed[-1][1]
     which = f"Round {last.round} was" if len(failed) == 1 else f"Rounds {first.round} to {last.round} were"
     outcome = f"not exact ({', '.join(sorted({line.outcome for _, line in failed}))})"
     phases = [_main(row) for row, _ in failed]
     silent = set.intersection(*({*(phase.get("stragglers") or ())} for phase in phases))
     sampled = set.intersection(*({*(phase.get("shards") or ())} for phase in phases))
-    blocks, doubt = _blocks(last.code, recent)
     lost: dict[tuple[int, ...], list[int]] = {}
     for shard in sorted(sampled):
-        holders = tuple(i for i, block in blocks.items() if shard in block)
+        holders = holders_of[shard] if shard < len(holders_of) else ()
         covered = [phase.get("coverage") or () for phase in phases if phase.get("outcome") == "approximate"]
         left_out = bool(covered) and all(shard < len(one) and one[shard] == 0 for one in covered)
         if (holders and silent.issuperset(holders)) or (not holders and left_out):
             lost.setdefault(holders, []).append(shard)
     if lost:
         told = [
-            _told_shards(shards) + (f" (held by {told_workers(holders)}{doubt})" if holders else "")
+            _told_shards(shards) + (f" (held by {told_workers(holders)})" if holders else "")
             for holders, shards in lost.items()
         ]
         more = f" and {len(told) - 3} more such blocks" if len(told) > 3 else ""
@@ -89,28 +89,6 @@ def _undecoded(failed: Sequence[tuple[Mapping[str, Any], RoundLine]], recent: Se
     else:
         why = last.ended or "the ledger does not say why"
     return Notice("undecoded", f"{which} {outcome}: {why}.")
-
-
-def _blocks(code: Mapping[str, Any], recent: Sequence[Mapping[str, Any]]) -> tuple[dict[int, set[int]], str]:
-    """Worker -> its shards, where the code's name tells; and a doubt about it. The ledger has no assignment.
-
-    Repetition may have been given another `order`: where a round was exact without one of these groups, it was.
-    """
-    n, k, s, m = (code.get(name) for name in ("n", "k", "s", "m"))
-    if not (isinstance(n, int) and isinstance(k, int) and isinstance(s, int)):
-        return {}, ""
-    if code.get("name") == "cyclic repetition" and n == k:
-        return {i: {(i + j) % n for j in range(s + 1)} for i in range(n)}, ""
-    if code.get("name") != "fractional repetition" or n > _LARGEST:
-        return {}, ""
-    made = fractional_repetition(n, s, k=k, m=m or 1)
-    for row in recent:
-        phase = _main(row)
-        if row.get("code") == code and phase.get("outcome") == "exact" and len(phase.get("shards") or ()) == k:
-            good = in_time_of(phase)
-            if not all(good.intersection(group) for group in made.groups or ()):
-                return {}, ""
-    return {i: {*made.shards_of(i)} for i in range(n)}, ", if order= was not given"
 
 
 def _disagreements(recent: Sequence[Mapping[str, Any]]) -> Iterable[Notice]:

@@ -51,6 +51,7 @@ class RoundLine:
         ended_at: Seconds since the epoch.
         resumed: Whether it is the first round after a resume.
         raised: The exception with which the run ended.
+        holders: Of each shard, where the code is new.
     """
 
     round: int
@@ -74,6 +75,7 @@ class RoundLine:
     ended_at: float | None
     resumed: bool
     raised: str | None
+    holders: tuple[tuple[int, ...], ...]
 
 
 class _Raw:
@@ -232,6 +234,7 @@ def _line_of(row: Mapping[str, Any]) -> RoundLine:
         ended_at=number(row.get("ended-at")),
         resumed=bool(row.get("resumed")),
         raised=str(row["ended-by"]) if row.get("ended-by") else None,
+        holders=tuple(tuple(int(i) for i in one) for one in row.get("holders") or ()),
     )
 
 

@@ -69,6 +69,7 @@ class Run:
         self._patience = 0.0
         self._drafts: list[Message] = []
         self._ever_decoded = self._resumed = False
+        self._told: GradientCode | None = None  # whose holders the ledger has
         self._slowest: float | None = None  # seconds of a reply
         self._warned: set[str] = set()
 
@@ -103,7 +104,8 @@ class Run:
         if kind == "train":
             self._follow_holdings(grid)
         if kind == "train" or not self.row:
-            self.row = report.new_row(self.name, grid, server_round, self.code)
+            self.row = report.new_row(self.name, grid, server_round, self.code, is_new=self.code is not self._told)
+            self._told = self.code
             if self._resumed:
                 self.row["resumed"], self._resumed = True, False
         self.phase = None

@@ -35,7 +35,7 @@ def phase(*, seconds: Any = (1.0,) * 6, straggling: Any = (), asked: Any = 1, **
 def row(server_round: int, *, run: Any = "one", code: Any = CODE, **fields: Any) -> dict[str, Any]:
     way = {"send": "coded", "patience": None, "load": 3}
     extra: dict[str, Any] = {
-        name: fields.pop(name) for name in ("ended-at", "resumed", "ended-by", "evaluate") if name in fields
+        name: fields.pop(name) for name in ("ended-at", "resumed", "ended-by", "evaluate", "holders") if name in fields
     }
     train = phase(asked=server_round, **fields)
     return {"run": run, "round": server_round, "code": code, "train": train, "evaluate": None, "way": way, **extra}

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.ledger_rows import CODE, Made, notices, phase, rejected, row, status_of_rows, worker
+from fl_gradcode.run_rows import LedgerReader
+from fl_gradcode.run_status import status_of
+from tests.ledger_rows import CODE, Made, notices, phase, rejected, row, status_of_rows, worker, write
 
 
 @pytest.fixture
@@ -121,18 +123,31 @@ def test_a_run_in_order_has_no_warning(status: Made) -> None:
 
 
 def test_shards_that_nobody_answers_for_are_named_with_their_holders(status: Made) -> None:
-    # Groups of fractional_repetition(6, 2): 0, 2, 4 and 1, 3, 5.
+    told = [[0, 2, 4], [1, 3, 5]] * 3
     lost = [row(i, straggling=[0, 2, 4], outcome="skipped", ended="hopeless") for i in (3, 4)]
-    told = notices(status([row(1), row(2), *lost]))["undecoded"]
-    assert told.startswith(
-        "Rounds 3 to 4 were not exact (skipped): nobody answered in time for shards 0, 2, 4 (held by"
+    assert notices(status([row(1, holders=told), row(2), *lost]))["undecoded"] == (
+        "Rounds 3 to 4 were not exact (skipped): nobody answered in time for shards 0, 2, 4 (held by workers 0, 2 and "
+        "4)."
     )
-    assert "workers 0, 2 and 4, if order= was not given" in told
 
 
-def test_holders_are_not_guessed_where_an_exact_round_contradicts_them(status: Made) -> None:
+def test_holders_are_those_of_the_code_as_it_is_now(status: Made) -> None:
+    before, now = [[0, 2, 4], [1, 3, 5]] * 3, [[0, 1, 2]] * 3 + [[3, 4, 5]] * 3
+    rows = [row(1, holders=before), row(2), row(3, holders=now)]
+    lost = row(4, straggling=[0, 1, 2], outcome="skipped", ended="hopeless")
+    assert "shards 0, 1, 2 (held by workers 0, 1 and 2)" in notices(status([*rows, lost]))["undecoded"]
+
+
+def test_holders_are_known_however_long_ago_they_were_told(tmp_path: Path) -> None:
+    rows = [row(1, holders=[[0, 2, 4], [1, 3, 5]] * 3), *(row(i) for i in range(2, 30))]
+    reader = LedgerReader(write(tmp_path / "l", [*rows, row(30, straggling=[1, 3, 5], outcome="skipped")]), window=5)
+    reader.read()
+    assert "shards 1, 3, 5 (held by" in notices(status_of(reader.runs["one"]))["undecoded"]
+
+
+def test_holders_that_an_older_ledger_does_not_tell_are_not_guessed(status: Made) -> None:
     lost = row(3, straggling=[0, 2, 4], outcome="skipped", ended="hopeless")
-    told = notices(status([row(1), row(2, straggling=[0, 2, 4]), lost]))["undecoded"]
+    told = notices(status([row(1), row(2), lost]))["undecoded"]
     assert "shard" not in told and "workers 0, 2 and 4 not in time, and the code covers any 2" in told
 
 

@@ -150,6 +150,14 @@ def test_nodes_join_leave_and_return_between_rounds(caplog: pytest.LogCaptureFix
     assert [row["train"]["outcome"] for row in rows] == ["exact"] * 8
     assert [row["code"]["n"] for row in rows] == [4, 4, 5, 5, 5, 5, 5, 5]
     assert [row["train"]["workers"] for row in rows] == [4, 4, 5, 4, 4, 5, 5, 5]
+    told = {row["round"]: row["holders"] for row in rows if "holders" in row}  # whenever the code is another one
+    with_4 = [[0, 3, 4], [0, 1, 4], [1, 2, 4], [2, 3, 4]]
+    assert told == {
+        1: [[0, 3], [0, 1], [1, 2], [2, 3]],
+        3: with_4,
+        4: [[one for one in holders if one != 0] for holders in with_4],
+        6: with_4,
+    }
     assert any(4 in row["train"]["used"] for row in rows[2:]) or rows[3]["train"]["answered"].count(4)
     assert "made anew for workers [0, 1, 2, 3, 4]" in caplog.text and "workers [1, 2, 3, 4]" in caplog.text
 

@@ -125,6 +125,7 @@ def test_the_first_row_behind_a_restart_says_so(tmp_path: Path) -> None:
     start(tmp_path)
     rows = Ledger.read(tmp_path / "ledger.jsonl")
     assert [row["round"] for row in rows if row.get("resumed")] == [4]
+    assert [row["round"] for row in rows if "holders" in row] == [1, 4]
     assert len({row["run"] for row in rows}) == 1
     assert all(abs(row["ended-at"] - time.time()) < 600 for row in rows)
 
