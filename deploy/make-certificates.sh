@@ -39,6 +39,11 @@ failed() {
     exit 1
 }
 
+if [ -e "$folder/ca.crt" ] && [ ! -e "$folder/ca.key" ]; then
+    echo "$folder has ca.crt and not its ca.key: bring ca.key back to renew, or take a new folder for a new authority" >&2
+    exit 1
+fi
+(umask 022 && mkdir -p "$(dirname "$folder")") # others, such as the units' user, must be able to pass
 mkdir -p "$folder"
 # Written under other names first: if anything fails, the old pair stays.
 trap 'rm -f "$folder/new.key" "$folder/new.csr" "$folder/new.crt" "$folder/new.ext" "$folder/openssl.log"' EXIT
@@ -58,6 +63,7 @@ printf '%s\n' "basicConstraints=critical,CA:FALSE" "keyUsage=critical,digitalSig
             -set_serial "0x$(openssl rand -hex 16)" -extfile "$folder/new.ext" -out "$folder/new.crt" &&
         openssl verify -x509_strict -CAfile "$folder/ca.crt" "$folder/new.crt"
 } >"$folder/openssl.log" 2>&1 || failed "sign a certificate for $names"
+chown --reference="$folder" "$folder/new.key" "$folder/new.crt" 2>/dev/null || true # of whom it was given to
 mv "$folder/new.key" "$folder/server.key"
 mv "$folder/new.crt" "$folder/server.crt"
 chmod 644 "$folder/ca.crt" "$folder/server.crt"

@@ -15,6 +15,7 @@ if [ -e "$1" ]; then
     exit 1
 fi
 umask 077
+(umask 022 && mkdir -p "$(dirname "$(dirname "$1")")") # others, such as the unit's user, must be able to pass
 mkdir -p "$(dirname "$1")"
 ssh-keygen -q -t ecdsa -b 384 -N "" -C "$(basename "$1")" -f "$1"
 chmod 644 "$1.pub"

@@ -83,7 +83,7 @@ class Asking:
             worker = roster.worker_of(node)
             if worker is None or worker not in plan.rows:
                 messages.append(self._message(RecordDict(dict(whole.items())), node))
-            elif plan.rows[worker].shards:
+            elif plan.rows[worker].shards or plan.open:  # under an open plan it tells what it holds by now
                 messages.append(self._message(plan.for_worker(worker).add_to(self._content), node))
         return messages
 

@@ -83,6 +83,10 @@ class Ledger:
             try:
                 json.loads(content[end:])
             except ValueError:
+                if not content[end:].startswith(b'{"run"'[: len(content) - end]):
+                    raise InvalidSetting(
+                        f"{str(self.path)!r} is no ledger, and nothing was written to it: name another file."
+                    ) from None
                 os.truncate(self.path, end)
             else:
                 with self.path.open("ab") as file:

@@ -26,7 +26,7 @@ from .privacy_records import Asked, Spent, asked_of
 from .privacy_settings import DPSGD, CentralNoise, privacy_from_json
 from .seeding import generators_restored, seed_generators
 from .watched import WatchedConfig
-from .wire import ARRAYS, METRICS, NUM_PARTITIONS, PARTITION_ID, UPDATE, Plan, Reply, Row, is_probe
+from .wire import ARRAYS, METRICS, MOST_WORKERS, NUM_PARTITIONS, PARTITION_ID, UPDATE, Plan, Reply, Row, is_probe
 
 __all__ = ["gradient_coding_mod"]
 
@@ -88,13 +88,8 @@ class _CodedCall:
     """One message, worked off shard by shard."""
 
     def __init__(self, plan: Plan, content: RecordDict, message: Message, context: Context, call_next: _Call) -> None:
-        self.plan, self.content, self.message, self.context, self.call_next = (
-            plan,
-            content,
-            message,
-            context,
-            call_next,
-        )
+        self.plan, self.content, self.message = plan, content, message
+        self.context, self.call_next = context, call_next
         self.worker = _worker_of(context)
         self.carrier = carrier_of(plan.fraction_bits, plan.k)
         if self.worker not in plan.rows and not plan.open:
@@ -276,6 +271,10 @@ def _worker_of(context: Context) -> int:
         raise UnsuitableApp(
             f"This node's partition-id is {value!r}; it must be its worker number. Start the SuperNode with "
             '--node-config "partition-id=0 num-partitions=..." (the simulation sets it).'
+        )
+    if not 0 <= value < MOST_WORKERS:
+        raise UnsuitableApp(
+            f"This node's partition-id is {value}; workers have numbers from 0 to {MOST_WORKERS - 1}. Give it its own."
         )
     return value
 

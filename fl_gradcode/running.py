@@ -72,6 +72,7 @@ class Run:
         self._told: GradientCode | None = None  # whose holders the ledger has
         self._slowest: float | None = None  # seconds of a reply
         self._warned: set[str] = set()
+        self._strangers: set[int] = set()  # nodes that were not known when the last round began
 
     def begin(self, grid: EarlyStopGrid, num_rounds: int) -> None:
         """Say what it is going to cost, and wait for the nodes.
@@ -176,9 +177,15 @@ class Run:
             return
         for worker, shards in self.roster.holdings.items():
             holdings.learn(worker, shards)
-        listed = [self.roster.worker_of(node) for node in grid.get_node_ids()]
-        # A node that is not known may be any of those that are gone: then all keep their rows.
-        there = [*holdings.told] if None in listed else [i for i in listed if i in holdings.told]
+        worker_of = {node: self.roster.worker_of(node) for node in grid.get_node_ids()}
+        unknown = {node for node, worker in worker_of.items() if worker is None}
+        # Whoever was not known in the last round either has had its chance to say who it is.
+        fresh, self._strangers = unknown - self._strangers, unknown
+        there = [i for i in holdings.told if i in worker_of.values()]
+        if fresh:  # any of them may be one of those that are gone, who keep their rows if the others can do without
+            everybody = holdings.code()
+            if everybody is not None and everybody.decodable([i for i in everybody.active if i in there]):
+                there = [*holdings.told]
         code = holdings.code(there)
         if code is not None and (code.B.shape != self.code.B.shape or (code.B != self.code.B).any()):
             self.code = code

@@ -105,6 +105,17 @@ class _Torch(MetaPathFinder):
 
 _torch = _Torch()
 
+#: Parts of Flower that draw their jitter from `random`, in threads that run beside the user's training.
+_JITTERY = ("heartbeat", "retry.retry_invoker", "inflatable.inflatable_utils")
+
+
+def _keep_flower_apart() -> None:
+    """Give Flower's threads a generator of their own, or a slow holder of a shard would draw others than a fast one."""
+    for name in _JITTERY:
+        module: Any = sys.modules.get(f"flwr.supercore.{name}")
+        if getattr(module, "random", None) is random:
+            module.random = random.Random()
+
 
 def seed_generators(seed: int, server_round: int, shard: int) -> None:
     """Seed `random`, NumPy and torch so that all holders of a shard draw the same."""
@@ -123,6 +134,7 @@ def seed_with(number: int) -> None:
 @contextmanager
 def generators_restored() -> Iterator[None]:
     """Give the process its random states back at the end."""
+    _keep_flower_apart()
     python_state, numpy_state, torch_states = random.getstate(), np.random.get_state(), _torch.states()
     number, before = _torch.number, _torch.before
     _torch.before = None

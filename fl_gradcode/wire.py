@@ -20,6 +20,7 @@ from .versions import read_json, record_of
 __all__ = [
     "ARRAYS",
     "METRICS",
+    "MOST_WORKERS",
     "NUM_PARTITIONS",
     "PARTITION_ID",
     "UPDATE",
@@ -40,6 +41,9 @@ _PROBE = "fl-gradcode.probe"
 UPDATE = "fl-gradcode.update"
 #: The two arrays in it: the coded update, and the coded weight and metrics.
 ARRAYS, METRICS = "arrays", "metrics"
+
+#: Numbers of workers are below this: a greater one is a mistake, for which memory for so many rows would be taken.
+MOST_WORKERS = 10_000
 
 #: What a reply can be; see `Reply`.
 OUTCOMES = ("coded", "idle", "gave-up", "fixed-data")
@@ -187,11 +191,7 @@ class Reply:
         if not isinstance(record, ConfigRecord):
             return None
         try:
-            text = read_json(record, "node")
-        except VersionMismatch as error:
-            raise ValueError(str(error)) from error
-        try:
-            v = json.loads(text)
+            v = json.loads(read_json(record, "node"))
             v["layout"] = tuple((str(a), str(d), tuple(int(x) for x in s)) for a, d, s in v["layout"])
             v["metrics_layout"] = tuple((str(a), int(x), bool(w)) for a, x, w in v["metrics_layout"])
             v["sketches"] = tuple(tuple(float(x) for x in one) for one in v["sketches"])
@@ -208,7 +208,11 @@ class Reply:
                 raise ValueError("sketches that are not four finite numbers each")
             if not all(0 <= number < math.inf for one in v["spent"] for number in one[2:]):
                 raise ValueError("an epsilon that is no number of at least 0")
+            if not 0 <= v["worker"] < MOST_WORKERS:
+                raise ValueError(f"worker {v['worker']}")
             return cls(**v)
+        except VersionMismatch as error:
+            raise ValueError(str(error)) from error
         except Exception as error:  # whatever somebody may have put there
             raise ValueError(f"unreadable reply record ({error})") from error
 

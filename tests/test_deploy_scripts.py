@@ -72,6 +72,32 @@ def test_certificates_hold_the_names_and_keys_are_readable_by_their_owner_alone(
     }
 
 
+def test_the_units_user_can_pass_to_its_files(tmp_path: Path) -> None:
+    script("make-certificates.sh", tmp_path / "etc" / "certificates", "fl.example.org")
+    script("make-node-key.sh", tmp_path / "var" / "keys" / "node-0")
+    assert {mode(tmp_path / name) for name in ("etc", "var")} == {0o755}
+    assert {mode(tmp_path / name) for name in ("etc/certificates", "var/keys")} == {0o700}
+
+
+def test_an_authority_whose_key_is_elsewhere_is_not_replaced(tmp_path: Path) -> None:
+    script("make-certificates.sh", tmp_path, "fl.example.org")
+    (tmp_path / "ca.key").rename(tmp_path / "safe")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    done = script("make-certificates.sh", tmp_path, "fl.example.org")
+    assert done.returncode == 1 and "bring ca.key back to renew" in done.stderr
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")
+def test_a_renewed_key_is_of_whom_the_folder_is(tmp_path: Path) -> None:
+    folder = tmp_path / "certificates"
+    script("make-certificates.sh", folder, "fl.example.org")
+    for one in (folder, *folder.iterdir()):
+        os.chown(one, 65534, 65534)
+    script("make-certificates.sh", folder, "fl.example.org")
+    assert {one.stat().st_uid for one in folder.iterdir()} == {65534}
+
+
 def test_a_second_run_renews_the_certificate_and_keeps_the_authority(tmp_path: Path) -> None:
     script("make-certificates.sh", tmp_path, "fl.example.org")
     authority, first = (tmp_path / "ca.crt").read_bytes(), certificate(tmp_path / "server.crt")

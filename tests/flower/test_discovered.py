@@ -162,6 +162,40 @@ def test_nodes_join_leave_and_return_between_rounds(caplog: pytest.LogCaptureFix
     assert "made anew for workers [0, 1, 2, 3, 4]" in caplog.text and "workers [1, 2, 3, 4]" in caplog.text
 
 
+def test_a_node_that_never_says_who_it_is_keeps_nobody_in_the_code_who_is_gone() -> None:
+    held = {0: "0,1", 1: "1,2", 2: "2,3", 3: "3,0", 4: "0,1,2,3"}
+
+    def config(worker: int) -> dict[str, Any]:
+        return config_of(held)(worker) if worker in held else {"partition-id": "unknown"}
+
+    grid = LivingGrid(toy_app(), 6, node_config=config)
+
+    def between(server_round: int, *_: Any) -> None:
+        if server_round == 2:
+            grid.kill(0)
+            grid.kill(1)  # one more than the code tolerates
+
+    strategy = coded(on_round_end=between, node_timeout=3)
+    with inside_a_run():
+        strategy.start(grid, initial_arrays(), num_rounds=5, timeout=60)
+    assert [row["train"]["outcome"] for row in strategy.ledger.rows] == ["exact"] * 5
+    assert strategy.code.active == (2, 3, 4)
+
+
+def test_a_node_whose_data_are_put_right_is_in_the_code_again() -> None:
+    held = {**HELD, 1: ""}
+    grid = LivingGrid(toy_app(), 4, node_config=lambda worker: config_of(held)(worker))
+
+    def between(server_round: int, *_: Any) -> None:
+        if server_round == 1:
+            held[1] = HELD[1]
+
+    strategy = coded(on_round_end=between, node_timeout=3)
+    with inside_a_run():
+        strategy.start(grid, initial_arrays(), num_rounds=4, timeout=60)
+    assert strategy.code.shards_of(1) == tuple(sorted(map(int, HELD[1].split(","))))
+
+
 def test_a_node_whose_shards_were_taken_away_says_so_and_the_code_follows() -> None:
     held = dict(HELD)
     grid = LivingGrid(toy_app(), 4, node_config=lambda worker: config_of(held)(worker))

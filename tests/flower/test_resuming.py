@@ -408,3 +408,11 @@ def test_any_dtype_of_a_model_is_kept_bit_by_bit(tmp_path: Path) -> None:
     checkpoint.save(Saved("run", 3, record, {}))
     saved = checkpoint.load()
     assert saved is not None and saved.arrays == record and saved.round == 3
+
+
+def test_a_file_that_is_no_ledger_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "run.ckpt"
+    path.write_bytes(b"PK\x03\x04 a checkpoint\nwithout an end of line")
+    with pytest.raises(InvalidSetting, match="is no ledger, and nothing was written to it"):
+        Ledger(path)
+    assert path.read_bytes() == b"PK\x03\x04 a checkpoint\nwithout an end of line"

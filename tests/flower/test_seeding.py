@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+from flwr.supercore.heartbeat import HeartbeatSender
+
+from fl_gradcode.seeding import generators_restored, seed_with
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,3 +69,21 @@ def test_what_is_drawn_afterwards_does_not_follow_from_the_seed_of_a_shard() -> 
     shards, afterwards = said_by(inside + "print(sys.modules['torch'].initial_seed())").split()
     assert afterwards != shards  # torch seeds itself at random when it is imported
     assert said_by(inside).split() == [shards]
+
+
+def test_the_heartbeat_of_a_deployed_client_draws_from_a_generator_of_its_own() -> None:
+    """It runs in a thread beside train(): a slow holder of a shard would draw other numbers than a fast one."""
+    beaten = threading.Event()
+
+    def beat() -> bool:
+        beaten.set()
+        return True
+
+    with generators_restored():
+        seed_with(5)
+        state = random.getstate()
+        sender = HeartbeatSender(beat)
+        sender.start()
+        assert beaten.wait(30)
+        sender.stop()  # it has drawn the time of its next beat
+        assert random.getstate() == state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -95,3 +96,28 @@ def test_a_record_without_a_protocol_is_of_the_first() -> None:
     with pytest.raises(VersionMismatch, match=r"The node has fl-gradcode of an older version \(protocol 1\)"):
         read_json(ConfigRecord({"json": "{}"}), "node")
     assert read_json(record_of({"a": 1}), "node") == '{"a": 1}'
+
+
+@pytest.mark.parametrize("change", [{"json": None}, {"worker": -1}, {"worker": 10**12}, {"worker": 10_000}])
+def test_a_reply_that_makes_no_sense_is_told_and_ends_nothing(change: dict[str, Any]) -> None:
+    def spoil(worker: int, message: Message, reply: Message) -> Message:
+        if worker == 3:
+            record: Any = reply.content["fl-gradcode.reply"]
+            if "json" in change:
+                del record["json"]
+            else:
+                record["json"] = json.dumps({**json.loads(record["json"]), **change})
+        return reply
+
+    rows = ledger_of(Discovered(4, s=1), toy_app([gradient_coding_mod]), tamper=spoil)
+    assert [row["train"]["outcome"] for row in rows] == ["exact"] * 2
+
+
+@pytest.mark.parametrize("number", [-1, 10_000])
+def test_a_node_with_a_number_that_no_worker_has_says_so(number: int) -> None:
+    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), uncoded(2))
+    config = lambda i: {"partition-id": number if i else 0}  # noqa: E731
+    with InProcessGrid(toy_app([gradient_coding_mod]), 2, node_config=config) as grid:
+        strategy.start(grid, initial_arrays(), num_rounds=1)
+    (one,) = strategy.ledger.rows[0]["train"]["rejected"]
+    assert f"partition-id is {number}; workers have numbers from 0 to 9999" in one["reason"]
