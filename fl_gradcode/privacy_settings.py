@@ -163,10 +163,13 @@ class CentralNoise:
 Privacy = DPSGD | CentralNoise
 
 
-def privacy_to_json(privacy: Privacy) -> str:
-    """For a message: one text, the same for equal values."""
+def privacy_to_json(privacy: Privacy, *, promise_only: bool = False) -> str:
+    """For a message: one text, the same for equal values; or only of what noise is added to what."""
     kind = "dp-sgd" if isinstance(privacy, DPSGD) else "central"
-    return json.dumps({"kind": kind, **asdict(privacy)}, sort_keys=True)
+    values = {"kind": kind, **asdict(privacy)}
+    if promise_only:
+        values = {key: value for key, value in values.items() if key not in ("max_epsilon", "accountant", "folder")}
+    return json.dumps(values, sort_keys=True)
 
 
 def privacy_from_json(text: str) -> Privacy:

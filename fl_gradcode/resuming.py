@@ -16,6 +16,8 @@ from .checkpoint import Checkpoint, Saved
 from .errors import InvalidSetting
 from .gradient_code import GradientCode
 from .ledger import Ledger
+from .options import Options
+from .privacy_settings import privacy_to_json
 from .running import Run
 from .seeding import global_states, set_global_states
 from .strategy_state import StrategyState
@@ -25,16 +27,21 @@ __all__ = ["Continuation", "made_of"]
 _log = logging.getLogger(__name__)
 _KINDS = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
 _TRAIN, _EVALUATE, _SERVER = _KINDS
+_PROMISE = "privacy promise"
 
 _Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
-def made_of(strategy: Strategy, code: GradientCode | None, k: int, seed: int) -> dict[str, Any]:
-    """What a checkpoint and the run that takes it up must have in common; `code` is None if nodes decide it."""
+def made_of(strategy: Strategy, code: GradientCode | None, k: int, options: Options) -> dict[str, Any]:
+    """What a checkpoint and the run that takes it up must have in common; `code` is None if nodes decide it.
+
+    With other noise the rounds that are done would be priced by what was not added to them.
+    """
     digest = None
     if code is not None:
         digest = hashlib.sha256(repr((code.B.shape, code.s, code.B.dtype.str)).encode() + code.B.tobytes()).hexdigest()
-    return {"strategy": type(strategy).__name__, "code": digest, "shards": k, "seed": seed}
+    privacy = None if options.privacy is None else privacy_to_json(options.privacy, promise_only=True)
+    return {"strategy": type(strategy).__name__, "code": digest, "shards": k, "seed": options.seed, _PROMISE: privacy}
 
 
 class Continuation:
@@ -160,7 +167,7 @@ class Continuation:
             raise InvalidSetting(f"{where} run {saved.run!r}, and this is run {self._name!r}: name another file.")
         for what, value in self._made.items():
             if saved.made_of.get(what) != value:
-                told = "" if what == "code" else f" ({saved.made_of.get(what)!r}, now {value!r})"
+                told = "" if what in ("code", _PROMISE) else f" ({saved.made_of.get(what)!r}, now {value!r})"
                 raise InvalidSetting(
                     f"{where} a run with another {what}{told}. Go on with the same one, or name another file to begin "
                     "anew."

@@ -261,7 +261,7 @@ class GradientCoding(Strategy):
         return Run(self.strategy, self.options, code, going.name, timeout, roster, holdings)
 
     def _continuation(self) -> Continuation:
-        made = made_of(self.strategy, self._code, self._k, self.options.seed)
+        made = made_of(self.strategy, self._code, self._k, self.options)
         return Continuation(self._checkpoint, self._state, made, self._name)
 
     def _close_row(self) -> dict[str, Any]:

@@ -91,3 +91,12 @@ def test_a_budget_for_all_rounds_is_not_exceeded_by_a_lost_one(tmp_path: Path) -
     strategy = central(tmp_path, max_epsilon=budget)
     start(strategy, grid(), ROUNDS - 1)
     assert strategy.ledger.rows[-1]["train"]["privacy"]["epsilon"] <= budget
+
+
+@pytest.mark.parametrize("other", [CentralNoise(noise_multiplier=50.0, clipping_norm=0.5, accountant="rdp"), None])
+def test_rounds_that_are_done_are_not_priced_by_other_noise(other: Any, tmp_path: Path) -> None:
+    grid = lambda: clients(CODES["fractional"], tmp_path / "keys")  # noqa: E731
+    with pytest.raises(Killed):
+        start(central(tmp_path, 3), grid(), ROUNDS)
+    with pytest.raises(InvalidSetting, match="a run with another privacy promise. Go on with the same one"):
+        start(kept(CODES["fractional"], tmp_path, privacy=other), grid(), ROUNDS)
