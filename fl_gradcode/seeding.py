@@ -19,7 +19,14 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["generators_restored", "global_states", "seed_generators", "seed_with", "set_global_states"]
+__all__ = [
+    "generators_restored",
+    "global_states",
+    "keep_flower_apart",
+    "seed_generators",
+    "seed_with",
+    "set_global_states",
+]
 
 
 class _Torch(MetaPathFinder):
@@ -109,8 +116,11 @@ _torch = _Torch()
 _JITTERY = ("heartbeat", "retry.retry_invoker", "inflatable.inflatable_utils")
 
 
-def _keep_flower_apart() -> None:
-    """Give Flower's threads a generator of their own, or a slow holder of a shard would draw others than a fast one."""
+def keep_flower_apart() -> None:
+    """Give Flower's threads a generator of their own.
+
+    Else a slow holder of a shard would draw other numbers than a fast one, and a server other clients each time.
+    """
     for name in _JITTERY:
         module: Any = sys.modules.get(f"flwr.supercore.{name}")
         if getattr(module, "random", None) is random:
@@ -134,7 +144,7 @@ def seed_with(number: int) -> None:
 @contextmanager
 def generators_restored() -> Iterator[None]:
     """Give the process its random states back at the end."""
-    _keep_flower_apart()
+    keep_flower_apart()
     python_state, numpy_state, torch_states = random.getstate(), np.random.get_state(), _torch.states()
     number, before = _torch.number, _torch.before
     _torch.before = None

@@ -27,6 +27,7 @@ from .probing import discover
 from .resuming import Continuation, made_of
 from .roster import Roster
 from .running import Run
+from .seeding import keep_flower_apart
 from .strategy_state import StrategyState
 
 __all__ = ["GradientCoding"]
@@ -191,6 +192,7 @@ class GradientCoding(Strategy):
             UnsuitableApp: The clients lack the mod, or do not choose their data by `partition-id`.
         """
         waiting = grid if isinstance(grid, EarlyStopGrid) else EarlyStopGrid(grid)
+        keep_flower_apart()
         with self._continuation() as going:
             self._going = going
             run = self._run = self._new_run(going, waiting, timeout)

@@ -9,9 +9,14 @@ import threading
 from pathlib import Path
 
 import pytest
-from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.serverapp.strategy import FedAvg
+from flwr.supercore import heartbeat
 
-from fl_gradcode.seeding import generators_restored, seed_with
+from fl_gradcode import GradientCoding, uncoded
+from fl_gradcode.errors import RoundFailed
+from fl_gradcode.seeding import generators_restored
+from fl_gradcode.testing import InProcessGrid
+from tests.conftest import initial_arrays, toy_app
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,19 +76,29 @@ def test_what_is_drawn_afterwards_does_not_follow_from_the_seed_of_a_shard() -> 
     assert said_by(inside).split() == [shards]
 
 
-def test_the_heartbeat_of_a_deployed_client_draws_from_a_generator_of_its_own() -> None:
-    """It runs in a thread beside train(): a slow holder of a shard would draw other numbers than a fast one."""
+@pytest.mark.parametrize("side", ["client", "server"])
+def test_flowers_heartbeat_draws_from_a_generator_of_its_own(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs in a thread beside train(), and beside the sampling of clients."""
+    monkeypatch.setattr(heartbeat, "random", random)  # as in a new process
     beaten = threading.Event()
 
     def beat() -> bool:
         beaten.set()
         return True
 
-    with generators_restored():
-        seed_with(5)
-        state = random.getstate()
-        sender = HeartbeatSender(beat)
+    def states() -> tuple[object, object]:
+        before = random.getstate()
+        sender = heartbeat.HeartbeatSender(beat)
         sender.start()
         assert beaten.wait(30)
         sender.stop()  # it has drawn the time of its next beat
-        assert random.getstate() == state
+        return before, random.getstate()
+
+    if side == "client":
+        with generators_restored():
+            before, after = states()
+    else:
+        with InProcessGrid(toy_app(), 1) as grid, pytest.raises(RoundFailed):  # no client of ours runs in this process
+            GradientCoding(FedAvg(), uncoded(2)).start(grid, initial_arrays(), num_rounds=1)
+        before, after = states()
+    assert after == before

@@ -49,7 +49,8 @@ def ledger_of(code: Any, app: ClientApp, **kwargs: Any) -> list[Any]:
 def test_a_node_that_is_older_than_the_server_says_so() -> None:
     rows = ledger_of(uncoded(4), app_with(newer_server))
     (reason,) = {one["reason"] for row in rows for one in row["train"]["rejected"]}
-    assert f"The node has fl-gradcode {library_version()} (protocol {PROTOCOL}), and the server 9.9" in reason
+    assert f"VersionMismatch: Worker 1: The node has fl-gradcode {library_version()} (protocol {PROTOCOL})" in reason
+    assert "and the server 9.9" in reason
     assert "Install the same one on the node (pip install 'fl-gradcode==9.9') and start its SuperNode again." in reason
 
 
