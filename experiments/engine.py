@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import ssl
@@ -22,12 +23,13 @@ from types import TracebackType
 from typing import Any
 
 from experiments.flwr_commands import EngineError, Flwr
-from experiments.processes import Processes
+from experiments.processes import Member, Processes
 from experiments.secure import Security
 
 __all__ = ["Engine", "EngineError", "Outcome", "free_port"]
 
 _START_SECONDS = 60.0
+_NODE_ID = re.compile(r"SuperNode ID: (\d+)")
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Engine:
         self.address = f"127.0.0.1:{free_port()}"
         self._link: subprocess.Popen[bytes] | None = None
         self._nodes: dict[int, subprocess.Popen[bytes]] = {}
+        self._logged: dict[int, int] = {}  # how much a node's log held when it was started last
         #: Node number -> node id, of registered nodes.
         self.node_ids: dict[int, int] = {}
         bin_folder = str(Path(sys.executable).parent)  # flower-superexec and others are started by name
@@ -150,8 +153,7 @@ class Engine:
         Raises:
             EngineError: None is running.
         """
-        assert self._link is not None
-        found = [member for member in self._processes.members(self._link) if "flwr-serverapp" in member.command]
+        found = self._running_apps("flwr-serverapp")
         if not found:
             raise EngineError("No ServerApp is running under this SuperLink.")
         for member in found:
@@ -162,8 +164,15 @@ class Engine:
         command = ["flower-supernode", "--superlink", self.address, "--host", "127.0.0.1", "--port", str(free_port())]
         command += self._security.supernode_options(number) if self._security else ["--insecure"]
         command += ["--node-config", f"partition-id={number} num-partitions={self.nodes} {self._node_config(number)}"]
-        self._nodes[number] = self._processes.start(command, f"supernode-{number}")
+        name = f"supernode-{number}"
+        self._logged[number] = len(self._processes.log(name))
+        self._nodes[number] = self._processes.start(command, name)
         return self._nodes[number]
+
+    def node_id(self, number: int) -> int | None:
+        """The id under which the node with this partition-id has connected since it was started last; None: not yet."""
+        found = _NODE_ID.search(self._processes.log(f"supernode-{number}"), self._logged.get(number, 0))
+        return int(found[1]) if found else None
 
     def kill_node(self, number: int) -> None:
         """End the SuperNode with this partition-id by SIGKILL, and what it runs, as when its machine dies."""
@@ -197,11 +206,9 @@ class Engine:
             self._processes.stopping.wait(pause)
 
     def _comes_up(self, number: int, deadline: float) -> bool:
-        name = f"supernode-{number}"
-        before = len(self._processes.log(name))
         process = self.start_node(number)
         while process.poll() is None and time.monotonic() < deadline:
-            if "SuperNode ID:" in self._processes.log(name)[before:]:
+            if self.node_id(number) is not None:
                 return True
             self._processes.stopping.wait(0.2)
         return False
@@ -257,11 +264,17 @@ class Engine:
                 break
             if while_waiting is not None:
                 while_waiting()
-            if time.monotonic() - last_look > 1.5:
+            # Each look is a process of its own, and would take a third of a core from what is measured.
+            if time.monotonic() - last_look > 1.5 and not self._running_apps("flwr-serverapp", "flwr-simulation"):
                 status = self.flwr.status(run_id)
                 last_look = time.monotonic()
             time.sleep(0.3)
         return Outcome(run_id, status, self.flwr.log(run_id))
+
+    def _running_apps(self, *names: str) -> list[Member]:
+        """Processes of this SuperLink that run apps."""
+        members = [] if self._link is None else self._processes.members(self._link)
+        return [member for member in members if any(name in member.command for name in names)]
 
     def _wait_until_healthy(self, link: subprocess.Popen[bytes]) -> None:
         scheme = "https" if self._security else "http"

@@ -18,14 +18,11 @@ from numpy.typing import NDArray
 from . import pack
 from .errors import InvalidSetting
 from .keyed import KeyContext
-from .privacy_records import BUDGET, Asked
+from .privacy_records import BUDGET, FOLDER, Asked
 from .privacy_settings import privacy_to_json
 from .wire import NUM_PARTITIONS
 
-__all__ = ["FOLDER", "folder_of", "key_context", "needed"]
-
-#: Key of the node config, and of the run config where all nodes are on one machine.
-FOLDER = "privacy-dir"
+__all__ = ["folder_of", "key_context", "needed"]
 
 
 def key_context(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from .border import check_count
 from .errors import InvalidSetting
 from .gradient_code import GradientCode
+from .manifest import WITHHELD
 from .universal import for_assignment
 
 __all__ = ["Discovered", "Holdings"]
@@ -68,7 +69,7 @@ class Holdings:
         """Worker -> what counts of what it holds: shards of other data than the other holders' do not."""
         right = self._right()
         return {
-            worker: tuple(sorted(j for j, digest in shards.items() if j in right and digest in ("", right[j])))
+            worker: tuple(sorted(j for j, digest in shards.items() if j in right and self._counts(j, digest, right[j])))
             for worker, shards in sorted(self.told.items())
             if workers is None or worker in workers
         }
@@ -120,11 +121,14 @@ class Holdings:
         more = f", and {len(lacking) - 5} more" if len(lacking) > 5 else ""
         return f"{wanted} needs {least} holders of each shard: {'; '.join(named)}{more}. Place them on further nodes."
 
+    def _counts(self, shard: int, digest: str, right: str) -> bool:
+        return digest in (WITHHELD, right) or (not digest and shard not in self._required)
+
     def _right(self) -> dict[int, str]:
         """Shard -> the digest that counts: the required one, else most holders', of equals the first worker's."""
         right = {}
         for shard in range(self.wish.k):
-            digests = [shards[shard] for _, shards in sorted(self.told.items()) if shards.get(shard)]
+            digests = [d for _, shards in sorted(self.told.items()) if (d := shards.get(shard)) and d != WITHHELD]
             count = Counter(digests)
             right[shard] = self._required.get(shard) or max(digests, key=lambda d: count[d], default="")
         return right

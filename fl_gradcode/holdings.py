@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InvalidSetting, ShardMismatch
-from .manifest import Manifest, checked_path, held_digests
+from .manifest import WITHHELD, Manifest, checked_path, held_digests
+from .privacy_records import BUDGET, FOLDER
 from .wire import Plan
 
 __all__ = ["SHARDS", "SHARDS_DIR", "digests_of", "held_by", "refuse_other_shards", "told_by"]
@@ -38,19 +39,24 @@ def held_by(node_config: Mapping[str, Any]) -> dict[int, str] | None:
 
 
 def told_by(node_config: Mapping[str, Any]) -> tuple[tuple[int, str], ...]:
-    """What a reply says of that; empty if the node does not say."""
-    return tuple(sorted((held_by(node_config) or {}).items()))
+    """What a reply says of that; empty if the node does not say.
+
+    A node with privacy tells no SHA-256 of its data: whoever knows all records but one could find that one by it.
+    """
+    held = held_by(node_config) or {}
+    return tuple(sorted(dict.fromkeys(held, WITHHELD).items() if _is_private(node_config) else held.items()))
 
 
 def refuse_other_shards(plan: Plan, worker: int, node_config: Mapping[str, Any]) -> None:
     """Refuse to train on data that are not what the server takes them for.
 
-    The bytes of a folder are compared with its manifest, and the manifest with the server's, where there is one.
+    The bytes of a folder are compared with its manifest, and the manifest with the server's, where there is one; not
+    so by a node with privacy, whose refusal would tell the server whether it guessed the records right.
 
     Raises:
         ShardMismatch: The node does not hold what it is asked for, or holds something else under its number.
     """
-    held = held_by(node_config)
+    held, private = held_by(node_config), _is_private(node_config)
     for shard in plan.rows[worker].shards:
         wanted = plan.digests.get(shard, "")
         if held is None:
@@ -66,7 +72,12 @@ def refuse_other_shards(plan: Plan, worker: int, node_config: Mapping[str, Any])
                 f"that fl-gradcode place wrote for this code, or correct its {SHARDS_DIR}."
             )
         folder = node_config.get(SHARDS_DIR)
-        if wanted and held[shard] and held[shard] != wanted:
+        if wanted and not held[shard] and not private:
+            raise ShardMismatch(
+                f"The server has a manifest of the shards, and this node says by {SHARDS} only their numbers: start it "
+                f"with --node-config '... {SHARDS_DIR}=\"/path/to/node-{worker}\"'."
+            )
+        if wanted and held[shard] != wanted and not private:
             raise ShardMismatch(
                 f"Shard {shard} of this node has other data than the server's manifest says (SHA-256 "
                 f"{held[shard][:12]}..., not {wanted[:12]}...): fetch the folder node-{worker} anew, and verify it by "
@@ -74,6 +85,10 @@ def refuse_other_shards(plan: Plan, worker: int, node_config: Mapping[str, Any])
             )
         if folder:
             checked_path(Path(str(folder)), shard)
+
+
+def _is_private(node_config: Mapping[str, Any]) -> bool:
+    return FOLDER in node_config or BUDGET in node_config
 
 
 def digests_of(manifest: Manifest | str | os.PathLike[str], k: int) -> dict[int, str]:

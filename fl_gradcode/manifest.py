@@ -22,6 +22,7 @@ from .shard_files import Stamp, check_names, find, hash_shard, stamp_of
 __all__ = [
     "MANIFEST",
     "SHARDS_FILE",
+    "WITHHELD",
     "Manifest",
     "Shard",
     "checked_path",
@@ -32,6 +33,8 @@ __all__ = [
 
 #: Name of the manifest in a node's folder, and of the whole one.
 SHARDS_FILE, MANIFEST = "shards.json", "manifest.json"
+#: Stands for a SHA-256 that a node does not tell.
+WITHHELD = "withheld"
 
 _NAME, _VERSION = "fl-gradcode shards", 1
 _VERIFIED = ".verified.json"

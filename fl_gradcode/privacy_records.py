@@ -14,10 +14,12 @@ from .errors import InvalidSetting
 from .privacy_settings import Privacy, privacy_from_json, privacy_to_json
 from .wire import PARTITION_ID
 
-__all__ = ["BUDGET", "Asked", "Spent", "asked_of", "budget_of", "in_config", "max_delta_of", "trusts_server"]
+__all__ = ["BUDGET", "FOLDER", "Asked", "Spent", "asked_of", "budget_of", "in_config", "max_delta_of", "trusts_server"]
 
 #: Keys of the node config: the data owner's own limits, and whether the server is taken at its word.
 BUDGET, MAX_DELTA, HONEST_SERVER = "max-epsilon", "max-delta", "honest-server"
+#: Key of the node config, and of the run config where all nodes are on one machine: where keys and ledger are.
+FOLDER = "privacy-dir"
 
 #: Key of what is asked and of what was spent, in records of whatever name; ours to a shard has this name too.
 _NAME = "fl-gradcode.privacy"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
-from flwr.app import ArrayRecord, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from .checkpoint import Checkpoint, Saved
@@ -22,7 +24,7 @@ from .running import Run
 from .seeding import global_states, set_global_states
 from .strategy_state import StrategyState
 
-__all__ = ["Continuation", "made_of"]
+__all__ = ["Continuation", "made_of", "request_of"]
 
 _log = logging.getLogger(__name__)
 _KINDS = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
@@ -42,6 +44,22 @@ def made_of(strategy: Strategy, code: GradientCode | None, k: int, options: Opti
         digest = hashlib.sha256(repr((code.B.shape, code.s, code.B.dtype.str)).encode() + code.B.tobytes()).hexdigest()
     privacy = None if options.privacy is None else privacy_to_json(options.privacy, promise_only=True)
     return {"strategy": type(strategy).__name__, "code": digest, "shards": k, "seed": options.seed, _PROMISE: privacy}
+
+
+def request_of(grid: Grid, options: Options, train_config: ConfigRecord | None) -> str:
+    """Digest of what a round's answers depend on besides the model, so far as the server knows it: the app (as its
+    bundle's hash), the run config, the config of messages, the seed, the privacy promise."""
+    run = grid.run
+    known = {
+        "app": getattr(run, "fab_hash", ""),
+        "run-config": sorted(
+            (key, repr(value)) for key, value in (getattr(run, "override_config", None) or {}).items()
+        ),
+        "message-config": sorted((key, repr(value)) for key, value in (train_config or {}).items()),
+        "seed": options.seed,
+        "privacy": None if options.privacy is None else privacy_to_json(options.privacy, promise_only=True),
+    }
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 class Continuation:
@@ -95,8 +113,14 @@ class Continuation:
         """Of the run; None: it has none yet."""
         return self._saved.run if self._saved else self._name
 
-    def take_up(self, run: Run, ledger: Ledger, initial: ArrayRecord) -> ArrayRecord:
+    def take_up(self, run: Run, ledger: Ledger, initial: ArrayRecord, request: str) -> ArrayRecord:
         """Set everything as it was after the last round that is done; the arrays to go on from.
+
+        Args:
+            run: The run.
+            ledger: Its rows behind that round are left out.
+            initial: The model, if it begins.
+            request: See `request_of`.
 
         Raises:
             InvalidSetting: The model has other arrays than the checkpoint's.
@@ -107,20 +131,38 @@ class Continuation:
             return initial
         if privacy is not None:
             privacy.keep = lambda account: checkpoint.save_privacy(run.name, account)
+            privacy.request = request
         saved = self._saved
         if saved is None:
+            if privacy is not None:
+                privacy.begin_anew(checkpoint.load_privacy(run.name))
             self._save(initial)  # so that a run that is killed in its first round keeps its name
             return initial
         _check_arrays(saved.arrays, initial, checkpoint)
         self.done = saved.round
         self._metrics = saved.metrics
         self._state.restore(saved.strategy)
-        if privacy is not None:
-            privacy.take_up(checkpoint.load_privacy(run.name), saved.round)
         run.take_up(ledger.resume(run.name, saved.round))
         set_global_states(saved.randomness)
+        if privacy is not None:
+            self.done = privacy.take_up(saved.privacy, checkpoint.load_privacy(run.name), saved.round)
+            if self.done > saved.round:
+                self._tell_spent(saved.round + 1, self.done)
+                self._save(saved.arrays, self.done)
         _log.info("Going on after round %d of run %s (checkpoint %s).", saved.round, run.name, checkpoint.path)
         return saved.arrays
+
+    def _tell_spent(self, first: int, last: int) -> None:
+        which, its = (
+            (f"Round {first}", "its number") if first == last else (f"Rounds {first} to {last}", "their numbers")
+        )
+        _log.warning(
+            "%s had been asked when the run ended, and would be asked otherwise now (another app or run config, noise "
+            "that is drawn anew, or a lost account): the privacy counts as spent, the model stays as it is, and %s "
+            "will not be used again.",
+            which,
+            its,
+        )
 
     def evaluating(self, evaluate_fn: _Evaluate | None) -> _Evaluate | None:
         """The user's central evaluation, with the numbers that rounds have in the run; it is the last of a round."""

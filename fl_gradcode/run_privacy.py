@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from .account import Account
 from .accounting import Spend, composed, epsilon_of
 from .errors import InvalidSetting
 from .gradient_code import GradientCode
@@ -32,11 +33,9 @@ class RunPrivacy:
 
     def __init__(self, privacy: Privacy, code: GradientCode, run: str, *, send: str = "coded") -> None:
         self.privacy, self.code, self.run, self._send = privacy, code, run, send
-        self._holders = {j: len(code.holders_of(j)) for j in range(code.k)}
-        #: Shard -> ranges of rounds in which its update was, or may have been, released.
-        self._released: dict[int, list[list[int]]] = {j: [] for j in range(code.k)}
-        #: Shard -> draws of noise after decoding: each is a release, also a second one of the same round.
-        self._draws = dict.fromkeys(range(code.k), 0)
+        self._account = Account({j: len(code.holders_of(j)) for j in range(code.k)})
+        #: Digest of all that is asked besides the model, so far as the server knows it.
+        self.request = ""
         self._lost = 0  # draws of rounds that a restart has lost, and that are drawn again
         folder = privacy.folder if isinstance(privacy, CentralNoise) else ""
         self._ledger = SpentLedger(folder) if folder else None
@@ -52,7 +51,8 @@ class RunPrivacy:
     def follow(self, code: GradientCode) -> None:
         """The code is another one from now on; a shard's holders count as the most that it has had."""
         self.code = code
-        self._holders = {j: max(count, len(code.holders_of(j))) for j, count in self._holders.items()}
+        account = self._account
+        account.holders = {j: max(count, len(code.holders_of(j))) for j, count in account.holders.items()}
 
     @property
     def text(self) -> str:
@@ -67,7 +67,7 @@ class RunPrivacy:
             InvalidSetting: More than `max_epsilon`.
         """
         self._knows_all = True
-        one, holders = self.privacy, max(self._holders.values())
+        one, holders = self.privacy, max(self._account.holders.values())
         whole = self._epsilon(num_rounds + self._lost, holders)
         if whole > one.max_epsilon:
             fits = _most(num_rounds, lambda rounds: self._epsilon(rounds + self._lost, holders) <= one.max_epsilon)
@@ -111,8 +111,9 @@ class RunPrivacy:
         self._goes_on(server_round)
         told = {}
         for shard in shards:
-            told[shard] = (self._holders[shard], tuple((first, last) for first, last in self._released[shard]))
-            self._count(shard, server_round)
+            told[shard] = (self._account.holders[shard], self._account.released(shard))
+            self._account.release(shard, (server_round, server_round))
+        self._account.asked = (server_round, self.request if self._repeatable else "")
         self.keep(self.state)
         return told
 
@@ -128,9 +129,9 @@ class RunPrivacy:
 
     def entry(self, inbox: Inbox) -> dict[str, Any]:
         """For the ledger: what was spent so far on the shard that it was most for."""
-        one = self.privacy
-        shard = max(self._holders, key=lambda j: one.spend(self._rounds(j), holders=self._holders[j]).steps)
-        epsilon = self._epsilon(self._rounds(shard), self._holders[shard])
+        one, rounds, holders = self.privacy, self._account.rounds, self._account.holders
+        shard = max(holders, key=lambda j: one.spend(rounds(j), holders=holders[j]).steps)
+        epsilon = self._epsilon(rounds(shard), holders[shard])
         told = inbox.spent
         return {
             "unit": one.unit,
@@ -161,54 +162,85 @@ class RunPrivacy:
                 request = Request(shard, self.run, server_round, "", spend, repeatable=False)
                 most = self.privacy.max_epsilon
                 self._ledger.charge(request, delta=self.privacy.delta, accountant=self.privacy.accountant, budget=most)
-            self._draws[shard] += 1
-            self._count(shard, server_round)
+            self._account.draws[shard] += 1
+            self._account.release(shard, (server_round, server_round))
         self.keep(self.state)
 
     @property
     def state(self) -> dict[str, Any]:
         """What was asked and drawn so far, for a checkpoint."""
-        return {"released": [*self._released.items()], "draws": [*self._draws.items()]}
+        return self._account.state
 
-    def take_up(self, state: dict[str, Any] | None, rounds: int) -> None:
-        """Take up a run of which so many rounds are done.
+    def begin_anew(self, latest: dict[str, Any] | None) -> None:
+        """No round is done.
 
         Args:
-            state: What `state` was last; None: it is not known, and all shards count as asked in all of these rounds.
+            latest: What `state` was last in a run of this name, if there was one.
+
+        Raises:
+            InvalidSetting: That run has asked for rounds: they would be asked again, and counted once.
+        """
+        if latest is not None:
+            earlier = Account(self._account.holders)
+            earlier.merge(latest)
+            if earlier.last_round:
+                raise InvalidSetting(
+                    f"Run {self.run!r} was asked for rounds up to {earlier.last_round} already, and its checkpoint is "
+                    "not there: begun anew, its rounds would be released twice and counted once. Restore the "
+                    "checkpoint, or give the run another name."
+                )
+        self.keep(self.state)
+
+    def take_up(self, saved: dict[str, Any] | None, latest: dict[str, Any] | None, rounds: int) -> int:
+        """Take up a run of which so many rounds are done; returns the number after which its rounds go on.
+
+        That is greater than `rounds` if the next round was asked before and would be asked otherwise now: another
+        answer to it would be a release that nobody counts, or with the same noise one without any. Its number is
+        spent then, and not used again.
+
+        Args:
+            saved: What `state` was when those rounds were done; None: it is not known.
+            latest: What `state` was last. None, or older than `saved`: it is not known, and all shards count as asked
+                in all of these rounds and in the next.
             rounds: How many rounds are done; the one behind them may have been under way.
         """
-        if self._ledger is not None:  # this run's part is in the state, or is counted whole
-            self._before = {()} | {
-                composed(e.spend for e in self._ledger.entries(j) if e.run != self.run) for j in range(self.code.k)
-            }
-        for shard, ranges in state["released"] if state else [(j, [[1, rounds + 1]]) for j in range(self.code.k)]:
-            self._released[int(shard)] = [[int(first), int(last)] for first, last in ranges]
-        if state:
-            self._draws.update({int(shard): int(count) for shard, count in state["draws"]})
-        elif not isinstance(self.privacy, DPSGD):
-            self._draws = dict.fromkeys(self._draws, rounds + 1)
-        self._lost = max(0, max(self._draws.values()) - rounds)
+        account, shards = self._account, range(self.code.k)
+        if self._ledger is not None:  # this run's part is in the account
+            entries = {shard: self._ledger.entries(shard) for shard in shards}
+            self._before = {()} | {composed(e.spend for e in entries[j] if e.run != self.run) for j in shards}
+            for shard in shards:
+                drawn = sum(e.spend.steps for e in entries[shard] if e.run == self.run)
+                account.draws[shard] = max(account.draws[shard], drawn)
+        if latest is not None:
+            account.merge(latest)
+        known = latest is not None and (saved is None or account.covers(saved))
+        if saved is not None:
+            account.merge(saved)
+        if not known:
+            for shard in shards:
+                account.release(shard, (1, rounds + 1))
+                if not isinstance(self.privacy, DPSGD):
+                    account.draws[shard] = max(account.draws[shard], rounds + 1)
+            account.asked = max(account.asked or (0, ""), (rounds + 1, ""))
+        self._lost = max(0, max(account.draws.values()) - rounds)
+        number, request = account.asked or (0, "")
+        if not isinstance(self.privacy, DPSGD) or number <= rounds:
+            return rounds
+        alike = number == rounds + 1 and self._repeatable and request and request == self.request
+        return rounds if alike else number
+
+    @property
+    def _repeatable(self) -> bool:
+        """Whether the same request gets the same answer."""
+        return isinstance(self.privacy, DPSGD) and self.privacy.noise == "shared"
 
     def _goes_on(self, server_round: int) -> None:
         """A run that goes on after a restart, and not by `start`: who was asked in the rounds before is not known here,
         so all shards count as asked."""
-        if not self._knows_all and server_round > 1:
-            for ranges in self._released.values():
-                ranges.append([1, server_round - 1])
+        if not self._knows_all:
+            for shard in range(self.code.k):
+                self._account.release(shard, (1, server_round - 1))
         self._knows_all = True
-
-    def _count(self, shard: int, server_round: int) -> None:
-        ranges = self._released[shard]
-        if ranges and ranges[-1][0] <= server_round <= ranges[-1][1] + 1:
-            ranges[-1][1] = max(ranges[-1][1], server_round)
-        else:
-            ranges.append([server_round, server_round])
-
-    def _rounds(self, shard: int) -> int:
-        return max(self._draws[shard], self._asked_rounds(shard))
-
-    def _asked_rounds(self, shard: int) -> int:
-        return sum(last - first + 1 for first, last in self._released[shard])
 
     @property
     def _told(self) -> str:

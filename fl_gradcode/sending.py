@@ -6,7 +6,10 @@ lost.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Protocol
 
 from flwr.app import Message
@@ -18,7 +21,9 @@ from .incremental import IncrementalDecoder
 from .roster import Roster
 from .wire import Plan, Reply, Row
 
-__all__ = ["CodedSending", "Sending"]
+__all__ = ["CodedSending", "Sending", "known_of", "may_cover"]
+
+_TRIED = 200  # cases that are looked at to tell whether all is lost; then it is not
 
 
 class Sending(Protocol):
@@ -52,8 +57,8 @@ class Sending(Protocol):
         """Which replies to read; see `StopRule`."""
 
     def hopeless(self, nodes: Sequence[int], inbox: Inbox) -> bool:
-        """Whether it stays undecodable with replies of all these nodes; one that is not known may be any missing
-        worker."""
+        """Whether it stays undecodable with replies of all these nodes; each that is not known may be any one of the
+        missing workers."""
 
     def offered(self, arrival: Arrival, *, good: bool) -> None:
         """A reply was read."""
@@ -145,17 +150,30 @@ class CodedSending:
         """Whether it stays undecodable even with all of `nodes`."""
         if inbox.best is not None and inbox.best.decoder.decodable:
             return False  # only the noise is still waited for
-        workers = [self.roster.worker_of(node) for node in nodes]
-        outstanding = {i for i in workers if i is not None}
-        if None in workers or self.roster.contested:
-            outstanding.update(self.roster.missing(self._participants))
-        outstanding &= self._participants
-        outstanding -= {i for bucket in inbox.buckets.values() for i in bucket.senders}
+        answered = {i for bucket in inbox.buckets.values() for i in bucket.senders}
+        known, strangers = known_of(nodes, self.roster)
+        known = (known & self._participants) - answered
+        missing = set(self.roster.missing(self._participants)) - answered if strangers else set()
         decoders = [bucket.decoder for bucket in inbox.buckets.values()] or [self.code.incremental()]
         for decoder in decoders:
-            if len(self._participants - outstanding - set(decoder.survivors)) <= self.code.s:
+            silent = len(self._participants - known - set(decoder.survivors)) - min(strangers, len(missing))
+            if silent <= self.code.s:
                 return False  # what the code guarantees
-        return not self.code.exact or all(decoder.hopeless(outstanding) for decoder in decoders)
+        if not self.code.exact:
+            return True
+        return all(self._is_lost(decoder, known, missing, strangers) for decoder in decoders)
+
+    def _is_lost(self, decoder: IncrementalDecoder, known: set[int], missing: set[int], strangers: int) -> bool:
+        """Whether nothing that so many of the missing workers send completes what is known."""
+        if decoder.hopeless(known | missing) or strangers >= len(missing):
+            return decoder.hopeless(known | missing)
+        shards = {i: set(self.code.shards_of(i)) for i in self._participants}
+        wanted = set(range(self.code.k)).difference(*(shards[i] for i in known | set(decoder.survivors)))
+        if not may_cover(wanted, [shards[i] for i in missing], strangers):
+            return True
+        if math.comb(len(missing), strangers) > _TRIED:
+            return False
+        return all(decoder.hopeless(known | set(few)) for few in itertools.combinations(missing, strangers))
 
     def offered(self, arrival: Arrival, *, good: bool) -> None:
         """Nothing to do."""
@@ -166,6 +184,32 @@ class CodedSending:
     def release(self) -> None:
         """Let go of the decoder."""
         self._trial = None
+
+
+def known_of(nodes: Iterable[int], roster: Roster) -> tuple[set[int], int]:
+    """Which workers they are, and how many more there may be among them: nodes that are not known, or that say that
+    they are the same worker; where two do, at least one, until both were heard."""
+    workers = [roster.worker_of(node) for node in nodes]
+    known = {i for i in workers if i is not None}
+    return known, max(len(workers) - len(known), int(roster.contested))
+
+
+def may_cover(wanted: AbstractSet[int], sets: Sequence[AbstractSet[int]], count: int) -> bool:
+    """Whether `count` of the sets may cover all that is wanted; True too where it takes long to tell."""
+    steps = 10 * _TRIED
+
+    def covers(wanted: AbstractSet[int], count: int) -> bool:
+        nonlocal steps
+        steps -= 1
+        if not wanted or steps < 0:
+            return True
+        inside = [one & wanted for one in sets]
+        if count * max(map(len, inside), default=0) < len(wanted):
+            return False
+        rarest = min(wanted, key=lambda j: sum(j in one for one in inside))
+        return any(covers(wanted - one, count - 1) for one in inside if rarest in one)
+
+    return covers(wanted, count)
 
 
 def _first(workers: Sequence[int], groups: Sequence[Sequence[int]], m: int) -> list[int]:

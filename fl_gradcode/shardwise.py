@@ -25,7 +25,7 @@ from .inbox import Inbox
 from .incremental import IncrementalDecoder
 from .roster import Roster
 from .schemes import first_shards
-from .sending import CodedSending
+from .sending import CodedSending, known_of, may_cover
 from .ways import Way
 from .wire import Plan, Reply, Row
 
@@ -157,14 +157,15 @@ class ShardSending:
 
     def hopeless(self, nodes: Sequence[int], inbox: Inbox) -> bool:
         """Whether some shard has no copy and no holder among `nodes`."""
-        workers = {node: self.roster.worker_of(node) for node in nodes if node not in self._failed}
+        able = [node for node in nodes if node not in self._failed]
+        _, strangers = known_of(able, self.roster)
         possible = self._covered(inbox)
-        for node, worker in workers.items():
-            if worker is not None:
-                possible.update(set(self._shards.get(worker, ())) - self._sent.get(node, set()))
-        if None in workers.values() or self.roster.contested:
-            possible.update(*(self._shards[i] for i in self.roster.missing(self._shards)))
-        return not possible.issuperset(self._row)
+        for node in able:
+            worker = self.roster.worker_of(node)
+            mine = () if worker is None else self._shards.get(worker, ())
+            possible.update(set(mine) - self._sent.get(node, set()))
+        missing = [set(self._shards[i]) for i in self.roster.missing(self._shards)]
+        return not may_cover(set(self._row) - possible, missing, min(strangers, len(missing)))
 
     def offered(self, arrival: Arrival, *, good: bool) -> None:
         """A node that failed gets no more work in this phase."""

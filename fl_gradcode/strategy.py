@@ -24,7 +24,7 @@ from .manifest import Manifest
 from .options import Approximation, Options
 from .privacy_settings import Privacy
 from .probing import discover
-from .resuming import Continuation, made_of
+from .resuming import Continuation, made_of, request_of
 from .roster import Roster
 from .running import Run
 from .seeding import keep_flower_apart
@@ -196,7 +196,8 @@ class GradientCoding(Strategy):
         with self._continuation() as going:
             self._going = going
             run = self._run = self._new_run(going, waiting, timeout)
-            self._arrays = going.take_up(run, self.ledger, initial_arrays)
+            request = request_of(grid, self.options, train_config)
+            self._arrays = going.take_up(run, self.ledger, initial_arrays, request)
             left = num_rounds - going.done
             if left < 1 <= going.done:
                 _log.info("All %d rounds of run %s are done: nothing is left to do.", going.done, self.run)

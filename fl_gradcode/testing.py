@@ -9,6 +9,7 @@ This is the only module that touches Flower's task identity, without which no `M
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace, TracebackType
@@ -42,18 +43,33 @@ class ManualClock:
         self._seconds += seconds
 
 
+_IDENTITY = ("_task_id", "_run_id", "_node_id")
+_pretending = threading.Lock()
+_pretended: list[tuple[Any, ...]] = []  # what was there before, and what is pretended
+
+
 @contextmanager
 def inside_a_run(run_id: int = 1) -> Iterator[None]:
-    """Pretend to be a Flower task, as building a `Message` requires; restored at the end."""
-    names = ("_task_id", "_run_id", "_node_id")
-    before = {name: getattr(TaskIdentity, name) for name in names}
-    for name, value in zip(names, (0, run_id, 1), strict=True):
-        setattr(TaskIdentity, name, value)
+    """Pretend to be a Flower task, as building a `Message` requires; restored once all are left, in whatever thread."""
+    mine = (0, run_id, 1)
+    with _pretending:
+        if not _pretended:
+            _pretended.append(tuple(getattr(TaskIdentity, name) for name in _IDENTITY))
+        _pretended.append(mine)
+        _pretend(mine)
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(TaskIdentity, name, value)
+        with _pretending:
+            _pretended.remove(mine)
+            _pretend(_pretended[-1])
+            if len(_pretended) == 1:
+                _pretended.clear()
+
+
+def _pretend(identity: tuple[Any, ...]) -> None:
+    for name, value in zip(_IDENTITY, identity, strict=True):
+        setattr(TaskIdentity, name, value)
 
 
 class InProcessGrid(Grid, ArrivalSource):

@@ -152,7 +152,8 @@ class Reply:
         fixed_data: Whether it never read `partition-id`.
         spent: With privacy: for each shard its number, the digest of what its key was bound to, and epsilon of this run
             and of all runs.
-        holds: Under an open plan: the shards that the node holds, and the SHA-256 of each; empty: not known.
+        holds: Under an open plan: the shards that the node holds, and the SHA-256 of each; empty: not known; `WITHHELD`
+            (see `manifest`): the node does not tell, for its records' sake.
     """
 
     run: str

@@ -59,7 +59,7 @@ LAYERS = (
     # What privacy needs apart from Flower. PyTorch and the rest are granted below, module by module: they are extras.
     Layer(
         "protection",
-        names("accounting opacus_import privacy_settings keyed key_files spending")
+        names("account accounting opacus_import privacy_settings keyed key_files spending")
         | names("dp_optimizer stepping ghost_clipping"),
         peers=True,
     ),

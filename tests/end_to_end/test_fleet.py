@@ -97,7 +97,6 @@ class Killer:
 
     def __init__(self, engine: Engine, rng: np.random.Generator) -> None:
         self._engine, self._rng = engine, rng
-        self._known: set[int] = set()
         self._down = False
         self._next = 0.0
         #: (when it was killed, worker, when it was listed again)
@@ -107,21 +106,22 @@ class Killer:
         ended = [event["time"] for event in events() if event["what"] == "went on"]
         if len(ended) < 2 or len(ended) > KILL_ROUNDS:
             return
-        online = {node["id"] for node in self._engine.listed_nodes() if node["status"] == "online"}
         if self._down:
-            if online - self._known:
+            node = self._engine.node_id(int(self.kills[-1][1]))
+            if node is not None and node in self._online():
                 self._down = False
                 self.kills[-1].append(time.time())
-                self._next = time.monotonic() + float(self._rng.uniform(0, 1.2)) * (ended[-1] - ended[0]) / (
-                    len(ended) - 1
-                )
+                a_round = (ended[-1] - ended[0]) / (len(ended) - 1)
+                self._next = time.monotonic() + float(self._rng.uniform(0, 1.2)) * a_round
         elif time.monotonic() >= self._next:
             worker = int(self._rng.integers(NODES))
             self._engine.kill_node(worker)
             self.kills.append([time.time(), worker])
             self._engine.start_node(worker)
             self._down = True
-        self._known |= online
+
+    def _online(self) -> set[int]:
+        return {node["id"] for node in self._engine.listed_nodes() if node["status"] == "online"}
 
 
 @pytest.fixture(scope="module")

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from flwr.app import ConfigRecord
 
-from fl_gradcode import GradientCoding
+from fl_gradcode import GradientCoding, Ledger, VirtualGrid
 from fl_gradcode.errors import InvalidSetting
+from fl_gradcode.latency import Latency
 from fl_gradcode.privacy import CentralNoise
+from fl_gradcode.resuming import request_of
 from tests.conftest import flat
-from tests.privacy.private_app import keys_for
-from tests.privacy.test_run_privacy import ANY_CODE, CODES, clients, hand_computed, private, start
+from tests.privacy.private_app import initial, keys_for, settings
+from tests.privacy.test_run_privacy import ANY_CODE, CODES, clients, hand_computed, private, rounds_of, start
 
 ROUNDS = 4
 
@@ -100,3 +104,116 @@ def test_rounds_that_are_done_are_not_priced_by_other_noise(other: Any, tmp_path
         start(central(tmp_path, 3), grid(), ROUNDS)
     with pytest.raises(InvalidSetting, match="a run with another privacy promise. Go on with the same one"):
         start(kept(CODES["fractional"], tmp_path, privacy=other), grid(), ROUNDS)
+
+
+def run_on(strategy: GradientCoding, grid: Any, config: dict[str, Any] | None = None) -> Any:
+    with grid:
+        virtual = VirtualGrid(grid, Latency(compute=1.0))
+        asked = ConfigRecord(config or {})
+        return strategy.start(virtual, initial(), num_rounds=ROUNDS, timeout=1000.0, train_config=asked)
+
+
+def numbers(strategy: GradientCoding) -> list[int]:
+    return [row["round"] for row in strategy.ledger.rows]
+
+
+@pytest.mark.parametrize("change", ["message", "independent noise", "nothing"])
+def test_a_round_that_would_be_asked_otherwise_is_not_asked_again(
+    change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Killed in round 3; its answers would be other ones now: its number is spent, as the account says."""
+    code = CODES["cyclic"]
+    options: dict[str, Any] = {"privacy": settings(noise="independent")} if change == "independent noise" else {}
+    with pytest.raises(Killed):
+        run_on(kept(code, tmp_path, 3, **options), clients(code, tmp_path))
+    again = kept(code, tmp_path, **options)
+    run_on(again, clients(code, tmp_path), {"local-epochs": 2} if change == "message" else None)
+    holders = 3 if options else 1
+    assert numbers(again) == ([1, 2, 3, 4] if change == "nothing" else [1, 2, 4])
+    assert ("Round 3 had been asked" in caplog.text) == (change != "nothing")
+    assert all(row["train"]["outcome"] == "exact" and not row["train"]["rejected"] for row in again.ledger.rows)
+    told = again.ledger.rows[-1]["train"]["privacy"]["epsilon"]
+    assert told == pytest.approx(hand_computed(ROUNDS, holders), rel=1e-9)
+    nodes = [rounds_of(tmp_path, worker, shard) for worker in range(6) for shard in code.shards_of(worker)]
+    assert all(len(rounds) == len(set(rounds)) for rounds in nodes)  # nobody answers a number twice
+    # A run that is done stays done, and its account with it.
+    run_on(kept(code, tmp_path, **options), clients(code, tmp_path), {"local-epochs": 3})
+    assert [row["round"] for row in Ledger.read(tmp_path / "ledger.jsonl")] == numbers(again)
+
+
+def test_another_app_or_run_config_is_another_request() -> None:
+    def grid(**run: Any) -> Any:
+        return SimpleNamespace(run=SimpleNamespace(**run))
+
+    options = private(CODES["cyclic"]).options
+    config = {"fab_hash": "a", "override_config": {"lr": 0.1, "privacy-dir": "/x"}}
+    one = request_of(grid(**config), options, None)
+    assert request_of(grid(**config), options, ConfigRecord()) == one
+    others = [
+        request_of(grid(**{**config, "fab_hash": "b"}), options, None),
+        request_of(grid(**{**config, "override_config": {"lr": 0.2}}), options, None),
+        request_of(grid(**config), options, ConfigRecord({"epochs": 2})),
+        request_of(grid(**config), private(CODES["cyclic"], seed=1).options, None),
+        request_of(grid(**config), private(CODES["cyclic"], privacy=settings(steps=4)).options, None),
+        request_of(grid(run_id=1), options, None),
+    ]
+    assert len({one, *others}) == 1 + len(others)
+
+
+def test_an_account_older_than_the_checkpoint_is_not_believed(tmp_path: Path) -> None:
+    code = CODES["fractional"]
+    for killed_in in (1, 3):
+        with pytest.raises(Killed):
+            start(kept(code, tmp_path, killed_in), clients(code, tmp_path), ROUNDS)
+        if killed_in == 1:
+            shutil.copy(tmp_path / "run.ckpt.privacy", tmp_path / "backup")
+    shutil.copy(tmp_path / "backup", tmp_path / "run.ckpt.privacy")
+    strategy = kept(code, tmp_path)
+    start(strategy, clients(code, tmp_path), ROUNDS)
+    assert numbers(strategy) == [1, 2, 4]  # round 3 may have been asked
+    assert strategy.ledger.rows[-1]["train"]["privacy"]["epsilon"] == pytest.approx(hand_computed(ROUNDS), rel=1e-9)
+
+
+def test_a_checkpoint_older_than_the_account_goes_on_behind_it(tmp_path: Path) -> None:
+    code = CODES["fractional"]
+    with pytest.raises(Killed):
+        start(kept(code, tmp_path, 2), clients(code, tmp_path), ROUNDS)
+    shutil.copy(tmp_path / "run.ckpt", tmp_path / "backup")  # after round 1
+    with pytest.raises(Killed):
+        start(kept(code, tmp_path, 3), clients(code, tmp_path), ROUNDS)
+    shutil.copy(tmp_path / "backup", tmp_path / "run.ckpt")
+    strategy = kept(code, tmp_path)
+    start(strategy, clients(code, tmp_path), ROUNDS)
+    assert numbers(strategy) == [1, 4]
+    assert strategy.ledger.rows[-1]["train"]["privacy"]["epsilon"] == pytest.approx(hand_computed(ROUNDS), rel=1e-9)
+
+
+def test_a_name_is_not_begun_anew_without_its_checkpoint(tmp_path: Path) -> None:
+    code = CODES["fractional"]
+    with pytest.raises(Killed):
+        start(kept(code, tmp_path, 3), clients(code, tmp_path), ROUNDS)
+    (tmp_path / "run.ckpt").unlink()
+    with pytest.raises(InvalidSetting, match="Run 'r' was asked for rounds up to 3 already"):
+        start(kept(code, tmp_path), clients(code, tmp_path), ROUNDS)
+    strategy = kept(code, tmp_path, run="another")
+    start(strategy, clients(code, tmp_path), ROUNDS)
+    assert numbers(strategy) == [1, 2, 3, 4]
+
+
+def test_noise_that_was_never_drawn_is_not_charged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before the first round, while it waited for nodes."""
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    grid = lambda: clients(CODES["fractional"], tmp_path / "keys")  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr("fl_gradcode.running.Run.begin", killed)
+        with pytest.raises(Killed):
+            start(central(tmp_path), grid(), ROUNDS)
+    assert (tmp_path / "run.ckpt").exists()
+    strategy = central(tmp_path)
+    start(strategy, grid(), ROUNDS)
+    noise = strategy.options.privacy
+    assert isinstance(noise, CentralNoise)
+    assert strategy.ledger.rows[-1]["train"]["privacy"]["epsilon"] == pytest.approx(noise.epsilon(ROUNDS))

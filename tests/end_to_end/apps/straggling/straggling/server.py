@@ -80,7 +80,7 @@ def _take_turns(grid: Grid, config: Any, folder: Path) -> None:
             evaluate_fn=over,
         )
         np.savez(folder / f"block-{block}.npz", *result.arrays.to_numpy_ndarrays())
-        if coded:
+        if coded and block + 1 < config["blocks"]:
             _wake_up(folder, block)
 
 
