@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -81,6 +83,8 @@ def cut(source: Path, folder: Path, split: str, shards: int | None, default: int
     digits = max(3, len(str(len(parts) - 1)))
     paths = [folder / f"shard-{j:0{digits}}{source.suffix.lower()}" for j in range(len(parts))]
     file.write(paths, parts)
+    for path in paths:
+        shutil.copymode(source, path)  # what only its owner could read stays so
     return {path: len(part) for path, part in zip(paths, parts, strict=True)}
 
 
@@ -89,9 +93,12 @@ class _Npz:
 
     def __init__(self, path: Path) -> None:
         try:
-            with np.load(path, allow_pickle=False) as file:
+            loaded = np.load(path, allow_pickle=False)
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
+                raise ValueError("it is one array without a name, a .npy")
+            with loaded as file:
                 self.arrays: dict[str, NDArray[Any]] = {name: file[name] for name in file.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
             raise InvalidSetting(f"{path} cannot be read as a .npz: {str(error).rstrip('.')}.") from None
         lengths = {name: len(array) if array.ndim else None for name, array in self.arrays.items()}
         if len({*lengths.values()}) != 1 or None in lengths.values():
@@ -109,9 +116,12 @@ class _Npz:
         return self.arrays[name]
 
     def write(self, paths: Sequence[Path], parts: Sequence[NDArray[np.int64]]) -> None:
-        """The shards."""
+        """The shards; as `np.savez` writes them, which takes no array that is called "file"."""
         for path, part in zip(paths, parts, strict=True):
-            np.savez(path, **{name: array[part] for name, array in self.arrays.items()})  # type: ignore[arg-type]
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as packed:
+                for name, array in self.arrays.items():
+                    with packed.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, array[part], allow_pickle=False)
 
 
 class _Csv:
@@ -143,19 +153,28 @@ class _Csv:
         for path in paths:
             self._append(path, [self.header])
         kept: dict[int, list[list[str]]] = {}
+        found = 0
         with closing(_records(self.path)) as records:
-            next(records)
+            next(records, None)
             for i, record in enumerate(records):
+                found = i + 1
+                if found > self.examples:
+                    break
                 kept.setdefault(int(owner[i]), []).append(record)
                 if i % _ROWS == _ROWS - 1 or i == self.examples - 1:
                     for j, rows in kept.items():
                         self._append(paths[j], rows)
                     kept.clear()
+        if found != self.examples:
+            raise InvalidSetting(f"{self.path} changed while it was cut: place again once nobody writes to it.")
 
     @staticmethod
     def _append(path: Path, rows: list[list[str]]) -> None:
         with path.open("a", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+            plain = csv.writer(file, lineterminator="\n")
+            quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+            for row in rows:  # a carriage return alone ends a record too, unless it is quoted
+                (quoted if any("\r" in cell for cell in row) else plain).writerow(row)
 
 
 def _split(file: _Npz | _Csv, split: str, shards: int | None, default: int, seed: int) -> list[NDArray[np.int64]]:

@@ -80,7 +80,7 @@ class Manifest:
 
     def __post_init__(self) -> None:
         numbers = [shard.number for shard in self.shards]
-        wrong = [*Counter(numbers) - Counter(range(self.k))]
+        wrong = [j for j, times in Counter(numbers).items() if times > 1 or not 0 <= j < self.k]
         if wrong:
             raise InvalidSetting(f"Shard {wrong[0]} is listed twice, or is not among the shards 0..{self.k - 1}.")
         check_names([shard.name for shard in self.shards])
@@ -106,7 +106,7 @@ class Manifest:
                 f"{file} cannot be read ({error.strerror}): it comes with the folder that fl-gradcode place wrote for "
                 "this node."
             ) from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InvalidSetting(f"{file} is not JSON, perhaps cut off while it was copied: bring it anew.") from None
         try:
             name, _, version = str(told["format"]).rpartition(" ")
@@ -228,7 +228,7 @@ def write_atomically(path: Path, text: str) -> None:
 def _verified(folder: Path) -> dict[str, Any]:
     try:
         told = json.loads((folder / _VERIFIED).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return told if isinstance(told, dict) else {}
 

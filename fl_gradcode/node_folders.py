@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from .cutting import count_examples
 from .errors import FlGradcodeError, InvalidSetting
 from .manifest import MANIFEST, SHARDS_FILE, Manifest, Shard, write_atomically
-from .shard_files import check_names, copy_shard, find, hash_shard, link_shard, sizes, visible
+from .shard_files import check_names, copy_shard, find, hash_shard, link_shard, same_mode, sizes, visible
+
+try:
+    import fcntl
+except ImportError:  # Windows: there two runs can write to one folder
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["ASSIGNMENT", "shards_in", "unfinished", "write_folders"]
 
@@ -21,6 +27,7 @@ __all__ = ["ASSIGNMENT", "shards_in", "unfinished", "write_folders"]
 ASSIGNMENT = "assignment.json"
 
 _DRAFT = ".placing-"
+_NODE = re.compile(r"node-\d+")
 
 
 def shards_in(folder: Path) -> dict[Path, int | None]:
@@ -58,6 +65,11 @@ def unfinished(out: Path, source: Path, *, force: bool) -> Iterator[Path]:
         raise InvalidSetting(f"{out} holds {what}: give a new folder, or --force to replace what place writes.")
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
+    with _alone(out):
+        yield from _draft(out, made=made)
+
+
+def _draft(out: Path, *, made: bool) -> Iterator[Path]:
     for stale in out.glob(f"{_DRAFT}*"):  # of a run that was killed
         shutil.rmtree(stale, ignore_errors=True)
     draft = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=out))
@@ -69,6 +81,23 @@ def unfinished(out: Path, source: Path, *, force: bool) -> Iterator[Path]:
             out.rmdir()
 
 
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """One run at a time; a process that dies lets go."""
+    with ExitStack() as stack:
+        if fcntl is not None:
+            handle = os.open(out, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            with suppress(OSError):  # a file system without locks
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise InvalidSetting(
+                        f"Another fl-gradcode place is writing to {out}: wait until it has ended."
+                    ) from None
+        yield
+
+
 def write_folders(
     draft: Path,
     shards: Mapping[Path, int | None],
@@ -76,8 +105,12 @@ def write_folders(
     *,
     code: str = "",
     link: bool = False,
+    like: Path | None = None,
 ) -> Manifest:
     """Write `node-0`, `node-1`, ... beside the draft, `assignment.json`, and last `manifest.json`.
+
+    Whenever it is cut off, what lies in a node's folder is listed in the folder's `shards.json`, so that the next run
+    can take it away; a folder that is not complete has shards that are missing, and there is no `manifest.json`.
 
     Args:
         draft: Of `unfinished`.
@@ -85,17 +118,24 @@ def write_folders(
         held: Of each worker, the shards that it receives.
         code: The code they are for, as a line of Python.
         link: Hard links instead of copies.
+        like: The folder of the data: nodes' folders get its mode.
 
     Raises:
-        InvalidSetting: A shard is empty or changes meanwhile, the disk is too full, or a link is not possible.
+        InvalidSetting: A shard is empty or changes meanwhile, the disk is too full, or a link is not possible; or
+            something is in the way that was not placed.
     """
     out = draft.parent
     total = _room_for(out, shards, held, link=link)
     assigned = tuple(tuple(sorted(one)) for one in held)
     found: dict[int, Shard] = {}
     nodes = [draft / f"node-{worker}" for worker in range(len(assigned))]
+    names = [path.name for path in shards]
+    for worker, node in enumerate(nodes):
+        _refuse_what_is_in_the_way(out / node.name, [names[number] for number in assigned[worker]])
     for node in nodes:
         node.mkdir()
+        if like is not None:
+            same_mode(like, node)
     for number, (path, examples) in enumerate(shards.items()):
         targets = [nodes[worker] / path.name for worker, one in enumerate(assigned) if number in one]
         told = _place(path, targets, link=link)
@@ -108,8 +148,8 @@ def write_folders(
         raise InvalidSetting("The shards changed while they were copied: place them again once nobody writes to them.")
     # From here on an earlier placement is no longer there as a whole, and must not seem to be.
     (out / MANIFEST).unlink(missing_ok=True)
-    for earlier in out.glob("node-*"):
-        _clear(earlier)
+    for earlier in _nodes_in(out):
+        _clear(earlier, draft)
     for node in nodes:
         _bring(node, out / node.name)
     write_atomically(out / ASSIGNMENT, json.dumps(assigned) + "\n")
@@ -150,37 +190,53 @@ def _place(path: Path, targets: Sequence[Path], *, link: bool) -> tuple[int, str
     return written.pop()
 
 
-def _clear(folder: Path) -> None:
-    """Remove the shards of an earlier placement and nothing else: keys and what privacy spent stay."""
+def _nodes_in(out: Path) -> list[Path]:
+    """Folders of nodes, as an earlier run named them."""
+    return sorted(path for path in out.iterdir() if _NODE.fullmatch(path.name) and path.is_dir())
+
+
+def _refuse_what_is_in_the_way(node: Path, names: Sequence[str]) -> None:
+    """Before anything is changed: what an earlier run did not place is not replaced."""
+    if node.is_symlink() or (node.exists() and not node.is_dir()):
+        raise InvalidSetting(f"{node} is no folder of its own: move it away, or give another folder.")
+    placed = {shard.name for shard in _placed(node)}
+    for name in names:
+        if name not in placed and (there := find(node, name)) is not None:
+            raise InvalidSetting(f"{there} was not placed, and would be replaced: move it away.")
+
+
+def _placed(folder: Path) -> tuple[Shard, ...]:
+    """What an earlier run placed there, or was about to."""
     try:
-        earlier = Manifest.read(folder / SHARDS_FILE)
+        return Manifest.read(folder / SHARDS_FILE).shards
     except FlGradcodeError:
-        return
-    (folder / SHARDS_FILE).unlink()  # first: what is left over when this is cut off is no node's folder
-    (folder / ".verified.json").unlink(missing_ok=True)
-    for shard in earlier.shards:
+        return ()
+
+
+def _clear(folder: Path, draft: Path) -> None:
+    """Take away the shards of an earlier placement and nothing else: keys and what privacy spent stay.
+
+    The manifest goes last: whatever is left when this is cut off is still listed.
+    """
+    earlier = _placed(folder)
+    away = Path(tempfile.mkdtemp(prefix="earlier-", dir=draft))  # goes with the draft
+    for shard in earlier:
         if (path := find(folder, shard.name)) is not None:
-            _remove(path)
-    if not any(folder.iterdir()):
-        folder.rmdir()
+            os.replace(path, away / shard.name)
+    if earlier:
+        (folder / ".verified.json").unlink(missing_ok=True)
+        (folder / SHARDS_FILE).unlink()
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _bring(node: Path, target: Path) -> None:
-    """Move a node's folder to its place; into one with other things, its manifest last."""
+    """Move a node's folder to its place; into one with other things its manifest first, which lists what comes."""
     if not target.exists():
         node.rename(target)
         return
-    for path in sorted(node.iterdir(), key=lambda path: path.name == SHARDS_FILE):
-        if (target / path.name).exists():
-            _remove(target / path.name)
+    for path in sorted(node.iterdir(), key=lambda path: path.name != SHARDS_FILE):
         os.replace(path, target / path.name)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def _bytes(path: Path) -> int:

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .assignment import Assignment, assign
-from .border import as_pattern
-from .codes import cyclic_repetition, fractional_repetition
 from .cutting import SPLITS, cut
 from .errors import FlGradcodeError
 from .manifest import MANIFEST, Manifest
 from .node_folders import ASSIGNMENT, shards_in, unfinished, write_folders
+from .placement_wish import CODES, Wish, numbers, words
 from .privacy_commands import one_sentence
 from .shards import Finding, verify_folder
 
 __all__ = ["place"]
 
-_CODES = ("fractional", "cyclic", "assignment")
 _SHOWN = 40  # lines of a table
 
 
@@ -42,7 +38,7 @@ def place(
     code: Annotated[
         str | None,
         typer.Option(
-            help=f"Who holds what: {', '.join(_CODES)} (fractional by default, assignment with the next three)."
+            help=f"Who holds what: {', '.join(CODES)} (fractional by default, assignment with the next three)."
         ),
     ] = None,
     capacities: Annotated[str | None, typer.Option(help="Shards that each worker can take: 6,6,3,3.")] = None,
@@ -71,7 +67,7 @@ def place(
                     "Say what to place, and where: fl-gradcode place SOURCE OUT --workers N; or --check FOLDER "
                     "[--against MANIFEST]."
                 )
-            wish = _Wish(workers, s, m, code, _numbers(capacities), _words(domains), assignment)
+            wish = Wish(workers, s, m, code, numbers(capacities), words(domains), assignment)
             manifest = _write(source, out, wish, shards, split, seed, link=link, force=force)
     if check is not None:
         _tell_findings(check, findings, as_json=as_json)
@@ -82,82 +78,8 @@ def place(
     _tell_placed(manifest, out.resolve(), linked=link, as_json=as_json)
 
 
-@dataclass(frozen=True)
-class _Wish:
-    """What the command line asks of the code."""
-
-    workers: int | None
-    s: int
-    m: int
-    code: str | None
-    capacities: list[int] | None
-    domains: list[str] | None
-    assignment: Path | None
-
-    def n(self) -> int:
-        """Number of workers, from whatever says it."""
-        told = {
-            "--workers": self.workers,
-            "--capacities": None if self.capacities is None else len(self.capacities),
-            "--domains": None if self.domains is None else len(self.domains),
-            "--assignment": None if self.assignment is None else len(_lists(self.assignment)),
-        }
-        given = {name: value for name, value in told.items() if value is not None}
-        if not given:
-            raise FlGradcodeError("The number of workers is missing: say --workers N.")
-        if len({*given.values()}) > 1:
-            raise FlGradcodeError(
-                f"Options differ in the number of workers: {', '.join(f'{a} {b}' for a, b in given.items())}."
-            )
-        n = next(iter(given.values()))
-        if n < 1:
-            raise FlGradcodeError(f"--workers {n} must be at least 1.")
-        return n
-
-    def held(self, k: int) -> tuple[list[tuple[int, ...]], str]:
-        """Of each worker, its shards of k; and the code as a line of Python."""
-        n, s, m = self.n(), self.s, self.m
-        free = (self.capacities, self.domains, self.assignment)
-        code = self.code or ("fractional" if all(one is None for one in free) else "assignment")
-        if code not in _CODES:
-            raise FlGradcodeError(f"--code {code!r} must be one of {', '.join(_CODES)}.")
-        if code != "assignment" and any(one is not None for one in free):
-            raise FlGradcodeError(
-                f"--code {code} says who holds what: leave out --capacities, --domains, --assignment."
-            )
-        if code == "fractional":
-            made = fractional_repetition(n, s, k=k, m=m)
-            line = f"fractional_repetition({n}, {s}{f', k={k}' if k != n else ''}{f', m={m}' if m > 1 else ''})"
-            return [made.shards_of(worker) for worker in range(n)], line
-        if code == "cyclic":
-            if k != n or m != 1:
-                raise FlGradcodeError(
-                    f"--code cyclic needs as many shards as workers, and m=1; here k={k}, n={n}, m={m}."
-                )
-            made = cyclic_repetition(n, s, rng=np.random.default_rng(0))
-            return [
-                made.shards_of(worker) for worker in range(n)
-            ], f"cyclic_repetition({n}, {s}, rng=np.random.default_rng(0))"
-        if self.assignment is not None:
-            if self.capacities or self.domains:
-                raise FlGradcodeError("--assignment says who holds what: leave out --capacities and --domains.")
-            plan = Assignment(as_pattern(_lists(self.assignment), k))
-            if plan.largest_s(m) < s:
-                few = min(range(k), key=lambda shard: len(plan.holders_of(shard)))
-                raise FlGradcodeError(
-                    f"Shard {few} has {len(plan.holders_of(few))} holders in {self.assignment}; s={s} at m={m} needs "
-                    f"{s + m}."
-                )
-        else:
-            # Without capacities, everybody takes an equal part.
-            capacities = self.capacities or [-(-k * (s + m) // n)] * n
-            plan = assign(k, capacities, s=s, m=m, domains=self.domains)
-        held = [plan.shards_of(worker) for worker in range(n)]
-        return held, f"for_assignment(Manifest.read(path).held, s={s}{f', m={m}' if m > 1 else ''})"
-
-
 def _write(
-    source: Path, out: Path, wish: _Wish, shards: int | None, split: str, seed: int, *, link: bool, force: bool
+    source: Path, out: Path, wish: Wish, shards: int | None, split: str, seed: int, *, link: bool, force: bool
 ) -> Manifest:
     if not source.exists():
         raise FlGradcodeError(f"There is no {source}.")
@@ -172,7 +94,7 @@ def _write(
             pieces.mkdir()
             found = {**cut(source, pieces, split, shards, n, seed)}
         held, line = wish.held(len(found))
-        return write_folders(draft, found, held, code=line, link=link)
+        return write_folders(draft, found, held, code=line, link=link, like=source if source.is_dir() else None)
 
 
 def _tell_placed(manifest: Manifest, out: Path, *, linked: bool, as_json: bool) -> None:
@@ -248,44 +170,13 @@ def _tell_findings(folder: Path, findings: tuple[Finding, ...], *, as_json: bool
         )
     if len(told_first) > _SHOWN:
         console.print(f"... and {len(told_first) - _SHOWN} more: --json lists all")
-    console.print(f"{right} of {right + len(bad)} shards in {folder} are right.", highlight=False, soft_wrap=True)
+    lines = [f"{right} of {right + len(bad)} shards in {folder} are right."]
     if bad:
         worker = Manifest.read(folder).worker
-        console.print(
-            f"Fetch the folder node-{worker} anew, such as by rsync --checksum, and check it again.",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
-
-
-def _lists(path: Path) -> list[list[int]]:
-    try:
-        told: Any = json.loads(path.read_text())
-        found = [[int(shard) for shard in one] for one in told]
-        if (
-            not found
-            or len(found) < len(told)
-            or json.dumps(found) != json.dumps(told)
-            or min(map(min, filter(None, found)), default=0) < 0
-        ):
-            raise ValueError
-    except (OSError, ValueError, TypeError):
-        raise FlGradcodeError(
-            f"{path} must hold, as JSON, for each worker the list of its shards, such as [[0, 1], [1, 2], [2, 0]]."
-        ) from None
-    return found
-
-
-def _numbers(text: str | None) -> list[int] | None:
-    try:
-        return None if text is None else [int(part) for part in text.split(",")]
-    except ValueError:
-        raise FlGradcodeError(
-            f"--capacities {text!r} must be whole numbers with commas between, such as 6,6,3,3."
-        ) from None
-
-
-def _words(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",")]
+        which = "its folder" if worker is None else f"the folder node-{worker}"
+        lines.append(f"Fetch {which} anew, such as by rsync --checksum, and check it again.")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _megabytes(size: int) -> str:

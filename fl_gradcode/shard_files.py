@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PureWindowsPath
@@ -21,6 +22,7 @@ __all__ = [
     "find",
     "hash_shard",
     "link_shard",
+    "same_mode",
     "sizes",
     "stamp_of",
     "visible",
@@ -96,8 +98,7 @@ def copy_shard(shard: Path, target: Path) -> tuple[int, str]:
     """Copy a file or folder without what is hidden; bytes and SHA-256 of what was written."""
 
     def copied(path: Path) -> tuple[int, bytes]:
-        to = target if path is shard else target / path.relative_to(shard)
-        to.parent.mkdir(parents=True, exist_ok=True)
+        to = _folder_for(path, shard, target)
         with to.open("xb") as file:
             found = _hash_file(path, file.write)  # not synced, file by file: what a power cut takes, verifying finds
         shutil.copymode(path, to)  # what only its owner could read stays so
@@ -109,9 +110,24 @@ def copy_shard(shard: Path, target: Path) -> tuple[int, str]:
 def link_shard(shard: Path, target: Path) -> None:
     """Hard links to the same bytes."""
     for path in _files(shard):
-        to = target if path is shard else target / path.relative_to(shard)
-        to.parent.mkdir(parents=True, exist_ok=True)
-        os.link(path.resolve(), to)
+        os.link(path.resolve(), _folder_for(path, shard, target))
+
+
+def _folder_for(path: Path, shard: Path, target: Path) -> Path:
+    """Where a file of the shard goes; its folders are there then, open to no more users than the shard's."""
+    if path is shard:
+        return target
+    inside = path.relative_to(shard)
+    for folder in [*inside.parents][::-1]:
+        if not (target / folder).exists():
+            (target / folder).mkdir()
+            same_mode(shard / folder, target / folder)
+    return target / inside
+
+
+def same_mode(folder: Path, other: Path) -> None:
+    """Give another folder the mode of this one; its owner may always write to it."""
+    other.chmod(stat.S_IMODE(folder.stat().st_mode) | stat.S_IRWXU)
 
 
 def sizes(shard: Path) -> tuple[int, int]:

@@ -79,7 +79,8 @@ LAYERS = (
     # The command line sits on top of everything.
     Layer(
         "face",
-        names("cli privacy_commands place_commands status_commands status_page sources plan_figure product_report"),
+        names("cli privacy_commands place_commands placement_wish status_commands status_page")
+        | names("sources plan_figure product_report"),
         names("typer rich matplotlib"),
         peers=True,
     ),

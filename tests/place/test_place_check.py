@@ -6,7 +6,9 @@ import json
 import os
 from pathlib import Path
 
-from fl_gradcode.shards import Manifest, shard_path
+import pytest
+
+from fl_gradcode.shards import Manifest, checked_path, shard_path
 from tests.place.calling import call, placed, refused
 
 
@@ -70,3 +72,24 @@ def test_check_compares_with_the_manifest_of_all(source: Path, tmp_path: Path) -
     assert {one["kind"] for one in findings.values()} == {"right", "wrong", "missing"}
     assert "holds the folders of all nodes" in refused("--check", tmp_path / "new")
     assert "of all shards" in refused("--check", node, "--against", node)
+
+
+def test_a_folder_whose_name_looks_like_markup_is_checked(source: Path, tmp_path: Path) -> None:
+    placed(source, tmp_path / "out", "-n", 3)
+    node = tmp_path / "x[" / "y]"
+    node.parent.mkdir()
+    (tmp_path / "out" / "node-0").rename(node)
+    assert f"in {node} are right." in call("place", "--check", node)[1]
+    told = json.loads((node / "shards.json").read_text())
+    (node / "shards.json").write_text(json.dumps({**told, "worker": None, "k": 10**9}))
+    (node / told["shards"][0]["name"]).unlink()
+    code, out, _ = call("place", "--check", node)
+    assert code == 1 and "Fetch its folder anew" in out
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]", '{"s1.csv": 3}'])
+def test_a_broken_memory_of_what_was_verified_is_no_matter(text: str, source: Path, tmp_path: Path) -> None:
+    placed(source, tmp_path / "out", "-n", 3)
+    node = tmp_path / "out" / "node-0"
+    (node / ".verified.json").write_text(text)
+    assert checked_path(node, Manifest.read(node).shards[0].number).exists()

@@ -41,16 +41,41 @@ WRONG = {
     "by": ("{table} {out} -n 3 --split by:y --shards 3", "has 4 values"),
     "too many": ("{table} {out} -n 3 --shards 61", "has 60 examples: it cannot be cut into 61"),
     "seed": ("{table} {out} -n 3 --seed -1", "The seed is -1"),
+    "s": ("{source} {out} --assignment {lists} -s -1", "--s -1 must be at least 0"),
+    "m": ("{source} {out} --assignment {lists} -m 0", "--m 0 at least 1"),
+    "one array": ("{one_array} {out} -n 2", "cannot be read as a .npz: it is one array without a name"),
+    "damaged": ("{damaged} {out} -n 2", "cannot be read as a .npz"),
+    "nested": ("{source} {out} --assignment {nested}", "must hold, as JSON, for each worker"),
+    "nested manifest": ("--check {deep}", "is not JSON"),
     "a node": ("--check {source}", "shards.json cannot be read"),
 }
+
+
+def broken_files(folder: Path) -> dict[str, Path]:
+    """What somebody may give instead of what is wanted."""
+    files = {name: folder / file for name, file in {
+        "lists": "lists.json", "one_array": "one.npz", "damaged": "bad.npz", "nested": "nested.json", "deep": "deep"
+    }.items()}  # fmt: skip
+    files["lists"].write_text("[[0, 1, 2], [3, 4, 5]]")
+    with files["one_array"].open("wb") as file:
+        np.save(file, np.arange(3))
+    np.savez_compressed(files["damaged"], x=np.random.default_rng(0).integers(0, 9, 5000))
+    data = bytearray(files["damaged"].read_bytes())
+    data[100:400] = b"\xff" * 300
+    files["damaged"].write_bytes(data)
+    files["nested"].write_text("[" * 100_000)
+    files["deep"].mkdir()
+    (files["deep"] / "shards.json").write_text("[" * 100_000)
+    return files
 
 
 @pytest.mark.parametrize(("line", "told"), WRONG.values(), ids=WRONG)
 def test_a_mistake_is_told_in_one_sentence_and_leaves_nothing(
     line: str, told: str, source: Path, table: Path, tmp_path: Path
 ) -> None:
+    files = broken_files(tmp_path)
     before = tree(tmp_path)
-    assert told in refused(*line.format(source=source, table=table, out=tmp_path / "out").split())
+    assert told in refused(*line.format(source=source, table=table, out=tmp_path / "out", **files).split())
     assert tree(tmp_path) == before and not (tmp_path / "out").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,67 @@ from fl_gradcode import node_folders
 from fl_gradcode.errors import InvalidSetting
 from fl_gradcode.shard_files import copy_shard
 from fl_gradcode.shards import Manifest, verify_folder
-from tests.place.calling import placed, refused
+from tests.place.calling import placed, refused, tree
 
 
-def test_only_its_owner_may_still_read_what_only_its_owner_could(source: Path, tmp_path: Path) -> None:
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_only_its_owner_may_still_read_what_only_its_owner_could(
+    link: bool, source: Path, table: Path, tmp_path: Path
+) -> None:
     (source / "s1.csv").chmod(0o600)
-    placed(source, tmp_path / "out", "-n", 2)
-    assert (tmp_path / "out" / "node-0" / "s1.csv").stat().st_mode & 0o777 == 0o600
+    (source / "s10" / "cats").chmod(0o500)
+    source.chmod(0o700)
+    placed(source, tmp_path / "out", "-n", 2, *(["--link"] if link else []))
+    node = tmp_path / "out" / "node-0"
+    assert (mode(node), mode(node / "s1.csv"), mode(node / "s10" / "cats")) == (0o700, 0o600, 0o700)
+    table.chmod(0o640)
+    placed(table, tmp_path / "cut", "-n", 2)
+    assert mode(tmp_path / "cut" / "node-0" / "shard-000.npz") == 0o640
+
+
+def test_what_an_operator_put_there_stays(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    placed(source, out, "-n", 3)
+    shutil.copytree(out / "node-0", out / "node-0.bak")
+    before = tree(out)
+    (source / "s3.csv").rename(tmp_path / "s3.csv")
+    placed(source, out, "-n", 3, "--force")
+    (tmp_path / "s3.csv").rename(source / "s3.csv")
+    for worker in range(3):
+        (out / f"node-{worker}" / "s3.csv").mkdir()
+        (out / f"node-{worker}" / "s3.csv" / "thesis").write_text("x")
+    seen = tree(out)
+    assert "s3.csv was not placed, and would be replaced" in refused(source, out, "-n", 3, "--force")
+    assert tree(out) == seen
+    assert {path: data for path, data in tree(out).items() if ".bak" in path} == {
+        path: data for path, data in before.items() if ".bak" in path
+    }
+
+
+def test_a_node_s_folder_that_lies_elsewhere_is_refused_before_anything_is_changed(
+    source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    placed(source, out, "-n", 3)
+    (out / "node-1").rename(tmp_path / "elsewhere")
+    (out / "node-1").symlink_to(tmp_path / "elsewhere")
+    before = tree(tmp_path)
+    assert "node-1 is no folder of its own" in refused(source, out, "-n", 3, "--force")
+    assert tree(tmp_path) == before
+
+
+def test_two_at_once_do_not_mix(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    placed(source, out, "-n", 3)
+    before = tree(out)
+    with node_folders.unfinished(out, source, force=True):
+        assert "Another fl-gradcode place is writing to" in refused(source, out, "-n", 3, "--force")
+    assert tree(out) == before
+    placed(source, out, "-n", 2, "--force")
 
 
 def test_other_data_are_not_overwritten(source: Path, tmp_path: Path) -> None:
@@ -72,14 +127,53 @@ def test_a_placement_that_is_killed_leaves_nothing_that_seems_whole(
     else:
         with pytest.raises(InvalidSetting):
             Manifest.read(out)
-    for worker in range(3):
-        node = out / f"node-{worker}"
-        if (node / "shards.json").exists():  # whatever has a manifest is whole
-            assert {one.kind for one in verify_folder(node)} == {"right"}
+    for node in out.glob("node-*"):  # whatever lies there is listed
+        assert {one.kind for one in verify_folder(node)} <= {"right", "missing"}
     assert "holds" in refused(source, out, "-n", 3)
     placed(source, out, "-n", 3, "--force")
     assert {one.kind for one in verify_folder(out / "node-2", out)} == {"right"}
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+KILLED_MOVING = """
+import os, sys
+from fl_gradcode import cli
+real, left = os.replace, [{after}]
+def dying(*args, **kwargs):
+    if left[0] == 0:
+        os._exit(9)
+    left[0] -= 1
+    return real(*args, **kwargs)
+os.replace = dying
+cli.app(sys.argv[1:])
+"""
+
+
+def test_wherever_it_is_killed_nothing_is_left_that_the_next_run_does_not_take_away(
+    source: Path, tmp_path: Path
+) -> None:
+    """Data would stay with a node that must not have them."""
+    out = tmp_path / "out"
+    placed(source, out, "-n", 3)
+    for worker in range(3):
+        (out / f"node-{worker}" / "keys.json").write_text("secret")  # so that folders stay, and are filled anew
+    (source / "s2.csv").unlink()
+    (source / "s7.csv").write_text("x,y\n7,7\n")
+    for after in (4, 6, 9, 12, 16, 19, 22):  # while manifests are written, cleared away, brought
+        line = ["place", str(source), str(out), "-n", "3", "--force"]
+        program = KILLED_MOVING.format(after=after)
+        assert subprocess.run([sys.executable, "-c", program, *line], check=False).returncode == 9
+        for node in out.glob("node-*"):
+            if (node / "shards.json").exists():
+                assert {one.kind for one in verify_folder(node)} <= {"right", "missing"}
+            else:
+                assert [path.name for path in node.iterdir()] == ["keys.json"]
+    for name in ("s4.csv", "s5.csv", "s7.csv"):
+        (source / name).unlink()
+    placed(source, out, "-n", 3, "--force")
+    for node in out.glob("node-*"):
+        assert {one.kind for one in verify_folder(node, out)} == {"right"}
+        assert (node / "keys.json").read_text() == "secret"
 
 
 def test_a_shard_that_changes_while_it_is_copied_is_not_placed(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
+import zipfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from fl_gradcode import cutting
 from fl_gradcode.key_files import read_keys
 from fl_gradcode.shard_files import hash_shard
 from fl_gradcode.shards import Manifest, shard_path, verify_folder
@@ -134,6 +138,56 @@ def test_a_file_is_cut_such_that_every_example_is_in_one_shard(
     other = placed(arguments[0], tmp_path / "other", *arguments[1:-1], 4)
     same = Manifest.read(other["manifest"]).digests == Manifest.read(told["manifest"]).digests
     assert same == (split not in ("iid", "dirichlet:y:0.5"))
+
+
+def test_cells_with_any_line_ends_stay_one_cell(tmp_path: Path) -> None:
+    cells = ["a\rb", "a\nb", "a\r\nb", 'say "x", y', "\r", ""]
+    table = tmp_path / "data.csv"
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([["x", "y"], *([cell, "1"] for cell in cells)])
+    placed(table, tmp_path / "out", "-n", 1, "-s", 0, "--shards", 2)
+    found = []
+    for path in sorted((tmp_path / "out" / "node-0").glob("*.csv")):
+        with path.open(newline="") as file:
+            header, *rows = csv.reader(file)
+        assert header == ["x", "y"] and all(row[1] == "1" for row in rows)
+        found += [row[0] for row in rows]
+    assert sorted(found) == sorted(cells)
+
+
+@pytest.mark.parametrize("lines", [3, 50])
+def test_a_table_that_changes_while_it_is_cut_is_not_placed(
+    lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "data.csv"
+    table.write_text("x\n" + "1\n" * 20)
+    real = cutting._split
+
+    def split(*arguments: Any) -> Any:
+        parts = real(*arguments)
+        table.write_text("x\n" + "1\n" * lines)
+        return parts
+
+    monkeypatch.setattr(cutting, "_split", split)
+    assert "data.csv changed while it was cut" in refused(table, tmp_path / "out", "-n", 2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_array_may_have_any_name(tmp_path: Path) -> None:
+    arrays = {"file": np.arange(10), "args": np.arange(20.0).reshape(10, 2)}
+    np.savez(tmp_path / "plain.npz", x=np.arange(10))
+    with zipfile.ZipFile(tmp_path / "data.npz", "w") as packed:
+        for name, array in arrays.items():
+            with packed.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, array)
+    placed(tmp_path / "data.npz", tmp_path / "out", "-n", 2, "--split", "contiguous")
+    with np.load(tmp_path / "out" / "node-0" / "shard-000.npz") as shard:
+        assert {name: shard[name].tolist() for name in shard.files} == {n: a[:5].tolist() for n, a in arrays.items()}
+    # To the byte what NumPy writes.
+    placed(tmp_path / "plain.npz", tmp_path / "same", "-n", 1, "-s", 0, "--shards", 1)
+    np.savez(tmp_path / "wanted.npz", x=np.arange(10))
+    written = tmp_path / "same" / "node-0" / "shard-000.npz"
+    assert written.read_bytes() == (tmp_path / "wanted.npz").read_bytes()
 
 
 def test_names_of_all_languages_and_links_are_placed(source: Path, tmp_path: Path) -> None:

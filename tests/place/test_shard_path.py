@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def test_examples_are_counted_where_the_form_is_known(tmp_path: Path) -> None:
     assert counts == {"a": 7, "b": None, "c": 2, "d": 5, "e": 2, "f": 2, "g": 2, "h": None, "i": None, "j": None}
 
 
-def test_into_a_folder_with_keys_the_manifest_comes_last(
+def test_into_a_folder_with_keys_the_manifest_comes_first_and_tells_what_is_missing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = tmp_path / "out" / "node-0"
@@ -83,6 +84,8 @@ def test_into_a_folder_with_keys_the_manifest_comes_last(
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         assert "No space left" in refused(source, tmp_path / "out", "-n", 2, "--force")
-    assert len(moved) == 4 and not (node / "shards.json").exists()
+    told = {one.name: one.kind for one in verify_folder(node)}
+    assert len(moved) == 4 and Counter(told.values()) == {"right": 2, "missing": 4}
+    assert not (tmp_path / "out" / "manifest.json").exists()
     placed(source, tmp_path / "out", "-n", 2, "--force")
     assert {one.kind for one in verify_folder(node)} == {"right"} and (node / "keys.json").read_text() == "secret"
