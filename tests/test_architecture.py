@@ -97,6 +97,7 @@ EXTRAS = {
     ("stepping", "torch"),
     ("ghost_clipping", "torch"),
     ("private_training", "torch"),
+    ("strategy_state", "torch"),  # tensors that a strategy keeps; imported where there are any
     ("binding", "torch"),  # a type
     ("cutting", "flwr_datasets.partitioner"),  # extra "app": the Dirichlet split
     ("cutting", "datasets"),

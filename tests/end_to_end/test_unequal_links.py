@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 APP = Path(__file__).resolve().parent / "apps" / "links"
 # The groups of fractional_repetition(4, 1) are (0, 2) and (1, 3).
-SLOW, ROUNDS, PAUSE = 1, 3, 3
+SLOW, ROUNDS, PAUSE = 1, 3, 2
 RATE = 1.5e6 / 8  # bytes a second
 UPLOAD = 4 * client.PARAMETERS / RATE  # seconds: 32
 
