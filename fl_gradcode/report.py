@@ -23,12 +23,13 @@ __all__ = ["figures", "new_row", "phase_entry", "why_undecodable"]
 def new_row(run: str, grid: Grid, server_round: int, code: GradientCode, *, is_new: bool) -> dict[str, Any]:
     """A ledger row at the beginning of a round; with each shard's holders if the code is new."""
     holders = {"holders": [[*code.holders_of(j)] for j in range(code.k)]} if is_new else {}
+    promise: dict[str, Any] = {} if code.exact else {"exact": False}
     return {
         "run": run,
         "flower-run-id": str(getattr(getattr(grid, "run", None), "run_id", "")),
         "round": server_round,
         "ended-at": None,
-        "code": {"name": code.name, "n": code.n, "k": code.k, "s": code.s, "m": code.m},
+        "code": {"name": code.name, "n": code.n, "k": code.k, "s": code.s, "m": code.m, **promise},
         **holders,
         "train": None,
         "evaluate": None,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import FlGradcodeError
 from .history import History
+from .laws import Law, scaled
 from .planner import make_plan
+from .run_workers import told_workers
 from .schemes import Scheme
 
 __all__ = ["LEAST", "Advice", "advise"]
@@ -39,12 +41,26 @@ class Advice:
     rounds: int = 0
 
 
-def advise(rows: Sequence[Mapping[str, Any]]) -> Advice:
-    """A recommendation from a run's last rows, oldest first, since the number of workers last changed."""
+def advise(
+    rows: Sequence[Mapping[str, Any]], *, gone: Sequence[int] = (), holders: Sequence[Sequence[int]] = ()
+) -> Advice:
+    """A recommendation from a run's last rows, oldest first, since the number of workers last changed.
+
+    Args:
+        rows: The rows.
+        gone: Workers that do not answer any more: they are planned for as if they never would.
+        holders: Of each shard, as far as the ledger says.
+    """
     last = rows[-1]
     n = (last.get("code") or {}).get("n")
     if not isinstance(n, int) or n < 2:
         return Advice("no recommendation: planning needs at least 2 workers.")
+    absent = sorted({*range(n)}.difference(*holders)) if holders else []
+    if absent:
+        who = told_workers(absent)
+        return Advice(
+            f"no recommendation: {who} hold{'s' * (len(absent) == 1)} nothing now; plans are for n={n} that do."
+        )
     first = len(rows)
     while first and (rows[first - 1].get("code") or {}).get("n") == n:
         first -= 1
@@ -57,8 +73,12 @@ def advise(rows: Sequence[Mapping[str, Any]]) -> Advice:
             return Advice(f"no recommendation yet: {left}, {LEAST} are needed.", rounds=history.rounds)
         s = last["code"].get("s")
         few = None if n <= _MANY else sorted({1, 3, s} if isinstance(s, int) and 0 < s < n else {1, 3})
+        latency = history.latency()
+        if gone:
+            assert isinstance(latency.compute, Law)
+            latency = replace(latency, compute=scaled(latency.compute, dict.fromkeys(gone, float("inf"))))
         plan = make_plan(
-            history.latency(),
+            latency,
             n,
             tolerances=few,
             rounds=min(_ROUNDS, simulated),
@@ -68,8 +88,11 @@ def advise(rows: Sequence[Mapping[str, Any]]) -> Advice:
         return Advice(f"no recommendation: {error}")
     own = _own(last, n)
     line = next((line for line in plan.lines if line.scheme.exact and _kind(line.scheme) == own), None)
+    verdict = plan.verdict
+    if gone:
+        verdict = f"as if {told_workers(gone)} never answered again: {verdict[0].lower()}{verdict[1:]}"
     return Advice(
-        plan.verdict,
+        verdict,
         plan.recommended.scheme.python,
         None if own is None else _kind(plan.recommended.scheme) == own,
         None if line is None or not line.steady < float("inf") else line.steady,

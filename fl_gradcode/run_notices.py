@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .run_rows import RoundLine
-from .run_workers import WorkerLine, told_workers
+from .run_workers import WorkerLine, gone_of, told_workers
 
 __all__ = ["Notice", "notices_of"]
 
@@ -44,13 +44,14 @@ def notices_of(
         yield Notice("ended", f"The run ended in round {last.round}: {_sentence(last.raised)}")
     failed: list[tuple[Mapping[str, Any], RoundLine]] = []
     for row, line in zip(reversed(recent), reversed(rounds), strict=False):
-        if line.outcome not in ("skipped", "approximate", "raised"):
+        expected = line.outcome == "approximate" and not line.code.get("exact", True)  # the code promises no more
+        if line.outcome not in ("skipped", "approximate", "raised") or expected:
             break
         failed.insert(0, (row, line))
     if failed:
         yield _undecoded(failed, next((line.holders for line in reversed(rounds) if line.holders), ()))
     s = last.code.get("s")
-    gone = sorted(one.worker for one in workers if one.mark in ("failing", "silent") and one.worker is not None)
+    gone = gone_of(workers)
     if s and len(gone) >= s:
         verb = "do" if len(gone) > 1 else "does"
         left = "no spare is left, the next failure may cost a round" if len(gone) == s else "each round is at risk"

@@ -25,7 +25,7 @@ PARTS = ("waiting", "decoding", "aggregating")
 _PHASES = ("train", "evaluate")
 # What makes a row long, and a line of a table does not need: left out before parsing. Inside a JSON string each quote
 # has a backslash before it, so that a reason never looks like a field.
-_LONG = re.compile(rb'"(timings|owing|coverage|asked|answered|unread|shards)": \[[^\]]*\]')
+_LONG = re.compile(rb'(?<!\{)"(timings|owing|coverage|asked|answered|unread|shards)": \[[^\]]*\]')
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,10 @@ def _line_of(row: Mapping[str, Any]) -> RoundLine:
         events=tuple(_events(phases)),
         bytes=(loads[0][0] + loads[1][0], loads[0][1] + loads[1][1]),
         privacy=main.get("privacy"),
-        code={name: code.get(name) for name in ("name", "n", "k", "s", "m")},
+        code={
+            **{name: code.get(name) for name in ("name", "n", "k", "s", "m")},
+            "exact": code.get("exact") is not False,
+        },
         way={name: way.get(name) for name in ("send", "patience", "load")},
         ended_at=number(row.get("ended-at")),
         resumed=bool(row.get("resumed")),

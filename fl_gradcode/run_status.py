@@ -68,7 +68,7 @@ def status_of(run: RunRows) -> RunStatus:
     """
     try:
         recent = run.recent
-        workers = workers_of(recent)
+        workers = workers_of(recent, next((one.holders for one in reversed(run.rounds) if one.holders), ()))
         seconds, virtual = _seconds(run.rounds)
         return RunStatus(
             run=run.name,

@@ -10,7 +10,7 @@ from typing import Any
 
 from .run_rows import number
 
-__all__ = ["MARKS", "WorkerLine", "in_time_of", "told_workers", "workers_of"]
+__all__ = ["MARKS", "WorkerLine", "gone_of", "in_time_of", "told_workers", "workers_of"]
 
 #: What may be wrong with a worker, what to look at first in front; "" is as expected.
 MARKS = ("failing", "silent", "slow for good", "sometimes slow", "failed", "")
@@ -37,6 +37,8 @@ class WorkerLine:
         computing: Share of these seconds that it says it computed.
         slower: Its median time over that of the median worker, for one shard.
         heard: Last round in which a good reply of it came in.
+        missed: How many of the last rounds that it held a sampled shard of had no good reply to training from it in
+            time.
         mark: One of `MARKS`.
         note: What is known about that, in words.
         reasons: Each distinct reason of a failure, as last told, and in how many rounds; the last one first.
@@ -53,6 +55,7 @@ class WorkerLine:
     computing: float | None
     slower: float | None
     heard: int | None
+    missed: int
     mark: str
     note: str
     reasons: tuple[tuple[str, int], ...]
@@ -70,15 +73,17 @@ class _Seen:
     heard: int | None = None
     took_part: int = 0  # last round
     asked: int | None = None
-    pause: int = 0  # longest time between two replies, in rounds
+    pause: int = 0  # longest time between two replies, in rounds that it took part in
+    unheard: int = 0  # rounds that it took part in since then
+    missed: int = 0
     failures: list[int] = field(default_factory=list)  # rounds
     reasons: dict[str, tuple[str, int, int]] = field(default_factory=dict)  # as last told, rounds, last round
     owing: tuple[int, float, float] | None = None  # round, seconds so far, of one shard
     restarted: int = 0
 
     def hear(self, server_round: int) -> None:
-        self.pause = max(self.pause, server_round - (server_round if self.heard is None else self.heard))
-        self.heard = server_round
+        self.pause = max(self.pause, 0 if self.heard is None else self.unheard)
+        self.heard, self.unheard = server_round, 0
 
     def slow_jobs(self, usual: float) -> int:
         return sum(unit > _MOMENT * usual for unit in self.units)
@@ -87,6 +92,7 @@ class _Seen:
         self.node = str(node) if node is not None else self.node
         if server_round not in self.failures[-1:]:
             self.failures.append(server_round)
+        self.unheard = 0
         key = _NUMBER.sub("#", reason)  # the same, whichever round or node or time it tells of
         text, count, last = self.reasons.pop(key, (reason, 0, 0))
         self.reasons[key] = (text, count, last) if last == server_round else (reason, count + 1, server_round)
@@ -98,11 +104,21 @@ def in_time_of(phase: Mapping[str, Any]) -> set[int]:
     return told - set(phase.get("stragglers") or ())
 
 
-def workers_of(rows: Sequence[Mapping[str, Any]]) -> tuple[WorkerLine, ...]:
+def gone_of(workers: Iterable[WorkerLine]) -> list[int]:
+    """Workers that must be reckoned without: silent, or failing to train."""
+    return sorted(
+        one.worker
+        for one in workers
+        if one.worker is not None and (one.mark == "silent" or (one.mark == "failing" and one.missed > 1))
+    )
+
+
+def workers_of(rows: Sequence[Mapping[str, Any]], holders: Sequence[Sequence[int]] = ()) -> tuple[WorkerLine, ...]:
     """A line for each worker of the present code, those worth a look first, the slowest first among them.
 
     Args:
         rows: The last rows of a run, oldest first.
+        holders: Of each shard under the present code, as far as the ledger says: others have left.
     """
     seen: dict[int | str, _Seen] = {}
     of_node: dict[str, int] = {}
@@ -118,7 +134,12 @@ def workers_of(rows: Sequence[Mapping[str, Any]]) -> tuple[WorkerLine, ...]:
     middles = {who: median(one.units) for who, one in seen.items() if one.units}
     middle = median(middles.values()) if middles else 0.0
     usual = median([unit for one in seen.values() for unit in one.units]) if middles else 0.0
-    present = {who: one for who, one in seen.items() if isinstance(who, str) or one.took_part >= since or one.failures}
+    members = {worker for one in holders for worker in one}
+    present = {
+        who: one
+        for who, one in seen.items()
+        if isinstance(who, str) or (who in members if members else one.took_part >= since or one.failures)
+    }
     asked = ((rows[-1].get("train") or {}).get("asked") or []) + ((rows[-1].get("train") or {}).get("held-back") or [])
     lines = []
     for who, one in present.items():
@@ -138,6 +159,7 @@ def workers_of(rows: Sequence[Mapping[str, Any]]) -> tuple[WorkerLine, ...]:
                 computing=median(one.shares) if one.shares else None,
                 slower=slower,
                 heard=one.heard,
+                missed=one.missed,
                 mark=mark,
                 note=_note(one, mark, usual, gone=gone),
                 reasons=tuple((text, count) for text, count, _ in reversed(one.reasons.values())),
@@ -167,6 +189,8 @@ def _learn(seen: dict[int | str, _Seen], of_node: dict[str, int], row: Mapping[s
         if kind == "train":
             for worker in good | set(phase.get("stragglers") or ()):
                 of(worker).rounds += 1
+                of(worker).unheard += 1
+                of(worker).missed = 0 if worker in good else of(worker).missed + 1
                 of(worker).took_part = server_round
                 of(worker).in_time += worker in good
             for worker in [*(phase.get("asked") or ()), *(phase.get("held-back") or ())]:
@@ -235,8 +259,7 @@ def _mark(one: _Seen, last: int, slower: float | None, usual: float) -> str:
         and (one.failures[-2] > last - _LATELY or (one.heard or 0) < lately)
     ):
         return "failing"
-    heard = max(one.heard or 0, lately)
-    if one.rounds >= _FEW and (heard <= 0 or last - heard >= max(_FEW, 2 * one.pause)):
+    if one.rounds >= _FEW and one.unheard >= max(_FEW, 2 * one.pause):
         return "silent"
     # Who is slow in all that it does has done little yet, and mostly still owes something.
     units = [*one.units, *([one.owing[2]] if one.owing else [])]

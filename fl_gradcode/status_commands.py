@@ -19,6 +19,7 @@ from .privacy_commands import one_sentence
 from .run_advice import Advice, advise
 from .run_rows import LedgerReader, RoundLine, RunRows
 from .run_status import RunStatus, as_json, status_of
+from .run_workers import gone_of
 from .status_page import TO_PASTE, draw_all, draw_status, heading, rounds_table, told_notice
 
 __all__ = ["status"]
@@ -46,7 +47,7 @@ def status(
 ) -> None:
     """What has happened in a run so far: rounds, who is slow or failed and why, where time went, what to change."""
     with one_sentence():
-        _check(rounds, follow, until_round, every)
+        _check(rounds, follow, until_round, every, run)
     view = _View(LedgerReader(ledger), run, rounds, plans=not no_plan, as_object=as_object)
     if follow:
         with suppress(KeyboardInterrupt):
@@ -62,11 +63,13 @@ def status(
     view.show(printed)
 
 
-def _check(rounds: int, follow: bool, until_round: int | None, every: float) -> None:
+def _check(rounds: int, follow: bool, until_round: int | None, every: float, run: str | None) -> None:
     if rounds < 1:
         raise InvalidSetting(f"--rounds {rounds} must be at least 1.")
     if until_round is not None and not follow:
         raise InvalidSetting(f"--until-round {until_round} says when to stop following: give --follow too.")
+    if until_round is not None and run == "all":
+        raise InvalidSetting(f"--until-round {until_round} is about one run: leave out --run all, or name the run.")
     if not 0 < every < float("inf"):
         raise InvalidSetting(f"--every {every} must be a number of seconds greater than 0.")
 
@@ -121,7 +124,9 @@ class _View:
         while True:
             with one_sentence():
                 new = self.reader.read()
-                if new:
+                if new and self.reader.last is None:  # begun anew
+                    self._status, self._of, waiting = None, "", False
+                elif new:
                     self._append()
             if not waiting and self.reader.last is None:
                 typer.echo(f"Waiting for the first round in {str(self.reader.path)!r}.", err=True)
@@ -147,6 +152,7 @@ class _View:
         with one_sentence():
             new = self.reader.read()
             if self.reader.last is None:
+                self._status = None
                 return Text(f"Waiting for the first round in {str(self.reader.path)!r}; Ctrl-C ends.")
             return self.page() if new or self._status is None else self._draw()
 
@@ -189,7 +195,7 @@ class _View:
     def _draw(self) -> RenderableType | str:
         assert self._status is not None
         run = self.reader.runs[self._status.run]
-        advice = self._advised(run) if self.plans else None
+        advice = self._advised(run, gone_of(self._status.workers)) if self.plans else None
         others = [name for name in self.reader.runs if name != run.name]
         if self.as_object:
             told = {"advice": None if advice is None else {k.replace("_", "-"): v for k, v in asdict(advice).items()}}
@@ -204,14 +210,15 @@ class _View:
             ascii_only=self.console.options.ascii_only,
         )
 
-    def _advised(self, run: RunRows) -> Advice:
+    def _advised(self, run: RunRows, gone: list[int]) -> Advice:
         """The plan; while following it is made anew only now and then."""
         last, now = run.rounds[-1].round, time.monotonic()
         if self._advice is not None and self._advice[0] == run.name:
             _, at, made, advice = self._advice
             if at == last or (now < made + _PLAN_EVERY and advice.python):
                 return advice
-        advice = advise(run.recent)
+        holders = next((one.holders for one in reversed(run.rounds) if one.holders), ())
+        advice = advise(run.recent, gone=gone, holders=holders)
         self._advice = run.name, last, now, advice
         return advice
 

@@ -114,7 +114,7 @@ def rounds_table(rounds: Sequence[RoundLine], *, header: bool = True) -> Table:
             after,
             f"{one.used}/{'?' if one.workers is None else one.workers}",
             _few(one.stragglers),
-            plain("; ".join(_remarks(one))),
+            Text(plain("; ".join(_remarks(one)))),
         )
     return table
 
@@ -169,7 +169,7 @@ def _workers(status: RunStatus) -> Iterable[RenderableType]:
     table.add_column("", max_width=44)
     for one in shown:
         table.add_row(
-            _name(one),
+            Text(_name(one)),
             f"{one.in_time}/{one.rounds}",
             str(one.late),
             str(one.failed),
@@ -220,8 +220,8 @@ def draw_all(statuses: Sequence[RunStatus], *, now: float) -> Table:
         code = one.code
         times = [line.waiting for line in one.rounds if line.waiting is not None]
         table.add_row(
-            plain(one.run),
-            f"{plain(str(code.get('name')))} {code.get('n')}, s={code.get('s')}",
+            Text(plain(one.run)),
+            Text(f"{plain(str(code.get('name')))} {code.get('n')}, s={code.get('s')}"),
             str(len(one.rounds)),
             str(one.outcomes.get("exact", 0)),
             _short(median(times) if times else None),

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,7 @@ def test_a_folder_and_options_that_make_no_sense_get_one_sentence(tmp_path: Path
         ((tmp_path / "x", "--rounds", "0"), "--rounds 0 must be at least 1"),
         ((tmp_path / "x", "--until-round", "3"), "give --follow too"),
         ((tmp_path / "x", "--follow", "--every", "0"), "--every 0.0 must be"),
+        ((tmp_path / "x", "--follow", "--until-round", "3", "--run", "all"), "--until-round 3 is about one run"),
     ):
         code, out, err = status(*arguments)
         assert code == 2 and not out and sentence in err and err.count("\n") == 1
@@ -257,6 +259,30 @@ def test_following_tells_a_round_again_that_a_resumed_run_has_run_again(tmp_path
     assert "resumed" in out
 
 
+def test_following_goes_on_when_the_ledger_is_begun_anew(tmp_path: Path) -> None:
+    path = write(tmp_path / "ledger.jsonl", rows(1, 2, 3))
+
+    def begin_anew() -> None:
+        time.sleep(0.3)
+        path.write_text("")
+
+    thread = threading.Thread(target=begin_anew)
+    thread.start()
+    with writing(path, rows(1, 4, run="two"), seconds=0.8):
+        code, out, err = status(path, "--follow", "--until-round", "4", *QUICK)
+    thread.join(DEADLINE)
+    assert code == 0 and "Traceback" not in err
+    assert out.count("Run one") == 1 and out.count("Run two") == 1
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(tmp_path: Path) -> None:
+    code = {**CODE, "name": "[/b] mine"}
+    path = write(tmp_path / "ledger.jsonl", rows(1, 2, run="[/x] a", code=code, ended="[/red]", outcome="skipped"))
+    for more in ((), ("--run", "all")):
+        exit_code, out, _ = status(path, "--no-plan", *more)
+        assert exit_code == 0 and "[/x] a" in out and "[/b] mine" in out
+
+
 def test_following_as_json_is_a_line_for_each_look_that_found_something(tmp_path: Path) -> None:
     path = write(tmp_path / "ledger.jsonl", rows(1, 2))
     with writing(path, rows(3)):
@@ -273,6 +299,7 @@ def test_control_c_ends_following_cleanly(tmp_path: Path) -> None:
     with subprocess.Popen(
         command(path, "--follow"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # ignored by jobs in the background
     ) as process:  # fmt: skip
         assert process.stdout is not None and process.stderr is not None
         for line in process.stdout:

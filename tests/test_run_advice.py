@@ -13,6 +13,7 @@ from flwr.app import Error, Message
 from flwr.serverapp.strategy import FedAvg
 
 from fl_gradcode import GradientCoding, VirtualGrid, cyclic_repetition, fractional_repetition
+from fl_gradcode.codes import bernoulli
 from fl_gradcode.latency import Latency, lognormal, scaled
 from fl_gradcode.planner import make_plan
 from fl_gradcode.run_advice import LEAST, advise
@@ -70,6 +71,34 @@ def test_rows_without_times_or_a_single_worker_get_no_advice() -> None:
     assert "0 of the last rounds" in advise([{"round": 1, "code": CODE, "train": {"outcome": "exact"}}]).verdict
     assert "at least 2 workers" in advise([row(1, code={**CODE, "n": 1})]).verdict
     assert not advise([{"round": 1, "train": None}]).python
+
+
+def test_who_does_not_answer_any_more_is_planned_for() -> None:
+    rows = [row(i) for i in range(1, 20)]
+    assert advise(rows).verdict.startswith("do not code: ")
+    told = advise(rows, gone=[3])
+    assert told.verdict.startswith("as if worker 3 never answered again: code: ") and "GradientCoding(" in told.python
+
+
+def test_no_advice_for_a_code_of_workers_that_are_not_all_there() -> None:
+    rows = [row(i) for i in range(1, 20)]
+    told = advise(rows, holders=[[0, 1], [2, 4], [5, 0]])
+    assert (
+        told.verdict == "no recommendation: worker 3 holds nothing now; plans are for n=6 that do." and not told.python
+    )
+    assert advise(rows, holders=[[0, 1], [2, 3], [4, 5]]).python
+
+
+def test_an_approximate_code_says_so_in_its_ledger(tmp_path: Path) -> None:
+    path = ledger_of(
+        tmp_path / "ledger.jsonl",
+        2,
+        code=bernoulli(9, 3, rng=np.random.default_rng(0)),
+        slow=1.0,
+        on_undecodable="approximate",
+    )
+    assert all(json.loads(line)["code"]["exact"] is False for line in path.read_text().splitlines())
+    assert "exact" not in json.loads(ledger_of(tmp_path / "other.jsonl", 1).read_text())["code"]
 
 
 def test_advice_for_a_thousand_workers_simulates_little() -> None:

@@ -115,7 +115,51 @@ def test_a_worker_that_the_code_has_no_more_is_not_listed(status: Made) -> None:
     assert told.notices == ()
 
 
+def test_who_was_not_asked_is_not_called_silent(status: Made) -> None:
+    """Of a worker whose shards were not sampled nothing is to be heard."""
+    asked_of_all = [row(i) for i in (1, 2, 3)]
+    without = [row(i, seconds=[1.0] * 5) for i in range(4, 20)]  # worker 5 has no sampled shard
+    assert worker(status([*asked_of_all, *without]), 5).mark == ""
+    now_and_then = [row(i) if i % 4 == 0 else row(i, seconds=[1.0] * 5) for i in range(1, 20)]
+    assert worker(status(now_and_then), 5).mark == ""
+    gone = [*now_and_then, *(row(i, straggling=[5], seconds=[1.0] * 5 + [None]) for i in (20, 21, 22))]
+    assert worker(status(gone), 5).mark == "silent"
+
+
+def test_workers_that_have_left_a_code_that_follows_holdings_are_not_listed(status: Made) -> None:
+    wrong = [rejected(5, "ValueError: no file")]
+    before = [
+        row(i, straggling=[5], rejected=wrong, holders=[[0, 5], [1, 2], [3, 4]] if i == 1 else []) for i in (1, 2)
+    ]
+    after = [row(i, seconds=[1.0] * 5, holders=[[0, 4], [1, 2], [3, 4]] if i == 3 else []) for i in range(3, 8)]
+    told = status([*before, *after])
+    assert sorted(one.worker or 0 for one in told.workers) == [0, 1, 2, 3, 4]
+    assert told.notices == ()
+
+
 # What a person must see
+
+
+def test_whoever_fails_to_evaluate_alone_is_no_risk_for_a_round(status: Made) -> None:
+    wrong = [rejected(i, "ValueError: no test set") for i in (1, 2, 3)]
+    rows = [row(i, evaluate=phase(rejected=wrong, straggling=[1, 2, 3])) for i in range(1, 6)]
+    told = status(rows)
+    assert [one.worker for one in told.workers if one.mark == "failing"] == [1, 2, 3]
+    assert "spare" not in notices(told)
+    both = [row(i, straggling=[1, 2, 3], rejected=wrong) for i in range(1, 6)]
+    assert "each round is at risk" in notices(status(both))["spare"]
+
+
+def test_estimates_of_a_code_that_promises_no_more_are_no_warning(status: Made) -> None:
+    estimates = {**CODE, "name": "bernoulli", "exact": False}
+    assert status([row(i, code=estimates, outcome="approximate") for i in (1, 2)]).notices == ()
+    assert "undecoded" in notices(status([row(i, code=estimates, outcome="skipped") for i in (1, 2)]))
+    assert "undecoded" in notices(status([row(i, outcome="approximate") for i in (1, 2)]))
+
+
+def test_shards_that_are_filled_in_are_counted(status: Made) -> None:
+    one = row(1, outcome="approximate", **{"filled-in": [{"shards": [1, 4], "round": 0}]})  # as in a ledger
+    assert "2 shards filled in" in status([one]).rounds[0].events
 
 
 def test_a_run_in_order_has_no_warning(status: Made) -> None:

@@ -23,7 +23,7 @@ from tests.end_to_end.conftest import (
 
 pytestmark = pytest.mark.slow
 
-NODES, ROUNDS = 4, 5
+NODES, ROUNDS = 4, 4
 _PATIENCE = 200.0  # seconds
 
 
