@@ -153,6 +153,9 @@ class PollingArrivals(ArrivalSource):
                     self._arrive(token, None, f"pulling its reply failed {failures} times: {error}")
                     return
                 replies = []
+            except BaseException as error:  # Flower's for a run that was stopped is none of the others
+                self._arrive(token, None, f"pulling its reply ended: {type(error).__name__} {error}".strip())
+                return
             if replies:
                 self._arrive(token, replies[0])
                 return

@@ -36,7 +36,7 @@ class _Torch(MetaPathFinder):
         #: What it is seeded with when it is imported.
         self.number: int | None = None
         #: Its states when it had just been imported, before that.
-        self.before: tuple[Any, list[Any]] | None = None
+        self.before: tuple[Any, dict[str, Any]] | None = None
         self._searching = False
 
     @staticmethod
@@ -77,25 +77,32 @@ class _Torch(MetaPathFinder):
             return
         # Not torch.manual_seed: without a GPU it formats a stack trace for each device kind, 1 ms a call.
         torch.default_generator.manual_seed(self.number)
-        if torch.cuda.is_available():
-            torch.cuda.manual_seed_all(self.number)
+        for device in self._devices():
+            _seed_all(device, self.number)
 
-    def states(self) -> tuple[Any, list[Any]] | None:
+    def states(self) -> tuple[Any, dict[str, Any]] | None:
         """Of its generators; none of devices that nobody has used so far; None: it is not imported."""
         torch = self.module()
         if torch is None:
             return None
-        return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        used = (device for device in self._devices() if getattr(device, "is_initialized", lambda: True)())
+        return torch.get_rng_state(), {device.__name__: _all_or_one(device, "get_rng_state")() for device in used}
 
-    def restore(self, states: tuple[Any, list[Any]]) -> None:
+    def restore(self, states: tuple[Any, dict[str, Any]]) -> None:
         """Give them back."""
-        torch, (state, devices) = self.module(), states
+        torch, (state, kept) = self.module(), states
         torch.set_rng_state(state)
-        if devices:
-            torch.cuda.set_rng_state_all(devices)
-        elif torch.cuda.is_available():
-            # CUDA was not in use and had no states: as torch.manual_seed, or nobody, had seeded it.
-            torch.cuda.manual_seed_all(torch.initial_seed())
+        for device in self._devices():
+            if device.__name__ in kept:
+                _all_or_one(device, "set_rng_state")(kept[device.__name__])
+            else:  # it was not in use and had no states: as torch.manual_seed, or nobody, had seeded it
+                _seed_all(device, torch.initial_seed())
+
+    def _devices(self) -> list[Any]:
+        """Kinds of accelerator that are there."""
+        torch = self.module()
+        found = [getattr(torch, name, None) for name in _DEVICES]
+        return [device for device in found if device is not None and device.is_available()]
 
     def _seed_behind(self, spec: ModuleSpec) -> None:
         loader: Any = spec.loader
@@ -110,7 +117,18 @@ class _Torch(MetaPathFinder):
         loader.exec_module = execute_and_seed  # of this one spec
 
 
+def _seed_all(device: Any, number: int) -> None:
+    _all_or_one(device, "manual_seed")(number)
+
+
+def _all_or_one(device: Any, name: str) -> Any:
+    """PyTorch's function for all devices of a kind, or, where there is only one, for that."""
+    return getattr(device, f"{name}_all", None) or getattr(device, name)
+
+
 _torch = _Torch()
+#: Kinds of accelerator with generators of their own.
+_DEVICES = ("cuda", "xpu", "mps")
 
 #: Parts of Flower that draw their jitter from `random`, in threads that run beside the user's training.
 _JITTERY = ("heartbeat", "retry.retry_invoker", "inflatable.inflatable_utils")

@@ -46,7 +46,7 @@ class Waiting:
         # Nothing can be cancelled in Flower; a node that never answers is trusted again after this long.
         self.patience = float("inf") if timeout is None else 3 * timeout
         self.wait = Wait()
-        self.held: dict[int, Message] = {}
+        self.held: dict[int, list[Message]] = {}
         self.free: list[int] = []  # nodes that the rule may have something for
         self.idle: list[int] = []  # nodes that it had nothing for
         self.unread: list[Arrival] = []
@@ -62,8 +62,11 @@ class Waiting:
         self.free.clear()
         for message in messages:
             node = message.metadata.dst_node_id
-            self.held[node] = message
             self.met.add(node)
+            if node in self.held:  # one after the other: the next when the first is answered
+                self.held[node].append(message)
+                continue
+            self.held[node] = [message]
             if node in self.debts:
                 self.wait.held_back.append(node)
             else:
@@ -158,7 +161,7 @@ class Waiting:
                 self.met.add(node)
                 message = self.rule.join(node)
                 if message is not None:
-                    self.held[node] = message
+                    self.held[node] = [message]
                     self.wait.joined.append(node)
                     if node not in self.debts:
                         self.free.append(node)
@@ -187,7 +190,7 @@ class Waiting:
         """Give the nodes that are free what the rule has for them."""
         messages = []
         for node in self.free:
-            message = self.rule.next_message(node, self.held.pop(node, None), self.source.now())
+            message = self.rule.next_message(node, self._next_held(node), self.source.now())
             if message is None:
                 self.idle.append(node)
             else:
@@ -195,6 +198,13 @@ class Waiting:
         self.free.clear()
         if messages:
             self._push(messages)
+
+    def _next_held(self, node: int) -> Message | None:
+        messages = self.held.get(node, [])
+        first = messages.pop(0) if messages else None
+        if not messages:
+            self.held.pop(node, None)
+        return first
 
     def _lapse(self) -> bool:
         """Give up on debts that are too old; whether there was one."""

@@ -14,7 +14,7 @@ from flwr.supercore import heartbeat
 
 from fl_gradcode import GradientCoding, uncoded
 from fl_gradcode.errors import RoundFailed
-from fl_gradcode.seeding import generators_restored
+from fl_gradcode.seeding import generators_restored, seed_generators
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import initial_arrays, toy_app
 
@@ -102,3 +102,37 @@ def test_flowers_heartbeat_draws_from_a_generator_of_its_own(side: str, monkeypa
             GradientCoding(FedAvg(), uncoded(2)).start(grid, initial_arrays(), num_rounds=1)
         before, after = states()
     assert after == before
+
+
+class Device:
+    """A kind of accelerator, as far as seeding sees it."""
+
+    def __init__(self, name: str, *, several: bool, used: bool = True) -> None:
+        self.__name__, self.state, self.used = name, [1], used
+        end = "_all" if several else ""
+        setattr(self, f"manual_seed{end}", lambda number: self.state.append(number))
+        setattr(self, f"get_rng_state{end}", lambda: [*self.state])
+        setattr(self, f"set_rng_state{end}", lambda state: setattr(self, "state", [*state]))
+        if several:
+            self.is_initialized = lambda: self.used
+
+    def is_available(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("name", "several"), [("cuda", True), ("xpu", True), ("mps", False)])
+@pytest.mark.parametrize("used", [True, False])
+def test_accelerators_are_seeded_and_restored(
+    name: str, several: bool, used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    device = Device(f"torch.{name}", several=several, used=used)
+    monkeypatch.setattr(torch, name, device)
+    with generators_restored():
+        seed_generators(7, 3, 5)
+        first = device.state[-1]
+        assert device.state == [1, first]
+        seed_generators(7, 3, 6)
+        assert device.state[-1] != first
+    assert device.state == [1] if used or not several else device.state[-1] == torch.initial_seed()
