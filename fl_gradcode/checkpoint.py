@@ -6,6 +6,7 @@ A zip archive without compression: `state.json`, and a member for each array. No
 from __future__ import annotations
 
 import json
+import logging
 import os
 import zipfile
 from collections.abc import Iterator
@@ -24,7 +25,9 @@ try:
 except ImportError:  # Windows: there two runs can take one checkpoint
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Checkpoint", "Saved", "replace_file"]
+__all__ = ["Checkpoint", "Saved", "followed", "replace_file"]
+
+_log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _STATE = "state.json"
@@ -76,6 +79,7 @@ class Checkpoint:
         if self.path.is_dir():
             raise InvalidSetting(f"The checkpoint's path {str(path)!r} is a folder; name a file in it.")
         try:
+            self.path = followed(self.path)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._beside("lock").open("a").close()
         except OSError as error:
@@ -92,10 +96,16 @@ class Checkpoint:
             if fcntl is not None:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
+                except BlockingIOError:
                     raise InvalidSetting(
                         f"The checkpoint {self.path} is in use by another run. Stop that one, or name another file."
                     ) from None
+                except OSError as error:
+                    _log.warning(
+                        "The checkpoint %s cannot be locked (%s): see to it that no second run takes it.",
+                        self.path,
+                        error.strerror,
+                    )
             yield
 
     def load(self) -> Saved | None:
@@ -150,8 +160,18 @@ class Checkpoint:
             ) from error
 
     def save_privacy(self, run: str, account: dict[str, Any]) -> None:
-        """What has been asked, before the messages leave."""
-        replace_file(self._beside("privacy"), json.dumps({"run": run, "account": account}))
+        """What has been asked, before the messages leave.
+
+        Raises:
+            InvalidSetting: It cannot be written; then nothing may leave.
+        """
+        path = self._beside("privacy")
+        try:
+            replace_file(path, json.dumps({"run": run, "account": account}))
+        except OSError as error:
+            raise InvalidSetting(
+                f"The account of privacy {path} cannot be written: {error.strerror}. Nothing is asked without it."
+            ) from error
 
     def load_privacy(self, run: str) -> dict[str, Any] | None:
         """What was asked last in this run; None: it is not known."""
@@ -163,6 +183,11 @@ class Checkpoint:
 
     def _beside(self, suffix: str) -> Path:
         return self.path.with_name(f"{self.path.name}.{suffix}")
+
+
+def followed(path: Path) -> Path:
+    """Where a symbolic link leads: a file is replaced there, and the link stays."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -10,10 +10,12 @@ import json
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import replace_file
+from .checkpoint import followed, replace_file
 from .errors import InvalidSetting
 
 __all__ = ["Ledger"]
@@ -40,18 +42,28 @@ class Ledger:
                 )
             if self.path.is_dir():
                 raise InvalidSetting(f"The ledger's path {str(path)!r} is a folder; name a file in it.")
-            try:
+            with self._writing():
+                self.path = followed(self.path)
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.path.open("a").close()
                 self._mend()
-            except OSError as error:
-                raise InvalidSetting(f"The ledger {str(path)!r} cannot be written: {error.strerror}.") from error
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InvalidSetting(f"The ledger {str(self.path)!r} cannot be written: {error.strerror}.") from error
 
     def append(self, row: dict[str, Any]) -> None:
-        """Keep a row, write it, and log it as one readable line for each phase."""
+        """Keep a row, write it, and log it as one readable line for each phase.
+
+        Raises:
+            InvalidSetting: It cannot be written. What was written of it is cut off by whoever opens the file next.
+        """
         self.rows.append(row)
         if self.path is not None:
-            with self.path.open("a") as file:
+            with self._writing(), self.path.open("a") as file:
                 file.write(json.dumps(_storable(row), allow_nan=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())  # a checkpoint is written after it, and must not be there without it
@@ -70,7 +82,8 @@ class Ledger:
         every = self.read(self.path)
         kept = [row for row in every if row.get("run") != run or row.get("round", 0) <= rounds]
         if len(kept) < len(every):
-            replace_file(self.path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
+            with self._writing():
+                replace_file(self.path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
         self.rows = [row for row in kept if row.get("run") == run]
         return self.rows
 

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +100,24 @@ class Manifest:
         if file.is_dir():
             file = next((file / name for name in (SHARDS_FILE, MANIFEST) if (file / name).exists()), file / SHARDS_FILE)
         try:
-            told = json.loads(file.read_bytes())
+            told = file.stat()
+            return _parsed(file, (told.st_ino, told.st_size, told.st_mtime_ns, told.st_ctime_ns))
         except OSError as error:
             raise InvalidSetting(
                 f"{file} cannot be read ({error.strerror}): it comes with the folder that fl-gradcode place wrote for "
                 "this node."
             ) from None
+
+    @classmethod
+    def parse(cls, file: Path) -> Manifest:
+        """Of a manifest's file.
+
+        Raises:
+            OSError: It cannot be read.
+            InvalidSetting: It cannot be understood.
+        """
+        try:
+            told = json.loads(file.read_bytes())
         except (ValueError, RecursionError):
             raise InvalidSetting(f"{file} is not JSON, perhaps cut off while it was copied: bring it anew.") from None
         try:
@@ -152,13 +164,19 @@ class Manifest:
         raise ShardMismatch(f"Shard {number} is not listed; shards {listed or '(none)'} of {self.k} are.")
 
 
+@lru_cache(maxsize=8)
+def _parsed(file: Path, stamp: tuple[int, ...]) -> Manifest:
+    """A node asks for each of its shards; parsing a thousand takes a while."""
+    return Manifest.parse(file)
+
+
 def held_digests(folder: str | os.PathLike[str]) -> dict[int, str]:
     """Shard -> SHA-256, as the manifest of a node's folder lists them; nothing is verified.
 
     Raises:
         InvalidSetting: There is no manifest that can be read.
     """
-    return Manifest.read(folder).digests
+    return dict(Manifest.read(folder).digests)
 
 
 def checked_path(folder: str | os.PathLike[str], number: int) -> Path:

@@ -6,7 +6,7 @@ import contextlib
 import re
 from typing import Any
 
-from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
 from .versions import explained
 from .wire import Plan, Reply, is_probe
@@ -21,6 +21,7 @@ __all__ = [
     "loads_of",
     "reply_part",
     "round_of",
+    "without_arrays",
 ]
 
 #: How Flower tells of an exception in a ClientApp.
@@ -41,6 +42,11 @@ def loads_of(message: Message) -> dict[int, int]:
     """Worker -> how many shards it is asked for, of all that the plan names; empty for a message without a plan."""
     plan = Plan.find_in(message.content)
     return {} if plan is None else {worker: len(row.shards) for worker, row in plan.rows.items()}
+
+
+def without_arrays(content: RecordDict) -> RecordDict:
+    """The same without what is large."""
+    return RecordDict({name: record for name, record in content.items() if not isinstance(record, ArrayRecord)})
 
 
 def reply_part(message: Message, worker: int) -> float:

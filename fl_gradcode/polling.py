@@ -6,12 +6,13 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from .arrivals import Arrival, ArrivalSource
+from .messages import without_arrays
 
 __all__ = ["PollingArrivals"]
 
@@ -45,6 +46,7 @@ class PollingArrivals(ArrivalSource):
         self._clock = clock
         self._arrived: queue.Queue[Arrival] = queue.Queue()
         self._watched: dict[str, int] = {}  # token -> node
+        self._abandoned: set[str] = set()
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._one_thread: threading.Thread | None = None
@@ -93,10 +95,16 @@ class PollingArrivals(ArrivalSource):
         """The replies are at hand."""
         return [arrival.reply for arrival in arrivals]
 
+    def abandon(self, tokens: Iterable[str]) -> None:
+        """Their arrays are let go as they come: they would lie here until the next phase."""
+        with self._lock:
+            self._abandoned.update(token for token in tokens if token in self._watched)
+
     def forget(self, token: str) -> None:
         """Its thread ends at the next poll."""
         with self._lock:
             self._watched.pop(token, None)
+            self._abandoned.discard(token)
 
     def look_anew(self) -> None:
         """What was listed in the last phase may be out of date."""
@@ -181,6 +189,9 @@ class PollingArrivals(ArrivalSource):
 
     def _arrive(self, token: str, reply: Message | None, failure: str = "") -> None:
         with self._lock:
-            node = self._watched.pop(token, None)
+            node, unwanted = self._watched.pop(token, None), token in self._abandoned
+            self._abandoned.discard(token)
+        if unwanted and reply is not None and reply.has_content():
+            reply.content = without_arrays(reply.content)
         if node is not None:
             self._arrived.put(Arrival(token, node, self._clock(), reply, failure))

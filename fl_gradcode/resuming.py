@@ -134,6 +134,17 @@ class Continuation:
         """Of the run; None: it has none yet."""
         return self._saved.run if self._saved else self._name
 
+    def finished(self, num_rounds: int, ledger: Ledger) -> Result | None:
+        """The result, if all rounds are done: no node needs to be there for it."""
+        saved = self._saved
+        if saved is None or saved.round < num_rounds:
+            return None
+        self.done, self._metrics = saved.round, saved.metrics
+        self._state.restore(saved.strategy)
+        ledger.resume(saved.run, saved.round)
+        _log.info("All %d rounds of run %s are done: nothing is left to do.", saved.round, saved.run)
+        return self.complete(Result(arrays=saved.arrays))
+
     def take_up(self, run: Run, ledger: Ledger, initial: ArrayRecord, request: str) -> ArrayRecord:
         """Set everything as it was after the last round that is done; the arrays to go on from.
 

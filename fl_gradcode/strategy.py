@@ -156,7 +156,8 @@ class GradientCoding(Strategy):
     @property
     def run(self) -> str:
         """Name of the run."""
-        return self._here.name
+        kept = self._going.name if self._run is None else None
+        return kept or self._here.name
 
     @property
     def _here(self) -> Run:
@@ -195,12 +196,16 @@ class GradientCoding(Strategy):
         keep_flower_apart()
         with self._continuation() as going:
             self._going = going
+            if (finished := going.finished(num_rounds, self.ledger)) is not None:
+                self._arrays = finished.arrays
+                if self._code is not None:
+                    self._run = self._new_run(going, waiting, timeout)
+                return finished
             run = self._run = self._new_run(going, waiting, timeout)
             request = request_of(grid, self.options, train_config)
             self._arrays = going.take_up(run, self.ledger, initial_arrays, request)
             left = num_rounds - going.done
-            if left < 1 <= going.done:
-                _log.info("All %d rounds of run %s are done: nothing is left to do.", going.done, self.run)
+            if left < 1 <= going.done:  # the last number is spent
                 return going.complete(Result(arrays=self._arrays))
             run.begin(waiting, num_rounds)
             limit: Any = timeout  # Flower's grids take None for "no limit"

@@ -18,10 +18,14 @@ _LOOK_SECONDS = 1.0  # between two looks at who is there
 
 @dataclass
 class Debt:
-    """A reply that a node owes."""
+    """A reply that a node owes.
+
+    It knows its phase by a mark and a label: the phase itself may keep replies, and a debt may last for rounds.
+    """
 
     token: str
-    rule: StopRule
+    phase: object
+    label: str
     sent: float
     loads: dict[int, int]
     lapses: float
@@ -41,6 +45,7 @@ class Waiting:
         on_late: Callable[[int, str, Message | None], None] | None,
     ) -> None:
         self.source, self.debts, self.rule, self.on_late = source, debts, rule, on_late
+        self.phase = object()
         self.start = source.now()
         self.deadline = None if timeout is None else self.start + timeout
         # Nothing can be cancelled in Flower; a node that never answers is trusted again after this long.
@@ -79,13 +84,11 @@ class Waiting:
         self.wait.seconds = self.source.now() - self.start
         self.wait.never_sent = list(self.held)
         now = self.source.now()
-        self.wait.owing = [
-            JobTime(node, debt.rule.label, debt.loads, now - debt.sent) for node, debt in self.debts.items()
-        ]
+        self.wait.owing = [JobTime(node, debt.label, debt.loads, now - debt.sent) for node, debt in self.debts.items()]
         self.wait.unread = [arrival.node for arrival in self.unread]
         for arrival in self.unread:
             self.source.forget(arrival.token)
-        self.source.abandon([debt.token for debt in self.debts.values() if debt.rule is self.rule])
+        self.source.abandon([debt.token for debt in self.debts.values() if debt.phase is self.phase])
         return self.wait
 
     def _loop(self) -> str:
@@ -124,7 +127,7 @@ class Waiting:
 
     def _outstanding(self) -> list[int]:
         """Nodes whose reply to this phase may still come."""
-        return [node for node, debt in self.debts.items() if debt.rule is self.rule] + list(self.held)
+        return [node for node, debt in self.debts.items() if debt.phase is self.phase] + list(self.held)
 
     def _next_deadline(self) -> float | None:
         lapses = [self.debts[node].lapses for node in self.held if node in self.debts]
@@ -174,16 +177,16 @@ class Waiting:
         reply = arrival.reply
         if not (arrival.failure or (reply is not None and reply.has_error())):
             computing = arrival.computing if reply is None else computing_seconds(reply)
-            taken = JobTime(arrival.node, debt.rule.label, debt.loads, arrival.at - debt.sent, computing)
+            taken = JobTime(arrival.node, debt.label, debt.loads, arrival.at - debt.sent, computing)
             self.wait.times.append(taken)
-        if debt.rule is self.rule:
+        if debt.phase is self.phase:
             self.unread.append(arrival)
             self.rule.arrived(arrival)
         else:
             wrong = error_text(reply) if reply is not None and reply.has_error() else arrival.failure
-            self.wait.late.append((arrival.node, debt.rule.label, wrong))
+            self.wait.late.append((arrival.node, debt.label, wrong))
             if self.on_late is not None:
-                self.on_late(arrival.node, debt.rule.label, reply)
+                self.on_late(arrival.node, debt.label, reply)
         self.free.append(arrival.node)
 
     def _hand_out(self) -> None:
@@ -209,7 +212,7 @@ class Waiting:
     def _lapse(self) -> bool:
         """Give up on debts that are too old; whether there was one."""
         now = self.source.now()
-        old = [node for node, debt in self.debts.items() if debt.lapses <= now and debt.rule is not self.rule]
+        old = [node for node, debt in self.debts.items() if debt.lapses <= now and debt.phase is not self.phase]
         for node in old:
             self.source.forget(self.debts.pop(node).token)
             self.wait.lapsed.append(node)
@@ -228,7 +231,7 @@ class Waiting:
                 self._offer_idle()
                 self.lost = True
             else:
-                self.debts[node] = Debt(token, self.rule, now, loads_of(message), now + self.patience)
+                self.debts[node] = Debt(token, self.phase, self.rule.label, now, loads_of(message), now + self.patience)
 
     def _read(self, *, final: bool) -> bool:
         """Read what is needed of what is in; whether anything was."""

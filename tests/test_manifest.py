@@ -327,3 +327,22 @@ def test_shards_are_listed_once_and_exist(numbers: tuple[int, int], k: int) -> N
 def test_nobody_holds_a_shard_that_is_not_listed() -> None:
     with pytest.raises(InvalidSetting, match="Worker 1 holds shard 1, which is not listed"):
         Manifest(2, (Shard(0, "a", None, 1, "0" * 64),), held=((0,), (0, 1)))
+
+
+def test_a_manifest_is_parsed_once_until_it_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[Path] = []
+    real = Manifest.parse
+
+    def parse(file: Path) -> Manifest:
+        parsed.append(file)
+        return real(file)
+
+    monkeypatch.setattr(Manifest, "parse", parse)
+    told = json.loads((folder / SHARDS_FILE).read_text())
+    for _ in range(3):
+        checked_path(folder, 0)
+        held_digests(folder)
+    assert len(parsed) <= 1  # the fixture may have had it read
+    assert Manifest.read(folder).k == told["k"]
+    Manifest(told["k"] + 1, Manifest.read(folder).shards, told["worker"]).write(folder / SHARDS_FILE)
+    assert Manifest.read(folder).k == told["k"] + 1

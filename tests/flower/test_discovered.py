@@ -321,6 +321,12 @@ def test_a_run_over_what_nodes_hold_goes_on_after_a_kill(tmp_path: Any) -> None:
                 result = strategy.start(grid, initial_arrays(), num_rounds=4)
     assert relative(result.arrays, expected(4, 4)) < 1e-6
     assert [row["round"] for row in strategy.ledger.rows] == [1, 2, 3, 4]
+    # Done is done, though nobody is there any more who could say what he holds.
+    done = coded(ledger=tmp_path / "ledger.jsonl", checkpoint=tmp_path / "run.ckpt", node_timeout=0.1)
+    with inside_a_run():
+        again = done.start(LivingGrid(toy_app(), 0), initial_arrays(), num_rounds=4)
+    assert relative(again.arrays, result.arrays) == 0 and done.run == strategy.run
+    assert [*again.train_metrics_clientapp] == [1, 2, 3, 4] and len(done.ledger.rows) == 4
 
 
 def test_an_assigned_code_does_not_ask_what_nodes_hold() -> None:
