@@ -14,6 +14,10 @@ if [ $# -lt 2 ]; then
     echo "Usage: $0 APP SUPERLINK [OPTION OF flwr run]...   (such as: $0 . lab --run-config \"checkpoint='/path'\")" >&2
     exit 2
 fi
+if ! command -v flwr >/dev/null; then
+    echo "$0: there is no flwr in PATH: export PATH=/opt/fl-gradcode/bin:\$PATH, or where you have installed it." >&2
+    exit 2
+fi
 app=$1
 superlink=$2
 shift 2

@@ -8,6 +8,7 @@ from dataclasses import replace
 from flwr.app import Message, RecordDict
 
 from .gradient_code import GradientCode
+from .messages import without_arrays
 from .options import Options
 from .prime_field import PrimeField
 from .roster import Roster
@@ -83,8 +84,10 @@ class Asking:
             worker = roster.worker_of(node)
             if worker is None or worker not in plan.rows:
                 messages.append(self._message(RecordDict(dict(whole.items())), node))
-            elif plan.rows[worker].shards or plan.open:  # under an open plan it tells what it holds by now
+            elif plan.rows[worker].shards:
                 messages.append(self._message(plan.for_worker(worker).add_to(self._content), node))
+            elif plan.open:  # it tells what it holds by now, and needs no model for that
+                messages.append(self._message(plan.for_worker(worker).add_to(without_arrays(self._content)), node))
         return messages
 
     def one_shard(self, node: int, worker: int, shard: int) -> Message:

@@ -376,3 +376,8 @@ def test_while_the_superlink_is_away_it_waits(tmp_path: Path) -> None:
         "run 7 is submitted",
         "run 7 is completed",
     ]
+
+
+def test_without_flwr_it_says_so_at_once() -> None:
+    done = script("resume.sh", ".", "lab", PATH="/usr/bin:/bin")
+    assert done.returncode == 2 and "there is no flwr in PATH: export PATH=/opt/fl-gradcode/bin:$PATH" in done.stderr

@@ -209,6 +209,23 @@ def test_a_node_whose_data_are_put_right_is_in_the_code_again() -> None:
     assert strategy.code.shards_of(1) == tuple(sorted(map(int, HELD[1].split(","))))
 
 
+def test_a_node_that_holds_nothing_is_asked_without_the_model() -> None:
+    sent: list[tuple[int, int, bool]] = []
+
+    def look(worker: int, message: Message, reply: Message) -> Message:
+        plan = Plan.find_in(message.content)
+        if plan is not None:
+            sent.append((plan.round, worker, "arrays" in message.content))
+        return reply
+
+    held = {**HELD, 1: "7"}  # of a data set that has no such shard
+    strategy = coded()
+    with InProcessGrid(toy_app(), 4, node_config=config_of(held), tamper=look) as grid:
+        strategy.start(grid, initial_arrays(), num_rounds=2)
+    assert [row["train"]["outcome"] for row in strategy.ledger.rows] == ["exact"] * 2
+    assert {(worker, model) for _, worker, model in sent} == {(0, True), (1, False), (2, True), (3, True)}
+
+
 def test_a_node_whose_shards_were_taken_away_says_so_and_the_code_follows() -> None:
     held = dict(HELD)
     grid = LivingGrid(toy_app(), 4, node_config=lambda worker: config_of(held)(worker))
