@@ -113,7 +113,7 @@ class RunPrivacy:
         for shard in shards:
             told[shard] = (self._account.holders[shard], self._account.released(shard))
             self._account.release(shard, (server_round, server_round))
-        self._account.asked = (server_round, self.request if self._repeatable else "")
+        self._account.asked = (server_round, self.request)
         self.keep(self.state)
         return told
 
