@@ -58,6 +58,8 @@ class Waiting:
         self.woken: float | None = None
         self.lost = True  # whether a reply that might have come is known not to
         self.met: set[int] = set()  # nodes that the rule was asked about
+        self.failed: set[int] = set()  # nodes whose message to this phase ended in an error
+        self.marks: dict[int, str] = {}  # when each node last became active, as of the last look
         self.next_look = None if source.fixed_nodes else self.start
 
     def run(self, messages: Sequence[Message]) -> Wait:
@@ -143,13 +145,19 @@ class Waiting:
         """Give work to nodes that have come since the phase began, and to those that were started again.
 
         What a node was working on is lost when it is started again: under authentication it has the same id, and only
-        the time since when it is active tells.
+        the time since when it is active tells. So it does for one whose message has ended in an error, since the
+        SuperLink had given it up, say.
         """
         if self.next_look is None or self.source.now() < self.next_look:
             return
         self.next_look = self.source.now() + _LOOK_SECONDS
         for node, mark in self.source.listed().items():
-            debt = self.debts.get(node)
+            debt, before = self.debts.get(node), self.marks.get(node, mark)
+            self.marks[node] = mark
+            if debt is None and node in self.failed and mark != before:
+                self.failed.discard(node)
+                self.met.discard(node)
+                self.rule.restarted(node)
             if debt is not None and debt.mark is None:
                 debt.mark = mark
             elif debt is not None and debt.mark != mark:
@@ -180,6 +188,8 @@ class Waiting:
             taken = JobTime(arrival.node, debt.label, debt.loads, arrival.at - debt.sent, computing)
             self.wait.times.append(taken)
         if debt.phase is self.phase:
+            if arrival.failure or (reply is not None and reply.has_error()):
+                self.failed.add(arrival.node)
             self.unread.append(arrival)
             self.rule.arrived(arrival)
         else:

@@ -80,6 +80,22 @@ def test_a_node_that_is_started_again_under_its_old_id_is_asked_again(send: str)
     assert grid.pushed.count(zero) == (2 if send == "coded" else 3)  # its two shards, one by one
 
 
+@pytest.mark.parametrize("send", ["coded", "shards"])
+def test_a_node_that_was_given_up_and_is_back_under_its_old_id_is_asked_again(send: str) -> None:
+    """The SuperLink answers for a node that it no longer hears, by an error; then the node is there again."""
+    grid = LivingGrid(toy_app(), 4)
+    for node in grid.nodes.values():
+        node.silent = node.worker == 2
+    zero = next(node for node, one in grid.nodes.items() if one.worker == 0)
+    grid.nodes[zero].crashes = True
+    after(4, grid, lambda: None, lambda: None, lambda: None, lambda: (grid.kill(0), grid.start(0, zero)))
+    arrays, rows = run(grid, CODES["fractional"](), send=send)
+    assert relative(arrays, expected()) < 1e-6
+    entry = rows[0]["train"]
+    assert entry["outcome"] == "exact" and 0 in entry["used"]
+    assert [one["reason"].startswith("error 8") for one in entry["rejected"]] == [True]
+
+
 def test_a_node_that_stays_is_asked_once_a_round() -> None:
     grid = LivingGrid(toy_app(), 4)
     _, rows = run(grid, CODES["fractional"](), rounds=3)
