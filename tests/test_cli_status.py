@@ -3,60 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
-import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from fl_gradcode.cli import app
 from tests.ledger_rows import CODE, rejected, row, write
-
-DEADLINE = 120.0
-QUICK = ("--every", "0.02")
-
-
-def status(*arguments: str | Path) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, ["status", *map(str, arguments)], env={"COLUMNS": "300"})
-    return result.exit_code, result.stdout, result.stderr
-
-
-def rows(*numbers: int, **fields: Any) -> list[dict[str, Any]]:
-    return [row(i, **fields) for i in numbers]
-
-
-@contextmanager
-def writing(path: Path, later: Sequence[dict[str, Any]], seconds: float = 0.1) -> Iterator[None]:
-    """Appends rows, one after the other, while the command runs; each in two pieces."""
-
-    def append() -> None:
-        for one in later:
-            time.sleep(seconds)
-            text = json.dumps(one) + "\n"
-            with path.open("a") as file:
-                file.write(text[:99])
-                file.flush()
-                time.sleep(seconds)
-                file.write(text[99:])
-
-    thread = threading.Thread(target=append)
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join(DEADLINE)
-
+from tests.status_calling import rows, status
 
 # One look
 
@@ -217,117 +171,9 @@ def test_a_folder_and_options_that_make_no_sense_get_one_sentence(tmp_path: Path
         assert code == 2 and not out and sentence in err and err.count("\n") == 1
 
 
-# Following
-
-
-def test_following_in_a_pipe_appends_a_line_for_each_new_round(tmp_path: Path) -> None:
-    path = write(tmp_path / "ledger.jsonl", rows(1, 2))
-    with writing(path, [*rows(3, 4, straggling=[0, 2, 4], outcome="skipped"), *rows(5)]):
-        code, out, _ = status(path, "--follow", "--until-round", "5", *QUICK)
-    assert code == 0
-    lines = re.findall(r"^ +(\d) .(\w+)", out, re.MULTILINE)
-    assert lines == [("1", "exact"), ("2", "exact"), ("3", "skipped"), ("4", "skipped"), ("5", "exact")]
-    assert out.count("Run one") == 1 and out.count("! Round") == 1
-
-
-def test_following_waits_for_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.jsonl"
-    with writing(path, rows(1, 2)):
-        code, out, err = status(path, "--follow", "--until-round", "2", *QUICK)
-    assert code == 0 and "Waiting for the first round" in err
-    assert re.findall(r"^ +(\d)  exact", out, re.MULTILINE) == ["1", "2"]
-
-
-def test_following_tells_a_round_again_that_a_resumed_run_has_run_again(tmp_path: Path) -> None:
-    path = write(tmp_path / "ledger.jsonl", rows(1, 2, 3))
-
-    def resume() -> None:
-        time.sleep(0.2)
-        write(tmp_path / "new", [*rows(1, 2), *rows(3, resumed=True, outcome="approximate")]).replace(path)
-
-    thread = threading.Thread(target=resume)
-    thread.start()
-    with writing(path, rows(4), seconds=0.5):
-        code, out, _ = status(path, "--follow", "--until-round", "4", *QUICK)
-    thread.join(DEADLINE)
-    assert code == 0
-    assert re.findall(r"^ +(\d)  (\w+)", out, re.MULTILINE)[-3:] == [
-        ("3", "exact"),
-        ("3", "approximate"),
-        ("4", "exact"),
-    ]
-    assert "resumed" in out
-
-
-def test_following_goes_on_when_the_ledger_is_begun_anew(tmp_path: Path) -> None:
-    path = write(tmp_path / "ledger.jsonl", rows(1, 2, 3))
-
-    def begin_anew() -> None:
-        time.sleep(0.3)
-        path.write_text("")
-
-    thread = threading.Thread(target=begin_anew)
-    thread.start()
-    with writing(path, rows(1, 4, run="two"), seconds=0.8):
-        code, out, err = status(path, "--follow", "--until-round", "4", *QUICK)
-    thread.join(DEADLINE)
-    assert code == 0 and "Traceback" not in err
-    assert out.count("Run one") == 1 and out.count("Run two") == 1
-
-
 def test_names_that_look_like_markup_are_shown_as_they_are(tmp_path: Path) -> None:
     code = {**CODE, "name": "[/b] mine"}
     path = write(tmp_path / "ledger.jsonl", rows(1, 2, run="[/x] a", code=code, ended="[/red]", outcome="skipped"))
     for more in ((), ("--run", "all")):
         exit_code, out, _ = status(path, "--no-plan", *more)
         assert exit_code == 0 and "[/x] a" in out and "[/b] mine" in out
-
-
-def test_following_as_json_is_a_line_for_each_look_that_found_something(tmp_path: Path) -> None:
-    path = write(tmp_path / "ledger.jsonl", rows(1, 2))
-    with writing(path, rows(3)):
-        _, out, _ = status(path, "--follow", "--until-round", "3", "--json", "--no-plan", *QUICK)
-    assert [json.loads(line)["rounds-done"] for line in out.splitlines()] == [2, 3]
-
-
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-c", "from fl_gradcode.cli import main; main()", "status", *map(str, arguments)]
-
-
-def test_control_c_ends_following_cleanly(tmp_path: Path) -> None:
-    path = write(tmp_path / "ledger.jsonl", rows(1, 2))
-    with subprocess.Popen(
-        command(path, "--follow"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # ignored by jobs in the background
-    ) as process:  # fmt: skip
-        assert process.stdout is not None and process.stderr is not None
-        for line in process.stdout:
-            if re.match(r" +2  exact", line):
-                break
-        process.send_signal(signal.SIGINT)
-        assert process.wait(DEADLINE) == 0
-        assert "Traceback" not in process.stderr.read()
-
-
-def test_on_a_terminal_the_page_is_drawn_anew_and_stays_at_the_end(tmp_path: Path) -> None:
-    path = write(tmp_path / "ledger.jsonl", rows(1, 2))
-    reading, terminal = pty.openpty()
-    shown, later = b"", rows(3)
-    with subprocess.Popen(
-        command(path, "-f", "--until-round", "3", "--no-plan", *QUICK), stdout=terminal, stderr=subprocess.PIPE,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "90", "LINES": "60"},
-    ) as process:  # fmt: skip
-        os.close(terminal)
-        with suppress(OSError):  # Linux: the other end is closed
-            while piece := os.read(reading, 65536):
-                shown += piece
-                if later and b"2 rounds: 2 exact" in shown:
-                    with path.open("a") as file:
-                        file.write(json.dumps(later.pop()) + "\n")
-        assert process.wait(DEADLINE) == 0
-    os.close(reading)
-    text = shown.decode()
-    assert "\x1b[" in text and "2 rounds: 2 exact" in text
-    last = text[text.rindex("Run one") :]
-    assert "3 rounds: 3 exact" in last and "as expected" not in last and "Workers, in the last 3 rounds" in last
