@@ -71,6 +71,10 @@ class Ledger:
             if row.get(kind):
                 _log.info("%s", _readable(row, kind))
 
+    def rows_of(self, run: str) -> list[dict[str, Any]]:
+        """All rows of a run that the file has."""
+        return [] if self.path is None else [row for row in self.read(self.path) if row.get("run") == run]
+
     def resume(self, run: str, rounds: int) -> list[dict[str, Any]]:
         """Leave out the rows of a run behind its round `rounds`: those rounds will be run again.
 

@@ -174,10 +174,11 @@ class Continuation:
         self.done = saved.round
         self._metrics = saved.metrics
         self._state.restore(saved.strategy)
+        rows = ledger.rows_of(run.name)
         run.take_up(ledger.resume(run.name, saved.round))
         set_global_states(saved.randomness)
         if privacy is not None:
-            self.done = privacy.take_up(saved.privacy, checkpoint.load_privacy(run.name), saved.round)
+            self.done = privacy.take_up(saved.privacy, checkpoint.load_privacy(run.name), saved.round, rows)
             if self.done > saved.round:
                 self._tell_spent(saved.round + 1, self.done)
                 self._save(saved.arrays, self.done)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -191,7 +191,13 @@ class RunPrivacy:
                 )
         self.keep(self.state)
 
-    def take_up(self, saved: dict[str, Any] | None, latest: dict[str, Any] | None, rounds: int) -> int:
+    def take_up(
+        self,
+        saved: dict[str, Any] | None,
+        latest: dict[str, Any] | None,
+        rounds: int,
+        rows: Iterable[Mapping[str, Any]] = (),
+    ) -> int:
         """Take up a run of which so many rounds are done; returns the number after which its rounds go on.
 
         That is greater than `rounds` if the next round was asked before and would be asked otherwise now: another
@@ -203,6 +209,8 @@ class RunPrivacy:
             latest: What `state` was last. None, or older than `saved`: it is not known, and all shards count as asked
                 in all of these rounds and in the next.
             rounds: How many rounds are done; the one behind them may have been under way.
+            rows: Of the run, as the ledger has them. If they go on behind both accounts, older files were put back:
+                what was asked since then counts, and one round more.
         """
         account, shards = self._account, range(self.code.k)
         if self._ledger is not None:  # this run's part is in the account
@@ -216,18 +224,29 @@ class RunPrivacy:
         known = latest is not None and (saved is None or account.covers(saved))
         if saved is not None:
             account.merge(saved)
-        if not known:
+        seen, last = self._last_of(rows), account.last_round
+        if seen > last or not known:
+            under_way = max(seen, rounds) + 1
             for shard in shards:
-                account.release(shard, (1, rounds + 1))
+                account.release(shard, (1, under_way))
                 if not isinstance(self.privacy, DPSGD):
-                    account.draws[shard] = max(account.draws[shard], rounds + 1)
-            account.asked = max(account.asked or (0, ""), (rounds + 1, ""))
+                    more = account.draws[shard] + seen - last + 1 if seen > last else 0
+                    account.draws[shard] = max(account.draws[shard], rounds + 1, more)
+            account.asked = max(account.asked or (0, ""), (under_way, ""))
+        self.keep(self.state)
         self._lost = max(0, max(account.draws.values()) - rounds)
         number, request = account.asked or (0, "")
         if not isinstance(self.privacy, DPSGD) or number <= rounds:
             return rounds
         alike = number == rounds + 1 and self._repeatable and request and request == self.request
         return rounds if alike else number
+
+    def _last_of(self, rows: Iterable[Mapping[str, Any]]) -> int:
+        """The last round that released something: being asked is enough, unless the noise comes after decoding."""
+        asked = [(row.get("round", 0), row["train"]) for row in rows if row.get("train")]
+        if not isinstance(self.privacy, DPSGD):
+            asked = [(number, phase) for number, phase in asked if phase.get("outcome") != "skipped"]
+        return max((int(number) for number, _ in asked), default=0)
 
     @property
     def _repeatable(self) -> bool:

@@ -63,7 +63,7 @@ def encode(value: Any, blobs: list[bytes]) -> Any:
         return {_TYPE: "bytes", _VALUE: _blob(value, blobs)}
     if isinstance(value, np.generic):
         return {_TYPE: "scalar", _VALUE: encode(np.asarray(value), blobs)}
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biufcSU":
+    if type(value) is np.ndarray and value.dtype.kind in "biufcSU":
         plain = np.ascontiguousarray(value)
         return {
             _TYPE: "array",
@@ -180,9 +180,10 @@ class StrategyState:
             state = self.strategy.state_dict()  # type: ignore[attr-defined]
             try:
                 encode(state, [])
-            except Unstorable as error:
+            except (Unstorable, RecursionError) as error:
+                what = error if isinstance(error, Unstorable) else "container that holds itself"
                 raise InvalidSetting(
-                    f"{type(self.strategy).__name__}.state_dict() holds a {error}, which a checkpoint cannot: return "
+                    f"{type(self.strategy).__name__}.state_dict() holds a {what}, which a checkpoint cannot: return "
                     "numbers, texts, arrays and tensors, in lists and dicts."
                 ) from None
             return {"state_dict": state}
@@ -236,7 +237,7 @@ class StrategyState:
         blobs: list[bytes] = []
         try:
             return json.dumps(encode(value, blobs)), blobs
-        except Unstorable as error:
+        except (Unstorable, RecursionError) as error:
             if self._warn and name not in self._warned:
                 self._warned.add(name)
                 _log.warning(
@@ -244,7 +245,7 @@ class StrategyState:
                     "If it changes over the rounds, give the strategy state_dict() and load_state_dict().",
                     type(self.strategy).__name__,
                     name,
-                    error,
+                    error if isinstance(error, Unstorable) else f"{type(value).__name__} that holds itself",
                 )
             return None
 

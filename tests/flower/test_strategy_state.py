@@ -197,6 +197,17 @@ def test_what_was_none_at_first_is_kept_and_a_lost_round_leaves_nothing(
     assert (flat(result.arrays) == flat(whole.arrays)).all()
 
 
+def test_what_cannot_come_back_as_it_was_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    inner: Any = FedAvg(fraction_evaluate=0.0)
+    inner.masked = np.ma.masked_array([1.0, 2.0], [True, False])
+    inner.circle = {}
+    inner.circle["me"] = inner.circle
+    start(tmp_path, inner, rounds=1)
+    assert (
+        "FedAvg.masked is a MaskedArray" in caplog.text and "FedAvg.circle is a dict that holds itself" in caplog.text
+    )
+
+
 def test_an_object_that_is_called_and_keeps_something_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 from flwr.app import ConfigRecord
 
 from fl_gradcode import GradientCoding, Ledger, VirtualGrid
+from fl_gradcode.account import Account
 from fl_gradcode.errors import InvalidSetting
 from fl_gradcode.latency import Latency
 from fl_gradcode.privacy import CentralNoise
@@ -61,8 +62,9 @@ def test_if_the_account_is_lost_everybody_counts_as_asked(tmp_path: Path) -> Non
         start(kept(code, tmp_path, 3), clients(code, tmp_path), ROUNDS)
     (tmp_path / "run.ckpt.privacy").unlink()
     strategy = kept(code, tmp_path)
-    start(strategy, clients(code, tmp_path), ROUNDS)
-    assert strategy.ledger.rows[-1]["train"]["privacy"]["epsilon"] == pytest.approx(hand_computed(ROUNDS), rel=1e-9)
+    start(strategy, clients(code, tmp_path), 6)
+    assert numbers(strategy) == [1, 2, 5, 6]  # the ledger has 3, and behind it 4 may have been asked
+    assert strategy.ledger.rows[-1]["train"]["privacy"]["epsilon"] == pytest.approx(hand_computed(6), rel=1e-9)
 
 
 def central(tmp_path: Path, killed_in: int | None = None, **changes: Any) -> GradientCoding:
@@ -169,9 +171,9 @@ def test_an_account_older_than_the_checkpoint_is_not_believed(tmp_path: Path) ->
             shutil.copy(tmp_path / "run.ckpt.privacy", tmp_path / "backup")
     shutil.copy(tmp_path / "backup", tmp_path / "run.ckpt.privacy")
     strategy = kept(code, tmp_path)
-    start(strategy, clients(code, tmp_path), ROUNDS)
-    assert numbers(strategy) == [1, 2, 4]  # round 3 may have been asked
-    assert strategy.ledger.rows[-1]["train"]["privacy"]["epsilon"] == pytest.approx(hand_computed(ROUNDS), rel=1e-9)
+    start(strategy, clients(code, tmp_path), 6)
+    assert numbers(strategy) == [1, 2, 5, 6]  # the ledger has 3, and behind it 4 may have been asked
+    assert strategy.ledger.rows[-1]["train"]["privacy"]["epsilon"] == pytest.approx(hand_computed(6), rel=1e-9)
 
 
 def test_a_checkpoint_older_than_the_account_goes_on_behind_it(tmp_path: Path) -> None:
@@ -217,3 +219,77 @@ def test_noise_that_was_never_drawn_is_not_charged(tmp_path: Path, monkeypatch: 
     noise = strategy.options.privacy
     assert isinstance(noise, CentralNoise)
     assert strategy.ledger.rows[-1]["train"]["privacy"]["epsilon"] == pytest.approx(noise.epsilon(ROUNDS))
+
+
+def restore(folder: Path, backup: Path) -> None:
+    for name in ("run.ckpt", "run.ckpt.privacy"):
+        shutil.copy(backup / name, folder / name)
+
+
+@pytest.mark.parametrize("noise", ["shared", "independent"])
+def test_if_both_files_are_put_back_the_ledger_tells_what_was_asked_since(noise: Any, tmp_path: Path) -> None:
+    code = CODES["cyclic"]
+    options: dict[str, Any] = {"privacy": settings(noise=noise)}
+    with pytest.raises(Killed):
+        start(kept(code, tmp_path, 1, **options), clients(code, tmp_path), 8)
+    shutil.copytree(tmp_path, tmp_path / "backup")
+    with pytest.raises(Killed):
+        start(kept(code, tmp_path, 3, **options), clients(code, tmp_path), 8)
+    restore(tmp_path, tmp_path / "backup")
+    strategy = kept(code, tmp_path, **options)
+    start(strategy, clients(code, tmp_path), 8)
+    assert numbers(strategy) == [5, 6, 7, 8]  # 4 may have been under way
+    told = strategy.ledger.rows[-1]["train"]["privacy"]["epsilon"]
+    assert told == pytest.approx(hand_computed(8, 3 if noise == "independent" else 1), rel=1e-9)
+    for worker in range(6):
+        for shard in code.shards_of(worker):
+            spent = rounds_of(tmp_path, worker, shard)
+            assert len(spent) == len(set(spent))
+
+
+def test_if_both_files_are_put_back_noise_that_was_drawn_since_counts(tmp_path: Path) -> None:
+    grid = lambda: clients(CODES["fractional"], tmp_path / "keys")  # noqa: E731
+    with pytest.raises(Killed):
+        start(central(tmp_path, 2), grid(), ROUNDS)
+    shutil.copytree(tmp_path, tmp_path / "backup")  # drawn: 2
+    with pytest.raises(Killed):
+        start(central(tmp_path, 4), grid(), ROUNDS)  # 3 more: rounds 2 to 4
+    restore(tmp_path, tmp_path / "backup")
+    strategy = central(tmp_path)
+    start(strategy, grid(), ROUNDS)  # and again 3
+    noise = strategy.options.privacy
+    assert isinstance(noise, CentralNoise)
+    assert strategy.ledger.rows[-1]["train"]["privacy"]["epsilon"] >= noise.epsilon(2 + 3 + 3)
+
+
+def test_a_lost_account_costs_no_more_however_often_the_server_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it waits for nodes, say."""
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    code = CODES["fractional"]
+    with pytest.raises(Killed):
+        start(kept(code, tmp_path, 2), clients(code, tmp_path), 5)
+    (tmp_path / "run.ckpt.privacy").unlink()
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr("fl_gradcode.running.Run.begin", killed)
+            with pytest.raises(Killed):
+                start(kept(code, tmp_path), clients(code, tmp_path), 5)
+    strategy = kept(code, tmp_path)
+    start(strategy, clients(code, tmp_path), 5)
+    assert numbers(strategy) == [1, 4, 5]  # the ledger had 2
+
+
+def test_another_number_of_holders_makes_no_account_stale() -> None:
+    few, many = Account({0: 1, 1: 1}), Account({0: 2, 1: 2})
+    few.release(0, (1, 1))
+    many.merge(few.state)
+    assert few.covers(many.state) and many.covers(few.state)
+    many.draws[1] += 1
+    assert not few.covers(many.state)
+    few.merge(many.state)
+    assert few.holders == {0: 2, 1: 2} and few.covers(many.state)
