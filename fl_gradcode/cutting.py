@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import lzma
 import shutil
 import zipfile
 import zlib
@@ -22,6 +23,8 @@ __all__ = ["SPLITS", "count_examples", "cut"]
 #: How a data set may be cut.
 SPLITS = ("iid", "contiguous", "label:COLUMN", "dirichlet:COLUMN:ALPHA", "by:COLUMN")
 
+# What reading a damaged, encrypted or strangely packed .npz may raise.
+_UNREADABLE = (ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 _ROWS = 50_000  # of a .csv that are kept in memory
 
 
@@ -45,7 +48,7 @@ def count_examples(shard: Path) -> int | None:
             case ".jsonl":
                 with shard.open("rb") as lines:
                     return sum(1 for line in lines if line.strip())
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, SyntaxError):
+    except (KeyError, SyntaxError, *_UNREADABLE):
         return None
     return None
 
@@ -98,7 +101,7 @@ class _Npz:
                 raise ValueError("it is one array without a name, a .npy")
             with loaded as file:
                 self.arrays: dict[str, NDArray[Any]] = {name: file[name] for name in file.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        except (OSError, MemoryError, *_UNREADABLE) as error:
             raise InvalidSetting(f"{path} cannot be read as a .npz: {str(error).rstrip('.')}.") from None
         lengths = {name: len(array) if array.ndim else None for name, array in self.arrays.items()}
         if len({*lengths.values()}) != 1 or None in lengths.values():

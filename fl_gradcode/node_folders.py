@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -27,7 +28,7 @@ __all__ = ["ASSIGNMENT", "shards_in", "unfinished", "write_folders"]
 ASSIGNMENT = "assignment.json"
 
 _DRAFT = ".placing-"
-_NODE = re.compile(r"node-\d+")
+_NODE = re.compile(r"node-(0|[1-9]\d*)")
 
 
 def shards_in(folder: Path) -> dict[Path, int | None]:
@@ -60,13 +61,30 @@ def unfinished(out: Path, source: Path, *, force: bool) -> Iterator[Path]:
         raise InvalidSetting(f"{out} and {source} lie in one another: give a folder apart from the data.")
     if out.exists() and not out.is_dir():
         raise InvalidSetting(f"{out} is a file; give a folder.")
-    if out.is_dir() and not force and (there := visible(out)):
-        what = "an earlier placement" if (out / MANIFEST).exists() else f"other data, such as {there[0].name}"
-        raise InvalidSetting(f"{out} holds {what}: give a new folder, or --force to replace what place writes.")
     made = not out.exists()
+    if not made:
+        _refuse_other_data(out, force=force)
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
+        _refuse_other_data(out, force=force)  # another run may have placed meanwhile
         yield from _draft(out, made=made)
+
+
+def _refuse_other_data(out: Path, *, force: bool) -> None:
+    there = visible(out)
+    if there and not force:
+        what = "an earlier placement" if (out / MANIFEST).exists() else f"other data, such as {there[0].name}"
+        raise InvalidSetting(f"{out} holds {what}: give a new folder, or --force to replace what place writes.")
+    for name in (MANIFEST, ASSIGNMENT):
+        if (out / name).is_dir():
+            raise InvalidSetting(f"{out / name} is a folder, and would be replaced: move it away.")
+    if os.path.lexists(out / MANIFEST):
+        try:
+            ours = Manifest.read(out / MANIFEST).held is not None
+        except FlGradcodeError:
+            ours = False
+        if not ours:
+            raise InvalidSetting(f"{out / MANIFEST} was not placed, and would be replaced: move it away.")
 
 
 def _draft(out: Path, *, made: bool) -> Iterator[Path]:
@@ -129,9 +147,11 @@ def write_folders(
     assigned = tuple(tuple(sorted(one)) for one in held)
     found: dict[int, Shard] = {}
     nodes = [draft / f"node-{worker}" for worker in range(len(assigned))]
-    names = [path.name for path in shards]
+    names, earlier = [path.name for path in shards], _earlier(out)
     for worker, node in enumerate(nodes):
-        _refuse_what_is_in_the_way(out / node.name, [names[number] for number in assigned[worker]])
+        target, new = out / node.name, [SHARDS_FILE, *(names[number] for number in assigned[worker])]
+        placed = [SHARDS_FILE, *(one.name for one in Manifest.read(target).shards)] if target in earlier else []
+        _refuse_what_is_in_the_way(target, new, placed=placed)
     for node in nodes:
         node.mkdir()
         if like is not None:
@@ -146,14 +166,17 @@ def write_folders(
     whole = Manifest(len(found), tuple(found.values()), held=assigned, code=code)
     if sum(found[number].bytes for one in assigned for number in one) != total:
         raise InvalidSetting("The shards changed while they were copied: place them again once nobody writes to them.")
-    # From here on an earlier placement is no longer there as a whole, and must not seem to be.
+    write_atomically(draft / ASSIGNMENT, json.dumps(assigned) + "\n")
+    whole.write(draft / MANIFEST)
+    # From here on nothing is written, only moved. An earlier placement is no longer there as a whole, and must not
+    # seem to be.
     (out / MANIFEST).unlink(missing_ok=True)
-    for earlier in _nodes_in(out):
-        _clear(earlier, draft)
+    for folder in earlier:
+        _clear(folder, draft)
     for node in nodes:
         _bring(node, out / node.name)
-    write_atomically(out / ASSIGNMENT, json.dumps(assigned) + "\n")
-    whole.write(out / MANIFEST)
+    for name in (ASSIGNMENT, MANIFEST):
+        os.replace(draft / name, out / name)
     return whole
 
 
@@ -190,27 +213,36 @@ def _place(path: Path, targets: Sequence[Path], *, link: bool) -> tuple[int, str
     return written.pop()
 
 
-def _nodes_in(out: Path) -> list[Path]:
-    """Folders of nodes, as an earlier run named them."""
-    return sorted(path for path in out.iterdir() if _NODE.fullmatch(path.name) and path.is_dir())
+def _earlier(out: Path) -> list[Path]:
+    """Folders of nodes that an earlier run placed here; copies of them are none.
+
+    Raises:
+        InvalidSetting: What was placed in one of them is not known, or lies elsewhere: it could not be taken away.
+    """
+    found = []
+    for path in sorted(out.iterdir()):
+        if not _NODE.fullmatch(path.name) or not os.path.lexists(path / SHARDS_FILE):
+            continue
+        try:
+            manifest = Manifest.read(path / SHARDS_FILE)
+        except FlGradcodeError as error:
+            raise InvalidSetting(f"What was placed in {path} is not known: move it away. ({error})") from None
+        if f"node-{manifest.worker}" != path.name:
+            continue
+        if path.is_symlink() or path.stat().st_dev != out.stat().st_dev:
+            raise InvalidSetting(f"{path} is a link, or on another disk: move it away, or give another folder.")
+        found.append(path)
+    return found
 
 
-def _refuse_what_is_in_the_way(node: Path, names: Sequence[str]) -> None:
+def _refuse_what_is_in_the_way(node: Path, names: Sequence[str], *, placed: Sequence[str]) -> None:
     """Before anything is changed: what an earlier run did not place is not replaced."""
     if node.is_symlink() or (node.exists() and not node.is_dir()):
         raise InvalidSetting(f"{node} is no folder of its own: move it away, or give another folder.")
-    placed = {shard.name for shard in _placed(node)}
     for name in names:
-        if name not in placed and (there := find(node, name)) is not None:
+        there = find(node, name) or node / name
+        if name not in placed and os.path.lexists(there):
             raise InvalidSetting(f"{there} was not placed, and would be replaced: move it away.")
-
-
-def _placed(folder: Path) -> tuple[Shard, ...]:
-    """What an earlier run placed there, or was about to."""
-    try:
-        return Manifest.read(folder / SHARDS_FILE).shards
-    except FlGradcodeError:
-        return ()
 
 
 def _clear(folder: Path, draft: Path) -> None:
@@ -218,16 +250,15 @@ def _clear(folder: Path, draft: Path) -> None:
 
     The manifest goes last: whatever is left when this is cut off is still listed.
     """
-    earlier = _placed(folder)
+    earlier = Manifest.read(folder / SHARDS_FILE).shards
     away = Path(tempfile.mkdtemp(prefix="earlier-", dir=draft))  # goes with the draft
     for shard in earlier:
         if (path := find(folder, shard.name)) is not None:
             os.replace(path, away / shard.name)
-    if earlier:
-        (folder / ".verified.json").unlink(missing_ok=True)
-        (folder / SHARDS_FILE).unlink()
-        if not any(folder.iterdir()):
-            folder.rmdir()
+    (folder / ".verified.json").unlink(missing_ok=True)
+    (folder / SHARDS_FILE).unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _bring(node: Path, target: Path) -> None:
@@ -235,6 +266,7 @@ def _bring(node: Path, target: Path) -> None:
     if not target.exists():
         node.rename(target)
         return
+    target.chmod(stat.S_IMODE(target.stat().st_mode & node.stat().st_mode) | stat.S_IRWXU)
     for path in sorted(node.iterdir(), key=lambda path: path.name != SHARDS_FILE):
         os.replace(path, target / path.name)
 

@@ -107,7 +107,7 @@ def lists(path: Path) -> list[list[int]]:
             or min(map(min, filter(None, found)), default=0) < 0
         ):
             raise ValueError
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError):
         raise FlGradcodeError(
             f"{path} must hold, as JSON, for each worker the list of its shards, such as [[0, 1], [1, 2], [2, 0]]."
         ) from None

@@ -52,7 +52,7 @@ def notices_of(
         yield _undecoded(failed, next((line.holders for line in reversed(rounds) if line.holders), ()))
     s = last.code.get("s")
     gone = gone_of(workers)
-    if s and len(gone) >= s:
+    if isinstance(s, int) and s > 0 and len(gone) >= s:
         verb = "do" if len(gone) > 1 else "does"
         left = "no spare is left, the next failure may cost a round" if len(gone) == s else "each round is at risk"
         text = f"{told_workers(gone)} {verb} not answer, and the code covers any {s}: {left}."

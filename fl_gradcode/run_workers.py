@@ -37,8 +37,7 @@ class WorkerLine:
         computing: Share of these seconds that it says it computed.
         slower: Its median time over that of the median worker, for one shard.
         heard: Last round in which a good reply of it came in.
-        missed: How many of the last rounds that it held a sampled shard of had no good reply to training from it in
-            time.
+        missed: For how many of the last rounds that it held a sampled shard of no good reply to training has come.
         mark: One of `MARKS`.
         note: What is known about that, in words.
         reasons: Each distinct reason of a failure, as last told, and in how many rounds; the last one first.
@@ -138,7 +137,9 @@ def workers_of(rows: Sequence[Mapping[str, Any]], holders: Sequence[Sequence[int
     present = {
         who: one
         for who, one in seen.items()
-        if isinstance(who, str) or (who in members if members else one.took_part >= since or one.failures)
+        if isinstance(who, str)
+        or (who in members if members else one.took_part >= since or one.failures)
+        or (one.failures and one.failures[-1] > last - _LATELY)
     }
     asked = ((rows[-1].get("train") or {}).get("asked") or []) + ((rows[-1].get("train") or {}).get("held-back") or [])
     lines = []
@@ -205,6 +206,7 @@ def _learn(seen: dict[int | str, _Seen], of_node: dict[str, int], row: Mapping[s
             elif one.get("worker") is not None:
                 heard.add(one["worker"])
                 of(one["worker"]).late += label == "train"
+                of(one["worker"]).missed *= label != "train"
         for one in phase.get("rejected") or ():
             reason = str(one.get("reason"))
             if not reason.startswith("duplicate"):

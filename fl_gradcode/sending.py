@@ -23,7 +23,9 @@ from .wire import Plan, Reply, Row
 
 __all__ = ["CodedSending", "Sending", "known_of", "may_cover"]
 
-_TRIED = 200  # cases that are looked at to tell whether all is lost; then it is not
+# To tell whether all is lost; what takes more than this is not.
+_TRIED = 200  # sets of workers
+_WORK, _DEEP = 20_000, 100  # sets that are looked at for a cover, and how many it may have
 
 
 class Sending(Protocol):
@@ -165,8 +167,9 @@ class CodedSending:
 
     def _is_lost(self, decoder: IncrementalDecoder, known: set[int], missing: set[int], strangers: int) -> bool:
         """Whether nothing that so many of the missing workers send completes what is known."""
-        if decoder.hopeless(known | missing) or strangers >= len(missing):
-            return decoder.hopeless(known | missing)
+        lost = decoder.hopeless(known | missing)
+        if lost or strangers >= len(missing):
+            return lost
         shards = {i: set(self.code.shards_of(i)) for i in self._participants}
         wanted = set(range(self.code.k)).difference(*(shards[i] for i in known | set(decoder.survivors)))
         if not may_cover(wanted, [shards[i] for i in missing], strangers):
@@ -196,20 +199,39 @@ def known_of(nodes: Iterable[int], roster: Roster) -> tuple[set[int], int]:
 
 def may_cover(wanted: AbstractSet[int], sets: Sequence[AbstractSet[int]], count: int) -> bool:
     """Whether `count` of the sets may cover all that is wanted; True too where it takes long to tell."""
-    steps = 10 * _TRIED
+    inside = [*{frozenset(one & wanted) for one in sets} - {frozenset()}]
+    if not wanted <= frozenset().union(*inside):
+        return False
+    if count >= len(inside) or _greedy_cover(wanted, inside) <= count:
+        return True
+    if count * max(map(len, inside), default=0) < len(wanted):
+        return False
+    return count >= _DEEP or _covers(wanted, inside, count, [_WORK])
 
-    def covers(wanted: AbstractSet[int], count: int) -> bool:
-        nonlocal steps
-        steps -= 1
-        if not wanted or steps < 0:
-            return True
-        inside = [one & wanted for one in sets]
-        if count * max(map(len, inside), default=0) < len(wanted):
-            return False
-        rarest = min(wanted, key=lambda j: sum(j in one for one in inside))
-        return any(covers(wanted - one, count - 1) for one in inside if rarest in one)
 
-    return covers(wanted, count)
+def _greedy_cover(wanted: AbstractSet[int], sets: Sequence[AbstractSet[int]]) -> int:
+    """How many sets it takes if for each element in turn the one is taken that has most of the rest."""
+    having: dict[int, list[AbstractSet[int]]] = {}
+    for one in sets:
+        for element in one:
+            having.setdefault(element, []).append(one)
+    left, taken = set(wanted), 0
+    for element in sorted(wanted):
+        if element in left:
+            left -= max(having[element], key=lambda one: len(one & left))
+            taken += 1
+    return taken
+
+
+def _covers(wanted: AbstractSet[int], sets: Sequence[AbstractSet[int]], count: int, left: list[int]) -> bool:
+    left[0] -= len(sets)
+    if not wanted or left[0] < 0:
+        return True
+    inside = [one & wanted for one in sets]
+    if count * max(map(len, inside), default=0) < len(wanted):
+        return False
+    rarest = min(wanted, key=lambda j: sum(j in one for one in inside))
+    return any(_covers(wanted - one, inside, count - 1, left) for one in inside if rarest in one)
 
 
 def _first(workers: Sequence[int], groups: Sequence[Sequence[int]], m: int) -> list[int]:

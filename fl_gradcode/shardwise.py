@@ -170,7 +170,10 @@ class ShardSending:
     def offered(self, arrival: Arrival, *, good: bool) -> None:
         """A node that failed gets no more work in this phase."""
         worker = self.roster.worker_of(arrival.node)
-        if self._unread.pop(arrival.token, None) is None and good and worker in self._start:
+        shard = self._unread.pop(arrival.token, None)
+        if shard is not None and not good:
+            self._sent[arrival.node].discard(shard)  # it may be asked again, if it comes back
+        if shard is None and good and worker in self._start:
             self._sent.setdefault(arrival.node, set()).add(self._start[worker])  # it was asked before it was known
         if not good:
             self._failed.add(arrival.node)

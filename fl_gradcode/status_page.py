@@ -69,7 +69,7 @@ def heading(status: RunStatus, *, now: float, written: float | None, others: int
     """Which run, how far it is, where the time went."""
     code, last = status.code, status.last
     size = f"n={code.get('n')} workers, k={code.get('k')} shards, s={code.get('s')}"
-    m = f", m={code['m']}" if (code.get("m") or 1) > 1 else ""
+    m = f", m={code['m']}" if (number(code.get("m")) or 1) > 1 else ""
     more = f"  ({others} other run{'s' * (others > 1)} in this file: --run all)" if others else ""
     yield Text(f"Run {plain(status.run)}{more}", style="bold")
     yield Text(f"{plain(str(code.get('name') or 'a code without a name'))}, {size}{m}; sends {status.sending}")

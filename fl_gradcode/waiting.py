@@ -105,7 +105,7 @@ class Waiting:
             if self.unread and self._read(final=not outstanding):
                 self.lost = True
                 continue
-            coming = outstanding + [arrival.node for arrival in self.unread]
+            coming = [*dict.fromkeys(outstanding + [arrival.node for arrival in self.unread])]
             if self.lost and self.rule.hopeless(coming):
                 return "hopeless"
             if not outstanding:
@@ -157,6 +157,7 @@ class Waiting:
             if debt is None and node in self.failed and mark != before:
                 self.failed.discard(node)
                 self.met.discard(node)
+                self.idle = [other for other in self.idle if other != node]
                 self.rule.restarted(node)
             if debt is not None and debt.mark is None:
                 debt.mark = mark
@@ -202,7 +203,9 @@ class Waiting:
     def _hand_out(self) -> None:
         """Give the nodes that are free what the rule has for them."""
         messages = []
-        for node in self.free:
+        for node in dict.fromkeys(self.free):
+            if node in self.debts:
+                continue  # one message at a time
             message = self.rule.next_message(node, self._next_held(node), self.source.now())
             if message is None:
                 self.idle.append(node)

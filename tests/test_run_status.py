@@ -10,6 +10,7 @@ import pytest
 
 from fl_gradcode.run_rows import LedgerReader
 from fl_gradcode.run_status import status_of
+from fl_gradcode.status_page import heading
 from tests.ledger_rows import CODE, Made, notices, phase, rejected, row, status_of_rows, worker, write
 
 
@@ -126,6 +127,12 @@ def test_who_was_not_asked_is_not_called_silent(status: Made) -> None:
     assert worker(status(gone), 5).mark == "silent"
 
 
+def test_a_newcomer_that_fails_is_listed_before_the_code_has_it(status: Made) -> None:
+    wrong = [rejected(6, "ShardMismatch: other data")]
+    rows = [row(i, rejected=wrong, holders=[[0, 1], [2, 3], [4, 5]] if i == 1 else []) for i in range(1, 9)]
+    assert worker(status(rows), 6).mark == "failing"
+
+
 def test_workers_that_have_left_a_code_that_follows_holdings_are_not_listed(status: Made) -> None:
     wrong = [rejected(5, "ValueError: no file")]
     before = [
@@ -148,6 +155,23 @@ def test_whoever_fails_to_evaluate_alone_is_no_risk_for_a_round(status: Made) ->
     assert "spare" not in notices(told)
     both = [row(i, straggling=[1, 2, 3], rejected=wrong) for i in range(1, 6)]
     assert "each round is at risk" in notices(status(both))["spare"]
+
+
+def test_whoever_trains_late_and_fails_to_evaluate_does_answer(status: Made) -> None:
+    wrong, code = [rejected(5, "ValueError: no test set")], {**CODE, "s": 1}
+    late = lambda i: [{"worker": 5, "node": "9", "from": f"train {i - 1}"}]  # noqa: E731
+    rows = [
+        row(i, code=code, straggling=[5], late=late(i), evaluate=phase(rejected=wrong, straggling=[5]))
+        for i in range(2, 10)
+    ]
+    told = status(rows)
+    assert worker(told, 5).mark == "failing" and "spare" not in notices(told)
+
+
+@pytest.mark.parametrize("code", [{"s": -1}, {"s": "x"}, {"m": {}}, {"m": None}, {"s": None}])
+def test_a_code_that_makes_no_sense_is_no_crash(code: dict[str, Any], status: Made) -> None:
+    told = status([row(i, code={**CODE, **code}, straggling=[1, 2]) for i in (1, 2, 3, 4)])
+    assert [*heading(told, now=0.0, written=None)]
 
 
 def test_estimates_of_a_code_that_promises_no_more_are_no_warning(status: Made) -> None:

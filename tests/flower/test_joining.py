@@ -96,6 +96,43 @@ def test_a_node_that_was_given_up_and_is_back_under_its_old_id_is_asked_again(se
     assert [one["reason"].startswith("error 8") for one in entry["rejected"]] == [True]
 
 
+@pytest.mark.parametrize(("k", "crashes_at"), [(4, 2), (8, 1)])
+def test_whoever_is_back_after_an_error_gets_the_shard_it_failed_at_and_one_message_at_a_time(
+    k: int, crashes_at: int
+) -> None:
+    """Worker 2 is silent from round 2 on; worker 0 is known, fails at one of its shards, and returns under its id."""
+    grid = LivingGrid(toy_app(), 4, node_config=lambda worker: {"partition-id": worker, "num-partitions": k})
+    zero = next(node for node, one in grid.nodes.items() if one.worker == 0)
+    before: list[int] = []  # messages that were sent in round 1
+    looks: list[bool] = []
+    pull = grid.pull_messages
+
+    def between(server_round: int, *_: Any) -> None:
+        if server_round == 1:
+            for one in grid.nodes.values():
+                one.silent = one.worker == 2
+            before.append(len(grid.pushed))
+
+    def asked() -> int:
+        return grid.pushed[before[0] :].count(zero) if before else 0
+
+    def crash(message_ids: Any) -> Any:
+        grid.nodes[zero].crashes = asked() == crashes_at and len(looks) < 4
+        return pull(message_ids)
+
+    def back() -> None:
+        looks.extend([True] * (asked() >= crashes_at))
+        if len(looks) == 4:
+            grid.kill(0)
+            grid.start(0, zero)
+
+    grid.look, grid.pull_messages = back, crash  # type: ignore[method-assign]
+    _, rows = run(grid, fractional_repetition(4, 1, k=k), rounds=2, send="shards", on_round_end=between)
+    assert rows[1]["train"]["outcome"] == "exact" and len(rows[1]["train"]["rejected"]) == 1
+    # Its shards, the one that it failed at once more; and its first, while it has to say again who it is.
+    assert asked() == k // 2 + 1 + (crashes_at > 1)
+
+
 def test_a_node_that_stays_is_asked_once_a_round() -> None:
     grid = LivingGrid(toy_app(), 4)
     _, rows = run(grid, CODES["fractional"](), rounds=3)

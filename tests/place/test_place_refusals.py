@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,9 @@ WRONG = {
     "m": ("{source} {out} --assignment {lists} -m 0", "--m 0 at least 1"),
     "one array": ("{one_array} {out} -n 2", "cannot be read as a .npz: it is one array without a name"),
     "damaged": ("{damaged} {out} -n 2", "cannot be read as a .npz"),
+    "encrypted": ("{encrypted} {out} -n 2", "cannot be read as a .npz"),
+    "huge": ("{huge} {out} -n 2", "cannot be read as a .npz"),
+    "infinite": ("{source} {out} --assignment {infinite}", "must hold, as JSON, for each worker"),
     "nested": ("{source} {out} --assignment {nested}", "must hold, as JSON, for each worker"),
     "nested manifest": ("--check {deep}", "is not JSON"),
     "a node": ("--check {source}", "shards.json cannot be read"),
@@ -54,7 +59,8 @@ WRONG = {
 def broken_files(folder: Path) -> dict[str, Path]:
     """What somebody may give instead of what is wanted."""
     files = {name: folder / file for name, file in {
-        "lists": "lists.json", "one_array": "one.npz", "damaged": "bad.npz", "nested": "nested.json", "deep": "deep"
+        "lists": "lists.json", "one_array": "one.npz", "damaged": "bad.npz", "nested": "nested.json", "deep": "deep",
+        "encrypted": "encrypted.npz", "huge": "huge.npz", "infinite": "infinite.json"
     }.items()}  # fmt: skip
     files["lists"].write_text("[[0, 1, 2], [3, 4, 5]]")
     with files["one_array"].open("wb") as file:
@@ -63,6 +69,16 @@ def broken_files(folder: Path) -> dict[str, Path]:
     data = bytearray(files["damaged"].read_bytes())
     data[100:400] = b"\xff" * 300
     files["damaged"].write_bytes(data)
+    files["infinite"].write_text("[[0, Infinity], [1], [2]]")
+    np.savez(files["encrypted"], x=np.arange(9))
+    data = bytearray(files["encrypted"].read_bytes())
+    for at in (6, data.rindex(b"PK\x01\x02") + 8):
+        data[at] |= 1
+    files["encrypted"].write_bytes(data)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (10**15,)})
+    with zipfile.ZipFile(files["huge"], "w") as packed:
+        packed.writestr("x.npy", header.getvalue())
     files["nested"].write_text("[" * 100_000)
     files["deep"].mkdir()
     (files["deep"] / "shards.json").write_text("[" * 100_000)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,8 +63,97 @@ def test_a_node_s_folder_that_lies_elsewhere_is_refused_before_anything_is_chang
     (out / "node-1").rename(tmp_path / "elsewhere")
     (out / "node-1").symlink_to(tmp_path / "elsewhere")
     before = tree(tmp_path)
+    for n in (1, 3):  # whether it is to be filled anew, or only cleared
+        assert "node-1 is a link, or on another disk" in refused(source, out, "-n", n, "-s", 0, "--force")
+        assert tree(tmp_path) == before
+    (out / "node-1").unlink()
+    (out / "node-1").symlink_to(tmp_path / "nowhere")
     assert "node-1 is no folder of its own" in refused(source, out, "-n", 3, "--force")
-    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ["", "[", '{"format": "fl-gradcode shards 99"}'])
+@pytest.mark.parametrize("worker", [0, 2])
+def test_what_was_placed_and_is_not_known_any_more_is_not_left_behind(
+    worker: int, text: str, source: Path, tmp_path: Path
+) -> None:
+    """It would be brought to a node that must not have it."""
+    out = tmp_path / "out"
+    placed(source, out, "-n", 3)
+    (out / f"node-{worker}" / "shards.json").write_text(text)
+    before = tree(out)
+    assert f"What was placed in {out / f'node-{worker}'} is not known" in refused(source, out, "-n", 2, "--force")
+    assert tree(out) == before
+
+
+def test_copies_of_a_node_s_folder_stay(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    placed(source, out, "-n", 3)
+    for copy in ("node-20261127", "node-007"):
+        shutil.copytree(out / "node-0", out / copy)
+    placed(source, out, "-n", 2, "--force")
+    assert {path.name for path in out.glob("node-*")} == {"node-0", "node-1", "node-20261127", "node-007"}
+    assert tree(out / "node-007") == tree(out / "node-20261127") != {}
+
+
+def test_what_place_did_not_write_is_not_replaced(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    placed(source, out, "-n", 3)
+    (source / "s9.csv").write_text("x,y\n9,9\n")
+    for worker in range(3):
+        (out / f"node-{worker}" / "s9.csv").symlink_to(tmp_path / "nowhere")
+    assert "s9.csv was not placed, and would be replaced" in refused(source, out, "-n", 3, "--force")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "manifest.json").write_text('{"name": "my web app"}')
+    assert "manifest.json was not placed, and would be replaced" in refused(source, other, "-n", 3, "--force")
+    (other / "manifest.json").unlink()
+    (other / "assignment.json").mkdir()
+    assert "assignment.json is a folder, and would be replaced" in refused(source, other, "-n", 3, "--force")
+
+
+def test_a_folder_that_stays_is_open_to_no_more_users_than_before(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    placed(source, out, "-n", 3)
+    for worker in range(3):
+        (out / f"node-{worker}" / "keys.json").write_text("secret")
+    (out / "node-1").chmod(0o700)
+    source.chmod(0o750)
+    placed(source, out, "-n", 3, "--force")
+    assert [mode(out / f"node-{worker}") for worker in range(3)] == [0o750, 0o700, 0o750]
+
+
+def test_nothing_is_written_once_an_earlier_placement_is_taken_away(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full by then would leave neither."""
+    out = tmp_path / "out"
+    placed(source, out, "-n", 3)
+    real = node_folders._clear
+
+    def clear(*arguments: Any) -> None:
+        monkeypatch.setattr(node_folders, "write_atomically", None)
+        monkeypatch.setattr("fl_gradcode.manifest.write_atomically", None)
+        real(*arguments)
+
+    monkeypatch.setattr(node_folders, "_clear", clear)
+    placed(source, out, "-n", 2, "--force")
+    assert Manifest.read(out).held is not None and len(Manifest.read(out).held or ()) == 2
+
+
+def test_a_placement_that_was_made_meanwhile_is_seen(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    real = node_folders._alone
+
+    def alone(folder: Path) -> Any:
+        monkeypatch.setattr(node_folders, "_alone", real)
+        placed(source, out, "-n", 3, "--force")
+        return real(folder)
+
+    monkeypatch.setattr(node_folders, "_alone", alone)
+    assert "holds an earlier placement" in refused(source, out, "-n", 2)
+    assert len(Manifest.read(out).held or ()) == 3
 
 
 def test_two_at_once_do_not_mix(source: Path, tmp_path: Path) -> None:
@@ -122,7 +212,7 @@ def test_a_placement_that_is_killed_leaves_nothing_that_seems_whole(
     program = KILLED.format(function=function, after=after)
     line = [sys.executable, "-c", program, "place", str(source), str(out), "-n", "3", "--force"]
     assert subprocess.run(line, check=False).returncode == 9
-    if function == "copy_shard":
+    if function in ("copy_shard", "write_atomically"):  # nothing was taken away yet
         assert Manifest.read(out) == Manifest.read(first["manifest"])
     else:
         with pytest.raises(InvalidSetting):
