@@ -57,7 +57,8 @@ class Holdings:
 
     def __init__(self, wish: Discovered, digests: Mapping[int, str] | None = None) -> None:
         self.wish = wish
-        self._required = dict(digests or {})
+        #: Shard -> the SHA-256 that its data must have; None: none is known.
+        self.required = dict(digests) if digests else None
         #: Worker -> shard -> SHA-256 of its data; empty: not told.
         self.told: dict[int, dict[int, str]] = {}
 
@@ -122,7 +123,7 @@ class Holdings:
         return f"{wanted} needs {least} holders of each shard: {'; '.join(named)}{more}. Place them on further nodes."
 
     def _counts(self, shard: int, digest: str, right: str) -> bool:
-        return digest in (WITHHELD, right) or (not digest and shard not in self._required)
+        return digest in (WITHHELD, right) or (not digest and shard not in (self.required or {}))
 
     def _right(self) -> dict[int, str]:
         """Shard -> the digest that counts: the required one, else most holders', of equals the first worker's."""
@@ -130,7 +131,7 @@ class Holdings:
         for shard in range(self.wish.k):
             digests = [d for _, shards in sorted(self.told.items()) if (d := shards.get(shard)) and d != WITHHELD]
             count = Counter(digests)
-            right[shard] = self._required.get(shard) or max(digests, key=lambda d: count[d], default="")
+            right[shard] = (self.required or {}).get(shard) or max(digests, key=lambda d: count[d], default="")
         return right
 
 

@@ -48,10 +48,12 @@ def discover(grid: EarlyStopGrid, holdings: Holdings, roster: Roster, timeout: f
     if wrong:
         worker, shards = next(iter(wrong.items()))
         _log.warning(
-            "Worker %d's shards %s do not count: they do not exist, or hold other data than %s.%s",
+            "Worker %d's shards %s do not count: they do not exist, %s.%s",
             worker,
             shards,
-            "the manifest says, or the other holders have",
+            "or hold other data than the other holders'"
+            if holdings.required is None
+            else "or hold other data than the manifest says, or the node says only their numbers (shards-dir says more)",
             f" The same of workers {[*wrong][1:]}." if len(wrong) > 1 else "",
         )
     if holdings.code() is None:

@@ -9,8 +9,8 @@ import pytest
 from flwr.app import Message
 from flwr.serverapp.strategy import FedAvg
 
-from fl_gradcode import GradientCoding, VirtualGrid, fractional_repetition
-from fl_gradcode.errors import ShardMismatch, UnsuitableApp
+from fl_gradcode import Discovered, GradientCoding, VirtualGrid, fractional_repetition
+from fl_gradcode.errors import RoundFailed, ShardMismatch, UnsuitableApp
 from fl_gradcode.holdings import refuse_other_shards, told_by
 from fl_gradcode.latency import Latency, lognormal, scaled
 from fl_gradcode.manifest import SHARDS_FILE, WITHHELD, Manifest, Shard
@@ -53,6 +53,21 @@ def test_a_manifest_binds_nodes_that_say_only_numbers() -> None:
     refused = pytest.raises(UnsuitableApp, match="says by shards only their numbers: start it with --node-config")
     with InProcessGrid(toy_app(), 4, node_config=config_of(held)) as grid, refused:
         strategy.start(grid, initial_arrays(), num_rounds=1)
+
+
+def test_shards_that_do_not_count_are_named_with_what_to_do(caplog: pytest.LogCaptureFixture) -> None:
+    held = dict.fromkeys(range(3), "0,1,7")
+    manifest = Manifest(2, tuple(Shard(j, f"shard-{j}", None, 1, f"{j:064x}") for j in range(2)))
+    for digests, told in ((None, "other holders'. The same of workers [1, 2]."), (manifest, "(shards-dir says more)")):
+        caplog.clear()
+        strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), Discovered(k=2, s=1), manifest=digests)
+        with InProcessGrid(toy_app(), 3, node_config=config_of(held)) as grid:
+            if digests is None:
+                strategy.start(grid, initial_arrays(), num_rounds=1)
+            else:
+                with pytest.raises(RoundFailed, match="Nobody holds shards 0, 1"):
+                    strategy.start(grid, initial_arrays(), num_rounds=1)
+        assert "Worker 0's shards" in caplog.text and told in caplog.text
 
 
 @pytest.mark.parametrize("private", ["privacy-dir", "max-epsilon"])
