@@ -53,7 +53,7 @@ def discover(grid: EarlyStopGrid, holdings: Holdings, roster: Roster, timeout: f
             shards,
             "or hold other data than the other holders'"
             if holdings.required is None
-            else "or hold other data than the manifest says, or the node says only their numbers (shards-dir says more)",
+            else "or hold other data than the manifest says, or the node says numbers alone (shards-dir says more)",
             f" The same of workers {[*wrong][1:]}." if len(wrong) > 1 else "",
         )
     if holdings.code() is None:
