@@ -123,7 +123,7 @@ class Run:
             self.way = self.ways.choose(complete=len(list(grid.get_node_ids())) >= len(self.code.active))
         self.phase = self.opening.phase(kind, server_round, self._drafts, self.way, slowest=self._slowest)
         self.row["way"] = self.way.entry
-        nodes = nodes_of_a_phase(grid, self.code, self._patience, self.phase.hopeless)
+        nodes = nodes_of_a_phase(grid, self.code, self._patience, self._hopeless)
         self.roster.keep(nodes)
         if isinstance(grid, EarlyStopGrid):
             for node, worker in grid.source.known_workers().items():
@@ -169,6 +169,12 @@ class Run:
         row["ended-at"] = time.time()
         self.ways.learn(row)
         return row
+
+    def _hopeless(self, nodes: list[int]) -> bool:
+        """Whether these nodes, all that are there, cannot decode: whoever is gone may be one of them again."""
+        assert self.phase is not None
+        self.roster.keep(nodes)
+        return self.phase.hopeless(nodes)
 
     def _follow_holdings(self, grid: Grid) -> None:
         """Make the code anew if other workers are there, or hold other shards, than it was made for."""

@@ -118,6 +118,8 @@ def test_after_an_outage_the_first_node_that_is_back_does_not_end_the_wait() -> 
     strategy = GradientCoding(
         FedAvg(fraction_evaluate=0.0), fractional_repetition(4, 1), on_round_end=between, node_timeout=30
     )
+    began = time.monotonic()
     with inside_a_run():
         strategy.start(grid, initial_arrays(), num_rounds=2, timeout=60)
+    assert time.monotonic() - began < 25  # the second that is back may be of the other group: that is worth a try
     assert [row["train"]["outcome"] for row in strategy.ledger.rows] == ["exact"] * 2
