@@ -59,6 +59,9 @@ class Engine:
         database: The SuperLink keeps its state in a file: runs and registered nodes outlive it.
     """
 
+    #: Seconds that processes have to end by themselves when all is stopped.
+    patience = 8.0
+
     def __init__(
         self,
         nodes: int,
@@ -125,7 +128,7 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop everything."""
-        self._processes.stop_all()
+        self._processes.stop_all(patience=self.patience)
         if self._temporary is not None:
             self._temporary.cleanup()
 

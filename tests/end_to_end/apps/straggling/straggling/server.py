@@ -94,7 +94,7 @@ def _wake_up(folder: Path, block: int) -> None:
 
     while times("awake") < times("asleep") and time.monotonic() < deadline:
         time.sleep(0.2)
-    time.sleep(5.0)  # its reply is sent, and its node asks for work again
+    time.sleep(3.0)  # its reply is sent, and its node asks for work again
 
 
 class _Noting(ForwardingGrid):
