@@ -24,19 +24,19 @@ from tests.end_to_end.conftest import (
 pytestmark = pytest.mark.slow
 
 # It is the server that dies here: nodes are few, so that rounds are short.
-NODES, ROUNDS = 2, 5
+NODES = 2
 _PATIENCE = 200.0  # seconds
 
 
 class InterruptedRun:
     """A run that is killed, again and again, and submitted again."""
 
-    def __init__(self, engine: Engine, folder: Path) -> None:
-        self.engine, self.folder = engine, folder
+    def __init__(self, engine: Engine, folder: Path, rounds: int) -> None:
+        self.engine, self.folder, self.all_rounds = engine, folder, rounds
         self.app = copy_of_the_app(folder)
         self.ledger = folder / "ledger.jsonl"
         self.config: dict[str, Any] = {
-            "num-server-rounds": ROUNDS,
+            "num-server-rounds": rounds,
             "nodes": NODES,
             "fraction-evaluate": 0.0,
             "checkpoint": str(folder / "run.ckpt"),
@@ -66,10 +66,10 @@ class InterruptedRun:
         outcome = self.engine.wait(self.run_id, _PATIENCE)
         assert outcome.completed, outcome.log
         rows = Ledger.read(self.ledger)
-        assert [row["round"] for row in rows] == [*range(1, ROUNDS + 1)]
+        assert [row["round"] for row in rows] == [*range(1, self.all_rounds + 1)]
         assert len({row["run"] for row in rows}) == 1
         assert all(row["train"]["outcome"] == "exact" for row in rows)
-        assert distance(saved_arrays(self.folder / "final.npz"), plain_fedavg(ROUNDS, NODES)) < 1e-6
+        assert distance(saved_arrays(self.folder / "final.npz"), plain_fedavg(self.all_rounds, NODES)) < 1e-6
 
     def run_again(self) -> list[int]:
         """Rounds whose function at the end of a round was called more than once: they were under way at a kill."""
@@ -85,23 +85,23 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_a_serverapp_that_is_killed_at_random_moments(engine: Engine, tmp_path: Path) -> None:
-    run = InterruptedRun(engine, tmp_path / "run")
+    run = InterruptedRun(engine, tmp_path / "run", rounds=5)
     for _ in range(2):
         run.submit()
         run.wait_into_a_round()
         engine.kill_serverapp()
-        assert len(run.rounds()) < ROUNDS
+        assert len(run.rounds()) < run.all_rounds
     run.submit()
     run.check()
     assert len(run.run_again()) <= 2
 
 
 def test_a_superlink_that_is_killed_and_keeps_its_database(engine: Engine, tmp_path: Path) -> None:
-    run = InterruptedRun(engine, tmp_path / "run")
+    run = InterruptedRun(engine, tmp_path / "run", rounds=3)
     run.submit()
     run.wait_into_a_round()
     engine.kill_superlink()
-    assert len(run.rounds()) < ROUNDS
+    assert len(run.rounds()) < run.all_rounds
     engine.start_superlink()
     run.submit()
     run.check()
