@@ -135,13 +135,13 @@ class Continuation:
         return self._saved.run if self._saved else self._name
 
     def finished(self, num_rounds: int, ledger: Ledger) -> Result | None:
-        """The result, if all rounds are done: no node needs to be there for it."""
+        """The result, if all rounds are done: no node needs to be there for it, and nothing is written."""
         saved = self._saved
         if saved is None or saved.round < num_rounds:
             return None
         self.done, self._metrics = saved.round, saved.metrics
         self._state.restore(saved.strategy)
-        ledger.resume(saved.run, saved.round)
+        ledger.rows = [row for row in ledger.rows_of(saved.run) if row.get("round", 0) <= saved.round]
         _log.info("All %d rounds of run %s are done: nothing is left to do.", saved.round, saved.run)
         return self.complete(Result(arrays=saved.arrays))
 

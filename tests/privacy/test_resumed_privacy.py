@@ -236,6 +236,9 @@ def test_if_both_files_are_put_back_the_ledger_tells_what_was_asked_since(noise:
     with pytest.raises(Killed):
         start(kept(code, tmp_path, 3, **options), clients(code, tmp_path), 8)
     restore(tmp_path, tmp_path / "backup")
+    with pytest.MonkeyPatch.context() as patch:  # a start for no more than is done must not cut off what tells
+        patch.setattr("fl_gradcode.running.Run.begin", lambda *_: pytest.fail("something was begun"))
+        start(kept(code, tmp_path, **options), clients(code, tmp_path), 0)
     strategy = kept(code, tmp_path, **options)
     start(strategy, clients(code, tmp_path), 8)
     assert numbers(strategy) == [5, 6, 7, 8]  # 4 may have been under way
