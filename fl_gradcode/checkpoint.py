@@ -18,12 +18,8 @@ from typing import Any
 from flwr.app import ArrayRecord
 
 from .errors import InvalidSetting
+from .locks import lock
 from .strategy_state import decode, encode
-
-try:
-    import fcntl
-except ImportError:  # Windows: there two runs can take one checkpoint
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["Checkpoint", "Saved", "followed", "replace_file"]
 
@@ -93,19 +89,17 @@ class Checkpoint:
             InvalidSetting: Another run has it.
         """
         with self._beside("lock").open("a") as file:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise InvalidSetting(
-                        f"The checkpoint {self.path} is in use by another run. Stop that one, or name another file."
-                    ) from None
-                except OSError as error:
-                    _log.warning(
-                        "The checkpoint %s cannot be locked (%s): see to it that no second run takes it.",
-                        self.path,
-                        error.strerror,
-                    )
+            error = lock(file)
+            if isinstance(error, BlockingIOError):
+                raise InvalidSetting(
+                    f"The checkpoint {self.path} is in use by another run. Stop that one, or name another file."
+                )
+            if error is not None:
+                _log.warning(
+                    "The checkpoint %s cannot be locked (%s): see to it that no second run takes it.",
+                    self.path,
+                    error.strerror,
+                )
             yield
 
     def load(self) -> Saved | None:

@@ -9,18 +9,14 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .cutting import count_examples
 from .errors import FlGradcodeError, InvalidSetting
+from .locks import lock
 from .manifest import MANIFEST, SHARDS_FILE, Manifest, Shard, write_atomically
 from .shard_files import check_names, copy_shard, find, hash_shard, link_shard, same_mode, sizes, visible
-
-try:
-    import fcntl
-except ImportError:  # Windows: there two runs can write to one folder
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["ASSIGNMENT", "shards_in", "unfinished", "write_folders"]
 
@@ -103,16 +99,11 @@ def _draft(out: Path, *, made: bool) -> Iterator[Path]:
 def _alone(out: Path) -> Iterator[None]:
     """One run at a time; a process that dies lets go."""
     with ExitStack() as stack:
-        if fcntl is not None:
+        if os.name == "posix":  # elsewhere a folder cannot be opened
             handle = os.open(out, os.O_RDONLY)
             stack.callback(os.close, handle)
-            with suppress(OSError):  # a file system without locks
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise InvalidSetting(
-                        f"Another fl-gradcode place is writing to {out}: wait until it has ended."
-                    ) from None
+            if isinstance(lock(handle), BlockingIOError):  # any other error: a file system without locks
+                raise InvalidSetting(f"Another fl-gradcode place is writing to {out}: wait until it has ended.")
         yield
 
 

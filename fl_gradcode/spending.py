@@ -16,11 +16,7 @@ from pathlib import Path
 
 from .accounting import Spend, epsilon_of
 from .errors import InvalidSetting, PrivacyRefused
-
-try:
-    import fcntl
-except ImportError:  # Windows: one process a node there
-    fcntl = None  # type: ignore[assignment]
+from .locks import lock
 
 __all__ = ["Charge", "Entry", "Request", "SpentLedger"]
 
@@ -219,8 +215,11 @@ class SpentLedger:
                 f"The folder for spent privacy {self.folder} cannot be written: {error.strerror}."
             ) from None
         with file:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
+            if (problem := lock(file, wait=True)) is not None:  # two that spend at once would count too little
+                raise InvalidSetting(
+                    f"The folder for spent privacy {self.folder} cannot be locked ({problem.strerror}): it must be on "
+                    "a file system with locks, such as a local disk."
+                )
             yield
 
 

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from fl_gradcode import Ledger
+from fl_gradcode.accounting import Spend
 from fl_gradcode.checkpoint import Checkpoint
 from fl_gradcode.errors import InvalidSetting
+from fl_gradcode.spending import Request, SpentLedger
 from tests.flower.test_resuming import Killed, rounds_of, start
 
 
@@ -70,8 +72,21 @@ def test_a_file_system_without_locks_is_told_and_no_other_run(
     def unable(*_: Any) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr("fl_gradcode.checkpoint.fcntl.flock", unable)
+    monkeypatch.setattr("fl_gradcode.locks.fcntl.flock", unable)
     with caplog.at_level(logging.WARNING):
         start(tmp_path, rounds=1)
     assert "cannot be locked (No locks available): see to it that no second run takes it" in caplog.text
     assert json.loads((tmp_path / "ledger.jsonl").read_text())["round"] == 1
+
+
+def test_a_ledger_of_spent_privacy_that_cannot_be_locked_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unable(*_: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fl_gradcode.locks.fcntl.flock", unable)
+    request = Request(0, "r", 1, "", Spend(1.0, 0.1, 3))
+    with pytest.raises(InvalidSetting, match=r"cannot be locked \(No locks available\): it must be on a file system"):
+        SpentLedger(tmp_path).charge(request, delta=1e-5)
+    assert not SpentLedger(tmp_path).path_of(0).exists()
