@@ -202,7 +202,7 @@ def may_cover(wanted: AbstractSet[int], sets: Sequence[AbstractSet[int]], count:
     inside = [*{frozenset(one & wanted) for one in sets} - {frozenset()}]
     if not wanted <= frozenset().union(*inside):
         return False
-    if count >= len(inside) or _greedy_cover(wanted, inside) <= count:
+    if count >= len(inside) or _greedy_cover(wanted, inside) <= count:  # mostly, and soon told
         return True
     if count * max(map(len, inside), default=0) < len(wanted):
         return False

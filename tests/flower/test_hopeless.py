@@ -105,6 +105,9 @@ def test_after_an_outage_the_first_node_that_is_back_does_not_end_the_wait() -> 
 
     def between(server_round: int, *_: Any) -> None:
         if server_round == 1:
+            assert strategy._run is not None
+            for node, one in grid.nodes.items():  # whoever was too late to be heard
+                strategy._run.roster.learn(node, one.worker)
             for worker in range(4):
                 grid.kill(worker)
             grid.start(0)  # alone, and under another id
