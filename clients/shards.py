@@ -9,7 +9,7 @@ import numpy as np
 
 from clients.dataset import Dataset
 from clients.errors import AppConfigError
-from fl_gradcode.shards import shard_path
+from fl_gradcode.placement import shard_path
 
 __all__ = ["load_shard", "write_shard"]
 

@@ -26,8 +26,8 @@ from experiments.bench_codes import bandwidth, field, vectors
 from experiments.bench_matmul import products
 from experiments.bench_privacy import private_encoding, private_step
 from fl_gradcode import GradientCode, GradientCoding, VirtualGrid, cyclic_repetition, fractional_repetition, uncoded
-from fl_gradcode.arrivals import Arrival
-from fl_gradcode.combine import combine
+from fl_gradcode.codes import combine
+from fl_gradcode.grid import Arrival
 from fl_gradcode.latency import Latency, lognormal
 from fl_gradcode.testing import InProcessGrid
 
@@ -183,8 +183,7 @@ def _seconds(grid: InProcessGrid, messages: list[Message]) -> float:
 
 
 def _coded_reply(message: Message, before: ArrayRecord, values: list[Any]) -> Message:
-    from fl_gradcode.pack import as_array
-    from fl_gradcode.wire import ARRAYS, METRICS, UPDATE, Plan, Reply
+    from fl_gradcode.protocol import ARRAYS, METRICS, UPDATE, Plan, Reply, as_array
 
     plan = Plan.find_in(message.content)
     assert plan is not None

@@ -14,12 +14,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from fl_gradcode import GradientCode
-from fl_gradcode.carry import FixedPoint
-from fl_gradcode.codes import for_assignment, reed_solomon
-from fl_gradcode.combine import combine
-from fl_gradcode.pack import encode_row
-from fl_gradcode.prime_field import P, PrimeField
-from fl_gradcode.reals import REALS
+from fl_gradcode.codes import REALS, P, PrimeField, combine, for_assignment, reed_solomon
+from fl_gradcode.protocol import FixedPoint, encode_row
 
 __all__ = ["bandwidth", "field", "vectors"]
 

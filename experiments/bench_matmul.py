@@ -11,8 +11,8 @@ from flwr.clientapp import ClientApp
 from rich.console import Console
 
 from fl_gradcode import VirtualGrid
+from fl_gradcode.latency import named
 from fl_gradcode.matmul import CodedMatrix, ProductCode, coded_matmul_worker, polynomial, uncoded_product
-from fl_gradcode.populations import named
 from fl_gradcode.testing import InProcessGrid
 
 __all__ = ["products"]

@@ -27,10 +27,7 @@ from clients.models import build_model
 from experiments.compare.synchronous import quiet
 from experiments.privacy.tasks import PROBLEMS
 from fl_gradcode import GradientCoding, fractional_repetition, uncoded
-from fl_gradcode.dp_optimizer import wrap
-from fl_gradcode.keyed import KeyedStream
-from fl_gradcode.opacus_import import opacus
-from fl_gradcode.privacy import DPSGD, write_keys
+from fl_gradcode.privacy import DPSGD, KeyedStream, opacus, wrap, write_keys
 from fl_gradcode.testing import InProcessGrid
 
 __all__ = ["private_encoding", "private_step"]

@@ -20,9 +20,18 @@ from scipy import stats
 from experiments import chapter_figures
 from experiments.chapter_figures import sheets, wrapped
 from fl_gradcode.latency import Latency, Law, Parts, exponential, poisson_stragglers
-from fl_gradcode.order_statistics import coded_matvec_seconds, exponential_seconds, harmonic, idle_mean
-from fl_gradcode.round_times import idle_rounds, steady_rounds
-from fl_gradcode.schemes import Scheme, any_code, partial_work, repetition
+from fl_gradcode.planning import (
+    Scheme,
+    any_code,
+    coded_matvec_seconds,
+    exponential_seconds,
+    harmonic,
+    idle_mean,
+    idle_rounds,
+    partial_work,
+    repetition,
+    steady_rounds,
+)
 
 __all__ = ["MODELS", "Matvec", "Model", "Results", "Times", "compare", "decodable", "draw", "main", "matvec", "page"]
 

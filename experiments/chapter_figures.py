@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from fl_gradcode.order_statistics import best_fraction
+from fl_gradcode.planning import best_fraction
 
 if TYPE_CHECKING:
     from experiments.chapter import Matvec, Times

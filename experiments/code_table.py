@@ -20,6 +20,7 @@ from rich.progress import track
 
 from fl_gradcode import FlGradcodeError, GradientCode
 from fl_gradcode.codes import (
+    PrimeField,
     cyclic_mds,
     cyclic_repetition,
     for_assignment,
@@ -27,7 +28,6 @@ from fl_gradcode.codes import (
     reed_solomon,
     vandermonde,
 )
-from fl_gradcode.prime_field import PrimeField
 
 __all__ = ["FAMILIES", "SIZES", "Loss", "measure"]
 

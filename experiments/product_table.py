@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import track
 
 from fl_gradcode import NotDecodable
+from fl_gradcode.codes import PrimeField
 from fl_gradcode.matmul import ConditionWarning, ProductCode, entangled, matdot, mds_product, polynomial
-from fl_gradcode.prime_field import PrimeField
 
 __all__ = ["BASES", "CODES", "errors_of", "main"]
 

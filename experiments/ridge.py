@@ -29,9 +29,9 @@ from clients.data import load_dataset
 from clients.dataset import Dataset
 from experiments.ridge_figure import draw, markdown
 from fl_gradcode import VirtualGrid
+from fl_gradcode.latency import named
 from fl_gradcode.matmul import CodedMatrix, ProductCode, coded_matmul_worker, polynomial, uncoded_product
-from fl_gradcode.populations import named
-from fl_gradcode.product_plan import plan_products
+from fl_gradcode.planning import plan_products
 from fl_gradcode.testing import InProcessGrid
 
 __all__ = ["SCHEMES", "Task", "directly", "main", "run"]

@@ -4,20 +4,17 @@ strategy = GradientCoding(FedAvg(), fractional_repetition(n=12, s=2))   # server
 app = ClientApp(mods=[gradient_coding_mod])                             # client: add one mod
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .codes import cyclic_repetition, fractional_repetition, uncoded
-    from .discovered import Discovered
+    from .client import gradient_coding_mod
+    from .codes import GradientCode, cyclic_repetition, fractional_repetition, uncoded
     from .errors import FlGradcodeError, NotDecodable
-    from .gradient_code import GradientCode
-    from .grid import EarlyStopGrid
-    from .ledger import Ledger
-    from .mods import gradient_coding_mod
-    from .options import Approximation
-    from .strategy import GradientCoding
-    from .virtual import VirtualGrid
+    from .grid import EarlyStopGrid, VirtualGrid
+    from .runlog import Ledger
+    from .strategy import Approximation, Discovered, GradientCoding
 
 __all__ = [
     "Approximation",
@@ -35,32 +32,15 @@ __all__ = [
     "uncoded",
 ]
 
-# Imported when first used (PEP 562): a deployed node starts a process for each message, and needs the mod alone.
-_WHERE = {
-    "Approximation": "options",
-    "Discovered": "discovered",
-    "EarlyStopGrid": "grid",
-    "FlGradcodeError": "errors",
-    "GradientCode": "gradient_code",
-    "GradientCoding": "strategy",
-    "Ledger": "ledger",
-    "NotDecodable": "errors",
-    "VirtualGrid": "virtual",
-    "cyclic_repetition": "codes",
-    "fractional_repetition": "codes",
-    "gradient_coding_mod": "mods",
-    "uncoded": "codes",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """A public name, from the module that has it."""
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f".{_WHERE[name]}", __name__), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    """All that may be imported from here."""
-    return sorted({*globals(), *__all__})
+# A deployed node starts a process for each message, and needs the mod alone.
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "client": ["gradient_coding_mod"],
+        "codes": ["GradientCode", "cyclic_repetition", "fractional_repetition", "uncoded"],
+        "errors": ["FlGradcodeError", "NotDecodable"],
+        "grid": ["EarlyStopGrid", "VirtualGrid"],
+        "runlog": ["Ledger"],
+        "strategy": ["Approximation", "Discovered", "GradientCoding"],
+    },
+)

@@ -21,7 +21,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from .arrivals import Arrival, ArrivalSource, ForwardingGrid
+from .grid import Arrival, ArrivalSource, ForwardingGrid
 
 __all__ = ["InProcessGrid", "ManualClock", "inside_a_run"]
 

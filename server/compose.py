@@ -10,7 +10,6 @@ from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedPro
 
 from clients.errors import AppConfigError
 from fl_gradcode import Approximation, GradientCode, GradientCoding
-from fl_gradcode.assignment import Assignment, assign
 from fl_gradcode.codes import cyclic_repetition, for_assignment, fractional_repetition, reed_solomon, uncoded
 from fl_gradcode.latency import (
     Latency,
@@ -19,6 +18,7 @@ from fl_gradcode.latency import (
     bursty,
     constant,
     lognormal,
+    named,
     pareto,
     read_trace,
     replay,
@@ -26,7 +26,7 @@ from fl_gradcode.latency import (
     shifted_exponential,
     trace,
 )
-from fl_gradcode.populations import named
+from fl_gradcode.placement import Assignment, assign
 from fl_gradcode.privacy import DPSGD, CentralNoise, noise_multiplier_for
 from server.settings import Settings, whole_numbers
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import fl_gradcode.gradient_code
+import fl_gradcode.codes.gradient_code
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if "```python" in path.read_text())
@@ -25,7 +25,7 @@ def test_the_blocks_of_a_page_run_one_after_the_other(page: Path, capsys: pytest
 
 
 def test_the_example_of_the_code_s_docstring_runs() -> None:
-    assert doctest.testmod(fl_gradcode.gradient_code).failed == 0
+    assert doctest.testmod(fl_gradcode.codes.gradient_code).failed == 0
 
 
 def test_the_two_lines_of_the_readme_build_a_strategy_and_an_app() -> None:

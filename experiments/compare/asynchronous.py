@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from numpy.typing import NDArray
 
 from fl_gradcode import VirtualGrid
-from fl_gradcode.arrivals import Arrival
+from fl_gradcode.grid import Arrival
 
 __all__ = ["fedbuff", "semi_asynchronous"]
 

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fl_gradcode.latency import Latency, lognormal, scaled
-from fl_gradcode.populations import named
+from fl_gradcode.latency import Latency, lognormal, named, scaled
 
 __all__ = ["LAWS", "OWNERS", "PROBLEMS", "Problem", "latency_of", "slow_owners"]
 

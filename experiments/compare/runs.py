@@ -25,9 +25,7 @@ from experiments.compare.synchronous import PartialProx, WorkShareGrid, quiet
 from experiments.rounds import app as idle_app
 from fl_gradcode import EarlyStopGrid, GradientCode, GradientCoding, VirtualGrid
 from fl_gradcode.codes import cyclic_repetition, for_assignment, fractional_repetition
-from fl_gradcode.planner import candidates, make_plan
-from fl_gradcode.round_times import steady_rounds
-from fl_gradcode.schemes import partial_work, wait_for_all
+from fl_gradcode.planning import candidates, make_plan, partial_work, steady_rounds, wait_for_all
 from fl_gradcode.testing import InProcessGrid
 
 __all__ = ["ASYNCHRONOUS", "EXACT", "FOREVER", "INEXACT", "Curve", "run", "scheme_titles", "work_of"]

@@ -20,8 +20,7 @@ from experiments.compare.store import Task
 from experiments.compare.synchronous import quiet
 from experiments.privacy.tasks import DELTA, PROBLEMS, SCHEMES, Private, Scheme, latency
 from fl_gradcode import EarlyStopGrid, GradientCode, GradientCoding, VirtualGrid
-from fl_gradcode.privacy import DPSGD, in_config, write_keys
-from fl_gradcode.release import amplification
+from fl_gradcode.privacy import DPSGD, amplification, in_config, write_keys
 from fl_gradcode.testing import InProcessGrid
 
 __all__ = ["privacy_of", "run"]

@@ -15,9 +15,7 @@ from numpy.typing import NDArray
 from experiments.report.figures import new_figure
 from experiments.report.style import INK, styled
 from fl_gradcode.latency import Latency, Law, Parts, bimodal, lognormal
-from fl_gradcode.planner import GAIN, candidates
-from fl_gradcode.round_times import steady_rounds
-from fl_gradcode.schemes import Scheme, wait_for_all
+from fl_gradcode.planning import GAIN, Scheme, candidates, steady_rounds, wait_for_all
 
 __all__ = ["Cell", "Regimes", "compute", "draw"]
 

@@ -17,8 +17,8 @@ from clients.app import app as client_app
 from clients.errors import AppConfigError
 from experiments.engine import Engine
 from fl_gradcode import FlGradcodeError, Ledger
-from fl_gradcode.planner import make_plan
-from fl_gradcode.sources import read_source
+from fl_gradcode.cli.plan import read_source
+from fl_gradcode.planning.planner import make_plan
 from fl_gradcode.testing import InProcessGrid
 from server.app import main
 from tests.end_to_end.conftest import ROOT

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from experiments.engine import Engine
 from fl_gradcode import fractional_repetition
-from fl_gradcode.cli import app as command_line
-from fl_gradcode.versions import PROTOCOL, library_version
+from fl_gradcode.cli.app import app as command_line
+from fl_gradcode.protocol.records import PROTOCOL, library_version
 from tests.end_to_end.conftest import ROOT, Run, distance, plain_fedavg, run_straggling, with_the_library_on_its_path
 
 pytestmark = pytest.mark.slow

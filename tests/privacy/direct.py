@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from torch import Tensor, nn
 
 from fl_gradcode.privacy import DPSGD, PrivateTraining, private_training, write_keys
-from fl_gradcode.privacy_records import Asked, Spent
+from fl_gradcode.privacy.records import Asked, Spent
 from tests.privacy.private_app import settings
 
 __all__ = ["Node", "linear", "move", "records"]

@@ -14,9 +14,9 @@ from dp_accounting.pld import pld_privacy_accountant
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from fl_gradcode.accounting import Spend, composed, epsilon_of, noise_multiplier_for
 from fl_gradcode.errors import InvalidSetting
-from fl_gradcode.privacy_settings import DPSGD, CentralNoise, privacy_from_json, privacy_to_json
+from fl_gradcode.privacy.accounting import Spend, composed, epsilon_of, noise_multiplier_for
+from fl_gradcode.privacy.settings import DPSGD, CentralNoise, privacy_from_json, privacy_to_json
 
 DELTA = 1e-5
 # privacy.md, section 5: history, then RDP, PRV and dp-accounting's PLD.

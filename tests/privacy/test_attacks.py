@@ -16,11 +16,9 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
 from fl_gradcode import GradientCoding, cyclic_repetition
-from fl_gradcode.accounting import Spend, epsilon_of
 from fl_gradcode.errors import PrivacyRefused
-from fl_gradcode.key_files import read_keys
-from fl_gradcode.keyed import KeyContext, KeyedStream
-from fl_gradcode.spending import SpentLedger
+from fl_gradcode.privacy import Spend, SpentLedger, epsilon_of, read_keys
+from fl_gradcode.privacy.key_derivation import KeyContext, KeyedStream
 from fl_gradcode.testing import InProcessGrid, inside_a_run
 from tests.privacy.direct import Node, linear, move, records
 from tests.privacy.private_app import initial, keys_for, private_app, settings

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from scipy.stats import beta
 from torch import nn
 
-from fl_gradcode.accounting import Spend, epsilon_of
-from fl_gradcode.dp_optimizer import wrap
-from fl_gradcode.keyed import KeyContext, KeyedStream
+from fl_gradcode.privacy import Spend, epsilon_of
+from fl_gradcode.privacy.dp_optimizer import wrap
+from fl_gradcode.privacy.key_derivation import KeyContext, KeyedStream
 from tests.privacy.direct import linear
 
 DELTA = 1e-5

@@ -21,16 +21,16 @@ from fl_gradcode import (
     cyclic_repetition,
     fractional_repetition,
     gradient_coding_mod,
-    pack,
     uncoded,
 )
 from fl_gradcode.codes import bernoulli, for_assignment, reed_solomon
 from fl_gradcode.errors import InvalidSetting, PrivacyRefused
 from fl_gradcode.latency import Latency, lognormal, scaled
 from fl_gradcode.privacy import CentralNoise, SpentLedger
+from fl_gradcode.protocol import packing as pack
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import flat
-from tests.flower.test_types import bfloat16, moving_app
+from tests.strategy.test_types import bfloat16, moving_app
 
 HELD = [[0, 1, 2, 5], [1, 2, 3], [2, 3, 4], [3, 4, 5, 0], [4, 5, 0], [5, 0, 1, 3]]
 CODES: dict[str, GradientCode] = {

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fl_gradcode.dp_optimizer import wrap
 from fl_gradcode.errors import PrivacyRefused
-from fl_gradcode.keyed import KeyedStream
 from fl_gradcode.privacy import PrivateTraining
+from fl_gradcode.privacy.dp_optimizer import wrap
+from fl_gradcode.privacy.key_derivation import KeyedStream
 from fl_gradcode.testing import inside_a_run
 from tests.privacy.direct import Node, linear, move, records
 from tests.privacy.private_app import settings

@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fl_gradcode.dp_optimizer import wrap
 from fl_gradcode.errors import InvalidSetting, PrivacyRefused
-from fl_gradcode.keyed import KeyContext, KeyedStream
 from fl_gradcode.privacy import PrivateTraining
+from fl_gradcode.privacy.dp_optimizer import wrap
+from fl_gradcode.privacy.key_derivation import KeyContext, KeyedStream
 from fl_gradcode.testing import inside_a_run
 from tests.privacy.direct import Node, linear, move, records
 from tests.privacy.private_app import model, settings
@@ -415,7 +415,7 @@ def test_processes_with_equal_settings_give_the_same_bits(tmp_path: Path) -> Non
 
 def test_importing_opacus_leaves_the_root_logger_alone() -> None:
     script = (
-        "import logging, sys; from fl_gradcode.opacus_import import opacus; assert 'opacus' not in sys.modules\n"
+        "import logging, sys; from fl_gradcode.privacy._opacus import opacus; assert 'opacus' not in sys.modules\n"
         "root = logging.getLogger(); opacus(); print(root.handlers, root.level, 'opacus' in sys.modules)"
     )
     command = [sys.executable, "-c", script]

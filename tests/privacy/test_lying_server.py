@@ -15,18 +15,10 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from fl_gradcode import fractional_repetition, gradient_coding_mod
-from fl_gradcode.privacy import (
-    DPSGD,
-    SpentLedger,
-    asks_for_privacy,
-    in_config,
-    private_training,
-    read_keys,
-    write_keys,
-)
-from fl_gradcode.privacy_settings import privacy_to_json
+from fl_gradcode.privacy import DPSGD, SpentLedger, asks_for_privacy, in_config, private_training, read_keys, write_keys
+from fl_gradcode.privacy.settings import privacy_to_json
+from fl_gradcode.protocol.records import Plan, Reply, Row
 from fl_gradcode.testing import inside_a_run
-from fl_gradcode.wire import Plan, Reply, Row
 from tests.privacy.private_app import initial, model, private_app, settings, shard_data
 
 CODE = fractional_repetition(4, 1)

@@ -159,7 +159,7 @@ def digests(worker: int, folder: Path) -> str:
 
     from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-    from fl_gradcode.privacy_records import Asked
+    from fl_gradcode.privacy.records import Asked
     from tests.privacy.private_app import train_privately
 
     found = {}

@@ -14,9 +14,9 @@ from fl_gradcode import GradientCoding, Ledger, VirtualGrid, uncoded
 from fl_gradcode.latency import Latency
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import flat
-from tests.flower.test_bad_replies import with_reply
 from tests.privacy.private_app import initial, keys_for, private_app
-from tests.privacy.test_run_privacy import ANY_CODE, CODES, clients, hand_computed, private, rounds_of, start
+from tests.privacy.test_run_account import ANY_CODE, CODES, clients, hand_computed, private, rounds_of, start
+from tests.strategy.test_bad_replies import with_reply
 
 
 def test_each_start_is_a_run_of_its_own(tmp_path: Path) -> None:

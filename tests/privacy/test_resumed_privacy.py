@@ -11,14 +11,14 @@ import pytest
 from flwr.app import ConfigRecord
 
 from fl_gradcode import GradientCoding, Ledger, VirtualGrid
-from fl_gradcode.account import Account
 from fl_gradcode.errors import InvalidSetting
 from fl_gradcode.latency import Latency
 from fl_gradcode.privacy import CentralNoise
-from fl_gradcode.resuming import request_of
+from fl_gradcode.privacy.run_account import Account
+from fl_gradcode.strategy.resume import request_of
 from tests.conftest import flat
 from tests.privacy.private_app import initial, keys_for, settings
-from tests.privacy.test_run_privacy import ANY_CODE, CODES, clients, hand_computed, private, rounds_of, start
+from tests.privacy.test_run_account import ANY_CODE, CODES, clients, hand_computed, private, rounds_of, start
 
 ROUNDS = 4
 
@@ -210,7 +210,7 @@ def test_noise_that_was_never_drawn_is_not_charged(tmp_path: Path, monkeypatch: 
 
     grid = lambda: clients(CODES["fractional"], tmp_path / "keys")  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr("fl_gradcode.running.Run.begin", killed)
+        patch.setattr("fl_gradcode.strategy.run.Run.begin", killed)
         with pytest.raises(Killed):
             start(central(tmp_path), grid(), ROUNDS)
     assert (tmp_path / "run.ckpt").exists()
@@ -237,7 +237,7 @@ def test_if_both_files_are_put_back_the_ledger_tells_what_was_asked_since(noise:
         start(kept(code, tmp_path, 3, **options), clients(code, tmp_path), 8)
     restore(tmp_path, tmp_path / "backup")
     with pytest.MonkeyPatch.context() as patch:  # a start for no more than is done must not cut off what tells
-        patch.setattr("fl_gradcode.running.Run.begin", lambda *_: pytest.fail("something was begun"))
+        patch.setattr("fl_gradcode.strategy.run.Run.begin", lambda *_: pytest.fail("something was begun"))
         start(kept(code, tmp_path, **options), clients(code, tmp_path), 0)
     strategy = kept(code, tmp_path, **options)
     start(strategy, clients(code, tmp_path), 8)
@@ -279,7 +279,7 @@ def test_a_lost_account_costs_no_more_however_often_the_server_is_killed(
     (tmp_path / "run.ckpt.privacy").unlink()
     for _ in range(3):
         with monkeypatch.context() as patch:
-            patch.setattr("fl_gradcode.running.Run.begin", killed)
+            patch.setattr("fl_gradcode.strategy.run.Run.begin", killed)
             with pytest.raises(Killed):
                 start(kept(code, tmp_path), clients(code, tmp_path), 5)
     strategy = kept(code, tmp_path)

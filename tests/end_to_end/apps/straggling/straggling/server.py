@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from fl_gradcode import Discovered, GradientCode, GradientCoding, fractional_repetition
-from fl_gradcode.arrivals import ForwardingGrid
+from fl_gradcode.grid.arrivals import ForwardingGrid
 
 from .client import initial_arrays, note, read_notes
 

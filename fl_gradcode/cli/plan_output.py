@@ -1,0 +1,214 @@
+"""Tables, JSON and figures of both planners."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from ..errors import InvalidSetting
+from ..planning import Line, ProductLine, ProductPlan, RoundPlan
+
+__all__ = ["as_json", "draw_plan", "draw_products", "new_figure", "save_figure", "seconds_text", "table_of"]
+
+# Okabe and Ito's colours: told apart by colour-blind readers too.
+_STYLES: dict[str, tuple[str, str, str]] = {
+    "partial work": ("#0072B2", "o", "-"),
+    "partial work, at once": ("#56B4E9", "v", "-"),
+    "repetition": ("#009E73", "s", "-"),
+    "repetition, m = 2": ("#CC79A7", "D", "-"),
+    "any n - s code": ("#D55E00", "^", "-"),
+    "dropping (loses data)": ("#999999", "x", "--"),
+}
+
+
+def new_figure() -> tuple[Any, Any]:
+    """An empty figure and its axes.
+
+    Raises:
+        ImportError: matplotlib is not installed; it is in the extra `figures`.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("A figure needs matplotlib: pip install 'fl-gradcode[figures]'.") from error
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write it; the format follows the file's ending.
+
+    Raises:
+        InvalidSetting: The file cannot be written.
+    """
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise InvalidSetting(f"The figure {str(path)!r} cannot be written: {error}.") from error
+
+
+def draw_plan(plan: RoundPlan, path: str | Path, *, title: str) -> None:
+    """Write a figure; the format follows the file's ending.
+
+    Raises:
+        ImportError: matplotlib is not installed; it is in the extra `figures`.
+        InvalidSetting: The file cannot be written.
+    """
+    figure, axes = new_figure()
+    families: dict[str, list[Line]] = {}
+    for line in plan.lines[1:]:
+        family = _family(line)
+        if family is not None:
+            families.setdefault(family, []).append(line)
+    plain = plan.lines[0].steady
+    axes.axhline(plain, color="black", linewidth=1.2, label="waiting for all (no code)")
+    for name, (colour, marker, dash) in _STYLES.items():
+        lines = sorted(families.get(name, ()), key=lambda line: line.scheme.s)
+        if lines:
+            axes.plot(
+                [line.scheme.s for line in lines],
+                [line.steady for line in lines],
+                color=colour,
+                marker=marker,
+                linestyle=dash,
+                label=name,
+            )
+    best = plan.recommended
+    axes.plot(
+        [best.scheme.s], [best.steady], marker="*", markersize=17, color="#F0E442", markeredgecolor="black",
+        linestyle="", label="recommended", zorder=5,
+    )  # fmt: skip
+    values = [line.steady for line in plan.lines if line.steady < float("inf")]
+    if max(values) > 8 * min(values):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set_xticks(sorted({0, *(line.scheme.s for line in plan.lines if _family(line))}))
+    axes.set_xlabel("s: stragglers that a code tolerates, or that are dropped")
+    axes.set_ylabel("mean seconds a round, over a run")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    save_figure(figure, path)
+
+
+def _family(line: Line) -> str | None:
+    scheme = line.scheme
+    if scheme.name.startswith("over-select"):
+        return None
+    if not scheme.exact:
+        return "dropping (loses data)"
+    if scheme.shardwise:
+        return "partial work" if scheme.patience else "partial work, at once"
+    if scheme.groups:
+        return "repetition, m = 2" if scheme.m > 1 else "repetition"
+    return "any n - s code"
+
+
+_SHOWN = 16  # rows of the table; --json has all
+
+
+def table_of(plan: ProductPlan, title: str) -> Table:
+    """The lines around the best one, and some of the others."""
+    caption = (
+        "run: mean seconds a product over a run, where workers that were not needed are still busy; ±: its standard "
+        "error; gain: against k = n, no code; idle: seconds of a product that finds everybody idle (* closed form); "
+        "work: what all workers compute, in products."
+    )
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
+        caption=caption, caption_justify="left",
+    )  # fmt: skip
+    for column in ("k", "run", "±", "gain", "idle", "work"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for line in _shown(plan):
+        table.add_row(
+            str(line.k),
+            seconds_text(line.steady),
+            seconds_text(line.error, 1),
+            f"{plan.speedup(line):.2f}x",
+            seconds_text(line.idle) + ("*" if line.closed_form else " "),
+            f"{line.computed:.2f}x",
+            style="bold green" if line is plan.best else None,
+        )
+    return table
+
+
+def as_json(plan: ProductPlan, source: str) -> dict[str, Any]:
+    """All lines."""
+    return {
+        "source": source,
+        "workers": plan.n,
+        "verdict": plan.verdict,
+        "best-k": plan.best.k,
+        "best-k-idle-start": min(plan.lines, key=lambda line: (line.idle, -line.k)).k,
+        "lines": [_line(line) for line in plan.lines],
+    }
+
+
+def draw_products(plan: ProductPlan, path: str | Path, *, title: str) -> None:
+    """Speed-up over no code against k, in a run and from an idle start.
+
+    Raises:
+        ImportError: matplotlib is not installed; it is in the extra `figures`.
+        InvalidSetting: The file cannot be written.
+    """
+    figure, axes = new_figure()
+    last = plan.lines[-1]
+    shown = [line for line in plan.lines if math.isfinite(line.steady) and math.isfinite(line.idle)]
+    k = [line.k for line in shown]
+    axes.axhline(1.0, color="black", linewidth=1.2, label="no code (k = n)")
+    if math.isfinite(last.idle):
+        idle = [last.idle / line.idle for line in shown]
+        axes.plot(k, idle, color="#56B4E9", linestyle="--", marker="o", mfc="white", markersize=4, label="idle start")
+    if math.isfinite(last.steady):
+        axes.plot(
+            k, [plan.speedup(line) for line in shown], color="#0072B2", marker="o", markersize=4, label="in a run"
+        )
+        axes.plot(
+            [plan.best.k], [plan.speedup(plan.best)], marker="*", markersize=17, color="#F0E442", linestyle="",
+            markeredgecolor="black", label=f"recommended: k = {plan.best.k}", zorder=5,
+        )  # fmt: skip
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel(f"k: answers that decode, of n = {plan.n} workers (each computes a k-th of the product)")
+    axes.set_ylabel("speed-up over no code (times)")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    save_figure(figure, path)
+
+
+def _shown(plan: ProductPlan) -> list[ProductLine]:
+    if len(plan.lines) <= _SHOWN:
+        return list(plan.lines)
+    place = plan.lines.index(plan.best)
+    step = -(-len(plan.lines) // (_SHOWN - 5))
+    chosen = {*range(len(plan.lines) - 1, -1, -step), *range(place - 2, place + 3)}
+    return [plan.lines[i] for i in sorted(chosen) if 0 <= i < len(plan.lines)]
+
+
+def _line(line: ProductLine) -> dict[str, Any]:
+    numbers = {
+        "seconds-over-a-run": line.steady,
+        "standard-error": line.error,
+        "seconds-idle-start": line.idle,
+        "computed": line.computed,
+    }
+    return {
+        "k": line.k,
+        **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
+        "idle-start-is-closed-form": line.closed_form,
+        "python": line.python,
+    }
+
+
+def seconds_text(value: float, digits: int = 3) -> str:
+    """For a table."""
+    return "-" if math.isnan(value) else "never" if math.isinf(value) else f"{value:.{digits}g}"

@@ -1,0 +1,214 @@
+"""The command line for privacy: `fl-gradcode privacy` says what noise costs, `fl-gradcode keys` makes shards' keys."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..codes import GradientCode, cyclic_repetition, fractional_repetition, uncoded
+from ..errors import FlGradcodeError
+from ..privacy import DPSGD, SpentLedger, epsilon_of, noise_multiplier_for, read_keys, rotate_keys, write_keys
+
+__all__ = ["keys", "privacy"]
+
+keys = typer.Typer(help="Keys of the shards, from which their holders draw the same noise.", no_args_is_help=True)
+
+_CODES: dict[str, Callable[[int, int], GradientCode]] = {
+    "fractional": fractional_repetition,
+    "cyclic": lambda n, s: cyclic_repetition(n, s, rng=np.random.default_rng(0)),
+    "uncoded": lambda n, s: uncoded(n),
+}
+
+
+def privacy(
+    rounds: Annotated[int, typer.Option(help="Rounds of the run.")],
+    sample_rate: Annotated[float | None, typer.Option(help="Chance of each record to be in a step's batch.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps that a shard is trained a round.")] = 1,
+    epsilon: Annotated[float | None, typer.Option(help="Wished for: says how much noise it takes.")] = None,
+    noise_multiplier: Annotated[float | None, typer.Option(help="Given: says what it costs.")] = None,
+    delta: Annotated[float, typer.Option(help="The other half of the guarantee.")] = 1e-5,
+    holders: Annotated[int, typer.Option(help="Of a shard, mostly s + 1: what independent noise pays for.")] = 1,
+    max_grad_norm: Annotated[float, typer.Option(help="Bound of one record's gradient, for the line to paste.")] = 1.0,
+    accountant: Annotated[str, typer.Option(help="prv, or the faster and looser rdp.")] = "prv",
+    central: Annotated[
+        bool, typer.Option("--central", help="For CentralNoise: one release of a shard's update a round.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Noise for an epsilon, or epsilon of a noise, with shared and with independent noise."""
+    with one_sentence():
+        if (epsilon is None) == (noise_multiplier is None):
+            raise FlGradcodeError("Say either --epsilon, to learn the noise, or --noise-multiplier, to learn epsilon.")
+        for option, value in (("--rounds", rounds), ("--holders", holders)):
+            if value < 1:
+                raise FlGradcodeError(f"{option} {value} must be at least 1.")
+        if central:
+            if sample_rate not in (None, 1.0) or steps != 1:
+                raise FlGradcodeError("--central releases whole updates: leave --sample-rate and --steps out.")
+            sample_rate, holders = 1.0, 1
+        if sample_rate is None:
+            raise FlGradcodeError("The sample rate is missing: say --sample-rate Q, batch size over records.")
+        found: list[dict[str, Any]] = []
+        common: dict[str, Any] = {
+            "max_grad_norm": max_grad_norm,
+            "sample_rate": sample_rate,
+            "steps": steps,
+            "delta": delta,
+            "accountant": accountant,
+        }
+        for noise in ("shared", "independent") if holders > 1 else ("shared",):
+            draft = DPSGD(noise_multiplier=1.0 if noise_multiplier is None else noise_multiplier, noise=noise, **common)
+            spend = draft.spend(rounds, holders=holders)
+            sigma = noise_multiplier
+            if sigma is None:
+                assert epsilon is not None
+                least = noise_multiplier_for(
+                    epsilon, delta, sample_rate=sample_rate, steps=spend.steps, accountant=accountant
+                )
+                sigma = math.ceil(least * 1e4) / 1e4  # up: it is going to be pasted
+            spent = replace(draft, noise_multiplier=sigma).spend(rounds, holders=holders)
+            found.append(
+                {
+                    "noise": "central" if central else noise,
+                    "noise-multiplier": sigma,
+                    "epsilon": epsilon_of([spent], delta, accountant=accountant),
+                    "releases-a-round": draft.releases(holders),
+                }
+            )
+    if as_json:
+        typer.echo(json.dumps({"rounds": rounds, "holders": holders, **common, "modes": found}, indent=2))
+        return
+    console = Console()
+    asked = "noise after decoding" if central else f"{steps} steps each, sample rate {sample_rate:.4g}"
+    console.print(f"{rounds} rounds, {asked}, delta {delta:g}", highlight=False)
+    console.print(_table(found, "shard" if central else "record"))
+    best = found[0]
+    line = (
+        f"privacy=CentralNoise(noise_multiplier={best['noise-multiplier']:g}, clipping_norm={max_grad_norm:g}, "
+        f"delta={delta:g})"
+        if central
+        else f"privacy=DPSGD(noise_multiplier={best['noise-multiplier']:g}, max_grad_norm={max_grad_norm:g}, "
+        f"sample_rate={sample_rate:.10g}, steps={steps}, delta={delta:g})"
+    )
+    console.print(f"    {line}\n", highlight=False, soft_wrap=True, markup=False)
+
+
+@keys.command("make")
+def make(
+    folder: Annotated[Path, typer.Argument(help="Where; node-0, node-1, ... in it go to the nodes, with their data.")],
+    workers: Annotated[int | None, typer.Option("--workers", "-n", help="Number of workers.")] = None,
+    stragglers: Annotated[int, typer.Option("--stragglers", "-s", help="s of the code.")] = 0,
+    code: Annotated[str, typer.Option(help=f"Who holds what: {', '.join(_CODES)}.")] = "fractional",
+    assignment: Annotated[
+        Path | None, typer.Option(help="Instead: a JSON file, for each worker the list of its shards.")
+    ] = None,
+) -> None:
+    """New keys: for each worker a folder with the keys of the shards that it holds, and no others."""
+    with one_sentence():
+        held = _assignment(assignment) if assignment is not None else _of_code(code, workers, stragglers)
+        paths = write_keys(folder, held)
+    shards = len({shard for one in held for shard in one})
+    typer.echo(
+        f"Keys of {shards} shards for {len(paths)} workers in {folder}. Bring each node its own, and start it with"
+    )
+    typer.echo("    --node-config 'partition-id=0 num-partitions=... privacy-dir=\"/path/to/node-0\" max-epsilon=3.0'")
+    typer.echo("Never bring one to the server: who has a shard's key can take its noise off.")
+
+
+@keys.command("rotate")
+def rotate(folder: Annotated[Path, typer.Argument(help="As made: with the folders of all workers.")]) -> None:
+    """New keys for the same holders, between two runs. What was spent stays spent."""
+    with one_sentence():
+        paths = rotate_keys(folder)
+        generation = read_keys(paths[0].parent).generation
+    typer.echo(
+        f"Keys of generation {generation} for {len(paths)} workers in {folder}. Bring every node its new keys.json."
+    )
+
+
+@keys.command("check")
+def check(
+    folder: Annotated[Path, typer.Argument(help="A node's folder.")],
+    delta: Annotated[float, typer.Option(help="Of the epsilons.")] = 1e-5,
+) -> None:
+    """A node's keys and what its shards have spent so far; prints no secret."""
+    with one_sentence():
+        node = read_keys(folder)
+        ledger = SpentLedger(folder / "spent")
+        table = Table(title=f"worker {node.worker}, keys of generation {node.generation}", box=box.SIMPLE_HEAD)
+        for column in ("shard", "key", "runs", "rounds", "epsilon"):
+            table.add_column(column, justify="right")
+        for shard in sorted({*node.secrets, *ledger.shards}):
+            entries = ledger.entries(shard)
+            table.add_row(
+                str(shard),
+                "yes" if shard in node.secrets else "no",
+                str(len({one.run for one in entries})),
+                str(len(entries)),
+                f"{ledger.epsilon(shard, delta):.3g}",
+            )
+    Console().print(table)
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """A mistake is told in one sentence, and the command ends with 2."""
+    try:
+        yield
+    except (FlGradcodeError, ImportError, OSError) as error:
+        typer.echo(f"fl-gradcode: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _table(found: list[dict[str, Any]], unit: str) -> Table:
+    whose = "a record of a shard" if unit == "record" else "a whole shard"
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left",
+        caption=f"epsilon: of {whose}, over the run; releases: of a shard's update a round.",
+    )  # fmt: skip
+    for column in ("noise", "multiplier", "epsilon", "releases"):
+        table.add_column(column, justify="left" if column == "noise" else "right")
+    for one in found:
+        table.add_row(
+            one["noise"], f"{one['noise-multiplier']:.6g}", f"{one['epsilon']:.3f}", str(one["releases-a-round"])
+        )
+    return table
+
+
+def _of_code(name: str, workers: int | None, stragglers: int) -> list[tuple[int, ...]]:
+    if name not in _CODES:
+        raise FlGradcodeError(f"--code {name!r} must be one of {', '.join(_CODES)}; give others by --assignment FILE.")
+    if workers is None:
+        raise FlGradcodeError("The number of workers is missing: say --workers N, or --assignment FILE.")
+    made = _CODES[name](workers, stragglers)
+    return [made.shards_of(worker) for worker in range(made.n)]
+
+
+def _assignment(path: Path) -> list[tuple[int, ...]]:
+    try:
+        lists = json.loads(path.read_text())
+        held = [tuple(sorted({_shard(shard) for shard in one})) for one in lists]
+    except (OSError, ValueError, TypeError):
+        raise FlGradcodeError(
+            f"{path} must hold, as JSON, for each worker the list of its shards, such as [[0, 1], [1, 2], [2, 0]]."
+        ) from None
+    if not held:
+        raise FlGradcodeError(f"{path} names no worker.")
+    return held
+
+
+def _shard(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(value)
+    return value

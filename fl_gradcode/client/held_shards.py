@@ -1,0 +1,95 @@
+"""The client's side of placement: what this node holds, and whether it is what the server's manifest says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import InvalidSetting, ShardMismatch
+from ..placement import WITHHELD, checked_path, held_digests
+from ..privacy import BUDGET, FOLDER
+from ..protocol import Plan
+
+__all__ = ["SHARDS", "SHARDS_DIR", "held_by", "refuse_other_shards", "told_by"]
+
+#: Keys of the node config.
+SHARDS_DIR, SHARDS = "shards-dir", "shards"
+
+
+def held_by(node_config: Mapping[str, Any]) -> dict[int, str] | None:
+    """Shard -> SHA-256 of its data (empty: not known) of what the node says it holds; None: it does not say.
+
+    Raises:
+        InvalidSetting: It says it in a form that cannot be read.
+    """
+    folder, listed = node_config.get(SHARDS_DIR), node_config.get(SHARDS)
+    if folder:
+        path = Path(str(folder))
+        if not path.is_absolute():
+            raise InvalidSetting(f"{SHARDS_DIR}={str(folder)!r} is a relative path; give an absolute one.")
+        return held_digests(path)
+    if listed is None:
+        return None
+    try:
+        return {int(part): "" for part in str(listed).split(",") if part.strip()}
+    except ValueError:
+        raise InvalidSetting(f'{SHARDS}={listed!r} must be numbers with commas between, such as "0,3,7".') from None
+
+
+def told_by(node_config: Mapping[str, Any]) -> tuple[tuple[int, str], ...]:
+    """What a reply says of that; empty if the node does not say.
+
+    A node with privacy tells no SHA-256 of its data: whoever knows all records but one could find that one by it.
+    """
+    held = held_by(node_config) or {}
+    return tuple(sorted(dict.fromkeys(held, WITHHELD).items() if _is_private(node_config) else held.items()))
+
+
+def refuse_other_shards(plan: Plan, worker: int, node_config: Mapping[str, Any]) -> None:
+    """Refuse to train on data that are not what the server takes them for.
+
+    The bytes of a folder are compared with its manifest, and the manifest with the server's, where there is one; not
+    so by a node with privacy, whose refusal would tell the server whether it guessed the records right.
+
+    Raises:
+        ShardMismatch: The node does not hold what it is asked for, or holds something else under its number.
+    """
+    held, private = held_by(node_config), _is_private(node_config)
+    for shard in plan.rows[worker].shards:
+        wanted = plan.digests.get(shard, "")
+        if held is None:
+            if wanted:
+                raise ShardMismatch(
+                    "The server has a manifest of the shards, and this node does not say what it holds: start it "
+                    f"with --node-config '... {SHARDS_DIR}=\"/path/to/node-{worker}\"'."
+                )
+            continue
+        if shard not in held:
+            raise ShardMismatch(
+                f"This node is asked for shard {shard} and holds {_listed(held)}: bring it the folder node-{worker} "
+                f"that fl-gradcode place wrote for this code, or correct its {SHARDS_DIR}."
+            )
+        folder = node_config.get(SHARDS_DIR)
+        if wanted and not held[shard] and not private:
+            raise ShardMismatch(
+                f"The server has a manifest of the shards, and this node says by {SHARDS} only their numbers: start it "
+                f"with --node-config '... {SHARDS_DIR}=\"/path/to/node-{worker}\"'."
+            )
+        if wanted and held[shard] != wanted and not private:
+            raise ShardMismatch(
+                f"Shard {shard} of this node has other data than the server's manifest says (SHA-256 "
+                f"{held[shard][:12]}..., not {wanted[:12]}...): fetch the folder node-{worker} anew, and verify it by "
+                f"fl-gradcode place --check {folder}."
+            )
+        if folder:
+            checked_path(Path(str(folder)), shard)
+
+
+def _is_private(node_config: Mapping[str, Any]) -> bool:
+    return FOLDER in node_config or BUDGET in node_config
+
+
+def _listed(held: Mapping[int, str]) -> str:
+    shards = sorted(held)
+    return f"shards {', '.join(map(str, shards[:10]))}{', ...' if len(shards) > 10 else ''}" if shards else "none"

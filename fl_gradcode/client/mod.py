@@ -1,0 +1,373 @@
+"""The client half of a coded round: one call of the app's `train()` for each shard, one coded reply."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from copy import copy
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
+
+from .._seeding import generators_restored, seed_generators
+from ..errors import Overflow, ShardMismatch, UnsuitableApp, VersionMismatch
+from ..privacy import (
+    DPSGD,
+    Asked,
+    CentralNoise,
+    Spent,
+    asked_of,
+    call_silently,
+    clip,
+    guarded_reply,
+    privacy_from_json,
+    refuse_clipping_mods,
+    refuse_unprotected,
+    spent_by,
+)
+from ..protocol import (
+    ARRAYS,
+    METRICS,
+    MOST_WORKERS,
+    NUM_PARTITIONS,
+    PARTITION_ID,
+    UPDATE,
+    Layout,
+    MetricsLayout,
+    Plan,
+    Reply,
+    Row,
+    as_array,
+    carrier_of,
+    flatten_metrics,
+    flatten_update,
+    is_probe,
+)
+from .held_shards import held_by, refuse_other_shards, told_by
+
+__all__ = ["WatchedConfig", "gradient_coding_mod"]
+
+
+class WatchedConfig(dict[str, Any]):
+    """A node_config that notices whether `partition-id` is read, one by one or all at once."""
+
+    was_read = False
+
+    def __getitem__(self, key: str) -> Any:
+        self.was_read |= key == PARTITION_ID
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As dict.get."""
+        self.was_read |= key == PARTITION_ID
+        return super().get(key, default)
+
+    def __iter__(self) -> Iterator[str]:  # also makes dict(config) and {**config} call keys()
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        """As dict.keys; the values are read one by one."""
+        return super().keys()
+
+    def values(self) -> Any:
+        """As dict.values."""
+        self.was_read = True
+        return super().values()
+
+    def items(self) -> Any:
+        """As dict.items."""
+        self.was_read = True
+        return super().items()
+
+    def copy(self) -> Any:
+        """A plain copy."""
+        self.was_read = True
+        return super().copy()
+
+    def pop(self, *args: Any) -> Any:
+        """As dict.pop."""
+        self.was_read = True
+        return super().pop(*args)
+
+    def setdefault(self, *args: Any) -> Any:
+        """As dict.setdefault."""
+        self.was_read = True
+        return super().setdefault(*args)
+
+    def popitem(self) -> Any:
+        """As dict.popitem."""
+        self.was_read = True
+        return super().popitem()
+
+    def __repr__(self) -> str:
+        self.was_read = True
+        return super().__repr__()
+
+
+_log = logging.getLogger(__name__)
+_STATE = "fl-gradcode.state"
+
+_Call = Callable[[Message, Context], Message]
+
+
+def gradient_coding_mod(message: Message, context: Context, call_next: _Call) -> Message:
+    """Flower mod for the clients of a `GradientCoding` strategy.
+
+    Add it to the app and leave `train()` and `evaluate()` as they are:
+
+        app = ClientApp(mods=[gradient_coding_mod])
+
+    The functions are called once for each shard that this node holds. They choose their data by
+    `context.node_config["partition-id"]`, and their result may depend on nothing but the message, the shard
+    and the seeded generators, since all holders of a shard must compute the same update. `context.state` is
+    the shard's own. A message without a plan, as plain strategies send it, passes through unchanged.
+
+    Flower's privacy mods (`fixedclipping_mod`, `adaptiveclipping_mod`, `LocalDpMod`) are refused, before and after this
+    one: a coded reply has no model arrays to clip, and each holder of a shard would add other noise to it.
+
+    Raises:
+        UnsuitableApp: This node has no `partition-id`, or one that the plan does not know, or the function's
+            reply cannot be coded, or lacks the privacy that the server promises. Flower sends it to the server as an
+            error reply.
+        PrivacyRefused: This node has a `max-epsilon`, and is asked for an update without noise.
+    """
+    try:
+        return _answered(message, context, call_next)
+    except (ShardMismatch, VersionMismatch) as error:  # the server cannot tell who it is that refuses
+        raise type(error)(f"Worker {context.node_config.get(PARTITION_ID)}: {error}") from None
+
+
+def _answered(message: Message, context: Context, call_next: _Call) -> Message:
+    if not message.has_content():
+        return call_next(message, context)
+    if is_probe(message.content):
+        who = Reply("", 0, "probe", _worker_of(context), "idle", holds=told_by(context.node_config))
+        return Message(who.content(), reply_to=message)
+    plan = Plan.find_in(message.content)
+    if plan is None:
+        asked = asked_of(message, context)
+        refuse_unprotected(message, context, asked.privacy if asked else None)
+        return guarded_reply(asked, message, context, call_next)
+    if plan.kind != message.metadata.message_type.split(".")[0] or (plan.kind == "train") != bool(plan.arrays_key):
+        raise UnsuitableApp(
+            f"The plan says {plan.kind!r}, and the message does not: does the server have this version?"
+        )
+    refuse_unprotected(message, context, privacy_from_json(plan.privacy) if plan.privacy else None)
+    refuse_clipping_mods(call_next)
+    with generators_restored():
+        return _CodedCall(plan, Plan.remove_from(message.content), message, context, call_next).run()
+
+
+class _CodedCall:
+    """One message, worked off shard by shard."""
+
+    def __init__(self, plan: Plan, content: RecordDict, message: Message, context: Context, call_next: _Call) -> None:
+        self.plan, self.content, self.message = plan, content, message
+        self.context, self.call_next = context, call_next
+        self.worker = _worker_of(context)
+        self.carrier = carrier_of(plan.fraction_bits, plan.k)
+        if self.worker not in plan.rows and not plan.open:
+            raise UnsuitableApp(
+                f"This node reports partition-id {self.worker}, but the code has workers 0..{plan.n - 1}. Start "
+                f"{plan.n} nodes with partition-id 0..{plan.n - 1}, or build the code for more workers."
+                if self.worker >= plan.n or self.worker < 0
+                else f"This node reports partition-id {self.worker}, but the server took it for another worker."
+            )
+        self.layout: Layout | None = None
+        self.metrics_layout: MetricsLayout | None = None
+        self.names = ("", "")
+        self.update: NDArray[Any] | None = None
+        self.metrics: NDArray[Any] | None = None
+        self.sketches: list[tuple[float, ...]] = []
+        self.seconds: list[float] = []
+        self.arrays: dict[str, dict[str, Array]] = {}  # as they came
+        self.given: dict[str, ArrayRecord] = {}  # what the user's function gets
+        self.stateful = False
+        self.fixed_data = False
+        self.privacy = privacy_from_json(plan.privacy) if plan.privacy and plan.arrays_key else None
+        self.spent: list[tuple[int, str, float, float]] = []
+
+    def run(self) -> Message:
+        row = self.plan.rows.get(self.worker)
+        if row is None or not row.shards or self._holds_others(row):
+            return self._answer("idle")
+        refuse_other_shards(self.plan, self.worker, self.context.node_config)
+        started = time.monotonic()
+        for shard, coefficients in zip(row.shards, row.coefficients, strict=True):
+            if self.seconds and 0 < self.plan.give_up_after < time.monotonic() - started:
+                return self._answer("gave-up")
+            reply, read_partition = self._call_user(shard)
+            if reply.has_error():
+                return Message(reply.error, reply_to=self.message)
+            if not read_partition and not self.plan.allow_fixed_data:
+                if self.plan.arrays_key:
+                    return self._answer("fixed-data")
+                self.fixed_data = True  # evaluating on one common test set is fine; the server warns
+            content = RecordDict({**reply.content})  # ours, to be emptied: nothing is there twice for long
+            del reply
+            try:
+                self._add(shard, content, coefficients)
+            except (ValueError, Overflow) as error:
+                raise UnsuitableApp(f"Shard {shard}, {self.plan.label}: {str(error).rstrip('.')}.") from error
+        return self._answer("coded", row.shards)
+
+    def _holds_others(self, row: Row) -> bool:
+        """Whether the node no longer holds what an open plan asks for: it says what it does, and the code follows."""
+        held = held_by(self.context.node_config) if self.plan.open else None
+        return held is not None and not held.keys() >= {*row.shards}
+
+    def _call_user(self, shard: int) -> tuple[Message, bool]:
+        node_config = WatchedConfig({**self.context.node_config, PARTITION_ID: shard, NUM_PARTITIONS: self.plan.k})
+        state = _take_state(self.context.state, shard)
+        context = Context(
+            self.context.run_id,
+            self.context.node_id,
+            node_config,
+            state,
+            self.context.run_config,
+            self.context.series_id,
+        )
+        message = copy(self.message)
+        # The user's function may change what it is given: the next shard needs it as it came.
+        message.content = RecordDict({key: self._as_it_came(key, record) for key, record in self.content.items()})
+        if isinstance(self.privacy, DPSGD):
+            plan, (holders, earlier) = self.plan, self.plan.releases[shard]
+            asked = Asked(self.privacy, plan.run, plan.round, shard, self.worker, holders, earlier, plan.seed)
+            asked.add_to(message.content)
+        started = time.perf_counter()
+        seed_generators(self.plan.seed, self.plan.round, shard)
+        reply = call_silently(self.call_next, message, context, private=isinstance(self.privacy, DPSGD))
+        self.seconds.append(time.perf_counter() - started)
+        self.stateful |= bool(context.state)
+        _put_state(self.context.state, shard, context.state)
+        return reply, node_config.was_read
+
+    def _as_it_came(self, key: str, record: Any) -> Any:
+        """A copy; of arrays one for all shards, anew only if a call changed it: copying many arrays takes time."""
+        if not isinstance(record, ArrayRecord):
+            values = {name: list(value) if isinstance(value, list) else value for name, value in record.items()}
+            return type(record)(values)
+        arrays = self.arrays.setdefault(key, dict(record))
+        mine = self.given.get(key)
+        if mine is None or [*map(id, mine.values())] != [*map(id, arrays.values())] or [*mine] != [*arrays]:
+            mine = self.given[key] = ArrayRecord(arrays)
+        return mine
+
+    def _add(self, shard: int, content: RecordDict, coefficients: tuple[float, ...]) -> None:
+        spent = self._spent_by(shard, content)
+        array_records = [name for name, record in content.items() if isinstance(record, ArrayRecord)]
+        metric_records = [(name, r) for name, r in content.items() if isinstance(r, MetricRecord)]
+        if len(metric_records) != 1:
+            raise ValueError(f"a reply needs exactly one MetricRecord, not {len(metric_records)}")
+        if len(content) > len(array_records) + len(metric_records) + (spent is not None):
+            _log.warning("ConfigRecords in a reply cannot be coded; they are dropped.")
+        metrics_name, metrics = metric_records[0]
+        if self.privacy is not None:  # nothing that is not accounted leaves: metrics of training tell of the data
+            metrics = MetricRecord({key: value for key, value in metrics.items() if key == self.plan.weight_key})
+        if isinstance(self.privacy, CentralNoise):
+            metrics = MetricRecord({self.plan.weight_key: 1})
+        metrics_layout, metrics_vector = flatten_metrics(metrics, self.plan.weight_key)
+        layout: Layout = ()
+        update: NDArray[np.floating] = np.zeros(0, np.float32)
+        arrays_name = ""
+        sketch: tuple[float, ...] | None = None
+        if self.plan.arrays_key:
+            if len(array_records) != 1:
+                raise ValueError(f"a reply needs exactly one ArrayRecord, not {len(array_records)}")
+            arrays_name = array_records[0]
+            returned: Any = content.pop(arrays_name)
+            arrays = {**returned}
+            del returned
+            layout, update = flatten_update(self.arrays[self.plan.arrays_key], arrays)
+            if isinstance(self.privacy, CentralNoise):
+                clip(update, self.privacy.clipping_norm)
+        if self.layout is None:
+            self.layout, self.metrics_layout = layout, metrics_layout
+            self.names = (arrays_name, metrics_name)
+        else:
+            assert self.metrics_layout is not None
+            if layout != self.layout or [m[:2] for m in metrics_layout] != [m[:2] for m in self.metrics_layout]:
+                raise ValueError("its arrays or metrics differ in name, dtype, shape or length from another shard's")
+            if not metrics_layout[0][2]:  # one weight that is no whole number makes the sum one
+                self.metrics_layout = metrics_layout
+        if self.plan.arrays_key:
+            with np.errstate(all="ignore"):  # the server rejects what is not finite, and says so
+                update *= update.dtype.type(metrics_vector[0])
+            self.update, sketch = self.carrier.add_update(self.update, update, coefficients)
+        # All in the first of the m blocks: they are few, and one that differs between holders (seconds, say) or is NaN
+        # must not get into the weight, which would share an entry with it.
+        self.metrics = self.carrier.add_metrics(self.metrics, metrics_vector, coefficients[:1])
+        whole = self.carrier.with_metrics(sketch, metrics_vector)
+        if whole is not None and not (isinstance(self.privacy, DPSGD) and self.privacy.noise == "independent"):
+            self.sketches.append(whole)
+
+    def _spent_by(self, shard: int, content: RecordDict) -> Spent | None:
+        """What private training says; without it no update leaves that was to be private."""
+        if not isinstance(self.privacy, DPSGD):
+            return None
+        spent = spent_by(content, shard, self.plan.round, self.plan.weight_key)
+        self.spent.append((shard, spent.context, spent.epsilon, spent.total_epsilon))
+        return spent
+
+    def _answer(self, outcome: str, shards: tuple[int, ...] = ()) -> Message:
+        coded = outcome == "coded"
+        reply = Reply(
+            run=self.plan.run,
+            round=self.plan.round,
+            kind=self.plan.kind,
+            worker=self.worker,
+            outcome=outcome,
+            shards=shards,
+            layout=self.layout or () if coded else (),
+            metrics_layout=self.metrics_layout or () if coded else (),
+            arrays_name=self.names[0],
+            metrics_name=self.names[1],
+            sketches=tuple(self.sketches) if coded else (),
+            seconds=tuple(self.seconds),
+            stateful=self.stateful,
+            fixed_data=self.fixed_data,
+            spent=tuple(self.spent) if coded else (),
+            holds=told_by(self.context.node_config) if self.plan.open else (),
+        )
+        records: dict[str, Any] = {}
+        if coded:
+            assert self.metrics is not None
+            arrays = {METRICS: as_array(self.carrier.sent(self.metrics))}
+            if self.update is not None:
+                arrays[ARRAYS] = as_array(self.carrier.sent(self.update))
+            records[UPDATE] = ArrayRecord(arrays)
+        return Message(reply.content(**records), reply_to=self.message)
+
+
+def _worker_of(context: Context) -> int:
+    value = context.node_config.get(PARTITION_ID)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UnsuitableApp(
+            f"This node's partition-id is {value!r}; it must be its worker number. Start the SuperNode with "
+            '--node-config "partition-id=0 num-partitions=..." (the simulation sets it).'
+        )
+    if not 0 <= value < MOST_WORKERS:
+        raise UnsuitableApp(
+            f"This node's partition-id is {value}; workers have numbers from 0 to {MOST_WORKERS - 1}. Give it its own."
+        )
+    return value
+
+
+def _take_state(state: RecordDict, shard: int) -> RecordDict:
+    if not state:
+        return RecordDict()
+    prefix = f"{_STATE}.{shard}."
+    return RecordDict({key[len(prefix) :]: state[key] for key in state if key.startswith(prefix)})
+
+
+def _put_state(state: RecordDict, shard: int, kept: RecordDict) -> None:
+    if not state and not kept:
+        return
+    prefix = f"{_STATE}.{shard}."
+    for key in [key for key in state if key.startswith(prefix)]:
+        del state[key]
+    for key, record in kept.items():
+        state[prefix + key] = record

@@ -1,0 +1,97 @@
+"""Gradient codes as values: who computes which shards, and how replies decode to the exact sum."""
+
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from ._validation import as_float, as_pattern, check_count, check_tolerance, check_workers
+    from .baselines import bernoulli, cyclic_mds, cyclic_repetition, stochastic, vandermonde
+    from .decoder import IncrementalDecoder
+    from .field_codes import reed_solomon
+    from .gradient_code import EXACT, GradientCode, whole_groups
+    from .prime_field import P, PrimeField, combine_mod, lift, matmul, solve
+    from .reals import REALS, Reals, combine
+    from .repetition import fractional_repetition, uncoded
+    from .universal import for_assignment
+
+__all__ = [
+    "EXACT",
+    "REALS",
+    "GradientCode",
+    "IncrementalDecoder",
+    "P",
+    "PrimeField",
+    "Reals",
+    "as_float",
+    "as_pattern",
+    "bernoulli",
+    "check_count",
+    "check_tolerance",
+    "check_workers",
+    "combine",
+    "combine_mod",
+    "cyclic_mds",
+    "cyclic_repetition",
+    "for_assignment",
+    "fractional_repetition",
+    "lift",
+    "matmul",
+    "reed_solomon",
+    "solve",
+    "stochastic",
+    "uncoded",
+    "vandermonde",
+    "whole_groups",
+]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "_validation": [
+            "as_float",
+            "as_pattern",
+            "check_count",
+            "check_tolerance",
+            "check_workers",
+        ],
+        "baselines": [
+            "bernoulli",
+            "cyclic_mds",
+            "cyclic_repetition",
+            "stochastic",
+            "vandermonde",
+        ],
+        "decoder": [
+            "IncrementalDecoder",
+        ],
+        "field_codes": [
+            "reed_solomon",
+        ],
+        "gradient_code": [
+            "EXACT",
+            "GradientCode",
+            "whole_groups",
+        ],
+        "prime_field": [
+            "P",
+            "PrimeField",
+            "combine_mod",
+            "lift",
+            "matmul",
+            "solve",
+        ],
+        "reals": [
+            "REALS",
+            "Reals",
+            "combine",
+        ],
+        "repetition": [
+            "fractional_repetition",
+            "uncoded",
+        ],
+        "universal": [
+            "for_assignment",
+        ],
+    },
+)

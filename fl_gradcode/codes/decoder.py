@@ -1,0 +1,468 @@
+"""Which sets of replies decode, asked after each arrival.
+
+Over the reals this is decided in the null space of `B`, over a prime field by elimination.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .gradient_code import by_group
+from .prime_field import PrimeField
+
+if TYPE_CHECKING:
+    from .gradient_code import GradientCode
+from typing import TYPE_CHECKING
+
+from .prime_field import P, matmul, solve
+
+__all__ = ["FieldRule", "IncrementalDecoder", "check_matrix"]
+
+_EXACT = 1e-8
+# Relative squared residual of the normal equations below which the exact test is worth its cost.
+_WORTH_TESTING = 1e-6
+# The same where it is known without loss.
+_NOTHING_LEFT = 1e-14
+# Spare rows from which a system of their size is too slow to be solved at each arrival.
+_MANY = 64
+
+
+class IncrementalDecoder:
+    """Collects survivors of one round, in order of arrival."""
+
+    def __init__(self, code: GradientCode) -> None:
+        self.code = code
+        self.survivors: list[int] = []
+        self._vector: NDArray[Any] | None = None
+        self._rule: _Rule
+        if code.groups is not None and (code.m == 1 or not isinstance(code.numbers, PrimeField)):
+            self._rule = _GroupRule(code)
+        elif isinstance(code.numbers, PrimeField):
+            self._rule = FieldRule(code)
+        else:
+            spare = _decompose(code)[1].shape[1]
+            self._rule = _RowSpaceRule(code) if 4 * spare > code.n - spare and spare > _MANY else _NullSpaceRule(code)
+
+    def add(self, worker: int) -> bool:
+        """Worker's reply is in. Returns whether the sum can be decoded now."""
+        self.survivors.append(worker)
+        if self._vector is None:
+            self._rule.add([worker])
+            self._vector = self._rule.solve()
+        return self.decodable
+
+    def update(self, workers: Iterable[int]) -> bool:
+        """Several replies are in: like `add` for each, but asks once."""
+        more = list(workers)
+        self.survivors.extend(more)
+        if more and self._vector is None:
+            self._rule.add(more)
+            self._vector = self._rule.solve()
+        return self.decodable
+
+    @property
+    def decodable(self) -> bool:
+        """Whether the replies that are in determine the sum."""
+        return self._vector is not None
+
+    def vector(self) -> NDArray[Any] | None:
+        """The decoding vector, shape (n,) or (n, m), of all survivors so far; None while undecodable.
+
+        Groups with m = 1: 1 on the first reply of each. A field: that of the first survivors that decode. Otherwise the
+        shortest vector that the survivors admit.
+        """
+        if self._vector is not None and self._rule.improves and self._rule.added < len(self.survivors):
+            self._rule.add(self.survivors[self._rule.added :])
+            self._vector = self._rule.solve()
+        return self._vector
+
+    def hopeless(self, outstanding: Iterable[int]) -> bool:
+        """Whether the sum stays undecodable even if all `outstanding` workers answer."""
+        if self.decodable:
+            return False
+        if isinstance(self._rule, _GroupRule):
+            return not self._rule.can_complete(set(outstanding))
+        return not self.code.decodable({*self.survivors, *outstanding})
+
+
+class _Rule(Protocol):
+    """When replies suffice, and what to do with them then."""
+
+    #: Whether replies beyond those that suffice make the vector better.
+    improves: bool
+    #: How many it was told of.
+    added: int
+
+    def add(self, workers: Sequence[int]) -> None:
+        """More replies are in."""
+
+    def solve(self) -> NDArray[Any] | None:
+        """The decoding vector, or None."""
+
+
+class _GroupRule:
+    """Decodable when each group has m replies."""
+
+    def __init__(self, code: GradientCode) -> None:
+        assert code.groups is not None
+        self._code, self._groups = code, code.groups
+        self._group_of = {worker: q for q, group in enumerate(code.groups) for worker in group}
+        self._replies: list[list[int]] = [[] for _ in code.groups]
+        self._lacking = len(code.groups)  # groups with fewer than m replies
+        self.improves = code.m > 1
+        self.added = 0
+
+    def add(self, workers: Sequence[int]) -> None:
+        self.added += len(workers)
+        for worker in workers:
+            group = self._group_of.get(worker)
+            if group is not None and worker not in self._replies[group]:
+                self._replies[group].append(worker)
+                self._lacking -= len(self._replies[group]) == self._code.m
+
+    def solve(self) -> NDArray[np.float64] | None:
+        if self._lacking:
+            return None
+        a = by_group(self._code, self._replies)
+        if self._code.m == 1:
+            return a[:, 0]
+        return a if self._code.error_of(a) <= _EXACT else None
+
+    def can_complete(self, outstanding: set[int]) -> bool:
+        return all(
+            len(replies) + len(outstanding.intersection(group).difference(replies)) >= self._code.m
+            for group, replies in zip(self._groups, self._replies, strict=True)
+        )
+
+
+class _NullSpaceRule:
+    """Decodable when the small system on the stragglers can be solved."""
+
+    def __init__(self, code: GradientCode) -> None:
+        self._code = code
+        self._a0, self._N, _, self._norms, self._consistent = _decompose(code)
+        self._missing = np.ones(code.n, dtype=bool)
+        self.improves = True
+        self._restart()
+        self._scale = self._square
+        self.added = 0
+
+    def add(self, workers: Sequence[int]) -> None:
+        self.added += len(workers)
+        self._missing[list(workers)] = False
+        if len(workers) > 1:
+            self._restart()
+            return
+        for worker in workers:
+            row, target = self._N[worker], self._a0[worker]
+            self._gram -= np.outer(row, row)
+            self._right -= np.outer(row, target)
+            self._square -= float(target @ target)
+
+    def solve(self) -> NDArray[np.float64] | None:
+        if not self._consistent or not self._worth_testing():
+            return None
+        a = self._shortest()
+        if self._code.error_of(a) > _EXACT:
+            # The small system lost its digits: ask the large one before saying no.
+            a = self._code.least_squares_vector(np.flatnonzero(~self._missing)).reshape(a.shape)
+            if self._code.error_of(a) > _EXACT:
+                return None
+        return a if self._code.m > 1 else a[:, 0]
+
+    def _restart(self) -> None:
+        """Normal equations of the stragglers' rows."""
+        N, a0 = self._N[self._missing], self._a0[self._missing]
+        self._gram, self._right, self._square = N.T @ N, N.T @ a0, float(np.square(a0).sum())
+
+    def _shortest(self) -> NDArray[np.float64]:
+        """The shortest a that is zero on the stragglers, if there is one at all."""
+        missing, N, a = self._missing, self._N, self._a0.copy()
+        if N.shape[1]:
+            w, free = _solve(N[missing], -self._a0[missing])
+            a += N @ w
+            if free.shape[1]:  # fewer stragglers than tolerated: a choice is left
+                directions = N @ free / self._norms
+                a -= N @ (free @ np.linalg.lstsq(directions, a / self._norms, rcond=None)[0])
+        a /= self._norms
+        a[missing] = 0.0
+        return a
+
+    def _worth_testing(self) -> bool:
+        unknowns = self._N.shape[1]
+        if np.count_nonzero(self._missing) <= unknowns:
+            return True
+        residual = self._square
+        if unknowns:
+            # N is orthonormal: what lies below this is the rounding of rows that were taken out.
+            w = np.linalg.solve(self._gram + 1e-12 * np.eye(unknowns), self._right)
+            residual -= float((self._right * w).sum())
+        return residual <= _WORTH_TESTING * self._scale
+
+
+class _RowSpaceRule:
+    """The same where B has many spare rows, so that the survivors' rows are the smaller system.
+
+    In terms of `y = D a`: `y U = t`, U the orthonormal columns that B spans. The survivors' rows of U are made
+    orthonormal one by one; what is left of t beside them tells whether they suffice.
+    """
+
+    def __init__(self, code: GradientCode) -> None:
+        self._code = code
+        a0, _, self._U, _, self._consistent = _decompose(code)
+        self._live = np.zeros(code.n, dtype=bool)
+        self._basis = np.empty((self._U.shape[1], self._U.shape[1]))
+        self._found = 0
+        self._rest = self._U.T @ a0
+        self._scale = float(np.square(self._rest).sum())
+        self.improves = True
+        self.added = 0
+
+    def add(self, workers: Sequence[int]) -> None:
+        self.added += len(workers)
+        for worker in workers:
+            known, self._live[worker] = bool(self._live[worker]), True
+            if known or self._found == len(self._basis):
+                continue
+            v, basis = self._U[worker].copy(), self._basis[: self._found]
+            before = float(np.linalg.norm(v))
+            for _ in range(2):  # twice is enough
+                v -= basis.T @ (basis @ v)
+            length = float(np.linalg.norm(v))
+            if length > 1e-11 * before:
+                v /= length
+                self._basis[self._found] = v
+                self._found += 1
+                self._rest -= np.outer(v, v @ self._rest)
+
+    def solve(self) -> NDArray[np.float64] | None:
+        # Orthonormal rows keep their digits: what is left is right to rounding, and the test costs a large system.
+        if not self._consistent or float(np.square(self._rest).sum()) > _NOTHING_LEFT * self._scale:
+            return None
+        a = self._code.least_squares_vector(np.flatnonzero(self._live))
+        return a if self._code.error_of(a) <= _EXACT else None
+
+
+# Few: where a share of the shards is sampled, each phase has a code of its own.
+@lru_cache(maxsize=8)
+def _decompose(
+    code: GradientCode,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], bool]:
+    """In terms of `D a`, D the rows' norms: `a0` (n, m), bases `N` (n, n - rank) and `U` (n, rank), D (n, 1), and
+    whether a0 is exact.
+
+    Rows of length 1 keep the digits that rows of very different lengths would cost.
+    """
+    B = code.B.reshape(code.n, -1)
+    norms = np.linalg.norm(B, axis=1, keepdims=True)
+    norms[norms == 0] = 1.0
+    U, sigma, Vt = np.linalg.svd(B / norms, full_matrices=True)
+    # Coefficients are solutions of equations, right to perhaps 1e-12. Whatever counts as null too much is noticed,
+    # since every answer is confirmed on B itself.
+    rank = int(np.count_nonzero(sigma > 1e-11 * sigma[0]))
+    a0 = U[:, :rank] @ ((Vt[:rank] @ np.tile(np.eye(code.m), (code.k, 1))) / sigma[:rank, None])
+    N, spanned = U[:, rank:], U[:, :rank]
+    for array in (a0, N, spanned, norms):
+        array.setflags(write=False)
+    return a0, N, spanned, norms, code.error_of(a0 / norms) <= _EXACT
+
+
+def _solve(rows: NDArray[np.float64], right: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """A solution w of `rows @ w = right`, and a basis of what may be added to it.
+
+    The rows are pieces of orthonormal columns: a singular value that is small in absolute terms is rounding.
+    """
+    if not len(rows):
+        return np.zeros((rows.shape[1], right.shape[1])), np.eye(rows.shape[1])
+    U, sigma, Vt = np.linalg.svd(rows, full_matrices=len(rows) < rows.shape[1])
+    rank = int(np.count_nonzero(sigma > 1e-11))
+    return Vt[:rank].T @ ((U[:, :rank].T @ right) / sigma[:rank, None]), Vt[rank:].T
+
+
+# Elimination over all workers takes about a second at this size; it is done once a code.
+_RANK_UP_TO = 512
+
+
+class FieldRule:
+    """Decodable for sure with n - s replies; sooner where the columns leave room."""
+
+    improves = False
+
+    def __init__(self, code: GradientCode) -> None:
+        self._code = code
+        self._live = np.zeros(code.n, dtype=bool)
+        self._order: list[int] = []
+        self._span: _Span | None = None
+        self._in_span = 0  # how many of `_order`
+        self.added = 0
+
+    def add(self, workers: Sequence[int]) -> None:
+        """More replies are in."""
+        self.added += len(workers)
+        self._order.extend(workers)
+        self._live[list(workers)] = True
+
+    def solve(self) -> NDArray[np.int64] | None:
+        """A decoding vector, shape (n,) or (n, m), or None."""
+        code = self._code
+        missing = np.flatnonzero(~self._live)
+        if len(missing) <= code.s and _has_closed_form(code):
+            spare = self._order[::-1][: code.s - len(missing)]
+            a = _closed_form(code, np.concatenate([missing, np.array(spare, np.int64)]))
+        else:
+            found = None
+            if (code.blocks[self._live].any(axis=2).sum(axis=0) >= code.m).all() and (
+                len(missing) <= code.s or not _has_closed_form(code) or _may_decode_sooner(code)
+            ):
+                found = self._eliminate() if self._suffices() else None
+            if found is None:
+                return None
+            a = found
+        return a if code.m > 1 else a[:, 0]
+
+    def _suffices(self) -> bool:
+        """Whether the target lies in the span of the rows that are in; each arrival adds one row."""
+        columns = _distinct(self._code)
+        if self._span is None:
+            self._span = _Span(_target(columns.shape[1], self._code.m).T)
+        for worker in self._order[self._in_span :]:
+            self._span.add(columns[worker].reshape(-1))
+        self._in_span = len(self._order)
+        return not self._span.rest.any()
+
+    def _eliminate(self) -> NDArray[np.int64] | None:
+        code = self._code
+        columns = _distinct(code)
+        x = solve(columns[self._live].reshape(int(self._live.sum()), -1).T, _target(columns.shape[1], code.m))
+        if x is None:
+            return None
+        a = np.zeros((code.n, code.m), np.int64)
+        a[self._live] = x
+        return a
+
+
+def check_matrix(n: int, rows: int) -> NDArray[np.int64]:
+    """C, shape (rows, n): powers rows - 1 down to 0 of the points 1..n; every `rows` columns are independent."""
+    points = np.arange(1, n + 1, dtype=np.int64)
+    C = np.ones((rows, n), np.int64)
+    for row in range(rows - 2, -1, -1):
+        C[row] = C[row + 1] * points % P
+    return C
+
+
+class _Span:
+    """Rows in reduced echelon form, and what is left of the targets beside them."""
+
+    def __init__(self, targets: NDArray[np.int64]) -> None:
+        self.rest = targets.copy()
+        self._rows = np.zeros((min(64, targets.shape[1]), targets.shape[1]), np.int64)
+        self._pivots: list[int] = []
+
+    def add(self, row: NDArray[np.int64]) -> None:
+        done = len(self._pivots)
+        if done == self._rows.shape[1]:
+            return
+        rows = self._rows[:done]
+        row = (row - matmul(row[None, self._pivots], rows)[0]) % P
+        nonzero = np.flatnonzero(row)
+        if not nonzero.size:
+            return
+        pivot = int(nonzero[0])
+        row = row * pow(int(row[pivot]), P - 2, P) % P
+        rows -= rows[:, pivot, None] * row % P
+        rows %= P
+        self.rest = (self.rest - self.rest[:, pivot, None] * row) % P
+        if done == len(self._rows):
+            self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
+        self._rows[done] = row
+        self._pivots.append(pivot)
+
+
+@lru_cache(maxsize=64)
+def _has_closed_form(code: GradientCode) -> bool:
+    """Whether C B = [blocks of ones, then zeros] with C the powers of 1..n."""
+    C = check_matrix(code.n, code.s + code.m)
+    found = matmul(C, code.blocks.reshape(code.n, -1))
+    expected = np.zeros_like(found)
+    expected[: code.m] = _target(code.k, code.m).T
+    return bool((found == expected).all())
+
+
+def _closed_form(code: GradientCode, missing: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Column l is `x^e - (x^e mod M)` at the points, e = s + m - l, M the polynomial that vanishes on `missing`.
+
+    Then it vanishes there, and lies in the row space of C with coefficient 1 at power e: it picks block l.
+    """
+    s, m = code.s, code.m
+    points = np.arange(1, code.n + 1, dtype=np.int64)
+    if m == 1:
+        a = np.ones(code.n, np.int64)
+        for t in missing + 1:
+            a = a * (points - t) % P
+        return a[:, None]
+    M = np.zeros(s + 1, np.int64)  # lowest power first
+    M[0] = 1
+    for t in missing + 1:
+        M[1:], M[0] = (M[:-1] - t * M[1:]) % P, -t * M[0] % P
+    columns = np.zeros((code.n, m), np.int64)
+    rest = -M[:s] % P  # x^s mod M
+    power = np.ones(code.n, np.int64)
+    for _ in range(s):
+        power = power * points % P
+    for column in range(m - 1, -1, -1):
+        value = np.zeros(code.n, np.int64)
+        for coefficient in rest[::-1]:
+            value = (value * points + coefficient) % P
+        columns[:, column] = (power - value) % P
+        if s:
+            top = rest[-1]
+            rest = (np.concatenate([[0], rest[:-1]]) - top * M[:s]) % P
+        power = power * points % P
+    return columns
+
+
+def _target(k: int, m: int) -> NDArray[np.int64]:
+    return np.tile(np.eye(m, dtype=np.int64), (k, 1))
+
+
+@lru_cache(maxsize=64)
+def _distinct(code: GradientCode) -> NDArray[np.int64]:
+    """The columns of B, equal ones once: shape (n, columns, m)."""
+    unique = np.unique(code.blocks.transpose(1, 0, 2).reshape(code.k, -1), axis=0)
+    return np.asarray(unique.reshape(len(unique), code.n, code.m).transpose(1, 0, 2))
+
+
+@lru_cache(maxsize=64)
+def _may_decode_sooner(code: GradientCode) -> bool:
+    """Whether fewer than n - s replies can ever suffice: only if the rows of B span fewer than n - s dimensions.
+
+    Above 512 workers the number of distinct columns decides, without elimination: a code is then at worst taken to need
+    n - s replies.
+    """
+    columns = _distinct(code).reshape(code.n, -1)
+    least = code.n - code.s
+    if columns.shape[1] < least:
+        return True
+    return code.n <= _RANK_UP_TO and _rank(columns) < least
+
+
+def _rank(A: NDArray[np.int64]) -> int:
+    work, rank = A % P, 0
+    for column in range(work.shape[1]):
+        candidates = np.flatnonzero(work[rank:, column])
+        if not candidates.size:
+            continue
+        pivot = rank + int(candidates[0])
+        work[[rank, pivot]] = work[[pivot, rank]]
+        work[rank] = work[rank] * pow(int(work[rank, column]), P - 2, P) % P
+        below = rank + 1 + np.flatnonzero(work[rank + 1 :, column])
+        work[below] = (work[below] - work[below, column, None] * work[rank]) % P
+        rank += 1
+        if rank == len(work):
+            break
+    return rank

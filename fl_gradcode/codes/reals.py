@@ -1,0 +1,145 @@
+"""Arithmetic of codes over the reals: sums of vectors at memory speed, in an order that no thread count changes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import InvalidCode
+from ._blas import Scaled
+from ._validation import as_float
+
+__all__ = ["REALS", "Reals", "blocks_of", "combine"]
+
+# 256 Ki entries: one block of the running sum stays in a core's cache while all replies are added to it. Smaller ones
+# spend more on calls than they gain.
+_BLOCK = 1 << 18
+# Entries to add up from which a second thread pays for its start; NumPy lets go of the interpreter meanwhile.
+_WORTH_THREADS = 1 << 23
+_MAX_THREADS = 4
+
+
+def combine(
+    replies: Sequence[NDArray[np.floating]] | NDArray[np.floating],
+    coefficients: NDArray[np.float64],
+    *,
+    order: Sequence[int] | None = None,
+) -> NDArray[np.floating]:
+    """`sum_t coefficients[t] * replies[t]`, block by block so that the running sum stays in cache.
+
+    Replies are added in ascending `order` (worker numbers), so that the result does not depend on who came
+    first, nor on the number of threads; those with coefficient 0 are not read, and coefficient 1 copies without
+    rounding.
+
+    Args:
+        replies: One vector of equal length and dtype (float32 or float64) each.
+        coefficients: Shape (len(replies),), or (len(replies), m): then block l of the result is the
+            combination with column l.
+        order: One number a reply; None keeps the order given.
+
+    Returns:
+        Shape (m * length,).
+    """
+    if not len(replies):
+        raise InvalidCode("There is no reply to combine.")
+    a = np.asarray(coefficients, np.float64).reshape(len(replies), -1)
+    sequence = range(len(replies)) if order is None else np.argsort(order, kind="stable")
+    length, dtype = replies[0].size, replies[0].dtype
+    out = np.empty(a.shape[1] * length, dtype)
+    for column in range(a.shape[1]):
+        used = [(replies[t], dtype.type(a[t, column])) for t in sequence if a[t, column] != 0]
+        target = out[column * length : (column + 1) * length]
+        threads = min(_MAX_THREADS, os.cpu_count() or 1) if len(used) * length >= _WORTH_THREADS else 1
+        # At whole blocks, so that the compiled loops meet the same pieces however many threads there are.
+        blocks = -(-length // _BLOCK)
+        edges = [min(blocks * i // threads * _BLOCK, length) for i in range(threads + 1)]
+        if threads == 1:
+            _add_up(used, target, 0, length)
+            continue
+        with ThreadPoolExecutor(threads) as pool:
+            for done in [pool.submit(_add_up, used, target, *edges[i : i + 2]) for i in range(threads)]:
+                done.result()
+    return out
+
+
+def _add_up(
+    used: Sequence[tuple[NDArray[np.floating], np.floating]], target: NDArray[np.floating], first: int, last: int
+) -> None:
+    """Write the combination of entries first..last-1 into `target`."""
+    scaled = [Scaled(reply, float(coefficient)) for reply, coefficient in used]
+    address = target.ctypes.data
+    with np.errstate(over="ignore", invalid="ignore"):  # whoever uses the sum looks whether it is finite
+        for start in range(first, last, _BLOCK):
+            stop = min(start + _BLOCK, last)
+            block = target[start:stop]
+            if not used:
+                block[:] = 0
+            for position, ((reply, coefficient), one) in enumerate(zip(used, scaled, strict=True)):
+                if position == 0:
+                    np.multiply(reply[start:stop], coefficient, out=block)
+                elif coefficient == 1:
+                    block += reply[start:stop]
+                elif one.compiled:
+                    one.add_at(address, start, stop)
+                else:
+                    one.add_to(target, start, stop)
+
+
+@dataclass(frozen=True)
+class Reals:
+    """float64 coefficients; replies as float32 or float64, whichever the updates are."""
+
+    @property
+    def name(self) -> str:
+        """Of the numbers, for people."""
+        return "reals"
+
+    def matrix(self, B: ArrayLike) -> NDArray[np.float64]:
+        """An encoding matrix of one's own, checked."""
+        matrix = np.array(B, dtype=np.float64)
+        if not np.isfinite(matrix).all():
+            raise InvalidCode("The encoding matrix has entries that are not finite.")
+        return matrix
+
+    def encode(self, B: NDArray[np.float64], updates: NDArray[Any]) -> NDArray[np.floating]:
+        """All workers' replies: B of shape (n, k, m) times the blocks of updates of shape (k, d)."""
+        n, k, m = B.shape
+        u = as_float(updates)
+        rows = B.reshape(n, k * m).astype(u.dtype, copy=False)
+        return np.asarray(rows @ blocks_of(u, m).reshape(k * m, -1))
+
+    def decode(
+        self, replies: Sequence[NDArray[Any]] | NDArray[Any], a: NDArray[Any], *, order: Sequence[int] | None = None
+    ) -> NDArray[np.floating]:
+        """`sum_t a[t] * replies[t]`, block by block of a's columns."""
+        return combine(as_float(replies) if isinstance(replies, np.ndarray) else replies, a, order=order)
+
+    def shares(self, a: NDArray[np.float64], B: NDArray[np.float64]) -> NDArray[np.float64]:
+        """How much of block l' of shard j is in block l of the decoded sum: shape (k, m, m), [j, l', l]."""
+        n, k, m = B.shape
+        return np.asarray((B.reshape(n, k * m).T @ a.reshape(n, m)).reshape(k, m, m))
+
+    def kappa(self, a: NDArray[np.float64], B: NDArray[np.float64]) -> float:
+        """`sqrt(sum_i |a_i|^2 |b_i|^2 / (k m))`."""
+        n, k, m = B.shape
+        row_norms = np.square(B.reshape(n, k * m)).sum(axis=1)
+        return float(np.sqrt(np.square(a.reshape(n, m)).sum(axis=1) @ row_norms / (k * m)))
+
+
+REALS = Reals()
+
+
+def blocks_of(updates: NDArray[Any], m: int) -> NDArray[Any]:
+    """Updates of shape (k, d) as m zero-padded blocks each: shape (k, m, ceil(d / m))."""
+    k, d = updates.shape
+    if d % m:
+        padded = np.zeros((k, -(-d // m) * m), updates.dtype)
+        padded[:, :d] = updates
+        updates = padded
+    return updates.reshape(k, m, -1)

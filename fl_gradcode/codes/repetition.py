@@ -1,0 +1,99 @@
+"""Fractional repetition: groups of workers that hold the same shards; the default wherever the assignment is free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from math import comb
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InvalidCode
+from ._validation import check_count, check_tolerance
+from .gradient_code import GradientCode
+
+__all__ = ["fractional_repetition", "uncoded"]
+
+_TRIES = 64
+_SUBSETS = 500
+
+
+def uncoded(n: int) -> GradientCode:
+    """Every worker holds its own shard, and everybody is waited for: B is the identity, s = 0."""
+    n = check_count(n, "n")
+    return GradientCode(np.eye(n), 0, "uncoded", tuple((i,) for i in range(n)))
+
+
+def fractional_repetition(
+    n: int,
+    s: int,
+    *,
+    k: int | None = None,
+    m: int = 1,
+    order: Sequence[int] | None = None,
+    rng: np.random.Generator | None = None,
+) -> GradientCode:
+    """Fractional repetition: groups of at least s + m workers that all hold the same block of shards.
+
+    There are g = floor(n / (s + m)) groups, whose sizes differ by at most one, as do the blocks'. With m = 1 all
+    workers of a group send the same sum, so decoding takes the first reply of each group and amplifies nothing; it is
+    possible as soon as every group has one reply, often long before n - s replies are in. With m > 1 a reply is m times
+    shorter and each group decodes from any m of its replies. With k = n, worker i holds shard i, its own data, beside
+    those of its group.
+
+    Args:
+        n: Number of workers.
+        s: Straggler tolerance, 0 <= s <= n - m.
+        k: Number of shards, at least g; n by default.
+        m: Upload reduction.
+        order: The workers, sorted by what they have in common (slowest first, or rack by rack): they are dealt
+            one by one to the groups, so that slow workers and failure domains are spread. 0..n-1 by default.
+        rng: Draws candidates for the code inside the groups, of which the best conditioned is taken; m > 1 only. A
+            fixed seed by default.
+
+    References:
+        Tandon, Lei, Dimakis, Karampatziakis, "Gradient coding", 2017, section 3.1, for (s + 1) | n; uneven
+        groups are our deviation. For m > 1, an MDS code in each group: Ye and Abbe 2018 have the same corner.
+    """
+    n, m, s = check_count(n, "n"), check_count(m, "m"), check_tolerance(s, n)
+    if s + m > n:
+        raise InvalidCode(f"s={s} stragglers at m={m} need groups of {s + m} workers; there are n={n}. Lower s or m.")
+    g = n // (s + m)
+    shards = n if k is None else check_count(k, "k")
+    if shards < g:
+        floor = "floor(n / (s + 1))" if m == 1 else "floor(n / (s + m))"
+        raise InvalidCode(f"k={shards} shards cannot fill {g} groups; k must be at least {floor} = {g}.")
+    dealt = list(range(n)) if order is None else [int(i) for i in order]
+    if sorted(dealt) != list(range(n)):
+        raise InvalidCode(f"order must name each worker 0..{n - 1} once, not {dealt}.")
+    group_of = np.empty(n, int)
+    group_of[dealt] = np.arange(n) % g
+    block_of = group_of if shards == n else np.arange(shards) % g
+    groups = tuple(tuple(np.flatnonzero(group_of == q).tolist()) for q in range(g))
+    B = (group_of[:, None] == block_of).astype(np.float64)[:, :, None]
+    if m > 1:
+        sizes = {len(group) for group in groups}
+        inside = {size: _well_conditioned(size, m, rng or np.random.default_rng(0)) for size in sorted(sizes)}
+        B = np.repeat(B, m, axis=2)
+        for group in groups:
+            B[list(group)] *= inside[len(group)][:, None, :]
+    return GradientCode(B, s, "fractional repetition", groups)
+
+
+def _well_conditioned(size: int, m: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """A matrix, shape (size, m), with rows of length 1, all of whose m x m minors are far from singular.
+
+    The best of several random ones, by the worst condition number over all (or, if those are many, some) minors. Rows
+    of equal length make the shortest decoding vector the one that amplifies noise least.
+    """
+    if comb(size, m) <= _SUBSETS:
+        subsets = np.array(list(combinations(range(size), m)))
+    else:
+        subsets = np.array([rng.permutation(size)[:m] for _ in range(_SUBSETS)])
+    candidates = []
+    for _ in range(_TRIES):
+        G = np.linalg.qr(rng.standard_normal((size, m)))[0]
+        G /= np.linalg.norm(G, axis=1, keepdims=True)
+        candidates.append((float(np.linalg.cond(G[subsets]).max()), G))
+    return min(candidates, key=lambda candidate: candidate[0])[1]

@@ -1,0 +1,328 @@
+"""EarlyStopGrid: a Flower grid that stops waiting as soon as enough replies are in, and never overloads a slow node.
+
+Flower's own `send_and_receive` waits for every reply, and a node works off whatever it was ever sent, oldest
+first. Here a *stop rule* is asked after each arrival. A node that still owes a reply is sent nothing: the newest
+message is held back until the late reply is in, then sent at once if that round is still open.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from ..errors import InvalidSetting
+from ..protocol import computing_seconds, content_bytes, error_text, loads_of
+from .arrivals import Arrival, ArrivalSource, ForwardingGrid
+from .polling import PollingArrivals
+from .stop_rules import CountRule, JobTime, StopRule, Wait
+
+__all__ = ["Debt", "EarlyStopGrid", "Waiting"]
+
+_LOOK_SECONDS = 1.0  # between two looks at who is there
+
+
+@dataclass
+class Debt:
+    """A reply that a node owes.
+
+    It knows its phase by a mark and a label: the phase itself may keep replies, and a debt may last for rounds.
+    """
+
+    token: str
+    phase: object
+    label: str
+    sent: float
+    loads: dict[int, int]
+    lapses: float
+    #: When its node last became active, as Flower tells it; None: not looked yet.
+    mark: str | None = None
+
+
+class Waiting:
+    """One phase: from the first message to the end of waiting."""
+
+    def __init__(
+        self,
+        source: ArrivalSource,
+        debts: dict[int, Debt],
+        rule: StopRule,
+        timeout: float | None,
+        on_late: Callable[[int, str, Message | None], None] | None,
+    ) -> None:
+        self.source, self.debts, self.rule, self.on_late = source, debts, rule, on_late
+        self.phase = object()
+        self.start = source.now()
+        self.deadline = None if timeout is None else self.start + timeout
+        # Nothing can be cancelled in Flower; a node that never answers is trusted again after this long.
+        self.patience = float("inf") if timeout is None else 3 * timeout
+        self.wait = Wait()
+        self.held: dict[int, list[Message]] = {}
+        self.free: list[int] = []  # nodes that the rule may have something for
+        self.idle: list[int] = []  # nodes that it had nothing for
+        self.unread: list[Arrival] = []
+        self.woken: float | None = None
+        self.lost = True  # whether a reply that might have come is known not to
+        self.met: set[int] = set()  # nodes that the rule was asked about
+        self.failed: set[int] = set()  # nodes whose message to this phase ended in an error
+        self.marks: dict[int, str] = {}  # when each node last became active, as of the last look
+        self.next_look = None if source.fixed_nodes else self.start
+
+    def run(self, messages: Sequence[Message]) -> Wait:
+        """Send them, wait, and say what happened."""
+        self._lapse()
+        self.source.look_anew()
+        self.free.clear()
+        for message in messages:
+            node = message.metadata.dst_node_id
+            self.met.add(node)
+            if node in self.held:  # one after the other: the next when the first is answered
+                self.held[node].append(message)
+                continue
+            self.held[node] = [message]
+            if node in self.debts:
+                self.wait.held_back.append(node)
+            else:
+                self.free.append(node)
+        ended = self._loop()
+        if ended != "decoded":
+            while not self.rule.decided and self._read(final=True):
+                pass  # a reply that turned out bad may have a replica that is in too
+        self.wait.ended = "decoded" if self.rule.decided else ended
+        self.wait.seconds = self.source.now() - self.start
+        self.wait.never_sent = list(self.held)
+        now = self.source.now()
+        self.wait.owing = [JobTime(node, debt.label, debt.loads, now - debt.sent) for node, debt in self.debts.items()]
+        self.wait.unread = [arrival.node for arrival in self.unread]
+        for arrival in self.unread:
+            self.source.forget(arrival.token)
+        self.source.abandon([debt.token for debt in self.debts.values() if debt.phase is self.phase])
+        return self.wait
+
+    def _loop(self) -> str:
+        while True:
+            if self.rule.decided:
+                return "decoded"
+            self._look()
+            # Before handing out: reading may tell who a node is, and what is left to do.
+            while self.free and not (self.source.immediate and self.unread):
+                self._hand_out()
+            outstanding = self._outstanding()
+            if self.unread and self._read(final=not outstanding):
+                self.lost = True
+                continue
+            coming = [*dict.fromkeys(outstanding + [arrival.node for arrival in self.unread])]
+            if self.lost and self.rule.hopeless(coming):
+                return "hopeless"
+            if not outstanding:
+                return "answered"  # what is unread was not wanted
+            self.lost = False
+            arrival = self.source.next_arrival(self._next_deadline())
+            if arrival is not None:
+                self._arrived(arrival)
+                # Whatever came at the same moment comes before handing out: its sender needs no help.
+                while (also := self.source.next_arrival(self.source.now())) is not None:
+                    self._arrived(also)
+            elif self.deadline is not None and self.source.now() >= self.deadline:
+                return "timed out"
+            elif (wake := self._wake()) is not None and self.source.now() >= wake:
+                self.woken = wake
+                self._offer_idle()
+            elif self.next_look is not None and self.source.now() >= self.next_look:
+                pass  # who is there is looked at above
+            elif not self._lapse():
+                return "timed out"  # nothing is under way any more, and there is no deadline to wait for
+
+    def _outstanding(self) -> list[int]:
+        """Nodes whose reply to this phase may still come."""
+        return [node for node, debt in self.debts.items() if debt.phase is self.phase] + list(self.held)
+
+    def _next_deadline(self) -> float | None:
+        lapses = [self.debts[node].lapses for node in self.held if node in self.debts]
+        known = [self.deadline, self._wake(), self.next_look, *lapses]
+        moments = [t for t in known if t is not None and t != float("inf")]
+        return min(moments) if moments else None
+
+    def _wake(self) -> float | None:
+        """When the rule wants to be asked again, unless that has been done."""
+        return None if self.rule.wake_at == self.woken else self.rule.wake_at
+
+    def _look(self) -> None:
+        """Give work to nodes that have come since the phase began, and to those that were started again.
+
+        What a node was working on is lost when it is started again: under authentication it has the same id, and only
+        the time since when it is active tells. So it does for one whose message has ended in an error, since the
+        SuperLink had given it up, say.
+        """
+        if self.next_look is None or self.source.now() < self.next_look:
+            return
+        self.next_look = self.source.now() + _LOOK_SECONDS
+        for node, mark in self.source.listed().items():
+            debt, before = self.debts.get(node), self.marks.get(node, mark)
+            self.marks[node] = mark
+            if debt is None and node in self.failed and mark != before:
+                self.failed.discard(node)
+                self.met.discard(node)
+                self.idle = [other for other in self.idle if other != node]
+                self.rule.restarted(node)
+            if debt is not None and debt.mark is None:
+                debt.mark = mark
+            elif debt is not None and debt.mark != mark:
+                self.source.forget(self.debts.pop(node).token)
+                self.wait.restarted.append(node)
+                if node not in self.held:
+                    self.met.discard(node)
+                    self.rule.restarted(node)
+                else:
+                    self.free.append(node)
+            if node not in self.met:
+                self.met.add(node)
+                message = self.rule.join(node)
+                if message is not None:
+                    self.held[node] = [message]
+                    self.wait.joined.append(node)
+                    if node not in self.debts:
+                        self.free.append(node)
+
+    def _arrived(self, arrival: Arrival) -> None:
+        debt = self.debts.get(arrival.node)
+        if debt is None or debt.token != arrival.token:
+            return  # its debt lapsed: the node has been given other work since
+        del self.debts[arrival.node]
+        reply = arrival.reply
+        if not (arrival.failure or (reply is not None and reply.has_error())):
+            computing = arrival.computing if reply is None else computing_seconds(reply)
+            taken = JobTime(arrival.node, debt.label, debt.loads, arrival.at - debt.sent, computing)
+            self.wait.times.append(taken)
+        if debt.phase is self.phase:
+            if arrival.failure or (reply is not None and reply.has_error()):
+                self.failed.add(arrival.node)
+            self.unread.append(arrival)
+            self.rule.arrived(arrival)
+        else:
+            wrong = error_text(reply) if reply is not None and reply.has_error() else arrival.failure
+            self.wait.late.append((arrival.node, debt.label, wrong))
+            if self.on_late is not None:
+                self.on_late(arrival.node, debt.label, reply)
+        self.free.append(arrival.node)
+
+    def _hand_out(self) -> None:
+        """Give the nodes that are free what the rule has for them."""
+        messages = []
+        for node in dict.fromkeys(self.free):
+            if node in self.debts:
+                continue  # one message at a time
+            message = self.rule.next_message(node, self._next_held(node), self.source.now())
+            if message is None:
+                self.idle.append(node)
+            else:
+                messages.append(message)
+        self.free.clear()
+        if messages:
+            self._push(messages)
+
+    def _next_held(self, node: int) -> Message | None:
+        messages = self.held.get(node, [])
+        first = messages.pop(0) if messages else None
+        if not messages:
+            self.held.pop(node, None)
+        return first
+
+    def _lapse(self) -> bool:
+        """Give up on debts that are too old; whether there was one."""
+        now = self.source.now()
+        old = [node for node, debt in self.debts.items() if debt.lapses <= now and debt.phase is not self.phase]
+        for node in old:
+            self.source.forget(self.debts.pop(node).token)
+            self.wait.lapsed.append(node)
+            self.free.append(node)
+        return bool(old)
+
+    def _push(self, messages: list[Message]) -> None:
+        now = self.source.now()
+        for message, token in zip(messages, self.source.push(messages), strict=True):
+            node = message.metadata.dst_node_id
+            self.wait.asked.append(node)
+            self.wait.bytes_down += content_bytes(message.content)
+            if token is None:
+                refused = Arrival("", node, now, failure="the SuperLink refused the message")
+                self.rule.offer(refused, None, now - self.start)
+                self._offer_idle()
+                self.lost = True
+            else:
+                self.debts[node] = Debt(token, self.phase, self.rule.label, now, loads_of(message), now + self.patience)
+
+    def _read(self, *, final: bool) -> bool:
+        """Read what is needed of what is in; whether anything was."""
+        arrivals = self.unread if self.source.immediate else self.rule.choose(self.unread, final=final)
+        wanted = {arrival.token for arrival in arrivals}
+        self.unread = [arrival for arrival in self.unread if arrival.token not in wanted]
+        for arrival, reply in zip(arrivals, self.source.fetch(arrivals), strict=True):
+            if reply is not None and reply.has_content():
+                self.wait.bytes_up += content_bytes(reply.content)
+            self.rule.offer(arrival, reply, arrival.at - self.start)
+        if arrivals:  # who a node is, which copies count: what is left to do may be another than before
+            self._offer_idle()
+        return bool(arrivals)
+
+    def _offer_idle(self) -> None:
+        """Ask the rule once more what idle nodes may do."""
+        self.free.extend(self.idle)
+        self.idle.clear()
+
+
+class EarlyStopGrid(ForwardingGrid):
+    """A grid that stops waiting as soon as enough replies are in.
+
+    `GradientCoding` makes one by itself. On its own it gives any Flower strategy the same waiting: with
+    `stop_after=8` the round ends at the eighth good reply, and whoever is slower is dropped.
+
+        FedAvg().start(EarlyStopGrid(grid, stop_after=8), arrays, num_rounds=10)
+
+    Args:
+        grid: The engine's grid, or a `VirtualGrid`.
+        stop_after: Good replies after which a round ends; None waits for all of them. A `StopRule` announced
+            through `expect` takes precedence.
+        poll_interval: Seconds between two pulls for one message.
+        clock: Seconds; for tests.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        stop_after: int | None = None,
+        poll_interval: float = 0.25,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(grid)
+        if stop_after is not None and stop_after < 1:
+            raise InvalidSetting(f"stop_after={stop_after}: a round needs at least 1 reply.")
+        self.stop_after = stop_after
+        self.source: ArrivalSource = (
+            grid if isinstance(grid, ArrivalSource) else PollingArrivals(grid, poll_interval=poll_interval, clock=clock)
+        )
+        #: Called with (node, label, reply or None) for each reply that came after its phase had ended.
+        self.on_late: Callable[[int, str, Message | None], None] | None = None
+        self._debts: dict[int, Debt] = {}
+        self._announced: StopRule | None = None
+
+    def expect(self, rule: StopRule) -> None:
+        """The next `send_and_receive` stops by this rule."""
+        self._announced = rule
+
+    def close(self) -> None:
+        """End the polling threads."""
+        self.source.close()
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Send, wait until the rule is decided, hopeless or `timeout` seconds are over, return the replies."""
+        batch = list(messages)  # configure_train() may be lazy: it announces the rule when it runs
+        rule, self._announced = self._announced or CountRule(self.stop_after), None
+        if not batch:
+            return []
+        phase = Waiting(self.source, self._debts, rule, timeout, self.on_late)
+        return rule.finish(phase.run(batch))

@@ -1,0 +1,60 @@
+"""Which nodes are online, and waiting until enough of them are."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from flwr.serverapp import Grid
+
+from ..errors import RoundFailed
+
+__all__ = ["nodes_of_a_phase", "poll_nodes", "wait_for_nodes"]
+
+_log = logging.getLogger(__name__)
+
+
+def wait_for_nodes(grid: Grid, n: int, s: int, timeout: float, *, surplus: bool = False) -> None:
+    """Wait up to `timeout` seconds for n nodes (0: look once); fewer are enough if the code tolerates it.
+
+    With `surplus` more are fine: after a breakdown nodes that were started again are listed twice for a while.
+
+    Raises:
+        RoundFailed: More than n nodes, or fewer than n - s.
+    """
+    online = len(poll_nodes(grid, timeout, f"{n} nodes", lambda nodes: len(nodes) == n))
+    if online > n and not surplus:
+        raise RoundFailed(
+            f"{online} nodes are online, but the code has n={n} workers. Build the code for {online}, or stop "
+            f"{online - n} of them (a node that was just restarted is listed twice for a minute)."
+        )
+    if online < n - s:
+        raise RoundFailed(
+            f"{online} nodes are online after {timeout:g} s; the code has n={n} workers and needs at "
+            f"least n - s = {n - s}. Start more nodes, or build the code for fewer."
+        )
+    if online < n:
+        _log.warning("Starting with %d of %d nodes; the others count as stragglers.", online, n)
+
+
+def nodes_of_a_phase(grid: Grid, n: int, s: int, timeout: float, hopeless: Callable[[list[int]], bool]) -> list[int]:
+    """The nodes that are online; waits up to `timeout` seconds while they are fewer than n - s and cannot decode.
+
+    An outage would otherwise burn one round after another in no time.
+    """
+    least = n - s
+    wanted = f"at least {least} of {n} nodes"
+    return poll_nodes(grid, timeout, wanted, lambda nodes: len(nodes) >= least or not hopeless(nodes))
+
+
+def poll_nodes(grid: Grid, timeout: float, wanted: str, enough: Callable[[list[int]], bool]) -> list[int]:
+    """The nodes that are online; waits up to `timeout` seconds for `enough` of them, and says once what is `wanted`."""
+    deadline = time.monotonic() + timeout
+    told = False
+    while not enough(nodes := list(grid.get_node_ids())) and time.monotonic() < deadline:
+        if not told:
+            _log.info("Waiting up to %g s for %s; %d are online.", timeout, wanted, len(nodes))
+            told = True
+        time.sleep(0.5)
+    return nodes

@@ -1,0 +1,240 @@
+"""Measured times: reading them, replaying them as a law, and fitting a law to them."""
+
+from __future__ import annotations
+
+import csv
+import math
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from ..errors import InvalidSetting
+from .laws import Law, Marginal, bimodal, bursty, lognormal, pareto, shifted_exponential
+
+__all__ = ["Fit", "checked_times", "fit", "read_table", "read_trace", "replay", "trace"]
+
+#: A time this many times the median counts as a slow spell.
+_SLOW = 3.0
+
+
+def trace(times: ArrayLike, *, name: str = "trace") -> Law:
+    """Measured times, shape (ticks, workers) or (ticks,).
+
+    Worker i walks down column i modulo the number of columns, from the top again at the end; with one column,
+    each worker draws a time at random.
+    """
+    table = checked_times(times)
+    ticks, workers = table.shape
+    if workers == 1:
+        marginal = Marginal.of_values(table)
+
+        def draw(seed: int, worker: int, tick: int) -> float:
+            return float(table[np.random.default_rng((seed, worker, tick)).integers(ticks), 0])
+
+        return Law(name, draw, lambda worker: marginal)
+    return Law(name, lambda seed, worker, tick: float(table[tick % ticks, worker % workers]))
+
+
+def replay(times: ArrayLike, *, name: str = "replay") -> Law:
+    """Measured times of rounds, shape (rounds, workers): round t takes row t - 1, from the top again at the end.
+
+    A law's tick is half a round: evaluation in a round takes the same row.
+    """
+    table = checked_times(times)
+    rounds, workers = table.shape
+    return Law(name, lambda seed, worker, tick: float(table[(tick // 2 - 1) % rounds, worker % workers]))
+
+
+def checked_times(times: ArrayLike) -> NDArray[np.float64]:
+    """Times as a table of shape (ticks, workers).
+
+    Raises:
+        InvalidSetting: Another shape, nothing, no numbers, or a time that is negative or not finite.
+    """
+    try:
+        table = np.array(times, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InvalidSetting(f"A trace is numbers, of shape (ticks, workers) or (ticks,): {error}.") from error
+    if table.ndim == 1:
+        table = table[:, None]
+    if table.ndim != 2 or not table.size:
+        raise InvalidSetting(f"A trace has shape (ticks, workers) or (ticks,), not {np.shape(times)}.")
+    if not (np.isfinite(table) & (table >= 0)).all():
+        bad = tuple(int(x) for x in np.argwhere(~(np.isfinite(table) & (table >= 0)))[0])
+        raise InvalidSetting(f"The trace has {table[bad]} at row {bad[0]}, column {bad[1]}; times are at least 0.")
+    return table
+
+
+def read_trace(path: str | Path, *, key: str | None = None) -> NDArray[np.float64]:
+    """Times in seconds from a .csv (one column a worker, optional header line) or .npz file (array `key`)."""
+    file = Path(path)
+    if not file.is_file():
+        raise InvalidSetting(f"There is no trace file {str(path)!r}.")
+    if file.suffix == ".npz":
+        return _array_of(file, key)
+    _, rows = read_table(file)
+    uneven = next((row for row in rows if len(row) != len(rows[0])), None)
+    if uneven is not None:
+        raise InvalidSetting(
+            f"The trace {file.name} is not a table of numbers: it has a row of {len(uneven)} and one of "
+            f"{len(rows[0])}; each worker is a column."
+        )
+    try:
+        return np.array(rows, dtype=np.float64)
+    except ValueError as error:
+        raise InvalidSetting(f"The trace {file.name} is not a table of numbers: {error}.") from error
+
+
+def read_table(path: str | Path) -> tuple[list[str], list[list[str]]]:
+    """Header (empty if the first line is numbers) and rows of a .csv file.
+
+    Raises:
+        InvalidSetting: No such file, another kind of file, or no rows.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InvalidSetting(f"There is no trace file {str(path)!r}.")
+    if file.suffix != ".csv":
+        raise InvalidSetting(f"A trace is a .csv or .npz file, not {file.name!r}.")
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            rows = [row for row in csv.reader(lines) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InvalidSetting(f"The trace {file.name} cannot be read as text: {error}.") from error
+    header: list[str] = []
+    if rows and not all(_is_number(cell) for cell in rows[0]):
+        header, rows = [cell.strip() for cell in rows[0]], rows[1:]
+    if not rows:
+        raise InvalidSetting(f"The trace {file.name} has no rows of times; each row is one round.")
+    return header, rows
+
+
+def _array_of(file: Path, key: str | None) -> NDArray[np.float64]:
+    try:
+        with file.open("rb") as raw:  # which NumPy leaves open where the file is broken
+            loaded = np.load(raw)
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
+                raise ValueError("it is a single array")
+            table = dict(loaded)
+    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
+        what = f"{type(error).__name__}, or it holds objects instead of numbers"
+        raise InvalidSetting(f"The trace {file.name} cannot be read as an .npz file ({what}).") from error
+    chosen = next(iter(table)) if key is None and len(table) == 1 else key
+    if chosen not in table:
+        raise InvalidSetting(f"The trace {file.name} has arrays {', '.join(table)}: name one of them as key.")
+    if table[chosen].dtype.kind not in "fiub":
+        raise InvalidSetting(f"The array {chosen} of {file.name} is not of numbers, but of {table[chosen].dtype}.")
+    return np.asarray(table[chosen], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A law that was fitted to times.
+
+    Attributes:
+        law: Ready to draw from.
+        code: The Python expression that makes it.
+        distance: Kolmogorov-Smirnov distance to the times, 0 (equal) to 1.
+        aic: Akaike's criterion, smaller is better; comparable over one trace only.
+    """
+
+    law: Law
+    code: str
+    distance: float
+    aic: float
+
+
+def fit(times: ArrayLike) -> list[Fit]:
+    """Laws fitted to times by maximum likelihood, best (smallest AIC) first.
+
+    Shifted exponential, lognormal, Pareto, and two speeds with jitter; the two speeds become `bursty` where a table
+    (ticks, workers) shows that slow spells last (a slow tick is followed by a slow one more than twice as often as by
+    chance). Shape (ticks, workers) or (ticks,).
+
+    Raises:
+        InvalidSetting: Fewer than 8 times, or one that is not greater than 0.
+    """
+    table = checked_times(times)
+    x = table.ravel()
+    if len(x) < 8:
+        raise InvalidSetting(f"{len(x)} times are too few to fit a law to; 8 are the least.")
+    if not (x > 0).all():
+        raise InvalidSetting(f"A time of {x.min():g} cannot be fitted: times must be greater than 0.")
+    if x.max() - x.min() <= 1e-12 * x.max():
+        raise InvalidSetting(f"All times are {x[0]:g}: that is constant({x[0]:g}), there is nothing to fit.")
+    shift, spread = float(x.min()), float(x.mean() - x.min())
+    logs = np.log(x)
+    median, sigma = math.exp(float(logs.mean())), float(logs.std())
+    alpha = len(x) / float((logs - logs.min()).sum())
+    fits = [
+        Fit(
+            shifted_exponential(shift, spread),
+            f"shifted_exponential({shift:.4g}, {spread:.4g})",
+            *_quality(x, stats.expon(shift, spread).logpdf(x), stats.expon(shift, spread).cdf(np.sort(x)), 2),
+        ),
+        Fit(
+            lognormal(median, sigma),
+            f"lognormal({median:.4g}, {sigma:.4g})",
+            *_quality(
+                x, stats.lognorm(sigma, scale=median).logpdf(x), stats.lognorm(sigma, scale=median).cdf(np.sort(x)), 2
+            ),
+        ),
+        Fit(
+            pareto(alpha, shift),
+            f"pareto({alpha:.4g}, {shift:.4g})",
+            *_quality(
+                x, stats.pareto(alpha, scale=shift).logpdf(x), stats.pareto(alpha, scale=shift).cdf(np.sort(x)), 2
+            ),
+        ),
+    ]
+    two = _two_speeds(table)
+    return sorted(fits if two is None else [*fits, two], key=lambda one: one.aic)
+
+
+def _two_speeds(table: NDArray[np.float64]) -> Fit | None:
+    x = table.ravel()
+    slow = table > _SLOW * np.median(x)
+    share = float(slow.mean())
+    if not 0 < share < 0.5:
+        return None
+    fast = np.log(table[~slow])
+    base, jitter = math.exp(float(fast.mean())), max(float(fast.std()), 1e-6)
+    slowdown = math.exp(float(np.log(table[slow]).mean())) / base
+    parts = [(1 - share, stats.lognorm(jitter, scale=base)), (share, stats.lognorm(jitter, scale=base * slowdown))]
+    density = np.log(np.maximum(sum(weight * part.pdf(x) for weight, part in parts), 1e-300))
+    cdf = sum(weight * part.cdf(np.sort(x)) for weight, part in parts)
+    distance, aic = _quality(x, density, np.asarray(cdf), 4)
+    after = slow[1:][slow[:-1]]
+    if table.shape[1] > 1 and len(after) >= 5 and after.mean() > 2 * share:
+        # A law's tick is half a round. What lasts of an excess over the share, from one tick to the next, squared is
+        # what lasts over a round: the second eigenvalue of the chain.
+        stay = float(min(after.mean(), 1 - 0.5 / len(after)))
+        lasts = math.sqrt((stay - share) / (1 - share))
+        leave, enter = (1 - share) * (1 - lasts), share * (1 - lasts)
+        rest = f"{slowdown:.4g}, base={base:.4g}, jitter={jitter:.4g}"
+        law = bursty(enter, leave, slowdown, base=base, jitter=jitter)
+        return Fit(law, f"bursty({enter:.4g}, {leave:.4g}, {rest})", distance, aic)
+    law = bimodal(share, slowdown, base=base, jitter=jitter)
+    code = f"bimodal({share:.4g}, {slowdown:.4g}, base={base:.4g}, jitter={jitter:.4g})"
+    return Fit(law, code, distance, aic)
+
+
+def _quality(
+    x: NDArray[np.float64], log_density: NDArray[np.float64], cdf: NDArray[np.float64], parameters: int
+) -> tuple[float, float]:
+    steps = np.arange(len(x) + 1) / len(x)
+    distance = float(max(np.abs(cdf - steps[1:]).max(), np.abs(cdf - steps[:-1]).max()))
+    return distance, 2 * parameters - 2 * float(log_density.sum())
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,387 @@
+"""A coded matrix product as one immutable value: how blocks are encoded, and which answers give the product."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import linalg
+
+from ..codes import P, PrimeField, Reals, as_float, check_workers, lift, matmul, solve
+from ..errors import InvalidCode, NotDecodable
+from .blocks import as_operand, check_range, combine_blocks, join, multiply, split
+
+__all__ = ["ConditionWarning", "Evaluation", "ProductCode", "best_draw", "choose", "nodes", "powers", "worst_condition"]
+
+#: A real basis up to this worst condition number is preferred to complex numbers, which are four times the work.
+_SOUND = 1e6
+#: Decoding beyond it leaves less than half of the digits of a float64.
+_WARN = 1e8
+_SETS = 64  # of answers, drawn to judge a basis by
+_TRIES = 5
+_BUDGET = 200 * 100**3  # of all singular value decompositions, in cubes of k
+
+
+class ConditionWarning(UserWarning):
+    """A code whose decoding loses many digits; the message names a better choice."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What makes a product code: coefficients of A's blocks and of B's, and the matrix that answers are decoded by.
+
+    Attributes:
+        left: Coefficients of A's p x m blocks, shape (n, p, m).
+        right: Coefficients of B's m x q blocks, shape (n, m, q).
+        D: Answer i is `sum_t D[i, t] Z_t`, shape (n, k).
+        wanted: Which Z_t is which block of the product, shape (p, q).
+    """
+
+    left: NDArray[Any]
+    right: NDArray[Any]
+    D: NDArray[Any]
+    wanted: NDArray[np.int64]
+
+
+def nodes(basis: str, n: int) -> NDArray[Any]:
+    """Where worker i evaluates: Chebyshev nodes, the n-th roots of unity, or 1..n ("integers": as floats; "field")."""
+    i = np.arange(n)
+    if basis == "chebyshev":
+        return np.asarray(np.cos((2 * i + 1) * np.pi / (2 * n)))
+    if basis == "roots":
+        return np.asarray(np.exp(2j * np.pi * i / n))
+    return i + 1 if basis == "field" else i + 1.0
+
+
+def powers(x: NDArray[Any], exponents: NDArray[np.int64]) -> NDArray[Any]:
+    """`x_i ** e`, shape (n, *exponents.shape); whole numbers modulo the field's prime."""
+    if x.dtype.kind == "i":
+        table = [[pow(int(one), int(e), P) for e in exponents.ravel()] for one in x]
+        return np.array(table, np.int64).reshape(len(x), *exponents.shape)
+    with np.errstate(over="ignore", invalid="ignore"):  # integer nodes: the condition number tells
+        return np.asarray(x.reshape(-1, *[1] * exponents.ndim) ** exponents)
+
+
+def worst_condition(
+    D: NDArray[Any], *, sets: int = _SETS, rng: np.random.Generator | None = None
+) -> tuple[float, NDArray[np.int64]]:
+    """The largest condition number of k rows of D among `sets` drawn at random and up to as many consecutive ones.
+
+    Also returns the rows. It is a sample: a worse set may exist.
+    """
+    n, k = D.shape
+    rng = np.random.default_rng(0) if rng is None else rng
+    count = 1 if n == k else min(sets, max(_BUDGET // k**3, 8))
+    drawn = np.argsort(rng.random((count, n)), axis=1)[:, :k]
+    starts = np.linspace(0, n, min(count, n), endpoint=False).astype(int)
+    tried = np.concatenate([drawn, (starts[:, None] + np.arange(k)) % n])
+    # A few at a time: a hundred 100 x 100 matrices are 8 MB.
+    if not np.isfinite(D).all():
+        return float("inf"), tried[0]
+    found = np.concatenate([np.linalg.cond(D[rows]) for rows in np.array_split(tried, -(-len(tried) // 100))])
+    found = np.nan_to_num(found, nan=np.inf, posinf=np.inf)
+    worst = int(np.argmax(found))
+    return float(found[worst]), tried[worst]
+
+
+def best_draw(
+    draw: Callable[[np.random.Generator], Evaluation], rng: np.random.Generator | None, tries: int = _TRIES
+) -> Evaluation:
+    """The best conditioned of a few draws; without spare rows one draw is as good as another."""
+    rng = np.random.default_rng(0) if rng is None else rng
+    drawn = [draw(rng) for _ in range(tries)]
+    return min(drawn, key=lambda one: worst_condition(one.D)[0])
+
+
+def choose(
+    name: str, basis: str, candidates: Mapping[str, Callable[[], Evaluation]], order: Sequence[str]
+) -> tuple[str, Evaluation]:
+    """The evaluation in that basis, with a warning if it is badly conditioned; "auto" tries `order`.
+
+    Of `order` the first whose worst sampled condition number is at most 1e6 is taken, else the best.
+
+    Raises:
+        InvalidCode: There is no such basis for this code.
+    """
+    known = ["auto", *candidates]
+    if basis not in known:
+        raise InvalidCode(f"basis={basis!r}: {name} codes have {', '.join(map(repr, known))}.")
+    judged: list[tuple[float, str, Evaluation]] = []
+    for one in order:
+        made = candidates[one]()
+        judged.append((worst_condition(made.D)[0], one, made))
+        if judged[-1][0] <= _SOUND:
+            break
+    best, auto, evaluation = min(judged, key=lambda one: one[0])
+    if basis in ("auto", auto):
+        if best > _WARN:
+            n, k = evaluation.D.shape
+            warnings.warn(
+                f"This {name} code (n={n}, k={k}) has a condition number of at least {best:.1g}; float64 bears "
+                "about 1e8. Take numbers=PrimeField(...), which is exact, fewer spare workers (n - k up to 6), or "
+                "polynomial(), whose random basis stays sound at any size.",
+                ConditionWarning,
+                stacklevel=4,
+            )
+        return auto, evaluation
+    made = candidates[basis]()
+    condition = worst_condition(made.D)[0]
+    if condition > _WARN:
+        warnings.warn(
+            f"basis={basis!r} has a condition number of at least {condition:.1g} at n={len(made.D)}, of which float64 "
+            f"bears about 1e8; basis={auto!r} has {best:.1g} here, and numbers=PrimeField(...) is exact.",
+            ConditionWarning,
+            stacklevel=4,
+        )
+    return basis, made
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ProductCode:
+    """A code for products: n workers, of which any k answers decode.
+
+    Use a constructor (`polynomial`, `mds_product`, `matdot`, `entangled`, `uncoded_product`).
+
+    Attributes:
+        name: The family, for people.
+        basis: In which polynomials are evaluated: "random", "chebyshev", "roots", "integers"; "units" if uncoded.
+        evaluation: Coefficients, and what decoding solves. `left` has shape (n, p, m), `right` (n, m, q), `D` (n, k).
+        numbers: `REALS`, or a `PrimeField`, over which nothing is rounded.
+    """
+
+    name: str
+    basis: str
+    evaluation: Evaluation
+    numbers: Reals | PrimeField
+
+    def __post_init__(self) -> None:
+        made = self.evaluation
+        shapes = [made.left.shape, made.right.shape, made.D.shape, made.wanted.shape]
+        (n, p, m), (_, _, q), (_, k), _ = shapes
+        if shapes != [(n, p, m), (n, m, q), (n, k), (p, q)] or k > n:
+            raise InvalidCode(
+                f"An evaluation has shapes (n, p, m), (n, m, q), (n, k) with k <= n, and (p, q), not {shapes}."
+            )
+        for array in vars(made).values():
+            array.setflags(write=False)
+
+    def __repr__(self) -> str:
+        p, m, q = self.partition
+        over = f"{self.basis} basis" if isinstance(self.numbers, Reals) else f"over a {self.numbers.name}"
+        return (
+            f"<{self.name} code: n={self.n} workers, any k={self.k}, A in {p} x {m} and B in {m} x {q} blocks, {over}>"
+        )
+
+    @property
+    def n(self) -> int:
+        """Number of workers."""
+        return int(self.evaluation.D.shape[0])
+
+    @property
+    def k(self) -> int:
+        """Recovery threshold: any k answers decode, fewer never do."""
+        return int(self.evaluation.D.shape[1])
+
+    @property
+    def partition(self) -> tuple[int, int, int]:
+        """(p, m, q): A is cut into p x m blocks, B into m x q."""
+        _, p, m = self.evaluation.left.shape
+        return int(p), int(m), int(self.evaluation.right.shape[2])
+
+    @property
+    def complex(self) -> bool:
+        """Whether workers compute with complex numbers: up to four times the work, and twice the bytes."""
+        return np.iscomplexobj(self.evaluation.left)
+
+    @property
+    def work(self) -> float:
+        """What a worker computes, as a share of the whole product."""
+        p, m, q = self.partition
+        both = self.complex and bool(self.evaluation.right.imag.any())
+        return (4 if both else 2 if self.complex else 1) / (p * m * q)
+
+    def encode(self, A: ArrayLike, B: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Every worker's two blocks.
+
+        Args:
+            A: Shape (rows, inner); real numbers.
+            B: Shape (inner, columns), or (inner,).
+
+        Returns:
+            Shapes (n, ceil(rows / p), ceil(inner / m)) and (n, ceil(inner / m), ceil(columns / q)); blocks that do not
+            divide are filled up with zeros. float32 if both are, else float64, or complex; over a field uint32.
+
+        Raises:
+            InvalidCode: They are no matrices of finite real numbers that fit each other.
+            Overflow: Over a field, an entry of the product might not fit.
+        """
+        a, b = self.operands(A, B)
+        every = range(self.n)
+        return self.left_blocks(a, every), self.right_blocks(b, every)
+
+    def operands(self, A: ArrayLike, B: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
+        """A and B as checked matrices of one dtype, over a field as whole numbers; B with two axes."""
+        a, b = self.operand(A, "A"), self.operand(B, "B")
+        if a.dtype != b.dtype:
+            a, b = a.astype(np.float64), b.astype(np.float64)
+        self.check_fit(a, b)
+        return a, b
+
+    def operand(self, values: ArrayLike, name: str) -> NDArray[Any]:
+        """A or B alone, as a matrix: float32 if it is, else float64; over a field int64, in fixed point."""
+        array = as_operand(values, name)
+        if isinstance(self.numbers, PrimeField):
+            array = array if array.dtype.kind != "f" else self.numbers.quantise(array)
+            return array.astype(np.int64, copy=False)
+        return as_float(array)
+
+    def check_fit(self, a: NDArray[Any], b: NDArray[Any]) -> None:
+        """Whether the product of two operands exists, and fits the field."""
+        if a.shape[1] != b.shape[0]:
+            raise InvalidCode(f"A has {a.shape[1]} columns and B {b.shape[0]} rows; a product needs as many.")
+        if isinstance(self.numbers, PrimeField):
+            check_range(a, b)
+
+    def left_blocks(self, a: NDArray[Any], workers: Iterable[int]) -> NDArray[Any]:
+        """These workers' combinations of A's blocks; `a` as `operands` gives it."""
+        p, m, _ = self.partition
+        return combine_blocks(self.evaluation.left[list(workers)].reshape(-1, p * m), split(a, p, m))
+
+    def right_blocks(self, b: NDArray[Any], workers: Iterable[int]) -> NDArray[Any]:
+        """These workers' combinations of B's blocks."""
+        _, m, q = self.partition
+        return combine_blocks(self.evaluation.right[list(workers)].reshape(-1, m * q), split(b, m, q))
+
+    @property
+    def right_is_whole(self) -> bool:
+        """Whether every worker gets B as it is."""
+        return self.evaluation.right.shape[1:] == (1, 1) and bool((self.evaluation.right == 1).all())
+
+    def answer_type(self, a: NDArray[Any], b: NDArray[Any]) -> tuple[tuple[int, int], np.dtype[Any]]:
+        """Shape and dtype of every worker's answer, for these operands."""
+        p, _, q = self.partition
+        dtype = np.dtype(np.uint32) if a.dtype.kind == "i" else a.dtype
+        if self.complex:
+            dtype = np.result_type(dtype, np.complex64)
+        return (-(-a.shape[0] // p), -(-b.shape[1] // q)), dtype
+
+    def multiply(self, left: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
+        """What a worker computes: the product of its two blocks, in the code's arithmetic."""
+        return multiply(left, right)
+
+    def decodable(self, workers: Iterable[int]) -> bool:
+        """Whether the answers of these workers determine the product: k of them do."""
+        return len(check_workers(workers, self.n)) >= self.k
+
+    def coefficients(self, workers: Iterable[int]) -> NDArray[Any]:
+        """How much of each answer is in each block of the product, shape (len(workers), p, q).
+
+        Of more than k answers the combination of least norm. Blocks of the product are
+        `C_cl = sum_t coefficients[t, c, l] answers[t]`.
+
+        Raises:
+            NotDecodable: Fewer than k.
+        """
+        rows = check_workers(workers, self.n)
+        if len(rows) < self.k:
+            raise NotDecodable(f"{len(rows)} answers do not determine the product; any {self.k} of {self.n} do.")
+        D = self.evaluation.D[rows]
+        p, q = self.evaluation.wanted.shape
+        target = np.zeros((self.k, p * q), D.dtype)
+        target[self.evaluation.wanted.ravel(), np.arange(p * q)] = 1
+        if D.dtype.kind == "i":
+            found = solve(D.T, target)
+        elif len(rows) > self.k:
+            found = np.linalg.lstsq(D.T, target, rcond=None)[0]
+        else:
+            found = _solve(D.T, target)
+        if found is None:
+            raise NotDecodable(f"The answers of workers {rows} do not determine the product: their rows are dependent.")
+        return np.asarray(found).reshape(len(rows), p, q)
+
+    def condition(self, workers: Iterable[int]) -> float:
+        """Condition number of what decoding from these answers solves; 1 over a field. Digits lost: its logarithm."""
+        rows = check_workers(workers, self.n)
+        if len(rows) < self.k:
+            return float("inf")
+        return float(np.linalg.cond(self.evaluation.D[rows])) if isinstance(self.numbers, Reals) else 1.0
+
+    def worst_condition(self, sets: int = 200, *, rng: np.random.Generator | None = None) -> float:
+        """The largest condition number among `sets` random sets of k answers, and up to as many consecutive ones."""
+        return worst_condition(self.evaluation.D, sets=sets, rng=rng)[0] if isinstance(self.numbers, Reals) else 1.0
+
+    def error_of(self, workers: Sequence[int], coefficients: NDArray[Any]) -> float:
+        """How far the decoded blocks are from the product's, recomputed from `left` and `right` alone.
+
+        The largest amount by which any `A_cj B_j'l` is in a block with another coefficient than it should be.
+        """
+        made = self.evaluation
+        rows = list(workers)
+        p, m, q = self.partition
+        terms = (made.left[rows][:, :, :, None, None] * made.right[rows][:, None, None]).reshape(len(rows), -1)
+        flat = coefficients.reshape(len(rows), -1).T
+        if made.D.dtype.kind == "i":
+            found = lift(matmul(flat, terms % P))
+        else:
+            found = flat @ terms
+        i, j = np.eye(p), np.eye(m)
+        right = np.einsum("ac,jk,bl->abcjkl", i, j, np.eye(q)).reshape(p * q, -1)
+        return float(np.abs(found - right).max())
+
+    def fraction_bits(self, A: ArrayLike, B: ArrayLike) -> int:
+        """Of a decoded product in fixed point: the field's for each of A and B that holds floats; 0 over the reals."""
+        if isinstance(self.numbers, Reals):
+            return 0
+        return self.numbers.fraction_bits * sum(np.asarray(x).dtype.kind == "f" for x in (A, B))
+
+    def decode(
+        self,
+        answers: Sequence[NDArray[Any]],
+        workers: Iterable[int],
+        *,
+        shape: tuple[int, ...] | None = None,
+        fraction_bits: int = 0,
+    ) -> NDArray[Any]:
+        """The product, from any k answers or more.
+
+        Args:
+            answers: One a worker, of equal shapes.
+            workers: Who sent them.
+            shape: Of the product, (rows, columns) or (rows,): cuts what was filled up.
+            fraction_bits: Over a field, of the product: see the method of that name.
+
+        Returns:
+            float32 or float64, whichever the answers are; over a field int64, or float64 with fraction bits.
+
+        Raises:
+            NotDecodable: Fewer than k answers.
+            InvalidCode: Answers of different shapes, or one for which there is no worker.
+        """
+        rows = check_workers(workers, self.n)
+        if len(answers) != len(rows) or len({x.shape for x in answers}) > 1:
+            raise InvalidCode(
+                f"{len(answers)} answers for {len(rows)} workers: one each, all of one shape, are needed."
+            )
+        whole = join(answers, self.coefficients(rows))
+        if fraction_bits:
+            whole = whole * 2.0**-fraction_bits
+        if shape is None:
+            return whole
+        r, c = shape if len(shape) == 2 else (*shape, 1)
+        if not (0 <= r <= whole.shape[0] and 0 <= c <= whole.shape[1]):
+            raise InvalidCode(f"shape={shape} does not fit a decoded product of {whole.shape[0]} x {whole.shape[1]}.")
+        return whole[:r, :c].reshape(shape)
+
+
+def _solve(A: NDArray[Any], right: NDArray[Any]) -> NDArray[Any] | None:
+    """`A x = right`; None if A is singular to the last digit. The constructor has warned of what is nearly so."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", linalg.LinAlgWarning)
+            return np.asarray(linalg.solve(A, right, check_finite=False))
+    except linalg.LinAlgError:
+        return None

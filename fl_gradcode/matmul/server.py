@@ -1,0 +1,340 @@
+"""The server half of a coded product: place blocks on nodes, multiply, stop at the k-th usable answer."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, Message
+from flwr.serverapp import Grid
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import InvalidSetting, RoundFailed
+from ..grid import EarlyStopGrid, Wait, poll_nodes
+from ..protocol import as_array
+from .product_code import ProductCode
+from .records import QUERY, Task
+from .stop_rule import PlacingRule, ProductRule
+
+__all__ = ["CodedMatrix", "Nodes", "ProductReport", "coded_matmul"]
+
+_log = logging.getLogger(__name__)
+
+
+class Nodes:
+    """Node -> worker, for one matrix.
+
+    Worker i is the node that a virtual or in-process grid knows as worker i; elsewhere nodes are numbered in the order
+    of their ids, which says nothing, and whoever comes for a node that is gone takes over its number.
+    """
+
+    def __init__(self, grid: EarlyStopGrid, n: int) -> None:
+        self._grid, self._n = grid, n
+        self.worker: dict[int, int] = {}
+        #: Nodes that said that they hold their block, and nodes that have been sent it, by the label of the phase.
+        self.holding: set[int] = set()
+        self.sent: dict[str, set[int]] = {}
+
+    def present(self, wanted: int, least: int, timeout: float) -> dict[int, int]:
+        """Node -> worker of the nodes that are online: waits up to `timeout` seconds for `wanted` of them.
+
+        Raises:
+            RoundFailed: Fewer than `least` are there.
+        """
+        settling = 0.0 if self._grid.source.fixed_nodes else timeout
+        online = sorted(poll_nodes(self._grid, settling, f"{wanted} nodes", lambda nodes: len(nodes) >= wanted))
+        if len(online) < least:
+            raise RoundFailed(
+                f"{len(online)} nodes are online after {timeout:g} s; the product needs {least} answers. Start more "
+                "nodes, or build the code for fewer."
+            )
+        if len(online) < wanted:
+            _log.warning("Going on with %d of %d nodes; the others count as stragglers.", len(online), wanted)
+        self._number(online)
+        return dict(sorted(self.worker.items(), key=lambda pair: pair[1]))
+
+    def learn(self, wait: Wait, holding: Collection[int]) -> None:
+        """What a phase told of who holds a block: its answers, and late ones to the phases before."""
+        self.holding.update(holding)
+        for node, label, wrong in wait.late:
+            if node in self.sent.get(label, ()) and node in self.worker and not wrong:
+                self.holding.add(node)
+
+    def _number(self, online: list[int]) -> None:
+        listed = set(online)
+        self.worker = {node: worker for node, worker in self.worker.items() if node in listed}
+        self.holding &= listed
+        free = [i for i in range(self._n) if i not in set(self.worker.values())]
+        new = [node for node in online if node not in self.worker]
+        known = self._grid.source.known_workers() if free and new else {}
+        for node in new:
+            if known.get(node) in free:
+                self.worker[node] = known[node]
+                free.remove(known[node])
+        self.worker.update(zip([node for node in new if node not in self.worker], free, strict=False))
+
+
+@dataclass(frozen=True)
+class ProductReport:
+    """What happened in one product.
+
+    Attributes:
+        product: Its number, from 1.
+        used: Workers whose answers it was decoded from, in order of arrival.
+        stragglers: Workers that were not heard: whoever is too slow, or not there.
+        rejected: (worker, reason) of answers that came and were not used: errors, wrong ones.
+        late: Workers whose answer to an earlier phase came meanwhile, and was dropped.
+        condition: Condition number of the decoding; see `ProductCode.condition`.
+        waiting, decoding: Seconds; of waiting in the grid's time, virtual if the grid is.
+        bytes_down, bytes_up: Payload sent, and payload of the answers that were read.
+    """
+
+    product: int
+    used: tuple[int, ...]
+    stragglers: tuple[int, ...]
+    rejected: tuple[tuple[int, str], ...]
+    late: tuple[int, ...]
+    condition: float
+    waiting: float
+    decoding: float
+    bytes_down: int
+    bytes_up: int
+
+
+def coded_matmul(
+    grid: Grid,
+    A: ArrayLike,
+    B: ArrayLike,
+    code: ProductCode,
+    *,
+    timeout: float | None = 3600.0,
+    extra: int = 0,
+    node_timeout: float = 60.0,
+    server_round: int = 1,
+    rng: np.random.Generator | None = None,
+) -> NDArray[Any]:
+    """A @ B, computed by the nodes of a grid; any k of n answers are enough.
+
+    For a ServerApp; the ClientApp registers `coded_matmul_worker`:
+
+        C = coded_matmul(grid, A, B, polynomial(20, 4, 4))
+
+    Nothing can be cancelled in Flower: a node that was not waited for works on. For several products pass the same
+    `EarlyStopGrid`, which gives such a node nothing else meanwhile, or use a `CodedMatrix`.
+
+    Args:
+        grid: The engine's grid, a `VirtualGrid` or an `EarlyStopGrid`.
+        A: Shape (rows, inner).
+        B: Shape (inner, columns) or (inner,).
+        code: Made by a function of `fl_gradcode.matmul`.
+        timeout: Seconds to wait for answers; None: as long as any node may still answer.
+        extra: How many answers beyond k to wait for, to check all by: with 1, a wrong answer is noticed and waiting
+            goes on, with 2 its sender is found and left out.
+        node_timeout: Seconds to wait for n nodes; k + extra are enough after that.
+        server_round: The round that the product belongs to, which a virtual grid draws by.
+        rng: Of the check's random projections.
+
+    Returns:
+        Shape (rows, columns) or (rows,); float32 if A and B are, else float64. Over a field int64, or float64 if one of
+        them holds floats.
+
+    Raises:
+        RoundFailed: Too few usable answers, or answers that disagree to the end; the reasons are named.
+        InvalidCode, Overflow: A and B do not suit each other, or the code's field.
+    """
+    a, b = (np.asarray(x) for x in (A, B))
+    if a.dtype == np.float32 != b.dtype:
+        a = a.astype(np.float64)
+    matrix = CodedMatrix(grid, a, code, timeout=timeout, extra=extra, node_timeout=node_timeout, rng=rng, keep=False)
+    try:
+        return matrix.multiply(b, server_round=server_round)
+    finally:
+        if matrix.grid is not grid:
+            matrix.grid.close()
+
+
+class CodedMatrix:
+    """A matrix A whose coded blocks lie on the nodes: placed once, and multiplied by many B.
+
+        matrix = CodedMatrix(grid, X, mds_product(12, 9))
+        for _ in range(100):
+            y = matrix.multiply(w)
+
+    A node's block is sent with the first product that it takes part in (or by `place`), kept by the node, and sent
+    again only to a node that has lost it or comes new for one that is gone.
+
+    Args:
+        grid, A, code, timeout, extra, node_timeout, rng: As for `coded_matmul`. Products have the precision of A.
+        keep: Whether nodes keep their blocks.
+
+    Attributes:
+        reports: One `ProductReport` a product.
+        grid: The grid, which stops early: pass it on to whatever else these nodes are to do.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        A: ArrayLike,
+        code: ProductCode,
+        *,
+        timeout: float | None = 3600.0,
+        extra: int = 0,
+        node_timeout: float = 60.0,
+        rng: np.random.Generator | None = None,
+        keep: bool = True,
+    ) -> None:
+        spare = code.n - code.k
+        if type(extra) is not int or not 0 <= extra <= spare:
+            raise InvalidSetting(
+                f"extra={extra!r}: {code.n} workers give {spare} answers beyond k={code.k}; choose 0 to {spare}."
+            )
+        for name, value in (("timeout", timeout), ("node_timeout", node_timeout)):
+            if value is not None and not value >= 0:
+                raise InvalidSetting(f"{name}={value} must be a number of seconds of at least 0.")
+        self.code, self.timeout, self.extra, self.node_timeout = code, timeout, extra, node_timeout
+        self._a = code.operand(A, "A")
+        self._kind = np.zeros(0, np.asarray(A).dtype)  # whether A held floats, for the fixed point of products
+        self.grid = grid if isinstance(grid, EarlyStopGrid) else EarlyStopGrid(grid)
+        self.reports: list[ProductReport] = []
+        self._name, self._keep = uuid.uuid4().hex, keep
+        self._rng = np.random.default_rng() if rng is None else rng
+        self._nodes = Nodes(self.grid, code.n)
+        self._products = 0
+
+    def place(self) -> tuple[int, ...]:
+        """Send every node its block now, and wait for all of them; returns the workers that hold theirs."""
+        workers = self._present()
+        label = f"placing {self._name}"
+        tasks = {
+            node: Task(self._name, worker, 0) for node, worker in workers.items() if node not in self._nodes.holding
+        }
+        self._phase(label, tasks, self.timeout, lambda node: self._message(label, node, tasks[node], place=True))
+        return tuple(sorted(workers[node] for node in self._nodes.holding))
+
+    def release(self, *, timeout: float = 0.0) -> None:
+        """Tell the nodes to forget their blocks, and wait up to `timeout` seconds until they have.
+
+        Before the run ends it is never needed. A node that still owes an answer is told only if that comes in time.
+        """
+        given = set().union(self._nodes.holding, *self._nodes.sent.values())
+        tasks = {
+            node: Task(self._name, worker, 0, keep=False, release=True)
+            for node, worker in self._nodes.worker.items()
+            if node in given
+        }
+        label = f"releasing {self._name}"
+        self._phase(label, tasks, timeout, lambda node: self._message(label, node, tasks[node]))
+        self._nodes.holding.clear()
+        self._nodes.sent.clear()
+
+    def multiply(self, B: ArrayLike, *, server_round: int | None = None) -> NDArray[Any]:
+        """A @ B, as `coded_matmul` does it; the round is by default the product's number."""
+        b = self.code.operand(B, "B").astype(self._a.dtype, copy=False)
+        self.code.check_fit(self._a, b)
+        workers = self._present()
+        self._products += 1
+        rule, messages = self._ask(b, workers, server_round)
+        self.grid.expect(rule)
+        self.grid.send_and_receive(messages, timeout=self.timeout)
+        self._nodes.learn(rule.wait, rule.holding)
+        if not rule.decided:
+            raise RoundFailed(rule.failure())
+        started = time.perf_counter()
+        bits = self.code.fraction_bits(self._kind, B)
+        shape = (len(self._a), *np.shape(B)[1:])
+        product = self.code.decode([*rule.answers.values()], rule.answers, shape=shape, fraction_bits=bits)
+        self.reports.append(self._report(rule, workers, time.perf_counter() - started))
+        return product
+
+    def _present(self) -> dict[int, int]:
+        least = self.code.k + self.extra
+        wanted = self.code.n if not self._nodes.worker else least
+        return self._nodes.present(wanted, least, self.node_timeout)
+
+    def _ask(
+        self, b: NDArray[Any], workers: Mapping[int, int], server_round: int | None
+    ) -> tuple[ProductRule, list[Message]]:
+        code, number = self.code, self._products
+        label = f"product {number} of {self._name}"
+        shape, dtype = code.answer_type(self._a, b)
+        task = Task(
+            self._name,
+            0,
+            number,
+            keep=self._keep,
+            round=number if server_round is None else server_round,
+        )
+        work, answer_bytes = code.work * code.n, shape[0] * shape[1] * dtype.itemsize
+        blocks = code.right_blocks(b, workers.values())
+        # One array for all where B goes out as it is.
+        rights = [as_array(blocks[0])] * len(blocks) if code.right_is_whole else [as_array(one) for one in blocks]
+        sent = dict(zip(workers, rights, strict=True))
+
+        def message(node: int, place: bool) -> Message:
+            mine = replace(task, worker=workers[node])
+            return self._message(label, node, mine, place=place, right=sent[node], work=work, answer_bytes=answer_bytes)
+
+        rule = ProductRule(
+            label,
+            self._name,
+            number,
+            workers,
+            code=code,
+            shape=shape,
+            dtype=dtype,
+            extra=self.extra,
+            resend=lambda node: message(node, True),
+            rng=self._rng,
+        )
+        return rule, [message(node, node not in self._nodes.holding) for node in workers]
+
+    def _message(
+        self,
+        label: str,
+        node: int,
+        task: Task,
+        *,
+        place: bool = False,
+        right: Array | None = None,
+        work: float = 0.0,
+        answer_bytes: int = 0,
+    ) -> Message:
+        blocks = {} if right is None else {"right": right}
+        if place:
+            self._nodes.sent.setdefault(label, set()).add(node)
+            blocks["left"] = as_array(self.code.left_blocks(self._a, [task.worker])[0])
+        return Message(
+            task.content(work=work, answer_bytes=answer_bytes, **blocks),
+            dst_node_id=node,
+            message_type=f"query.{QUERY}",
+        )
+
+    def _phase(
+        self, label: str, tasks: Mapping[int, Task], timeout: float | None, message: Callable[[int], Message]
+    ) -> None:
+        rule = PlacingRule(label, self._name, 0, {node: task.worker for node, task in tasks.items()})
+        self.grid.expect(rule)
+        self.grid.send_and_receive([message(node) for node in tasks], timeout=timeout)
+        self._nodes.learn(rule.wait, rule.holding)
+
+    def _report(self, rule: ProductRule, workers: Mapping[int, int], decoding: float) -> ProductReport:
+        used, rejected, wait = tuple(rule.answers), tuple(rule.rejected), rule.wait
+        heard = {*used, *(worker for worker, _ in rejected)}
+        return ProductReport(
+            self._products,
+            used,
+            tuple(i for i in range(self.code.n) if i not in heard),
+            rejected,
+            tuple(workers[node] for node, _, _ in wait.late if node in workers),
+            self.code.condition(used),
+            wait.seconds,
+            decoding,
+            wait.bytes_down,
+            wait.bytes_up,
+        )

@@ -1,0 +1,283 @@
+"""When a coded product may stop waiting: enough answers, and answers that agree with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flwr.app import Message
+from numpy.typing import NDArray
+
+from ..codes import P, matmul, solve
+from ..errors import InvalidCode
+from ..grid import Arrival, Wait
+from ..protocol import error_text, view
+from .product_code import ProductCode
+from .records import Answer, block
+
+__all__ = ["PlacingRule", "ProductRule", "disagreement", "project", "suspects", "tolerance"]
+
+_PROJECTIONS = 4
+_STANDS_OUT = 0.01
+
+
+def project(answers: Sequence[NDArray[Any]], rng: np.random.Generator) -> NDArray[Any]:
+    """A few random numbers for each answer, shape (len(answers), 4): linear in it, and the same for all answers."""
+    height, width = answers[0].shape
+    if answers[0].dtype == np.uint32:
+        a, b = (rng.integers(1, P, shape) for shape in ((_PROJECTIONS, height), (width, _PROJECTIONS)))
+        rows = [matmul(matmul(a, x.astype(np.int64)), b).diagonal() for x in answers]
+        return np.array(rows)
+    u, v = rng.standard_normal((_PROJECTIONS, height)), rng.standard_normal((_PROJECTIONS, width))
+    return np.array([np.einsum("tj,tj->t", u.astype(x.dtype) @ x, v) for x in answers])
+
+
+def tolerance(dtype: np.dtype[Any]) -> float:
+    """Up to which disagreement answers count as alike: 1e-9 of their size, 1e-4 in float32; 0 in a field."""
+    return 0.0 if dtype == np.uint32 else 1e-4 if dtype == np.float32 else 1e-9
+
+
+def disagreement(code: ProductCode, numbers: NDArray[Any], workers: Sequence[int]) -> float:
+    """How far these workers' projected answers are from what any product yields, relative to their size.
+
+    Over a field 0 or 1. A wrong answer passes unseen with a probability of about 1e-9 there; over the reals if it is
+    wrong by less than about 1e-9 of the answers' size.
+
+    Raises:
+        InvalidCode: Only k answers or fewer: they agree with some product whatever they are.
+    """
+    if len(workers) <= code.k:
+        raise InvalidCode(f"{len(workers)} answers cannot be checked against each other; more than k={code.k} can.")
+    D = code.evaluation.D[list(workers)]
+    if D.dtype.kind == "i":
+        return float(solve(D, np.asarray(numbers, np.int64)) is None)
+    outside = np.linalg.qr(D, mode="complete")[0][:, code.k :].conj().T  # what no product can reach
+    size = float(np.linalg.norm(numbers))
+    return float(np.linalg.norm(outside @ numbers)) / size if size else 0.0
+
+
+def suspects(code: ProductCode, numbers: NDArray[Any], workers: Sequence[int], limit: float) -> list[int]:
+    """Workers without whose answer the others agree: one, if one answer is wrong and k + 2 are in.
+
+    Empty with fewer answers, or if more than one is wrong.
+    """
+    if len(workers) < code.k + 2:
+        return []
+    without = {}
+    for place, worker in enumerate(workers):
+        others = [*workers[:place], *workers[place + 1 :]]
+        without[worker] = disagreement(code, np.delete(numbers, place, axis=0), others)
+    found = sorted((worker for worker in without if without[worker] <= limit), key=lambda worker: without[worker])
+    # An error hardly above the limit falls below it with any answer left out; the wrong one's absence stands out.
+    return found[:1] if len(found) > 1 and without[found[0]] < _STANDS_OUT * without[found[1]] else found
+
+
+class _Rule:
+    """What waiting for a product and for the placing of a matrix have in common.
+
+    Args:
+        label: For people and the ledger.
+        matrix, product: What is asked for.
+        workers: Node -> worker of all that are asked.
+    """
+
+    wake_at = None
+
+    def __init__(self, label: str, matrix: str, product: int, workers: Mapping[int, int]) -> None:
+        self.label, self.matrix, self.product, self.workers = label, matrix, product, dict(workers)
+        #: (worker, why its answer was not used).
+        self.rejected: list[tuple[int, str]] = []
+        #: Nodes that said that they hold their block of A.
+        self.holding: set[int] = set()
+        self.wait = Wait()
+
+    def arrived(self, arrival: Arrival) -> None:
+        """Nothing to do."""
+
+    def join(self, node: int) -> Message | None:
+        """Nothing: blocks are placed when a product begins."""
+        return None
+
+    def restarted(self, node: int) -> None:
+        """Nothing to do: it is asked again for the next product."""
+
+    def finish(self, wait: Wait) -> list[Message]:
+        """What happened; the answers are read off the rule."""
+        self.wait = wait
+        return []
+
+    def read(self, arrival: Arrival, reply: Message | None) -> Answer | None:
+        """What the node says; None, with the reason noted, if it is of no use."""
+        worker = self.workers[arrival.node]
+        if reply is None or reply.has_error():
+            self.reject(worker, arrival.failure if reply is None else error_text(reply))
+            return None
+        try:
+            answer = Answer.find_in(reply.content)
+        except ValueError as error:
+            self.reject(worker, str(error))
+            return None
+        if (answer.matrix, answer.worker, answer.product) != (self.matrix, worker, self.product):
+            self.reject(
+                worker,
+                f"it answers product {answer.product} of matrix {answer.matrix} as worker {answer.worker}, asked was "
+                f"product {self.product} of matrix {self.matrix}",
+            )
+            return None
+        if answer.kept:
+            self.holding.add(arrival.node)
+        return answer
+
+    def reject(self, worker: int, reason: str) -> None:
+        """Its answer does not count."""
+        self.rejected.append((worker, reason or "no reason given"))
+
+
+class PlacingRule(_Rule):
+    """Wait until every node that was asked has placed, or let go, its block."""
+
+    @property
+    def decided(self) -> bool:
+        """Never early: the grid ends when everybody was heard."""
+        return False
+
+    def next_message(self, node: int, held: Message | None, now: float) -> Message | None:
+        """Its one message."""
+        return held
+
+    def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
+        """All."""
+        return list(arrivals)
+
+    def hopeless(self, nodes: Sequence[int]) -> bool:
+        """Never: every block that is placed helps."""
+        return False
+
+    def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
+        """Note who holds its block."""
+        self.read(arrival, reply)
+
+
+class ProductRule(_Rule):
+    """Stop at the k-th usable answer, or `extra` later if these agree.
+
+    Args:
+        code: The code.
+        shape, dtype: Of every answer.
+        extra: How many answers beyond k to wait for, as a check of all.
+        resend: The message for a node that has lost its block of A.
+        rng: Of the check's projections.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        matrix: str,
+        product: int,
+        workers: Mapping[int, int],
+        *,
+        code: ProductCode,
+        shape: tuple[int, int],
+        dtype: np.dtype[Any],
+        extra: int,
+        resend: Callable[[int], Message],
+        rng: np.random.Generator,
+    ) -> None:
+        super().__init__(label, matrix, product, workers)
+        self.code, self.shape, self.dtype, self._resend = code, shape, dtype, resend
+        #: Worker -> its answer, in order of arrival.
+        self.answers: dict[int, NDArray[Any]] = {}
+        self.decided = False
+        self.needed = code.k + extra
+        self._seed = int(rng.integers(2**63))
+        self._again: set[int] = set()  # nodes that are to be sent their block as soon as they are free
+        self._resent: set[int] = set()
+
+    def next_message(self, node: int, held: Message | None, now: float) -> Message | None:
+        """Its message; once more, with its block, if it has lost that."""
+        if held is None and node in self._again:
+            self._again.remove(node)
+            return self._resend(node)
+        return held
+
+    def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
+        """As many as are needed."""
+        short = self.needed - len(self.answers)
+        return list(arrivals[:short]) if final or len(arrivals) >= short else []
+
+    def hopeless(self, nodes: Sequence[int]) -> bool:
+        """Whether too few answers can still come."""
+        return len(self.answers) + len(set(nodes) | self._again) < self.needed
+
+    def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
+        """Read an answer; unusable ones, and errors, count as stragglers."""
+        said = self.read(arrival, reply)
+        if said is None:
+            return
+        assert reply is not None
+        if said.outcome == "missing":
+            if arrival.node in self._resent:
+                self.reject(said.worker, "it has no block of the matrix, though it was sent it")
+            else:
+                self._again.add(arrival.node)
+                self._resent.add(arrival.node)
+            return
+        try:
+            values = self._values(reply)
+        except ValueError as error:
+            self.reject(said.worker, str(error))
+            return
+        self.answers[said.worker] = values
+        self._look()
+
+    def failure(self) -> str:
+        """Why there is no product, in one sentence, with the first few reasons."""
+        came = f"{len(self.answers)} usable answers came, and the product needs {self.needed}"
+        if len(self.answers) > self.code.k:
+            came = f"the {len(self.answers)} answers that came disagree with each other, so that one or more are wrong"
+        reasons = "; ".join(f"worker {worker}: {reason}" for worker, reason in self.rejected[:3])
+        ended = {"timed out": "time ran out", "hopeless": "nobody else can answer", "answered": "everybody answered"}
+        return (
+            f"Product {self.product} failed: {came}; after {self.wait.seconds:.3g} s "
+            f"{ended.get(self.wait.ended, self.wait.ended)}{f' ({reasons})' if reasons else ''}."
+        )
+
+    def _values(self, reply: Message) -> NDArray[Any]:
+        sent = block(reply.content, "answer")
+        if sent is None:
+            raise ValueError("it holds no product")
+        values = view(sent)
+        if values.shape != self.shape or values.dtype != self.dtype:
+            raise ValueError(
+                f"its product has shape {values.shape} of {values.dtype}, not {self.shape} of {self.dtype}"
+            )
+        if self.dtype == np.uint32:
+            if values.size and int(values.max()) >= 2**31 - 1:
+                raise ValueError("its product has entries outside the field")
+        elif not np.isfinite(values).all():
+            raise ValueError("its product has entries that are not finite")
+        return values
+
+    def _look(self) -> None:
+        """Decide, if enough answers are in; beyond k they have to agree."""
+        workers = list(self.answers)
+        if len(workers) < self.needed:
+            return
+        if len(workers) == self.code.k:
+            self.decided = True
+            return
+        numbers = project(list(self.answers.values()), np.random.default_rng(self._seed))
+        limit = tolerance(self.dtype)
+        off = disagreement(self.code, numbers, workers)
+        if off <= limit:
+            self.decided = True
+            return
+        wrong = suspects(self.code, numbers, workers, limit)
+        if len(wrong) == 1:
+            del self.answers[wrong[0]]
+            self.reject(wrong[0], f"it disagrees with the {len(workers) - 1} others")
+            self.decided = True
+        else:
+            self.decided = False  # it was, if this answer was read together with the k-th
+            self.needed = len(workers) + 1  # one more may tell who is wrong

@@ -1,0 +1,275 @@
+"""Cuts a data set file into shards, and counts the examples of files."""
+
+from __future__ import annotations
+
+import csv
+import lzma
+import shutil
+import zipfile
+import zlib
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InvalidSetting
+from .shard_files import sizes
+
+__all__ = ["SPLITS", "count_examples", "cut"]
+
+#: How a data set may be cut.
+SPLITS = ("iid", "contiguous", "label:COLUMN", "dirichlet:COLUMN:ALPHA", "by:COLUMN")
+
+# What reading a damaged, encrypted or strangely packed .npz may raise.
+_UNREADABLE = (ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+_ROWS = 50_000  # of a .csv that are kept in memory
+
+
+def count_examples(shard: Path) -> int | None:
+    """Rows of a .npz, .npy, .csv or .jsonl, files of a folder; None: not known."""
+    if shard.is_dir():
+        return sizes(shard)[0]
+    try:
+        match shard.suffix.lower():
+            case ".npz":
+                lengths = {shape[0] for shape in _shapes(shard) if shape}
+                return lengths.pop() if len(lengths) == 1 else None
+            case ".npy":
+                with shard.open("rb") as file:
+                    shape = _shape(file)
+                return shape[0] if shape else None
+            case ".csv":
+                with closing(_records(shard)) as records:
+                    first = next(records, [])
+                    return sum(1 for _ in records) + any(map(_is_number, first))
+            case ".jsonl":
+                with shard.open("rb") as lines:
+                    return sum(1 for line in lines if line.strip())
+    except (KeyError, SyntaxError, *_UNREADABLE):
+        return None
+    return None
+
+
+def cut(source: Path, folder: Path, split: str, shards: int | None, default: int, seed: int) -> dict[Path, int]:
+    """Write the shards of a .npz or .csv into a folder; with the same arguments the same bytes.
+
+    Args:
+        source: A .npz with arrays of one first dimension, or a .csv with a header.
+        folder: Where; empty.
+        split: One of `SPLITS`. COLUMN is an array of the .npz, or a column of the .csv. "label" sorts by it and cuts
+            evenly: few labels in each shard. "by": one shard for each value.
+        shards: How many.
+        default: As many, if none are asked for and the split does not say it.
+        seed: Of the split.
+
+    Returns:
+        The files in the order of the shards, and how many examples each has.
+
+    Raises:
+        InvalidSetting: It cannot be cut like this.
+    """
+    if source.suffix.lower() not in (".npz", ".csv"):
+        raise InvalidSetting(f"{source} cannot be cut: give a .npz, a .csv, or a folder whose entries are the shards.")
+    if seed < 0:
+        raise InvalidSetting(f"The seed is {seed}; it must be 0 or more.")
+    file = _Npz(source) if source.suffix.lower() == ".npz" else _Csv(source)
+    parts = _split(file, split, shards, default, seed)
+    empty = next((j for j, part in enumerate(parts) if not len(part)), None)
+    if empty is not None:
+        raise InvalidSetting(
+            f"Shard {empty} would have no examples, of {file.examples} in {len(parts)} shards: cut into fewer, "
+            "or otherwise."
+        )
+    digits = max(3, len(str(len(parts) - 1)))
+    paths = [folder / f"shard-{j:0{digits}}{source.suffix.lower()}" for j in range(len(parts))]
+    file.write(paths, parts)
+    for path in paths:
+        shutil.copymode(source, path)  # what only its owner could read stays so
+    return {path: len(part) for path, part in zip(paths, parts, strict=True)}
+
+
+class _Npz:
+    """Arrays of one first dimension."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            loaded = np.load(path, allow_pickle=False)
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
+                raise ValueError("it is one array without a name, a .npy")
+            with loaded as file:
+                self.arrays: dict[str, NDArray[Any]] = {name: file[name] for name in file.files}
+        except (OSError, MemoryError, *_UNREADABLE) as error:
+            raise InvalidSetting(f"{path} cannot be read as a .npz: {str(error).rstrip('.')}.") from None
+        lengths = {name: len(array) if array.ndim else None for name, array in self.arrays.items()}
+        if len({*lengths.values()}) != 1 or None in lengths.values():
+            raise InvalidSetting(
+                f"The arrays in {path} must have one first dimension, the number of examples; they have {lengths}."
+            )
+        self.path, self.examples = path, int(next(iter(lengths.values())) or 0)
+
+    def column(self, name: str) -> NDArray[Any]:
+        """The array of that name, one value for each example."""
+        if name not in self.arrays:
+            raise InvalidSetting(f"{self.path} has no array {name!r}; it has {', '.join(sorted(self.arrays))}.")
+        if self.arrays[name].ndim != 1:
+            raise InvalidSetting(f"{name!r} in {self.path} has shape {self.arrays[name].shape}; it must be one column.")
+        return self.arrays[name]
+
+    def write(self, paths: Sequence[Path], parts: Sequence[NDArray[np.int64]]) -> None:
+        """The shards; as `np.savez` writes them, which takes no array that is called "file"."""
+        for path, part in zip(paths, parts, strict=True):
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as packed:
+                for name, array in self.arrays.items():
+                    with packed.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, array[part], allow_pickle=False)
+
+
+class _Csv:
+    """Records below a header; never in memory as a whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with closing(_records(path)) as records:
+            self.header = next(records, [])
+            self.examples = sum(1 for _ in records)
+        if not self.header:
+            raise InvalidSetting(f"{path} is empty: it needs a header and records.")
+
+    def column(self, name: str) -> NDArray[Any]:
+        """The values of that column."""
+        if name not in self.header:
+            raise InvalidSetting(f"{self.path} has no column {name!r}; it has {', '.join(self.header)}.")
+        at = self.header.index(name)
+        with closing(_records(self.path)) as records:
+            next(records)
+            values = [record[at] if at < len(record) else "" for record in records]
+        return np.array(values)
+
+    def write(self, paths: Sequence[Path], parts: Sequence[NDArray[np.int64]]) -> None:
+        """The shards, each in the order of the file: a few records at a time, however many shards there are."""
+        owner = np.empty(self.examples, np.int64)
+        for j, part in enumerate(parts):
+            owner[part] = j
+        for path in paths:
+            self._append(path, [self.header])
+        kept: dict[int, list[list[str]]] = {}
+        found = 0
+        with closing(_records(self.path)) as records:
+            next(records, None)
+            for i, record in enumerate(records):
+                found = i + 1
+                if found > self.examples:
+                    break
+                kept.setdefault(int(owner[i]), []).append(record)
+                if i % _ROWS == _ROWS - 1 or i == self.examples - 1:
+                    for j, rows in kept.items():
+                        self._append(paths[j], rows)
+                    kept.clear()
+        if found != self.examples:
+            raise InvalidSetting(f"{self.path} changed while it was cut: place again once nobody writes to it.")
+
+    @staticmethod
+    def _append(path: Path, rows: list[list[str]]) -> None:
+        with path.open("a", encoding="utf-8", newline="") as file:
+            plain = csv.writer(file, lineterminator="\n")
+            quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+            for row in rows:  # a carriage return alone ends a record too, unless it is quoted
+                (quoted if any("\r" in cell for cell in row) else plain).writerow(row)
+
+
+def _split(file: _Npz | _Csv, split: str, shards: int | None, default: int, seed: int) -> list[NDArray[np.int64]]:
+    kind, _, rest = split.partition(":")
+    column, _, last = rest.rpartition(":") if kind == "dirichlet" else (rest, "", "")
+    if (kind in ("iid", "contiguous")) == bool(rest) or kind not in {one.split(":")[0] for one in SPLITS} or (
+        kind == "dirichlet" and not column
+    ):  # fmt: skip
+        raise InvalidSetting(f"--split {split!r} must be one of {', '.join(SPLITS)}.")
+    k = default if shards is None else shards
+    if kind != "by" and not 1 <= k <= file.examples:
+        raise InvalidSetting(f"{file.path} has {file.examples} examples: it cannot be cut into {k} shards.")
+    order = np.arange(file.examples)
+    match kind:
+        case "iid":
+            # in the order of the file inside each shard, as the other splits have it
+            return [np.sort(part) for part in np.array_split(np.random.default_rng(seed).permutation(order), k)]
+        case "label":
+            return [np.sort(part) for part in np.array_split(np.argsort(file.column(column), kind="stable"), k)]
+        case "by":
+            values, group = np.unique(file.column(column), return_inverse=True)
+            if shards not in (None, len(values)):
+                raise InvalidSetting(
+                    f"{column!r} has {len(values)} values, and --split {split} makes a shard for each: leave out "
+                    f"--shards {shards}."
+                )
+            return [np.flatnonzero(group == j) for j in range(len(values))]
+        case "dirichlet":
+            return _dirichlet(file.column(column), k, last, seed)
+    return np.array_split(order, k)
+
+
+def _dirichlet(labels: NDArray[Any], k: int, alpha: str, seed: int) -> list[NDArray[np.int64]]:
+    if not _is_number(alpha) or not 0 < float(alpha) < np.inf:
+        raise InvalidSetting(
+            f"The Dirichlet split needs a number above 0, such as dirichlet:COLUMN:0.3, not {alpha!r}."
+        )
+    try:
+        import datasets
+        from flwr_datasets.partitioner import DirichletPartitioner
+    except ImportError:
+        raise ImportError(
+            "The Dirichlet split needs flwr-datasets: pip install 'fl-gradcode[app]', or choose another --split."
+        ) from None
+    split = DirichletPartitioner(
+        k, "label", float(alpha), min_partition_size=1, self_balancing=False, shuffle=False, seed=seed
+    )
+    numbers = np.unique(labels, return_inverse=True)[1]
+    split.dataset = datasets.Dataset.from_dict({"label": numbers, "index": np.arange(len(labels))})
+    try:
+        parts = [split.load_partition(j).with_format("numpy")["index"][:] for j in range(k)]
+    except ValueError as error:
+        raise InvalidSetting(
+            f"The Dirichlet split into {k} shards with alpha {alpha} fails ({str(error).rstrip('.')}): choose a larger "
+            "alpha, fewer shards or another seed."
+        ) from None
+    return [np.sort(np.asarray(part, np.int64)) for part in parts]
+
+
+def _records(path: Path) -> Generator[list[str], None, None]:
+    """Of a .csv, without empty lines."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from (record for record in csv.reader(file) if record)
+    except UnicodeDecodeError:
+        raise InvalidSetting(f"{path} is not in UTF-8: convert it first, such as by iconv.") from None
+    except csv.Error as error:
+        raise InvalidSetting(f"{path} cannot be read as a .csv: {error}.") from None
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _shapes(path: Path) -> list[tuple[int, ...]]:
+    """Of the arrays in a .npz, without reading them."""
+    with zipfile.ZipFile(path) as packed:
+        found = []
+        for name in packed.namelist():
+            with packed.open(name) as file:
+                found.append(_shape(file))
+    return found
+
+
+def _shape(file: Any) -> tuple[int, ...]:
+    read: dict[tuple[int, int], Callable[..., Any]] = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    shape: tuple[int, ...] = read[np.lib.format.read_magic(file)](file)[0]
+    return shape

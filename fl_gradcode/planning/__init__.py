@@ -1,0 +1,73 @@
+"""Which scheme pays for given latencies, simulated without Flower; and the rule that hands out shards."""
+
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .closed_forms import best_fraction, coded_matvec_seconds, exponential_seconds, harmonic, idle_mean
+    from .planner import GAIN, Line, RoundPlan, candidates, make_plan
+    from .product_planner import ProductLine, ProductPlan, plan_products
+    from .schemes import Scheme, any_code, first_shards, partial_work, repetition, wait_for_all
+    from .simulation import idle_rounds, steady_rounds
+
+__all__ = [
+    "GAIN",
+    "Line",
+    "ProductLine",
+    "ProductPlan",
+    "RoundPlan",
+    "Scheme",
+    "any_code",
+    "best_fraction",
+    "candidates",
+    "coded_matvec_seconds",
+    "exponential_seconds",
+    "first_shards",
+    "harmonic",
+    "idle_mean",
+    "idle_rounds",
+    "make_plan",
+    "partial_work",
+    "plan_products",
+    "repetition",
+    "steady_rounds",
+    "wait_for_all",
+]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "closed_forms": [
+            "best_fraction",
+            "coded_matvec_seconds",
+            "exponential_seconds",
+            "harmonic",
+            "idle_mean",
+        ],
+        "planner": [
+            "GAIN",
+            "Line",
+            "RoundPlan",
+            "candidates",
+            "make_plan",
+        ],
+        "product_planner": [
+            "ProductLine",
+            "ProductPlan",
+            "plan_products",
+        ],
+        "schemes": [
+            "Scheme",
+            "any_code",
+            "first_shards",
+            "partial_work",
+            "repetition",
+            "wait_for_all",
+        ],
+        "simulation": [
+            "idle_rounds",
+            "steady_rounds",
+        ],
+    },
+)

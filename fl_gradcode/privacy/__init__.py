@@ -1,0 +1,120 @@
+"""Differential privacy that survives replication: promises, keys, noise, budgets, and what the mod refuses to send."""
+
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from ._opacus import opacus
+    from .accounting import Spend, epsilon_of, noise_multiplier_for
+    from .budget_ledger import SpentLedger
+    from .clipping import clip, clipping_mod_named_in, refuse_clipping_mods
+    from .dp_optimizer import wrap
+    from .key_derivation import KeyedStream
+    from .keys import read_keys, rotate_keys, write_keys
+    from .output_guard import call_silently, guarded_reply, refuse_unprotected, spent_by
+    from .records import BUDGET, FOLDER, Asked, Spent, asked_of, asks_for_privacy, in_config
+    from .run_account import CentralRelease, RunPrivacy, amplification
+    from .settings import DPSGD, CentralNoise, Privacy, privacy_from_json, privacy_to_json
+    from .training import PrivateTraining, private_training
+
+__all__ = [
+    "BUDGET",
+    "DPSGD",
+    "FOLDER",
+    "Asked",
+    "CentralNoise",
+    "CentralRelease",
+    "KeyedStream",
+    "Privacy",
+    "PrivateTraining",
+    "RunPrivacy",
+    "Spend",
+    "Spent",
+    "SpentLedger",
+    "amplification",
+    "asked_of",
+    "asks_for_privacy",
+    "call_silently",
+    "clip",
+    "clipping_mod_named_in",
+    "epsilon_of",
+    "guarded_reply",
+    "in_config",
+    "noise_multiplier_for",
+    "opacus",
+    "privacy_from_json",
+    "privacy_to_json",
+    "private_training",
+    "read_keys",
+    "refuse_clipping_mods",
+    "refuse_unprotected",
+    "rotate_keys",
+    "spent_by",
+    "wrap",
+    "write_keys",
+]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "_opacus": [
+            "opacus",
+        ],
+        "accounting": [
+            "Spend",
+            "epsilon_of",
+            "noise_multiplier_for",
+        ],
+        "budget_ledger": [
+            "SpentLedger",
+        ],
+        "clipping": [
+            "clip",
+            "clipping_mod_named_in",
+            "refuse_clipping_mods",
+        ],
+        "dp_optimizer": [
+            "wrap",
+        ],
+        "key_derivation": [
+            "KeyedStream",
+        ],
+        "keys": [
+            "read_keys",
+            "rotate_keys",
+            "write_keys",
+        ],
+        "output_guard": [
+            "call_silently",
+            "guarded_reply",
+            "refuse_unprotected",
+            "spent_by",
+        ],
+        "records": [
+            "Asked",
+            "BUDGET",
+            "FOLDER",
+            "Spent",
+            "asked_of",
+            "asks_for_privacy",
+            "in_config",
+        ],
+        "run_account": [
+            "CentralRelease",
+            "RunPrivacy",
+            "amplification",
+        ],
+        "settings": [
+            "CentralNoise",
+            "DPSGD",
+            "Privacy",
+            "privacy_from_json",
+            "privacy_to_json",
+        ],
+        "training": [
+            "PrivateTraining",
+            "private_training",
+        ],
+    },
+)

@@ -1,0 +1,275 @@
+"""The ledger of spent privacy: one file a shard, which outlives rounds, runs and restarts.
+
+A charge is on disk before training begins, so that whatever crashes afterwards has been counted. The same request again
+is free, since it gets the same answer; a different one for a round that was answered is refused, since it would not.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from .._files import lock
+from ..errors import InvalidSetting, PrivacyRefused
+from .accounting import Spend, epsilon_of
+
+__all__ = ["Charge", "Entry", "Request", "SpentLedger"]
+
+# A server that claims more than so many rounds without this node is wrong, and would fill its disk.
+_MOST_MISSED = 10_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was spent on a shard in one round. `context` is empty where only other holders were asked."""
+
+    run: str
+    round: int
+    context: str
+    spend: Spend
+    data: str = ""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a server asks of a shard.
+
+    Attributes:
+        shard, run, round: Which.
+        context: Digest of all that the answer depends on.
+        spend: What answering costs.
+        earlier: Rounds of this run in which holders of the shard, whichever, were asked before.
+        repeatable: Whether the same request gets the same answer. If not, each answer is a release of its own.
+        data: Digest of what the shard's data are; empty: not known.
+    """
+
+    shard: int
+    run: str
+    round: int
+    context: str
+    spend: Spend
+    earlier: Iterable[int] = ()
+    repeatable: bool = True
+    data: str = ""
+
+
+@dataclass(frozen=True)
+class Charge:
+    """What a shard has spent with this request. `new` is False where it was charged before."""
+
+    run_epsilon: float
+    total_epsilon: float
+    new: bool
+
+
+class SpentLedger:
+    """Charges requests.
+
+    Args:
+        folder: Where the files are; made if it is not there.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+
+    def path_of(self, shard: int) -> Path:
+        """The shard's file: one JSON line for each round."""
+        return self.folder / f"shard-{shard}.jsonl"
+
+    def entries(self, shard: int) -> list[Entry]:
+        """All that was spent on a shard.
+
+        Raises:
+            InvalidSetting: The file is damaged.
+        """
+        return self._read(shard)[0]
+
+    def charge(
+        self,
+        request: Request,
+        *,
+        delta: float,
+        accountant: str = "prv",
+        run_budget: float = float("inf"),
+        budget: float = float("inf"),
+        budget_delta: float | None = None,
+    ) -> Charge:
+        """Charge a request, and those rounds of its run that only other holders answered.
+
+        Args:
+            request: Before its training begins.
+            delta: Of the epsilons.
+            accountant: Of the epsilons.
+            run_budget: Largest epsilon of this run.
+            budget: Largest epsilon of all runs.
+            budget_delta: At this delta; by default `delta`.
+
+        Raises:
+            PrivacyRefused: It would exceed a budget; or the round was answered to another request, is before one
+                that was answered, or costs other than earlier rounds of its run. Nothing is written then.
+            InvalidSetting: The file is damaged, or cannot be written.
+        """
+        with self._locked():
+            entries, end = self._read(request.shard)
+            new = _new_entries(request, [one for one in entries if one.run == request.run])
+            after = [*entries, *new]
+            total = epsilon_of((one.spend for one in after), delta, accountant=accountant)
+            ours = [one.spend for one in after if one.run == request.run]
+            this_run = total if len(ours) == len(after) else epsilon_of(ours, delta, accountant=accountant)
+            if new:
+                own = delta if budget_delta is None else budget_delta
+                counted = total
+                if budget < float("inf"):
+                    _refuse_other_data(request, entries)
+                    if own != delta:
+                        counted = epsilon_of((one.spend for one in after), own, accountant=accountant)
+                for what, epsilon, most, at in (
+                    ("this run", this_run, run_budget, delta),
+                    ("all runs", counted, budget, own),
+                ):
+                    if epsilon > most:
+                        raise PrivacyRefused(
+                            f"Shard {request.shard}, round {request.round}: it would bring {what} to epsilon "
+                            f"{epsilon:.3g} (delta {at:g}), above the budget of {most:g}."
+                        )
+                self._append(request.shard, end, new)
+            return Charge(this_run, total, bool(new))
+
+    def epsilon(self, shard: int, delta: float, *, accountant: str = "prv") -> float:
+        """What all runs together have spent on a shard."""
+        return epsilon_of((one.spend for one in self.entries(shard)), delta, accountant=accountant)
+
+    @property
+    def shards(self) -> list[int]:
+        """Those that something was spent on."""
+        found = (path.stem.removeprefix("shard-") for path in self.folder.glob("shard-*.jsonl"))
+        return sorted(int(name) for name in found if name.isdigit())
+
+    def _read(self, shard: int) -> tuple[list[Entry], int]:
+        """The entries, and where the last whole line ends."""
+        path = self.path_of(shard)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return [], 0
+        except OSError as error:
+            raise InvalidSetting(f"The ledger of spent privacy {path} cannot be read: {error.strerror}.") from None
+        # A last line without its end was being written when the power went: its answer had not left.
+        end = content.rfind(b"\n") + 1
+        entries = []
+        for number, line in enumerate(content[:end].splitlines(), start=1):
+            try:
+                v = json.loads(line)
+                spend = Spend(float(v["noise-multiplier"]), float(v["sample-rate"]), int(v["steps"]))
+                entries.append(Entry(str(v["run"]), int(v["round"]), str(v["context"]), spend, str(v.get("data", ""))))
+            except (ValueError, KeyError, TypeError):
+                raise InvalidSetting(
+                    f"Line {number} of the ledger of spent privacy {path} cannot be read. Restore the file; without it "
+                    "nobody knows what was spent."
+                ) from None
+        return entries, end
+
+    def _append(self, shard: int, end: int, new: list[Entry]) -> None:
+        lines = "".join(
+            json.dumps(
+                {
+                    "run": one.run,
+                    "round": one.round,
+                    "context": one.context,
+                    "noise-multiplier": one.spend.noise_multiplier,
+                    "sample-rate": one.spend.sample_rate,
+                    "steps": one.spend.steps,
+                    "data": one.data,
+                }
+            )
+            + "\n"
+            for one in new
+        )
+        path = self.path_of(shard)
+        try:
+            first = not path.exists()
+            with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+                file.truncate(end)
+                file.seek(end)
+                file.write(lines.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            if first:
+                _sync_folder(self.folder)
+        except OSError as error:
+            raise InvalidSetting(f"The ledger of spent privacy {path} cannot be written: {error.strerror}.") from None
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One process at a time: two that read before either writes would both find room in the budget."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            file = open(self.folder / ".lock", "ab")  # noqa: SIM115 # closed below
+        except OSError as error:
+            raise InvalidSetting(
+                f"The folder for spent privacy {self.folder} cannot be written: {error.strerror}."
+            ) from None
+        with file:
+            if (problem := lock(file, wait=True)) is not None:  # two that spend at once would count too little
+                raise InvalidSetting(
+                    f"The folder for spent privacy {self.folder} cannot be locked ({problem.strerror}): it must be on "
+                    "a file system with locks, such as a local disk."
+                )
+            yield
+
+
+def _new_entries(request: Request, run: list[Entry]) -> list[Entry]:
+    """What the request adds to what its run has spent so far."""
+    here = f"Shard {request.shard}, round {request.round}"
+    other = next((one.spend for one in run if one.spend != request.spend), None)
+    if other is not None:
+        raise PrivacyRefused(
+            f"{here}: run {request.run} was charged {_told(other)} a round so far, and now asks for "
+            f"{_told(request.spend)}. Give a run with other settings another name."
+        )
+    charged = {one.round for one in run}
+    answered = {one.round: one.context for one in run if one.context}
+    if request.repeatable:
+        known = answered.get(request.round)
+        if known == request.context:
+            return []
+        if known is not None:
+            raise PrivacyRefused(
+                f"{here}: this round was answered before, to a request with other weights or settings. A second answer "
+                "could be subtracted from the first."
+            )
+        if answered and request.round < max(answered):
+            raise PrivacyRefused(f"{here}: round {max(answered)} was answered before, and rounds do not go backwards.")
+    missed = sorted({r for r in itertools.islice(request.earlier, 10 * _MOST_MISSED) if r < request.round} - charged)
+    if len(missed) > _MOST_MISSED:
+        raise PrivacyRefused(f"{here}: the server says that more than {_MOST_MISSED} rounds went by without this node.")
+    mine = Entry(request.run, request.round, request.context, request.spend, request.data)
+    return [*(Entry(request.run, r, "", request.spend, request.data) for r in missed), mine]
+
+
+def _refuse_other_data(request: Request, entries: list[Entry]) -> None:
+    """A budget is of records, and a shard's number comes from the server: it has to be the same records."""
+    if any(one.data and request.data and one.data != request.data for one in entries):
+        raise PrivacyRefused(
+            f"Shard {request.shard} has other data than the ledger's: its records may have been charged as another "
+            "shard's. Where that is not so, give this data a folder of its own (privacy-dir)."
+        )
+
+
+def _told(spend: Spend) -> str:
+    return f"{spend.steps} steps at noise multiplier {spend.noise_multiplier:g}, sample rate {spend.sample_rate:g}"
+
+
+def _sync_folder(folder: Path) -> None:
+    """A new file is there after a power cut only if its folder was written too."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

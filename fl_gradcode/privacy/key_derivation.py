@@ -1,0 +1,221 @@
+"""Keys of a shard's noise: derived from its secret and from everything that the server decides."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from flwr.app import ArrayRecord, Context, Message
+from numpy.typing import NDArray
+
+from ..errors import InvalidSetting
+from ..protocol import NUM_PARTITIONS, view
+from .records import BUDGET, FOLDER, Asked
+from .settings import privacy_to_json
+
+__all__ = ["SECRET_BYTES", "KeyContext", "KeyedStream", "folder_of", "key_context", "needed"]
+
+#: Of a shard's secret.
+SECRET_BYTES = 32
+
+_SALT = b"fl-gradcode/dp/v1"
+_UNIT = 2.0**-53
+# Pairs of normals that are made at a time: they stay in a core's cache.
+_BLOCK = 1 << 14
+
+
+@dataclass(frozen=True)
+class KeyContext:
+    """What a key is bound to.
+
+    Attributes:
+        run: Our own name of the run, kept over a resume.
+        round: The server round.
+        shard: The shard.
+        weights: SHA-256 of the arrays that training starts from, 32 bytes.
+        config: SHA-256 of all else that the server decides, 32 bytes.
+        manifest: SHA-256 of what the shard's data are, 32 bytes.
+    """
+
+    run: str
+    round: int
+    shard: int
+    weights: bytes
+    config: bytes
+    manifest: bytes
+
+    def key(self, secret: bytes, purpose: Literal["noise", "sample", "generators", "digest"]) -> bytes:
+        """The 32 bytes for one purpose: HKDF-SHA256 of the shard's secret (RFC 5869).
+
+        Fields are prefixed by their lengths, so that no two contexts share an `info`.
+        """
+        info = _prefixed(purpose.encode()) + self._fields
+        return HKDF(algorithm=SHA256(), length=32, salt=_SALT, info=info).derive(secret)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the context, in hex: tells two requests apart. For holders only: it can be guessed at."""
+        return hashlib.sha256(self._fields).hexdigest()
+
+    @property
+    def _fields(self) -> bytes:
+        fields = (
+            self.run.encode(),
+            str(self.round).encode(),
+            str(self.shard).encode(),
+            self.weights,
+            self.config,
+            self.manifest,
+        )
+        return b"".join(map(_prefixed, fields))
+
+
+class KeyedStream:
+    """Uniform and normal numbers from a key: AES-256 in counter mode, 64-bit little-endian words.
+
+    One stream has one use: each call goes on where the last one ended.
+
+    Args:
+        key: 32 bytes, used for nothing else.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) != 32:
+            raise ValueError(f"The key has {len(key)} bytes; AES-256 takes 32.")
+        self._next: Callable[[bytes], bytes] = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update
+
+    def uniform(self, n: int) -> NDArray[np.float64]:
+        """Uniform on [0, 1), shape (n,), multiples of 2^-53."""
+        return np.asarray(self._integers(n) * _UNIT, np.float64)
+
+    def normal(self, n: int) -> NDArray[np.float64]:
+        """Standard normal, shape (n,), float64, at most 8.66 in size (beyond lie 5e-18 of the law).
+
+        References:
+            Box, Muller, "A note on the generation of random normal deviates", Ann. Math. Stat. 29, 1958.
+        """
+        half = -(-n // 2)
+        numbers = self._integers(2 * half)
+        pairs = np.empty((2, half))
+        out = torch.from_numpy(pairs)  # torch's elementary functions are three times as fast as NumPy's
+        for start in range(0, half, _BLOCK):
+            stop = min(half, start + _BLOCK)
+            radius = torch.from_numpy((numbers[start:stop] + 0.5) * _UNIT).log_().mul_(-2.0).sqrt_()
+            angle = torch.from_numpy(numbers[half + start : half + stop] * (2 * np.pi * _UNIT))
+            torch.mul(radius, angle.cos(), out=out[0, start:stop])
+            torch.mul(radius, angle.sin(), out=out[1, start:stop])
+        return pairs.reshape(-1)[:n]
+
+    def _integers(self, n: int) -> NDArray[np.uint64]:
+        """Of 53 bits: what float64 holds exactly."""
+        words: NDArray[Any] = np.frombuffer(self._next(bytes(8 * n)), "<u8")
+        return words >> np.uint64(11)
+
+
+def _prefixed(field: bytes) -> bytes:
+    return len(field).to_bytes(4, "big") + field
+
+
+def key_context(
+    asked: Asked,
+    message: Message,
+    context: Context,
+    model: torch.nn.Module,
+    *,
+    manifest: str,
+    others: Mapping[str, Any],
+) -> KeyContext:
+    """Everything that the server decides and a shard's update depends on.
+
+    Two requests with one key would be two answers with the same noise: their difference has none. So the weights, the
+    rest of the message, the run config, the seed and what is trained all go in.
+    """
+    weights = hashlib.sha256()
+    records: dict[str, Any] = {}
+    for name, record in sorted(message.content.items()):
+        if isinstance(record, ArrayRecord):
+            for key, array in record.items():
+                values: NDArray[Any] = np.ascontiguousarray(view(array))
+                weights.update(repr((name, key, array.dtype, values.dtype.str, tuple(array.shape))).encode())
+                weights.update(values.reshape(-1).view(np.uint8).data)
+        elif not name.startswith("fl-gradcode."):
+            records[name] = dict(record.items())
+    start = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        values = np.ascontiguousarray(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        start.update(repr((name, str(tensor.dtype), [*tensor.shape])).encode())
+        start.update(values.data)
+    config = {
+        "privacy": privacy_to_json(asked.privacy),
+        "message": [message.metadata.message_type, records],
+        # The message's arrays may be only a part of what training starts from.
+        "model": start.hexdigest(),
+        # The server seeds dropout and augmentation: with another seed it would get another update, with equal noise.
+        "seed": asked.seed,
+        "partitions": context.node_config.get(NUM_PARTITIONS),
+        "run-config": {key: value for key, value in context.run_config.items() if key != FOLDER},
+        "others": dict(others),
+        "parameters": [[n, [*p.shape], str(p.dtype), p.requires_grad] for n, p in model.named_parameters()],
+        # Without the build (+cpu): kinds of processor differ by rounding, versions may by more.
+        "versions": _versions(),
+    }
+    text = json.dumps(config, sort_keys=True, default=_as_text)
+    return KeyContext(
+        asked.run,
+        asked.round,
+        asked.shard,
+        weights.digest(),
+        hashlib.sha256(text.encode()).digest(),
+        hashlib.sha256(manifest.encode()).digest(),
+    )
+
+
+def folder_of(context: Context, worker: int) -> Path | None:
+    """The node's folder with its keys and its ledger, or None.
+
+    Raises:
+        InvalidSetting: It is no absolute path.
+    """
+    own, common = context.node_config.get(FOLDER), context.run_config.get(FOLDER)
+    if BUDGET in context.node_config and not own:
+        raise InvalidSetting(
+            f"This node has {BUDGET} and no {FOLDER} in its node config: one that the server names could be an empty "
+            "ledger each time. Add it there."
+        )
+    if own or common:
+        path = Path(str(own)) if own else Path(str(common)) / f"node-{worker}"
+        if not path.is_absolute():
+            raise InvalidSetting(f"{FOLDER}={str(own or common)!r} is a relative path; give an absolute one.")
+        return path
+    return None
+
+
+def needed(folder: Path | None, what: str) -> Path:
+    """The folder, or a sentence that says how to get one."""
+    if folder is None:
+        raise InvalidSetting(
+            f"This node has no {FOLDER}, where {what} would be. Make keys with fl-gradcode keys make, bring the node "
+            f"its folder, and start it with --node-config '... {FOLDER}=\"/path/to/node-0\"'."
+        )
+    return folder
+
+
+@lru_cache(maxsize=1)
+def _versions() -> list[str]:
+    return [version(name).partition("+")[0] for name in ("torch", "opacus")]
+
+
+def _as_text(value: object) -> dict[str, str]:
+    # As no value of a record is written: bytes and a text never look alike.
+    return {type(value).__name__: value.hex() if isinstance(value, bytes) else repr(value)}

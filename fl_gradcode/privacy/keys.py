@@ -1,0 +1,187 @@
+"""Shards' secrets on disk: one file a node, with the secrets of the shards that it holds and no others."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import InvalidSetting
+
+__all__ = ["KEYS_FILE", "NodeKeys", "check_private", "read_keys", "rotate_keys", "write_keys"]
+
+#: Name of the file in a node's folder.
+KEYS_FILE = "keys.json"
+
+_FORMAT = "fl-gradcode keys 1"
+_BYTES = 32
+#: For everybody but the owner.
+_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+
+
+@dataclass(frozen=True)
+class NodeKeys:
+    """What a node may use.
+
+    Attributes:
+        worker: Whose file it is.
+        generation: 1 for the first keys, one more with each rotation.
+        secrets: Shard -> 32 bytes.
+        holders: Shard -> how many workers have its key.
+    """
+
+    worker: int
+    generation: int
+    secrets: Mapping[int, bytes] = field(repr=False)
+    holders: Mapping[int, int] = field(default_factory=dict)
+
+    def holders_of(self, shard: int) -> int:
+        """How many workers have the shard's key, whatever a server says; at least 1."""
+        return max(1, self.holders.get(shard, 1))
+
+    def secret(self, shard: int) -> bytes:
+        """The shard's secret.
+
+        Raises:
+            InvalidSetting: This node has none.
+        """
+        if shard not in self.secrets:
+            raise InvalidSetting(
+                f"The key file of worker {self.worker} has no secret of shard {shard}; it has those of shards "
+                f"{sorted(self.secrets)}. Make the keys for the code that the run uses: fl-gradcode keys make."
+            )
+        return self.secrets[shard]
+
+
+def write_keys(
+    folder: str | os.PathLike[str], shards_of: Sequence[Sequence[int]], *, generation: int = 1
+) -> list[Path]:
+    """New secrets, one a shard, from the operating system's generator; a folder for each worker.
+
+    Args:
+        folder: Where; made if it is not there. `node-3/keys.json` goes to worker 3, with its data.
+        shards_of: For each worker the shards that it holds.
+        generation: Written into the files.
+
+    Returns:
+        The files, readable by their owner alone.
+
+    Raises:
+        InvalidSetting: The folder has keys already: overwriting them would lock their owners out.
+    """
+    root = Path(folder)
+    there = sorted(root.glob(f"node-*/{KEYS_FILE}"))
+    if there:
+        raise InvalidSetting(f"{there[0]} is there already. Take another folder, or fl-gradcode keys rotate.")
+    return _write(root, shards_of, generation)
+
+
+def _write(root: Path, shards_of: Sequence[Sequence[int]], generation: int) -> list[Path]:
+    paths = [root / f"node-{worker}" / KEYS_FILE for worker in range(len(shards_of))]
+    made = {shard: secrets.token_bytes(_BYTES) for shard in sorted({j for held in shards_of for j in held})}
+    for worker, (path, held) in enumerate(zip(paths, shards_of, strict=True)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.chmod(0o700)
+        content = {
+            "format": _FORMAT,
+            "worker": worker,
+            "generation": generation,
+            "secrets": {str(shard): made[shard].hex() for shard in sorted(held)},
+            "holders": {str(shard): sum(shard in one for one in shards_of) for shard in sorted(held)},
+        }
+        _write_private(path, json.dumps(content, indent=1) + "\n")
+    return paths
+
+
+def rotate_keys(folder: str | os.PathLike[str]) -> list[Path]:
+    """New secrets for the same holders, one generation on. All nodes of a shard change together, between two runs.
+
+    What was spent stays spent: it is the data's, not the key's.
+
+    Raises:
+        InvalidSetting: There are no keys, or they do not belong together.
+    """
+    root = Path(folder)
+    found = sorted(root.glob(f"node-*/{KEYS_FILE}"))
+    if not found:
+        raise InvalidSetting(f"{root} has no node-*/{KEYS_FILE}: make keys first by fl-gradcode keys make.")
+    nodes = []
+    for path in found:
+        nodes.append(read_keys(path.parent))
+        if path.parent.name != f"node-{nodes[-1].worker}":
+            raise InvalidSetting(f"{path} is worker {nodes[-1].worker}'s: bring it back to node-{nodes[-1].worker}.")
+    nodes.sort(key=lambda node: node.worker)
+    if [node.worker for node in nodes] != list(range(len(nodes))):
+        raise InvalidSetting(
+            f"{root} has keys of workers {[node.worker for node in nodes]}; rotating needs those of all workers "
+            f"0..{max(node.worker for node in nodes)}, or holders of a shard would differ."
+        )
+    generation = max(node.generation for node in nodes) + 1
+    return _write(root, [sorted(node.secrets) for node in nodes], generation)
+
+
+def read_keys(folder: str | os.PathLike[str]) -> NodeKeys:
+    """The keys of a node's folder.
+
+    Raises:
+        InvalidSetting: The file is missing, unreadable, short, of another format, or readable by others.
+    """
+    path = Path(folder) / KEYS_FILE
+    try:
+        check_private(path)
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InvalidSetting(
+            f"There is no key file {path}. Make keys with fl-gradcode keys make, and bring each node its folder."
+        ) from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, InvalidSetting):
+            raise
+        raise InvalidSetting(f"The key file {path} cannot be read: {type(error).__name__}.") from None
+    try:
+        if values["format"] != _FORMAT:
+            raise InvalidSetting(f"{path} has format {values['format']!r}; this version reads {_FORMAT!r}.")
+        found = {int(shard): bytes.fromhex(text) for shard, text in values["secrets"].items()}
+        holders = {int(shard): int(count) for shard, count in values["holders"].items()}
+        keys = NodeKeys(int(values["worker"]), int(values["generation"]), found, holders)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, InvalidSetting):
+            raise
+        raise InvalidSetting(f"{path} is no key file of fl-gradcode; make one with fl-gradcode keys make.") from None
+    for shard, secret in found.items():
+        if len(secret) != _BYTES:
+            raise InvalidSetting(f"The secret of shard {shard} in {path} has {len(secret)} bytes instead of {_BYTES}.")
+        if len(set(secret)) == 1:
+            raise InvalidSetting(f"The secret of shard {shard} in {path} is one byte repeated: anybody can guess it.")
+    return keys
+
+
+def check_private(path: Path) -> None:
+    """Refuse a file that others than its owner can read or change.
+
+    Raises:
+        InvalidSetting: With the mode, and the command that mends it.
+        OSError: It is not there, or out of reach.
+    """
+    mode, folder = path.stat().st_mode, path.parent.stat().st_mode
+    if os.name == "posix" and mode & _OTHERS:
+        raise InvalidSetting(f"{path} is open to others (mode {stat.S_IMODE(mode):04o}): chmod 600 {path}")
+    if os.name == "posix" and folder & (stat.S_IWGRP | stat.S_IWOTH):
+        raise InvalidSetting(
+            f"Others may exchange the files in {path.parent} (mode {stat.S_IMODE(folder):04o}): chmod 700 {path.parent}"
+        )
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Whole or not at all, never open to others, not even for a moment."""
+    draft = path.with_suffix(".new")
+    draft.unlink(missing_ok=True)
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)

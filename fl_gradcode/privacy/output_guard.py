@@ -1,0 +1,107 @@
+"""What the mod does not let out of a client: updates without noise, numbers but the weight, texts of exceptions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+
+from ..errors import FlGradcodeError, PrivacyRefused, UnsuitableApp
+from .records import BUDGET, Asked, Spent, budget_of
+from .settings import DPSGD, Privacy
+
+__all__ = ["call_silently", "guarded_reply", "refuse_unprotected", "spent_by"]
+
+_log = logging.getLogger(__name__)
+
+_Call = Callable[[Message, Context], Message]
+
+
+def refuse_unprotected(message: Message, context: Context, privacy: Privacy | None) -> None:
+    """A node with a budget trains privately or not at all, whatever the server asks.
+
+    Args:
+        message: Any; only training is refused.
+        context: Of the node.
+        privacy: What the message asks for.
+
+    Raises:
+        PrivacyRefused: It asks a node with a budget for an update without noise of its own.
+    """
+    training = message.metadata.message_type.split(".")[0] == MessageType.TRAIN
+    if training and BUDGET in context.node_config and not isinstance(privacy, DPSGD):
+        raise PrivacyRefused(
+            f"This node has {BUDGET}={budget_of(context):g}: it trains with noise only, and the server asks for an "
+            "update in the clear. Say GradientCoding(..., privacy=DPSGD(...)), or take it out of the node config."
+        )
+
+
+def call_silently(call: _Call, message: Message, context: Context, *, private: bool) -> Message:
+    """The function's reply; of what it raises, where training is private, only the kind leaves the node.
+
+    Flower sends the text of an exception to the server, and a text may quote data.
+
+    Raises:
+        UnsuitableApp: It raised. The whole of it is in this node's log.
+    """
+    try:
+        return call(message, context)
+    except FlGradcodeError:
+        raise
+    except Exception as error:
+        if not private:
+            raise
+        _log.exception("train() raised; the server is told the kind of the exception only")
+        raise UnsuitableApp(
+            f"train() raised {type(error).__name__}. What it says stays in the node's log, since training is private."
+        ) from None
+
+
+def spent_by(content: RecordDict, shard: int, server_round: int, weight_key: str) -> Spent:
+    """What private training says of the update in `content`.
+
+    Raises:
+        ValueError: It says nothing, or of another shard or round, or the weight is not its number of records.
+    """
+    try:
+        spent = Spent.find_in(content)
+    except (ValueError, TypeError):  # whatever an app may have put there
+        spent = None
+    if spent is None or (spent.shard, spent.round) != (shard, server_round):
+        raise ValueError(
+            "the server asks for differential privacy, and train() answered without the record of "
+            "private_training for this shard and round: nothing is sent"
+        )
+    for record in content.values():
+        if isinstance(record, MetricRecord) and record.get(weight_key) != spent.weight:
+            raise ValueError(
+                f"under differential privacy {weight_key!r} has to be the number of records that private_training was "
+                "given (examples=, or weight=), which is public: nothing is sent"
+            )
+    return spent
+
+
+def guarded_reply(asked: Asked | None, message: Message, context: Context, call: _Call) -> Message:
+    """The reply to a plain strategy's message: where it asks for privacy, held to the same as a coded one.
+
+    Raises:
+        UnsuitableApp: It lacks the record of private training.
+    """
+    private = asked is not None and isinstance(asked.privacy, DPSGD)
+    if asked is None or not private or message.metadata.message_type.split(".")[0] != MessageType.TRAIN:
+        return call(message, context)
+    reply = call_silently(call, message, context, private=True)
+    if reply.has_error():
+        return reply
+    weight_key = "num-examples"
+    try:
+        spent_by(reply.content, asked.shard, asked.round, weight_key)
+    except ValueError as error:
+        raise UnsuitableApp(f"Shard {asked.shard}, train {asked.round}: {error}.") from error
+    for name, record in list(reply.content.items()):
+        if isinstance(record, MetricRecord):
+            reply.content[name] = MetricRecord({weight_key: record[weight_key]})
+        elif isinstance(record, ConfigRecord) and Spent.find_in(RecordDict({name: record})) is None:
+            del reply.content[name]
+    return reply

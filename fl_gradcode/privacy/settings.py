@@ -1,0 +1,221 @@
+"""Which privacy a run promises: `DPSGD` (records, against the server) or `CentralNoise` (shards, by the server)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+from ..errors import InvalidSetting
+from .accounting import ACCOUNTANTS, Spend, epsilon_of, noise_multiplier_for
+
+__all__ = ["DPSGD", "CentralNoise", "Privacy", "privacy_from_json", "privacy_to_json"]
+
+_MODES = ("hooks", "ghost")
+_NOISES = ("shared", "independent")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPSGD:
+    """Differentially private SGD in each client: protects single records of a shard against the server.
+
+    Attributes:
+        noise_multiplier: Standard deviation of the noise, over `max_grad_norm`.
+        max_grad_norm: Bound of one record's gradient in a step.
+        sample_rate: Chance of each record to be in a step's batch, the same for all shards.
+        steps: Steps that a shard is trained a round.
+        noise: "shared": all holders of a shard add the same noise, from a key that the server never has; one release a
+            round. "independent": each holder adds its own: r holders are r releases, and decoding amplifies the noise.
+        delta: The other half of the guarantee; below 1 over the number of records.
+        max_epsilon: The run does not start if it would spend more.
+        grad_sample_mode: Opacus' way to clip single records: "hooks", or "ghost", which wide linear layers gain by, and
+            which refuses a round in which a record's gradient is not finite ("hooks" counts it as zero).
+        honest_server: Whether the server is trusted to send the same weights to all holders of a shard. If not, a round
+            counts as a release by each of them.
+        accountant: "prv", or the faster and looser "rdp".
+
+    References:
+        Abadi et al., "Deep learning with differential privacy", CCS 2016.
+    """
+
+    unit: ClassVar[str] = "record"
+
+    noise_multiplier: float
+    max_grad_norm: float
+    sample_rate: float
+    steps: int
+    noise: Literal["shared", "independent"] = "shared"
+    delta: float = 1e-5
+    max_epsilon: float = math.inf
+    grad_sample_mode: Literal["hooks", "ghost"] = "hooks"
+    honest_server: bool = True
+    accountant: Literal["prv", "rdp"] = "prv"
+
+    def __post_init__(self) -> None:
+        _positive("max_grad_norm", self.max_grad_norm)
+        _number("sample_rate", self.sample_rate)
+        if not 0 < self.sample_rate <= 1:
+            raise InvalidSetting(f"sample_rate={self.sample_rate} must be above 0 and at most 1.")
+        _whole("steps", self.steps)
+        _one_of("noise", self.noise, _NOISES)
+        _one_of("grad_sample_mode", self.grad_sample_mode, _MODES)
+        if not isinstance(self.honest_server, bool):
+            raise InvalidSetting(f"honest_server={self.honest_server!r} must be True or False.")
+        _check_common(self)
+
+    @classmethod
+    def for_epsilon(
+        cls,
+        epsilon: float,
+        *,
+        rounds: int,
+        max_grad_norm: float,
+        sample_rate: float,
+        steps: int,
+        holders: int = 1,
+        noise: Literal["shared", "independent"] = "shared",
+        delta: float = 1e-5,
+        honest_server: bool = True,
+        accountant: Literal["prv", "rdp"] = "prv",
+        **others: Any,
+    ) -> DPSGD:
+        """The least noise with which `rounds` rounds spend at most `epsilon`.
+
+        Args:
+            holders: Of a shard: what independent noise, or a server that is not trusted, multiplies releases by.
+            **others: Further attributes.
+        """
+        fields: dict[str, Any] = {
+            "max_grad_norm": max_grad_norm,
+            "sample_rate": sample_rate,
+            "steps": steps,
+            "noise": noise,
+            "delta": delta,
+            "honest_server": honest_server,
+            "accountant": accountant,
+            "max_epsilon": epsilon,
+            **others,
+        }
+        draft = cls(noise_multiplier=1.0, **fields)  # checks all else before the search
+        total = _whole("rounds", rounds) * steps * draft.releases(holders)
+        found = noise_multiplier_for(epsilon, delta, sample_rate=sample_rate, steps=total, accountant=accountant)
+        return cls(noise_multiplier=found, **fields)
+
+    def releases(self, holders: int) -> int:
+        """How often a shard's update is released a round, with so many holders."""
+        return 1 if self.noise == "shared" and self.honest_server else max(1, holders)
+
+    def spend(self, rounds: int, *, holders: int = 1) -> Spend:
+        """What so many rounds cost one shard."""
+        return Spend(self.noise_multiplier, self.sample_rate, rounds * self.steps * self.releases(holders))
+
+    def epsilon(self, rounds: int, *, holders: int = 1) -> float:
+        """Epsilon of a shard after so many rounds."""
+        return epsilon_of([self.spend(rounds, holders=holders)], self.delta, accountant=self.accountant)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CentralNoise:
+    """Clip each shard's update, add noise once after decoding: protects whole shards against readers of the model.
+
+    The server is trusted: it sees the replies in the clear. Every shard weighs the same. What Flower's
+    `DifferentialPrivacyServerSideFixedClipping` does for clients, under coding.
+
+    Attributes:
+        noise_multiplier: Standard deviation of the noise on the sum, over `clipping_norm`.
+        clipping_norm: Bound of the norm of one shard's update.
+        delta: The other half of the guarantee; below 1 over the number of shards.
+        max_epsilon: The run does not start if it would spend more.
+        accountant: "prv", or the faster and looser "rdp".
+        folder: Absolute path of a folder on the server for the ledger of spent privacy, which then covers all runs on
+            these shards; empty: each run by itself.
+
+    References:
+        McMahan et al., "Learning differentially private recurrent language models", ICLR 2018.
+    """
+
+    unit: ClassVar[str] = "shard"
+
+    noise_multiplier: float
+    clipping_norm: float
+    delta: float = 1e-5
+    max_epsilon: float = math.inf
+    accountant: Literal["prv", "rdp"] = "prv"
+    folder: str = ""
+
+    def __post_init__(self) -> None:
+        _positive("clipping_norm", self.clipping_norm)
+        _check_common(self)
+        if self.folder and not os.path.isabs(self.folder):
+            raise InvalidSetting(f"folder={self.folder!r} is a relative path; give an absolute one.")
+
+    def spend(self, rounds: int, *, holders: int = 1) -> Spend:
+        """What so many rounds cost one shard: one Gaussian release each, however many hold it; no subsampling."""
+        return Spend(self.noise_multiplier, 1.0, rounds)
+
+    def epsilon(self, rounds: int, *, holders: int = 1) -> float:
+        """Epsilon of a shard after so many rounds."""
+        return epsilon_of([self.spend(rounds)], self.delta, accountant=self.accountant)
+
+
+Privacy = DPSGD | CentralNoise
+
+
+def privacy_to_json(privacy: Privacy, *, promise_only: bool = False) -> str:
+    """For a message: one text, the same for equal values; or only of what noise is added to what."""
+    kind = "dp-sgd" if isinstance(privacy, DPSGD) else "central"
+    values = {"kind": kind, **asdict(privacy)}
+    if promise_only:
+        values = {key: value for key, value in values.items() if key not in ("max_epsilon", "accountant", "folder")}
+    return json.dumps(values, sort_keys=True)
+
+
+def privacy_from_json(text: str) -> Privacy:
+    """From a message.
+
+    Raises:
+        InvalidSetting: It is not such a text.
+    """
+    try:
+        values = json.loads(text)
+        kinds: dict[str, type[Privacy]] = {"dp-sgd": DPSGD, "central": CentralNoise}
+        return kinds[values.pop("kind")](**values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InvalidSetting(
+            f"Privacy settings that cannot be read ({error}): are both sides of one version?"
+        ) from None
+
+
+def _check_common(privacy: Privacy) -> None:
+    """Before anything is spent."""
+    _positive("noise_multiplier", privacy.noise_multiplier)
+    _number("delta", privacy.delta)
+    _number("max_epsilon", privacy.max_epsilon)
+    if not 0 < privacy.delta < 1:
+        raise InvalidSetting(f"delta={privacy.delta} must lie between 0 and 1, and below 1 over the number of records.")
+    if not privacy.max_epsilon > 0:
+        raise InvalidSetting(f"max_epsilon={privacy.max_epsilon} must be greater than 0.")
+    _one_of("accountant", privacy.accountant, ACCOUNTANTS)
+
+
+def _number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidSetting(f"{name}={value!r} must be a number.")
+
+
+def _positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise InvalidSetting(f"{name}={value!r} must be a finite number greater than 0.")
+
+
+def _whole(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidSetting(f"{name}={value!r} must be a whole number of at least 1.")
+    return value
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InvalidSetting(f"{name}={value!r} must be one of {', '.join(known)}.")

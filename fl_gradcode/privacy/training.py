@@ -1,0 +1,293 @@
+"""DP-SGD on one shard inside a user's `train()`: keys, charge, keyed batches and keyed noise, in a `with` block."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, Context, Message
+
+from .._seeding import generators_restored, seed_with
+from ..errors import InvalidSetting, PrivacyRefused
+from ..protocol import PARTITION_ID
+from .budget_ledger import Charge, Request, SpentLedger
+from .dp_optimizer import same_bits, wrap
+from .key_derivation import SECRET_BYTES, KeyContext, KeyedStream, folder_of, key_context, needed
+from .keys import read_keys
+from .records import Asked, Spent, asked_of, budget_of, max_delta_of, trusts_server
+from .settings import DPSGD
+
+__all__ = ["PrivateTraining", "private_training"]
+
+_SPENT = "spent"  # the ledger's folder, in the node's
+
+
+def private_training(
+    message: Message,
+    context: Context,
+    model: torch.nn.Module,
+    *,
+    examples: int,
+    weight: float | None = None,
+    manifest: str = "",
+    binding: Mapping[str, Any] | None = None,
+) -> PrivateTraining:
+    """DP-SGD as the server asked for it, for the shard that `context` names. To be used as
+
+        with private_training(message, context, model, examples=len(y)) as dp:
+            optimizer = dp.optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+            criterion = dp.criterion(torch.nn.CrossEntropyLoss())
+            for batch in dp.batches():
+                optimizer.zero_grad()
+                criterion(dp.model(x[batch]), y[batch]).backward()
+                optimizer.step()
+
+    and then to reply with `model`'s arrays, `num-examples` and `dp.record`. Entering charges the shard's ledger, or
+    refuses. Afterwards `model` is plain again.
+
+    Args:
+        message: As `train()` got it.
+        context: As `train()` got it. Its node config names the node's folder with keys and ledger by `privacy-dir`, or
+            the run config a folder with one for each worker; and the data owner's own `max-epsilon`, over all runs.
+        model: With the weights of the message, and with layers that do not mix records.
+        examples: Number of records of the shard. It is public: it weighs the update, as the reply's `num-examples`.
+        weight: What the reply says instead, if anything else; public too.
+        manifest: What the shard's data are, such as a digest of its records: holders with other data then get other
+            keys, which shows.
+        binding: Whatever else the result depends on and somebody else decides, as JSON values. The message, the run
+            config, the model's weights and the run's seed are bound already.
+
+    Raises:
+        PrivacyRefused: Over budget, or a second, different request for a round; or the model is not fit for it.
+        InvalidSetting: Keys or ledger are missing, damaged or open to others; or the message asks for no privacy.
+    """
+    asked = asked_of(message, context)
+    if asked is None or not isinstance(asked.privacy, DPSGD):
+        raise InvalidSetting(
+            "This message asks for no private training. Say GradientCoding(..., privacy=DPSGD(...)) on the server, or "
+            "train without."
+        )
+    # Past a config that watches who reads it: this is not the app choosing its data.
+    given = dict.get(context.node_config, PARTITION_ID)
+    if given != asked.shard:
+        raise InvalidSetting(
+            f"The message asks for shard {asked.shard}, and {PARTITION_ID} is {given!r}: one shard's records would be "
+            "charged to another's ledger."
+        )
+    bound_too = {**dict(binding or {}), "fl-gradcode.weight": examples if weight is None else weight}
+    return PrivateTraining(asked, asked.privacy, message, context, model, examples, manifest, bound_too)
+
+
+class PrivateTraining:
+    """One shard's private training in one round; made by `private_training`.
+
+    Attributes:
+        model: To call in training: it keeps single records' gradients. The plain model shares its weights.
+        epsilon: Of this run, after this round.
+    """
+
+    def __init__(
+        self,
+        asked: Asked,
+        privacy: DPSGD,
+        message: Message,
+        context: Context,
+        model: torch.nn.Module,
+        examples: int,
+        manifest: str,
+        binding: dict[str, Any],
+    ) -> None:
+        self.model: Any = None
+        self.epsilon = 0.0
+        self._asked, self._privacy, self._message, self._context = asked, privacy, message, context
+        self._plain, self._examples, self._manifest, self._binding = model, examples, manifest, binding
+        self._open = ExitStack()
+        self._sampling: KeyedStream
+        self._steps = 0
+        self._record: ConfigRecord | None = None
+        self._complete = False
+
+    def __enter__(self) -> PrivateTraining:
+        self._check_examples()
+        shared = self._privacy.noise == "shared"
+        folder = folder_of(self._context, self._asked.worker)
+        keys = read_keys(needed(folder, "the key of its shards")) if shared else None
+        bound = self._bound_to(keys.generation if keys else 0)
+        # Without keys of shards: keys of this one answer.
+        secret = os.urandom(SECRET_BYTES) if keys is None else keys.secret(self._asked.shard)
+        noise_key, batch_key = bound.key(secret, "noise"), bound.key(secret, "sample")
+        wrapped, self._drawn = wrap(
+            self._plain,
+            KeyedStream(noise_key),
+            mode=self._privacy.grad_sample_mode,
+            noise_multiplier=self._privacy.noise_multiplier,
+            max_grad_norm=self._privacy.max_grad_norm,
+        )
+        self._open.callback(wrapped.unwrap)
+        try:
+            holders = max(self._asked.holders, keys.holders_of(self._asked.shard) if keys else 1)
+            charge = self._charge(folder, bound, holders, repeatable=shared)
+        except BaseException:
+            self._open.close()
+            raise
+        # The server knows the seed of the mod's generators: dropout and the like are drawn from the key instead.
+        self._open.enter_context(generators_restored())
+        seed_with(int.from_bytes(bound.key(secret, "generators")[:8], "little"))
+        self._open.enter_context(_without_hook_warnings())
+        self._sampling = KeyedStream(batch_key)
+        self._wrapped, self.model = wrapped, wrapped.model
+        self._buffers = {name: buffer.clone() for name, buffer in self._plain.named_buffers()}
+        self.epsilon = charge.run_epsilon
+        self.record = Spent(
+            self._asked.shard,
+            self._asked.round,
+            # Keyed: a plain digest would tell whoever guesses the manifest whether the guess is right.
+            bound.key(secret, "digest").hex() if shared else "",
+            charge.run_epsilon,
+            charge.total_epsilon,
+            self._privacy.delta,
+            self._binding["fl-gradcode.weight"],
+        ).to_record()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._open.close()
+        if kind is not None:
+            return
+        before = self._buffers
+        changed = [n for n, b in self._plain.named_buffers() if n not in before or not same_bits(b, before[n])]
+        if changed:
+            raise PrivacyRefused(
+                f"Training changed {changed[0]!r}, which is no parameter and gets no noise: it would tell of the data. "
+                "Use layers without running statistics."
+            )
+        self._wrapped.check_weights()
+        if not self._wrapped.steps == self._steps == self._privacy.steps:
+            raise PrivacyRefused(
+                "Training ended before its last step: when it ends must not depend on the records. Take one step for "
+                "each batch of batches(), and choose fewer by DPSGD(steps=...)."
+            )
+        self._complete = True
+
+    @property
+    def record(self) -> ConfigRecord:
+        """For the reply: what was spent. It is there once the `with` block has ended and all steps were taken.
+
+        Raises:
+            PrivacyRefused: Before that.
+        """
+        if self._record is None or not self._complete:
+            raise PrivacyRefused(
+                "The record of private training is there after its with block alone, and if that took all steps: "
+                "reply after the block."
+            )
+        return self._record
+
+    @record.setter
+    def record(self, record: ConfigRecord) -> None:
+        self._record = record
+
+    def optimizer(self, inner: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Gives `inner`, which must be new, clipped and noisy gradients. One step for each batch.
+
+        Raises:
+            PrivacyRefused: It was used before, or has other parameters than the model's.
+        """
+        if inner.state:
+            raise PrivacyRefused(
+                "The optimizer keeps something of earlier steps: make a new one for each shard and round. State would "
+                "carry data from shard to shard, and holders would differ."
+            )
+        batch = self._privacy.sample_rate * self._examples
+        optimizer: torch.optim.Optimizer = self._wrapped.optimizer(inner, expected_batch_size=batch)
+        return optimizer
+
+    def criterion(self, inner: Any) -> Any:
+        """The loss, as ghost clipping needs it; `inner` has to be a mean over records."""
+        return self._wrapped.criterion(inner)
+
+    def batches(self) -> Iterator[torch.Tensor]:
+        """The round's batches: indices of records, int64; each record is in each by itself with chance `sample_rate`.
+
+        A batch may be empty. It still is one step, of noise alone; its mean loss is NaN.
+
+        Raises:
+            PrivacyRefused: The last batch had no step.
+        """
+        while self._steps < self._privacy.steps:
+            if self._wrapped.steps != self._steps:
+                raise PrivacyRefused(
+                    "A batch without a step of its own: call step() of the optimizer that optimizer() returned once "
+                    "for each batch of batches(), also for small and empty ones, before the next is drawn."
+                )
+            self._steps += 1
+            chosen = np.flatnonzero(self._sampling.uniform(self._examples) < self._privacy.sample_rate)
+            self._drawn(len(chosen))
+            yield torch.from_numpy(chosen)
+
+    def _check_examples(self) -> None:
+        here = f"Shard {self._asked.shard}"
+        if self._examples < 1:
+            raise PrivacyRefused(f"{here} has no records; private training needs at least one.")
+        if self._privacy.delta * self._examples >= 1:
+            raise PrivacyRefused(
+                f"{here}: delta={self._privacy.delta:g} is not below 1 over the number of its records, and would allow "
+                "to publish one of them. Choose a delta far below that."
+            )
+
+    def _bound_to(self, generation: int) -> KeyContext:
+        return key_context(
+            self._asked,
+            self._message,
+            self._context,
+            self._plain,
+            manifest=f"{self._examples}|{self._manifest}",
+            others={**self._binding, "fl-gradcode.keys": generation},
+        )
+
+    def _charge(self, folder: Path | None, bound: KeyContext, holders: int, *, repeatable: bool) -> Charge:
+        budget = budget_of(self._context)
+        privacy = replace(self._privacy, honest_server=self._privacy.honest_server and trusts_server(self._context))
+        if folder is None and budget == float("inf"):
+            # No record is kept here: as if every round so far had been answered.
+            epsilon = privacy.epsilon(max(1, self._asked.round), holders=holders)
+            if epsilon > self._privacy.max_epsilon:
+                raise PrivacyRefused(
+                    f"Shard {self._asked.shard}, round {self._asked.round}: it would bring this run to epsilon "
+                    f"{epsilon:.3g} (delta {self._privacy.delta:g}), above the budget of {self._privacy.max_epsilon:g}."
+                )
+            return Charge(epsilon, epsilon, True)
+        ledger = SpentLedger(needed(folder, "a ledger of what it spends") / _SPENT)
+        request = Request(
+            self._asked.shard,
+            self._asked.run,
+            self._asked.round,
+            bound.digest,
+            privacy.spend(1, holders=holders),
+            self._asked.earlier_rounds if privacy.honest_server else range(1, self._asked.round),
+            repeatable,
+            bound.manifest.hex(),
+        )
+        return ledger.charge(
+            request,
+            delta=self._privacy.delta,
+            accountant=self._privacy.accountant,
+            run_budget=self._privacy.max_epsilon,
+            budget=budget,
+            budget_delta=min(self._privacy.delta, max_delta_of(self._context)),
+        )
+
+
+@contextmanager
+def _without_hook_warnings() -> Iterator[None]:
+    """PyTorch warns at each backward pass that the inputs need no gradients, which is so by design."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        yield

@@ -1,0 +1,269 @@
+"""How an update and its metrics travel: as floats, or as fixed point under a code over a prime field.
+
+Client and server take the same `Carrier`: one for the plan, one for the code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..codes import P, PrimeField
+from ..errors import Overflow
+from .packing import Layout, encode_row, wire_dtype
+
+__all__ = ["Carrier", "FixedPoint", "Floats", "carrier_of"]
+
+# A metric is 5 digits of 15 bits, 30 of the bits behind the point; sums of 2^15 shards' digits fit the field.
+_DIGITS, _BITS, _FRACTION = 5, 15, 30
+# Numbers that stay in a core's cache, with scratch beside them.
+_CACHED = 1 << 16
+_FOLD = 1024
+_P = np.uint32(P)
+
+
+class Carrier(Protocol):
+    """What is done to shards' vectors while they are combined, and after they were decoded.
+
+    Totals are None before the first shard; `coefficients` has one for each of the m blocks. Updates and totals that are
+    given away may be overwritten.
+    """
+
+    def add_update(
+        self, total: NDArray[Any] | None, update: NDArray[np.floating], coefficients: Sequence[float]
+    ) -> tuple[NDArray[Any], tuple[float, ...]]:
+        """The total with one more weighted update, and four numbers in which holders that disagree differ."""
+
+    def add_metrics(
+        self, total: NDArray[Any] | None, metrics: NDArray[np.float64], coefficients: Sequence[float]
+    ) -> NDArray[Any]:
+        """The total with one more shard's weight and weighted metrics."""
+
+    def with_metrics(self, sketch: tuple[float, ...] | None, metrics: NDArray[np.float64]) -> tuple[float, ...] | None:
+        """The four numbers of an update (None when evaluating), so that they tell metrics apart too if they must."""
+
+    def sent(self, total: NDArray[Any]) -> NDArray[Any]:
+        """A total as it is sent."""
+
+    def dtypes(self, layout: Layout) -> tuple[np.dtype[Any], np.dtype[Any]]:
+        """Of the update and the metrics that are sent."""
+
+    def entries(self, metrics: int) -> int:
+        """Length of the combined metrics vector for so many numbers."""
+
+    def restored(self, metrics: NDArray[Any]) -> NDArray[np.float64]:
+        """The decoded metrics as floats."""
+
+
+class Floats:
+    """As they are."""
+
+    def add_update(
+        self, total: NDArray[Any] | None, update: NDArray[np.floating], coefficients: Sequence[float]
+    ) -> tuple[NDArray[Any], tuple[float, ...]]:
+        """In the update's dtype; holders are compared with a tolerance: float arithmetic differs between machines."""
+        sketch = _sketch(update)
+        if total is None and len(coefficients) == 1 and coefficients[0] != 0:  # as below, without a second vector
+            if coefficients[0] != 1:
+                update *= update.dtype.type(coefficients[0])
+            update += 0  # -0 becomes 0
+            return update, sketch
+        return encode_row(total, update, tuple(coefficients)), sketch
+
+    def add_metrics(
+        self, total: NDArray[Any] | None, metrics: NDArray[np.float64], coefficients: Sequence[float]
+    ) -> NDArray[Any]:
+        """In float64."""
+        return encode_row(total, metrics, tuple(coefficients))
+
+    def with_metrics(self, sketch: tuple[float, ...] | None, metrics: NDArray[np.float64]) -> tuple[float, ...] | None:
+        """As they are: a metric that differs does harm to nothing but itself."""
+        return sketch
+
+    def sent(self, total: NDArray[Any]) -> NDArray[Any]:
+        """As it is."""
+        return total
+
+    def dtypes(self, layout: Layout) -> tuple[np.dtype[Any], np.dtype[Any]]:
+        """The layout's, and float64."""
+        return wire_dtype(layout), np.dtype(np.float64)
+
+    def entries(self, metrics: int) -> int:
+        """One each."""
+        return metrics
+
+    def restored(self, metrics: NDArray[Any]) -> NDArray[np.float64]:
+        """As they are."""
+        return np.asarray(metrics, np.float64)
+
+
+class FixedPoint:
+    """Whole numbers modulo 2^31 - 1; updates of all k shards together have to fit.
+
+    Args:
+        field: The code's field.
+        k: Number of shards; each may use a k-th of the room.
+    """
+
+    def __init__(self, field: PrimeField, k: int) -> None:
+        if k > 2**_BITS:
+            raise Overflow(f"k={k} shards: the metrics of more than {2**_BITS} might not fit a prime field.")
+        self.field, self.k = field, k
+
+    def add_update(
+        self, total: NDArray[Any] | None, update: NDArray[np.floating], coefficients: Sequence[float]
+    ) -> tuple[NDArray[Any], tuple[float, ...]]:
+        """Rounded to multiples of 2^-fraction_bits. The four numbers are of a hash: holders agree in every bit, or
+        decoding makes garbage.
+
+        Raises:
+            Overflow: An entry is too large, or not finite.
+        """
+        digest = hashlib.sha256()
+        total = self.add(total, update, coefficients, digest)
+        return total, _numbers(digest)
+
+    def with_metrics(self, sketch: tuple[float, ...] | None, metrics: NDArray[np.float64]) -> tuple[float, ...] | None:
+        """A hash of both: a metric in which holders differ in one bit would be decoded to a random number."""
+        return _numbers(hashlib.sha256(repr((sketch, (np.rint(metrics * 2.0**_FRACTION) + 0.0).tolist())).encode()))
+
+    def add(
+        self,
+        total: NDArray[Any] | None,
+        update: NDArray[np.floating],
+        coefficients: Sequence[float],
+        digest: Any = None,
+    ) -> NDArray[Any]:
+        """The rounded update times the coefficients, as it is sent: one vector, however many shards.
+
+        Each shard uses a k-th of the room at most, so that the decoded sum fits.
+        """
+        limit = (P - 1) // 2 // self.k
+        length = -(-update.size // len(coefficients))
+        if total is None:
+            total = np.zeros(length, np.uint32)
+        scratch = np.empty(min(_CACHED, length))
+        halves = np.empty((2, scratch.size), np.int32)
+        for block, coefficient in enumerate(coefficients):
+            piece = update[block * length : (block + 1) * length]
+            for start in range(0, piece.size, _CACHED):
+                part = piece[start : start + _CACHED]
+                rounded = self.field.quantise(part, limit=limit, out=scratch[: part.size])
+                whole, times = halves[:, : part.size]
+                np.copyto(whole, rounded, casting="unsafe")
+                if digest is not None:
+                    digest.update(whole.data)
+                _add_times(total[start : start + part.size], int(coefficient), rounded, whole, times)
+        return total
+
+    def add_metrics(
+        self, total: NDArray[Any] | None, metrics: NDArray[np.float64], coefficients: Sequence[float]
+    ) -> NDArray[Any]:
+        """The digits of each.
+
+        Raises:
+            Overflow: One is too large, or not finite.
+        """
+        digits = np.empty((len(metrics), _DIGITS))
+        for row, value in zip(digits, metrics.tolist(), strict=True):
+            scaled = value * 2.0**_FRACTION
+            if not abs(scaled) < 2.0 ** (_DIGITS * _BITS):
+                raise Overflow(
+                    f"A weighted metric is {value:g}; a code over a prime field carries finite ones below "
+                    f"{2.0 ** (_DIGITS * _BITS - _FRACTION):.2g}."
+                )
+            size, sign = abs(round(scaled)), 1 if value >= 0 else -1
+            row[:] = [sign * ((size >> _BITS * place) % 2**_BITS) for place in range(_DIGITS)]
+        whole = digits.reshape(-1)
+        length = -(-whole.size // len(coefficients))
+        if total is None:
+            total = np.zeros(length, np.uint32)
+        for block, coefficient in enumerate(coefficients):
+            piece = whole[block * length : (block + 1) * length]
+            halves = np.array([piece, piece], np.int32)
+            _add_times(total[: piece.size], int(coefficient), piece.copy(), *halves)
+        return total
+
+    def sent(self, total: NDArray[Any]) -> NDArray[np.uint32]:
+        """As it is: 31 bits an entry."""
+        return total
+
+    def dtypes(self, layout: Layout) -> tuple[np.dtype[Any], np.dtype[Any]]:
+        """uint32 both."""
+        return np.dtype(np.uint32), np.dtype(np.uint32)
+
+    def entries(self, metrics: int) -> int:
+        """Their digits."""
+        return metrics * _DIGITS
+
+    def restored(self, metrics: NDArray[Any]) -> NDArray[np.float64]:
+        """From the summed digits, which the field's decoding has scaled as if they were an update."""
+        whole = np.rint(np.asarray(metrics) * 2.0**self.field.fraction_bits).astype(np.int64)
+        rows = whole[: len(whole) // _DIGITS * _DIGITS].reshape(-1, _DIGITS)
+        sums = [sum(int(digit) << _BITS * place for place, digit in enumerate(row)) for row in rows]
+        return np.array([total / 2**_FRACTION for total in sums])
+
+
+def _sketch(update: NDArray[np.floating]) -> tuple[float, ...]:
+    """Norm and three signed sums of an update: replicas that disagree differ in them.
+
+    Linear and cheap (one pass); compared with a tolerance, since bit-identity does not hold across machines.
+    """
+    whole = update.size // _FOLD * _FOLD
+    folded = np.zeros(_FOLD)
+    with np.errstate(all="ignore"):
+        if whole:
+            folded += update[:whole].reshape(-1, _FOLD).sum(axis=0, dtype=np.float64)
+        folded[: update.size - whole] += update[whole:]
+        square = float(np.dot(update, update))
+        if not math.isfinite(square):
+            square = float(np.square(update, dtype=np.float64).sum())
+        values = (math.sqrt(square), *(float(x) for x in _signs() @ folded))
+    # An update that is not finite is rejected for that, with its own reason.
+    return values if all(map(math.isfinite, values)) else (0.0,) * len(values)
+
+
+@lru_cache(maxsize=1)
+def _signs() -> NDArray[np.float64]:
+    return np.random.Generator(np.random.Philox(0)).choice([-1.0, 1.0], size=(3, _FOLD))
+
+
+def _add_times(
+    total: NDArray[np.uint32],
+    coefficient: int,
+    rounded: NDArray[np.float64],
+    product: NDArray[np.int32],
+    times: NDArray[np.int32],
+) -> None:
+    """`total += coefficient * rounded` modulo p, in place; `product` holds the same numbers as `rounded`, `times` is
+    scratch, and all three are overwritten.
+
+    With t the nearest whole number to coefficient * rounded / p (below 2^30 in size, so float64 tells), what is left,
+    coefficient * rounded - t p, is at most p / 2 and a little, and 32 bits of each product are enough to know it.
+    """
+    rounded *= coefficient / P
+    np.rint(rounded, out=rounded)
+    np.copyto(times, rounded, casting="unsafe")
+    times *= np.int32(P)
+    product *= np.int32(coefficient)
+    product -= times
+    rest, spare = product.view(np.uint32), times.view(np.uint32)
+    np.minimum(rest, np.add(rest, _P, out=spare), out=rest)  # what is below 0 wraps to something larger
+    total += rest
+    np.minimum(total, np.subtract(total, _P, out=spare), out=total)
+
+
+def _numbers(digest: Any) -> tuple[float, ...]:
+    bits = digest.digest()
+    return tuple(1.0 + int.from_bytes(bits[i : i + 6], "little") / 2**48 for i in (0, 6, 12, 18))
+
+
+def carrier_of(fraction_bits: int | None, k: int) -> Carrier:
+    """`FixedPoint` for a number of fraction bits, `Floats` for None."""
+    return Floats() if fraction_bits is None else FixedPoint(PrimeField(fraction_bits), k)

@@ -1,0 +1,31 @@
+"""The server half of a coded round: the strategy wrapper, its plans, dispatch, replies, report and resume."""
+
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .discovery import Discovered
+    from .gradient_coding import GradientCoding
+    from .options import Approximation
+
+__all__ = [
+    "Approximation",
+    "Discovered",
+    "GradientCoding",
+]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "discovery": [
+            "Discovered",
+        ],
+        "gradient_coding": [
+            "GradientCoding",
+        ],
+        "options": [
+            "Approximation",
+        ],
+    },
+)

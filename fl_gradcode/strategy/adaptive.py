@@ -1,0 +1,252 @@
+"""How a round is run: which code, and how it is sent; always the same, or chosen from what past rounds took.
+
+What is stored never changes in a run; what is *computed* of it may. `AdaptiveWays` replays the job times of the last
+rounds under each way that the stored shards allow, and takes the one whose rounds would have been shortest.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..codes import GradientCode
+from ..latency import History
+from ..planning import Scheme, steady_rounds
+from .options import Options
+
+__all__ = ["AdaptiveWays", "FixedWay", "Way", "Ways", "regrouped", "ways_of"]
+
+_log = logging.getLogger(__name__)
+
+_PATIENCES = (0.0, 1.0, 2.0, 4.0)
+_WINDOW = 16  # rounds that are replayed
+_LEAST = 3  # rounds that are needed to choose
+_SETTLE = 6  # of a replay: its first rounds begin idle
+_RECENT = 5  # rounds within which all must have answered before fewer holders compute a shard
+_BETTER = 0.95  # change only for a way whose rounds would have been so much shorter
+_TRIAL = 8  # rounds of a way that are remembered to compare it with the next
+_WORSE, _FAR_WORSE = 1.2, 3.0  # times what the way before took: of three rounds' mean, and of one round
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one round is run.
+
+    Attributes:
+        code: Who computes which shards.
+        send: One coded vector a worker, or one shard a message.
+        patience: Of second copies, with "shards".
+    """
+
+    code: GradientCode
+    send: Literal["coded", "shards"]
+    patience: float = 0.0
+
+    @property
+    def load(self) -> int:
+        """The most shards of a message."""
+        return 1 if self.send == "shards" else max(len(self.code.shards_of(i)) for i in range(self.code.n))
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """For the ledger row."""
+        patience = self.patience if self.send == "shards" else None
+        return {"send": self.send, "patience": patience, "load": self.load}
+
+
+class Ways(Protocol):
+    """Chooses the way of each round."""
+
+    def choose(self, *, complete: bool) -> Way:
+        """For the round that begins; `complete` says whether all n nodes are there."""
+
+    def learn(self, row: Mapping[str, Any]) -> None:
+        """From the ledger row of a round that has ended."""
+
+
+@dataclass(frozen=True)
+class FixedWay:
+    """Always the same."""
+
+    way: Way
+
+    def choose(self, *, complete: bool) -> Way:
+        """That."""
+        return self.way
+
+    def learn(self, row: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+
+class AdaptiveWays:
+    """Chooses by replaying the last rounds, and takes a choice back that turns out worse than what it replaced.
+
+    It begins with one shard a message and patience 2, which costs next to nothing where all are alike. From then on it
+    considers every patience, and coded vectors over as many holders of each shard as are stored, or fewer. Fewer
+    tolerate fewer: if all holders of a shard that compute it are lost at once, the round is. They are considered only
+    while all nodes are there and every worker has answered within the last rounds, and for some time no longer after a
+    round that was not exact.
+
+    Where the latency is not as assumed (shards that cost more together than one by one, nodes that share a machine), a
+    replay is wrong. So each change is on trial: a way whose rounds take longer than those of the way before it is left
+    at once, and not tried again for a time that doubles.
+
+    Args:
+        code: What is stored; m = 1, over the reals.
+        smaller: Whether fewer holders than are stored may compute a shard.
+        every: Rounds between two decisions.
+    """
+
+    def __init__(self, code: GradientCode, *, smaller: bool = True, every: int = 3) -> None:
+        self.code, self.smaller, self.every = code, smaller, every
+        self.way = self._safe = Way(code, "shards", 2.0)
+        #: What each way's rounds would have lasted, in seconds, at the last decision.
+        self.predicted: dict[str, float] = {}
+        self._history = History(code.n, _WINDOW)
+        self._heard: dict[int, int] = {}
+        self._failed = -_WINDOW
+        self._round = 0
+        self._decided = 0
+        self._took: deque[float] = deque(maxlen=_TRIAL)  # seconds of the present way's rounds
+        self._before: tuple[Way, float] | None = None  # the way before it, and what that one's rounds took
+        self._banned: dict[str, tuple[int, int]] = {}  # until which round, for how long
+
+    def choose(self, *, complete: bool) -> Way:
+        """The one that would have been fastest; the same as before unless another is clearly better."""
+        if self._worse():
+            assert self._before is not None
+            key, length = _kind(self.way), self._banned.get(_kind(self.way), (0, _WINDOW // 2))[1] * 2
+            self._banned[key] = (self._round + length, length)
+            _log.info("From round %d on: %s again, which was faster.", self._round + 1, _name(self._before[0]))
+            self._change(self._before[0], on_trial=False)
+            self._decided = self._round
+        elif self._history.rounds >= _LEAST and (
+            self._round >= self._decided + self.every or self._failed == self._round
+        ):
+            self._decided = self._round
+            self._decide()
+        if not complete and self.way.code is not self.code:
+            return self._safe
+        return self.way
+
+    def learn(self, row: Mapping[str, Any]) -> None:
+        """Job times, and who was heard."""
+        entry = row.get("train")
+        if not entry:
+            return
+        self._round = int(row["round"])
+        self._history.add_row(row)
+        for phase in (entry, row.get("evaluate") or {}):
+            for one in phase.get("timings", ()):
+                if one["worker"] is not None:
+                    self._heard[one["worker"]] = self._round
+        if entry["outcome"] != "exact":
+            self._failed = self._round
+        elif row.get("way") == self.way.entry:  # not the safe way of a round in which somebody was missing
+            self._took.append(float(entry["seconds"]["waiting"]))
+
+    def _worse(self) -> bool:
+        """Whether the present way is on trial and has failed it."""
+        if self._before is None or not self._took:
+            return False
+        reference = self._before[1]
+        if self._took[-1] > _FAR_WORSE * reference:
+            return True
+        # The first round of a way still meets nodes that are busy with the last one's.
+        return len(self._took) > 3 and float(np.mean([*self._took][1:])) > _WORSE * reference
+
+    def _change(self, way: Way, *, on_trial: bool) -> None:
+        if _name(way) != _name(self.way):
+            self._before = (self.way, float(np.mean(self._took))) if on_trial and self._took else None
+            self._took.clear()
+        self.way = way
+
+    def _decide(self) -> None:
+        fixed, compute = self._history.tables()
+        times = fixed + compute
+        ways = self._ways(np.median(times, axis=0))
+        parts = self._history.replay(max(2 * _WINDOW, 2 * len(times)))
+        seconds = {}
+        for name, way in ways.items():
+            seconds[name] = float(steady_rounds(_scheme(way), parts).seconds[_SETTLE:].mean())
+        self.predicted = seconds
+        now = _name(self.way)
+        best = min(seconds, key=lambda name: seconds[name])
+        if now not in seconds or seconds[best] < _BETTER * seconds[now]:
+            if best != now:
+                _log.info("From round %d on: %s (%.3g s expected).", self._round + 1, best, seconds[best])
+            self._change(ways[best], on_trial=now in seconds)
+        else:
+            self._change(ways[now], on_trial=True)  # regrouped by the newest speeds
+
+    def _ways(self, speeds: NDArray[np.float64]) -> dict[str, Way]:
+        ways = [Way(self.code, "shards", patience) for patience in _PATIENCES]
+        stored = Way(self.code, "coded")
+        heard = all(self._heard.get(i, -_WINDOW) > self._round - _RECENT for i in range(self.code.n))
+        if self.code.groups and self.smaller and heard and self._failed <= self._round - _WINDOW:
+            largest = max(map(len, self.code.groups))
+            fewer = [Way(regrouped(self.code, size, speeds), "coded") for size in range(2, largest)]
+            ways += [way for way in fewer if way.load < stored.load]
+        ways.append(stored)
+        free = [way for way in ways if self._banned.get(_kind(way), (0, 0))[0] <= self._round]
+        return {_name(way): way for way in free or [self._safe]}
+
+
+def regrouped(code: GradientCode, size: int, seconds: Sequence[float] | NDArray[np.float64]) -> GradientCode:
+    """The same stored shards, of which each is computed by about `size` of its holders only.
+
+    Each group is split into groups of `size` workers (the rest is dealt to them), slow ones spread evenly.
+
+    Args:
+        code: Fractional repetition, m = 1.
+        size: Workers of a new group, at least 1.
+        seconds: How slow each worker is, shape (n,).
+    """
+    assert code.groups is not None and code.m == 1
+    B = np.zeros((code.n, code.k))
+    groups: list[tuple[int, ...]] = []
+    for group in code.groups:
+        parts = max(1, len(group) // size)
+        dealt = sorted(group, key=lambda i: -float(seconds[i]))
+        block = code.shards_of(group[0])
+        own = code.k == code.n and set(block) == set(group)
+        for number in range(parts):
+            members = tuple(sorted(dealt[number::parts]))
+            shards = members if own else block[number::parts]
+            if shards:
+                B[np.ix_(members, shards)] = 1.0
+                groups.append(members)
+    least = min(sum(1 for i in code.holders_of(j) if B[i, j]) for j in range(code.k))
+    return GradientCode(B, least - 1, code.name, tuple(groups))
+
+
+def _scheme(way: Way) -> Scheme:
+    blocks = tuple(way.code.shards_of(i) for i in range(way.code.n))
+    if way.send == "shards":
+        return Scheme(_name(way), blocks, groups=way.code.groups or (), shardwise=True, patience=way.patience)
+    enough = None if way.code.groups else way.code.n - way.code.s
+    return Scheme(_name(way), blocks, enough=enough, groups=way.code.groups or ())
+
+
+def _name(way: Way) -> str:
+    if way.send == "shards":
+        return f"one shard a message, patience {way.patience:g}"
+    return f"coded vectors of {way.load} shards"
+
+
+def _kind(way: Way) -> str:
+    """What fails a trial together: coded vectors, however long."""
+    return _name(way) if way.send == "shards" else "coded"
+
+
+def ways_of(options: Options, code: GradientCode) -> Ways:
+    """As the user set it."""
+    if options.send == "adaptive":
+        return AdaptiveWays(code, smaller=options.policy != "raise")
+    return FixedWay(Way(code, options.send, options.waiting))

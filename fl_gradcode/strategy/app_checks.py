@@ -1,0 +1,96 @@
+"""What coding asks of the clients' app, and how the server notices that it is not so.
+
+The contract: an update depends on the message, the shard and the seeded generators, on nothing else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from ..errors import IncompatibleStrategy, InvalidSetting, ShardMismatch, UnsuitableApp, VersionMismatch
+from ..privacy import clipping_mod_named_in
+from .replies import DISAGREEMENT, FIXED_DATA, NO_MOD, Inbox
+from .wrapped import PRIVACY_WRAPPERS
+
+__all__ = ["broken_promises", "refuse_unsuitable", "refuse_wrappers"]
+
+
+def refuse_wrappers() -> None:
+    """Refuse Flower's privacy wrappers around a coded strategy: they would clip and count coded sums.
+
+    Raises:
+        IncompatibleStrategy: One of them is among the callers; with what to do instead.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        outer = frame.f_locals.get("self")
+        if isinstance(outer, PRIVACY_WRAPPERS):
+            raise IncompatibleStrategy(
+                f"{type(outer).__name__} cannot be put around GradientCoding: it clips and noises single replies, and "
+                "a coded reply is a sum over shards. Leave it out and say GradientCoding(..., "
+                "privacy=CentralNoise(...)), which clips each shard's update and adds noise once after "
+                "decoding, or privacy=DPSGD(...)."
+            )
+
+
+def refuse_unsuitable(inbox: Inbox, *, ever_decoded: bool) -> None:
+    """End the run where no round can become right.
+
+    Raises:
+        UnsuitableApp: The app does not choose its data by `partition-id`, or no client has the mod, or all are set up
+            in a way that gives no reply.
+    """
+    reasons = {rejection.reason for rejection in inbox.rejections}
+    if ever_decoded:
+        return  # the app is right; a client that is not counts as a straggler
+    if FIXED_DATA in reasons:
+        raise UnsuitableApp(
+            f"The clients' {inbox.plan.kind}() never read context.node_config['partition-id'], so it would use the "
+            "same data for every shard. Choose the data by partition-id at every call, or pass allow_fixed_data=True."
+        )
+    if inbox.answered or not reasons:
+        return
+    final = (UnsuitableApp, InvalidSetting, VersionMismatch, ShardMismatch)
+    if all(any(kind.__name__ in reason for kind in final) or "older fl-gradcode" in reason for reason in reasons):
+        raise UnsuitableApp(f"No client can take part: {sorted(reasons)[0]}")
+    clipping = [clipping_mod_named_in(reason) for reason in sorted(reasons)]
+    if all(clipping):
+        raise UnsuitableApp(f"No client can take part: {clipping[0]}")
+    if reasons == {NO_MOD}:
+        raise UnsuitableApp(
+            "The clients answered without coding. Add the mod to their app: ClientApp(mods=[gradient_coding_mod])."
+        )
+
+
+def broken_promises(inbox: Inbox) -> Iterator[tuple[str, str]]:
+    """(key, sentence) of what should be warned about, each key once a run."""
+    if inbox.stateful:
+        yield (
+            "state",
+            "train() or evaluate() keeps something in context.state. Holders of a shard must compute the same update, "
+            "but one that misses a round misses its state too. An update may depend only on the message, the shard "
+            "and the seeded generators.",
+        )
+    if inbox.fixed_data:
+        yield (
+            "fixed data",
+            "evaluate() never read context.node_config['partition-id']. That is fine if every client evaluates on the "
+            "same data; if each has its own, choose it by partition-id.",
+        )
+    if inbox.other_requests:
+        shard, (one, other) = next(iter(inbox.other_requests.items()))
+        yield (
+            "requests",
+            f"Holders of shards {sorted(inbox.other_requests)} (workers {one} and {other} of shard {shard}) bound "
+            "their noise to different requests, so it differs: they got other weights or settings, or have other keys, "
+            "data, or versions of torch and opacus.",
+        )
+    if inbox.disagreement > DISAGREEMENT:
+        yield (
+            "replicas",
+            f"Holders of shards {sorted(inbox.disagreeing)} sent updates that differ by up to "
+            f"{inbox.disagreement:.1e} (relative). The update of a shard may depend only on the message, the shard "
+            "and the seeded generators: is there other randomness, kept state, or different data?",
+        )

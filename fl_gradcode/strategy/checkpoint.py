@@ -1,0 +1,179 @@
+"""A checkpoint: what a run needs to go on after its server was killed, in one file that is whole or not there.
+
+A zip archive without compression: `state.json`, and a member for each array. Nothing in it is code.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord
+
+from .._files import followed, lock, put_in_place, replace_file
+from ..errors import InvalidSetting
+from .strategy_state import decode, encode
+
+__all__ = ["Checkpoint", "Saved"]
+
+_log = logging.getLogger(__name__)
+
+_FORMAT = 1
+_STATE = "state.json"
+
+
+@dataclass
+class Saved:
+    """A run after one of its rounds.
+
+    Attributes:
+        run: Its name.
+        round: The last round that is done; 0: none.
+        arrays: The model.
+        made_of: What must be the same when it goes on: code, seed, strategy.
+        strategy: What the wrapped strategy has changed, by attribute.
+        randomness: States of the global generators of `random` and NumPy, which sampling draws from.
+        metrics: Kind -> round -> metrics, as Flower's `Result` has them.
+        privacy: The run's account, or None.
+    """
+
+    run: str
+    round: int
+    arrays: ArrayRecord
+    made_of: dict[str, Any]
+    strategy: dict[str, Any] = field(default_factory=dict)
+    randomness: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    privacy: dict[str, Any] | None = None
+
+
+class Checkpoint:
+    """The file of a run.
+
+    Args:
+        path: Absolute; its folder is made. Beside it stand `PATH.lock`, and under a privacy promise `PATH.privacy`:
+            what was asked, the round that is under way included.
+
+    Raises:
+        InvalidSetting: The path is relative, or a folder, or cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_absolute():
+            raise InvalidSetting(
+                f"The checkpoint's path {str(path)!r} is relative; inside an app the working folder is the engine's, "
+                "not yours. Give an absolute path."
+            )
+        if self.path.is_dir():
+            raise InvalidSetting(f"The checkpoint's path {str(path)!r} is a folder; name a file in it.")
+        try:
+            self.path = followed(self.path)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._beside("lock").open("a").close()
+        except OSError as error:
+            raise InvalidSetting(f"The checkpoint {str(path)!r} cannot be written: {error.strerror}.") from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One run at a time; a process that dies lets go.
+
+        Raises:
+            InvalidSetting: Another run has it.
+        """
+        with self._beside("lock").open("a") as file:
+            error = lock(file)
+            if isinstance(error, BlockingIOError):
+                raise InvalidSetting(
+                    f"The checkpoint {self.path} is in use by another run. Stop that one, or name another file."
+                )
+            if error is not None:
+                _log.warning(
+                    "The checkpoint %s cannot be locked (%s): see to it that no second run takes it.",
+                    self.path,
+                    error.strerror,
+                )
+            yield
+
+    def load(self) -> Saved | None:
+        """What was saved last; None: nothing yet.
+
+        Raises:
+            InvalidSetting: The file is damaged, or of another version.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                state = json.loads(archive.read(_STATE))
+                if state["format"] != _FORMAT:
+                    raise InvalidSetting(
+                        f"The checkpoint {self.path} has format {state['format']}; this version reads {_FORMAT}. Go on "
+                        "with the version that wrote it, or name another file to begin anew."
+                    )
+                blobs = [archive.read(str(number)) for number in range(state["blobs"])]
+            return Saved(**{one.name: decode(state["saved"][one.name], blobs) for one in fields(Saved)})
+        except InvalidSetting:
+            raise
+        except OSError as error:
+            raise InvalidSetting(f"The checkpoint {self.path} cannot be read: {error.strerror}.") from error
+        except Exception as error:  # whatever a damaged file may lead to
+            raise InvalidSetting(
+                f"The checkpoint {self.path} is damaged ({type(error).__name__}: {error}). Restore the file, or "
+                "remove it to begin anew."
+            ) from error
+
+    def save(self, saved: Saved) -> None:
+        """Replace what was saved before; a kill or a power cut leaves the one or the other.
+
+        Raises:
+            InvalidSetting: It cannot be written.
+        """
+        blobs: list[bytes] = []
+        values = {one.name: encode(getattr(saved, one.name), blobs) for one in fields(Saved)}
+        draft = self._beside("new")
+        try:
+            with draft.open("wb") as file:
+                with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                    archive.writestr(_STATE, json.dumps({"format": _FORMAT, "blobs": len(blobs), "saved": values}))
+                    for number, blob in enumerate(blobs):
+                        archive.writestr(str(number), blob)
+                file.flush()
+                os.fsync(file.fileno())
+            put_in_place(draft, self.path)
+        except OSError as error:
+            raise InvalidSetting(
+                f"The checkpoint {self.path} cannot be written: {error.strerror}. The one before it is still there."
+            ) from error
+
+    def save_privacy(self, run: str, account: dict[str, Any]) -> None:
+        """What has been asked, before the messages leave.
+
+        Raises:
+            InvalidSetting: It cannot be written; then nothing may leave.
+        """
+        path = self._beside("privacy")
+        try:
+            replace_file(path, json.dumps({"run": run, "account": account}))
+        except OSError as error:
+            raise InvalidSetting(
+                f"The account of privacy {path} cannot be written: {error.strerror}. Nothing is asked without it."
+            ) from error
+
+    def load_privacy(self, run: str) -> dict[str, Any] | None:
+        """What was asked last in this run; None: it is not known."""
+        try:
+            values = json.loads(self._beside("privacy").read_text())
+            return dict(values["account"]) if values["run"] == run else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _beside(self, suffix: str) -> Path:
+        return self.path.with_name(f"{self.path.name}.{suffix}")
