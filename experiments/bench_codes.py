@@ -15,7 +15,7 @@ from rich.console import Console
 
 from fl_gradcode import GradientCode
 from fl_gradcode.codes import REALS, P, PrimeField, combine, for_assignment, reed_solomon
-from fl_gradcode.protocol import FixedPoint, encode_row
+from fl_gradcode.protocol import FixedPointEncoding, encode_row
 
 __all__ = ["bandwidth", "field", "vectors"]
 
@@ -85,7 +85,7 @@ def field(d: int = 10**6, n: int = 100, s: int = 10, repeats: int = 7) -> None:
 def _encode_over_field(
     load: int, updates: list[NDArray[np.float64]], coefficients: NDArray[np.int64]
 ) -> NDArray[np.uint32]:
-    carrier = FixedPoint(PrimeField(), load)
+    carrier = FixedPointEncoding(PrimeField(), load)
     total: NDArray[Any] | None = None
     for update, coefficient in zip(updates, coefficients, strict=False):
         total = carrier.add(total, update, (int(coefficient),))

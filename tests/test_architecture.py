@@ -1,4 +1,4 @@
-"""The house: folders are layers, imports point down, each folder is used through its face. Those rules are held here."""
+"""The house: folders are layers, imports point down, each folder is used through its face."""
 
 from __future__ import annotations
 

@@ -41,17 +41,17 @@ from ..protocol import (
     Reply,
     Row,
     as_array,
-    carrier_of,
     flatten_metrics,
     flatten_update,
     is_probe,
+    payload_encoding,
 )
 from .held_shards import held_by, refuse_other_shards, told_by
 
-__all__ = ["WatchedConfig", "gradient_coding_mod"]
+__all__ = ["RecordingConfig", "gradient_coding_mod"]
 
 
-class WatchedConfig(dict[str, Any]):
+class RecordingConfig(dict[str, Any]):
     """A node_config that notices whether `partition-id` is read, one by one or all at once."""
 
     was_read = False
@@ -168,7 +168,7 @@ class _CodedCall:
         self.plan, self.content, self.message = plan, content, message
         self.context, self.call_next = context, call_next
         self.worker = _worker_of(context)
-        self.carrier = carrier_of(plan.fraction_bits, plan.k)
+        self.encoding = payload_encoding(plan.fraction_bits, plan.k)
         if self.worker not in plan.rows and not plan.open:
             raise UnsuitableApp(
                 f"This node reports partition-id {self.worker}, but the code has workers 0..{plan.n - 1}. Start "
@@ -220,7 +220,7 @@ class _CodedCall:
         return held is not None and not held.keys() >= {*row.shards}
 
     def _call_user(self, shard: int) -> tuple[Message, bool]:
-        node_config = WatchedConfig({**self.context.node_config, PARTITION_ID: shard, NUM_PARTITIONS: self.plan.k})
+        node_config = RecordingConfig({**self.context.node_config, PARTITION_ID: shard, NUM_PARTITIONS: self.plan.k})
         state = _take_state(self.context.state, shard)
         context = Context(
             self.context.run_id,
@@ -296,11 +296,11 @@ class _CodedCall:
         if self.plan.arrays_key:
             with np.errstate(all="ignore"):  # the server rejects what is not finite, and says so
                 update *= update.dtype.type(metrics_vector[0])
-            self.update, sketch = self.carrier.add_update(self.update, update, coefficients)
+            self.update, sketch = self.encoding.add_update(self.update, update, coefficients)
         # All in the first of the m blocks: they are few, and one that differs between holders (seconds, say) or is NaN
         # must not get into the weight, which would share an entry with it.
-        self.metrics = self.carrier.add_metrics(self.metrics, metrics_vector, coefficients[:1])
-        whole = self.carrier.with_metrics(sketch, metrics_vector)
+        self.metrics = self.encoding.add_metrics(self.metrics, metrics_vector, coefficients[:1])
+        whole = self.encoding.with_metrics(sketch, metrics_vector)
         if whole is not None and not (isinstance(self.privacy, DPSGD) and self.privacy.noise == "independent"):
             self.sketches.append(whole)
 
@@ -335,9 +335,9 @@ class _CodedCall:
         records: dict[str, Any] = {}
         if coded:
             assert self.metrics is not None
-            arrays = {METRICS: as_array(self.carrier.sent(self.metrics))}
+            arrays = {METRICS: as_array(self.encoding.sent(self.metrics))}
             if self.update is not None:
-                arrays[ARRAYS] = as_array(self.carrier.sent(self.update))
+                arrays[ARRAYS] = as_array(self.encoding.sent(self.update))
             records[UPDATE] = ArrayRecord(arrays)
         return Message(reply.content(**records), reply_to=self.message)
 

@@ -115,7 +115,7 @@ def _shardwise(scheme: Scheme, parts: Parts, model_megabytes: float, *, idle: bo
 
 
 class _Shardwise:
-    """One shard a message: an event loop with the rules of `shardwise.ShardSending`."""
+    """One shard a message: an event loop with the rules of `shardwise.ShardDispatch`."""
 
     def __init__(self, scheme: Scheme) -> None:
         self.patience, self.n, self.k = scheme.patience, scheme.n, scheme.k

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .keys import read_keys, rotate_keys, write_keys
     from .output_guard import call_silently, guarded_reply, refuse_unprotected, spent_by
     from .records import BUDGET, FOLDER, Asked, Spent, asked_of, asks_for_privacy, in_config
-    from .run_account import CentralRelease, RunPrivacy, amplification
+    from .run_account import CentralGaussian, RunAccount, amplification
     from .settings import DPSGD, CentralNoise, Privacy, privacy_from_json, privacy_to_json
     from .training import PrivateTraining, private_training
 
@@ -23,12 +23,12 @@ __all__ = [
     "DPSGD",
     "FOLDER",
     "Asked",
+    "CentralGaussian",
     "CentralNoise",
-    "CentralRelease",
     "KeyedStream",
     "Privacy",
     "PrivateTraining",
-    "RunPrivacy",
+    "RunAccount",
     "Spend",
     "Spent",
     "SpentLedger",
@@ -101,8 +101,8 @@ __getattr__, __dir__ = lazy_names(
             "in_config",
         ],
         "run_account": [
-            "CentralRelease",
-            "RunPrivacy",
+            "CentralGaussian",
+            "RunAccount",
             "amplification",
         ],
         "settings": [

@@ -17,7 +17,7 @@ from .accounting import Spend, composed, epsilon_of
 from .budget_ledger import Request, SpentLedger
 from .settings import DPSGD, CentralNoise, Privacy, privacy_to_json
 
-__all__ = ["Account", "CentralRelease", "RunPrivacy", "amplification"]
+__all__ = ["Account", "CentralGaussian", "RunAccount", "amplification"]
 
 
 class Account:
@@ -96,7 +96,7 @@ def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 _SETS = 100  # of survivors that are tried
 
 
-class CentralRelease:
+class CentralGaussian:
     """One noisy sum.
 
     Args:
@@ -136,7 +136,7 @@ def amplification(code: GradientCode) -> tuple[float, float]:
 _log = logging.getLogger(__name__)
 
 
-class RunPrivacy:
+class RunAccount:
     """Accounts for one run.
 
     Args:
@@ -232,7 +232,7 @@ class RunPrivacy:
         self.keep(self.state)
         return told
 
-    def release(self, server_round: int, shards: Sequence[int]) -> CentralRelease | None:
+    def release(self, server_round: int, shards: Sequence[int]) -> CentralGaussian | None:
         """What is to be done to the decoded sum before anybody sees it; None if the clients did all."""
         if not isinstance(self.privacy, CentralNoise):
             return None
@@ -240,7 +240,7 @@ class RunPrivacy:
         def charge() -> None:
             self._charge(server_round, shards)
 
-        return CentralRelease(self.privacy, self.code, len(shards), charge)
+        return CentralGaussian(self.privacy, self.code, len(shards), charge)
 
     def entry(self, told: tuple[float, float] | None, other_requests: Mapping[int, tuple[int, int]]) -> dict[str, Any]:
         """Returns what a ledger row says of privacy: what was spent so far on the shard that it was most for.
@@ -310,7 +310,7 @@ class RunPrivacy:
                 )
         self.keep(self.state)
 
-    def take_up(
+    def resume(
         self,
         saved: dict[str, Any] | None,
         latest: dict[str, Any] | None,

@@ -6,7 +6,7 @@ from .._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .cost import Cost
-    from .encoding import Carrier, FixedPoint, carrier_of
+    from .encoding import FixedPointEncoding, PayloadEncoding, payload_encoding
     from .messages import (
         computing_seconds,
         content_bytes,
@@ -59,17 +59,16 @@ __all__ = [
     "NUM_PARTITIONS",
     "PARTITION_ID",
     "UPDATE",
-    "Carrier",
     "Cost",
-    "FixedPoint",
+    "FixedPointEncoding",
     "Layout",
     "MetricsLayout",
+    "PayloadEncoding",
     "Plan",
     "Reply",
     "Row",
     "all_finite",
     "as_array",
-    "carrier_of",
     "computing_seconds",
     "content_bytes",
     "encode_row",
@@ -81,6 +80,7 @@ __all__ = [
     "last_line",
     "load_of",
     "loads_of",
+    "payload_encoding",
     "plan_bytes",
     "probe_content",
     "read_json",
@@ -104,9 +104,9 @@ __getattr__, __dir__ = lazy_names(
             "Cost",
         ],
         "encoding": [
-            "Carrier",
-            "FixedPoint",
-            "carrier_of",
+            "FixedPointEncoding",
+            "PayloadEncoding",
+            "payload_encoding",
         ],
         "messages": [
             "computing_seconds",

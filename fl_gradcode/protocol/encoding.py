@@ -1,6 +1,6 @@
 """How an update and its metrics travel: as floats, or as fixed point under a code over a prime field.
 
-Client and server take the same `Carrier`: one for the plan, one for the code.
+Client and server take the same `PayloadEncoding`: one for the plan, one for the code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..codes import P, PrimeField
 from ..errors import Overflow
 from .packing import Layout, encode_row, wire_dtype
 
-__all__ = ["Carrier", "FixedPoint", "Floats", "carrier_of"]
+__all__ = ["FixedPointEncoding", "FloatEncoding", "PayloadEncoding", "payload_encoding"]
 
 # A metric is 5 digits of 15 bits, 30 of the bits behind the point; sums of 2^15 shards' digits fit the field.
 _DIGITS, _BITS, _FRACTION = 5, 15, 30
@@ -28,7 +28,7 @@ _FOLD = 1024
 _P = np.uint32(P)
 
 
-class Carrier(Protocol):
+class PayloadEncoding(Protocol):
     """What is done to shards' vectors while they are combined, and after they were decoded.
 
     Totals are None before the first shard; `coefficients` has one for each of the m blocks. Updates and totals that are
@@ -61,7 +61,7 @@ class Carrier(Protocol):
         """The decoded metrics as floats."""
 
 
-class Floats:
+class FloatEncoding:
     """As they are."""
 
     def add_update(
@@ -103,7 +103,7 @@ class Floats:
         return np.asarray(metrics, np.float64)
 
 
-class FixedPoint:
+class FixedPointEncoding:
     """Whole numbers modulo 2^31 - 1; updates of all k shards together have to fit.
 
     Args:
@@ -264,6 +264,6 @@ def _numbers(digest: Any) -> tuple[float, ...]:
     return tuple(1.0 + int.from_bytes(bits[i : i + 6], "little") / 2**48 for i in (0, 6, 12, 18))
 
 
-def carrier_of(fraction_bits: int | None, k: int) -> Carrier:
-    """`FixedPoint` for a number of fraction bits, `Floats` for None."""
-    return Floats() if fraction_bits is None else FixedPoint(PrimeField(fraction_bits), k)
+def payload_encoding(fraction_bits: int | None, k: int) -> PayloadEncoding:
+    """`FixedPointEncoding` for a number of fraction bits, `FloatEncoding` for None."""
+    return FloatEncoding() if fraction_bits is None else FixedPointEncoding(PrimeField(fraction_bits), k)

@@ -1,6 +1,6 @@
 """How a round is run: which code, and how it is sent; always the same, or chosen from what past rounds took.
 
-What is stored never changes in a run; what is *computed* of it may. `AdaptiveWays` replays the job times of the last
+What is stored never changes in a run; what is *computed* of it may. `AdaptiveModes` replays the job times of the last
 rounds under each way that the stored shards allow, and takes the one whose rounds would have been shortest.
 """
 
@@ -20,7 +20,7 @@ from ..latency import History
 from ..planning import Scheme, steady_rounds
 from .options import Options
 
-__all__ = ["AdaptiveWays", "FixedWay", "Way", "Ways", "regrouped", "ways_of"]
+__all__ = ["AdaptiveModes", "FixedMode", "ModeChooser", "RoundMode", "mode_chooser", "regrouped"]
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _WORSE, _FAR_WORSE = 1.2, 3.0  # times what the way before took: of three rounds
 
 
 @dataclass(frozen=True)
-class Way:
+class RoundMode:
     """How one round is run.
 
     Attributes:
@@ -60,10 +60,10 @@ class Way:
         return {"send": self.send, "patience": patience, "load": self.load}
 
 
-class Ways(Protocol):
+class ModeChooser(Protocol):
     """Chooses the way of each round."""
 
-    def choose(self, *, complete: bool) -> Way:
+    def choose(self, *, complete: bool) -> RoundMode:
         """For the round that begins; `complete` says whether all n nodes are there."""
 
     def learn(self, row: Mapping[str, Any]) -> None:
@@ -71,12 +71,12 @@ class Ways(Protocol):
 
 
 @dataclass(frozen=True)
-class FixedWay:
+class FixedMode:
     """Always the same."""
 
-    way: Way
+    way: RoundMode
 
-    def choose(self, *, complete: bool) -> Way:
+    def choose(self, *, complete: bool) -> RoundMode:
         """That."""
         return self.way
 
@@ -84,7 +84,7 @@ class FixedWay:
         """Nothing."""
 
 
-class AdaptiveWays:
+class AdaptiveModes:
     """Chooses by replaying the last rounds, and takes a choice back that turns out worse than what it replaced.
 
     It begins with one shard a message and patience 2, which costs next to nothing where all are alike. From then on it
@@ -105,7 +105,7 @@ class AdaptiveWays:
 
     def __init__(self, code: GradientCode, *, smaller: bool = True, every: int = 3) -> None:
         self.code, self.smaller, self.every = code, smaller, every
-        self.way = self._safe = Way(code, "shards", 2.0)
+        self.way = self._safe = RoundMode(code, "shards", 2.0)
         #: What each way's rounds would have lasted, in seconds, at the last decision.
         self.predicted: dict[str, float] = {}
         self._history = History(code.n, _WINDOW)
@@ -114,10 +114,10 @@ class AdaptiveWays:
         self._round = 0
         self._decided = 0
         self._took: deque[float] = deque(maxlen=_TRIAL)  # seconds of the present way's rounds
-        self._before: tuple[Way, float] | None = None  # the way before it, and what that one's rounds took
+        self._before: tuple[RoundMode, float] | None = None  # the way before it, and what that one's rounds took
         self._banned: dict[str, tuple[int, int]] = {}  # until which round, for how long
 
-    def choose(self, *, complete: bool) -> Way:
+    def choose(self, *, complete: bool) -> RoundMode:
         """The one that would have been fastest; the same as before unless another is clearly better."""
         if self._worse():
             assert self._before is not None
@@ -161,7 +161,7 @@ class AdaptiveWays:
         # The first round of a way still meets nodes that are busy with the last one's.
         return len(self._took) > 3 and float(np.mean([*self._took][1:])) > _WORSE * reference
 
-    def _change(self, way: Way, *, on_trial: bool) -> None:
+    def _change(self, way: RoundMode, *, on_trial: bool) -> None:
         if _name(way) != _name(self.way):
             self._before = (self.way, float(np.mean(self._took))) if on_trial and self._took else None
             self._took.clear()
@@ -185,13 +185,13 @@ class AdaptiveWays:
         else:
             self._change(ways[now], on_trial=True)  # regrouped by the newest speeds
 
-    def _ways(self, speeds: NDArray[np.float64]) -> dict[str, Way]:
-        ways = [Way(self.code, "shards", patience) for patience in _PATIENCES]
-        stored = Way(self.code, "coded")
+    def _ways(self, speeds: NDArray[np.float64]) -> dict[str, RoundMode]:
+        ways = [RoundMode(self.code, "shards", patience) for patience in _PATIENCES]
+        stored = RoundMode(self.code, "coded")
         heard = all(self._heard.get(i, -_WINDOW) > self._round - _RECENT for i in range(self.code.n))
         if self.code.groups and self.smaller and heard and self._failed <= self._round - _WINDOW:
             largest = max(map(len, self.code.groups))
-            fewer = [Way(regrouped(self.code, size, speeds), "coded") for size in range(2, largest)]
+            fewer = [RoundMode(regrouped(self.code, size, speeds), "coded") for size in range(2, largest)]
             ways += [way for way in fewer if way.load < stored.load]
         ways.append(stored)
         free = [way for way in ways if self._banned.get(_kind(way), (0, 0))[0] <= self._round]
@@ -226,7 +226,7 @@ def regrouped(code: GradientCode, size: int, seconds: Sequence[float] | NDArray[
     return GradientCode(B, least - 1, code.name, tuple(groups))
 
 
-def _scheme(way: Way) -> Scheme:
+def _scheme(way: RoundMode) -> Scheme:
     blocks = tuple(way.code.shards_of(i) for i in range(way.code.n))
     if way.send == "shards":
         return Scheme(_name(way), blocks, groups=way.code.groups or (), shardwise=True, patience=way.patience)
@@ -234,19 +234,19 @@ def _scheme(way: Way) -> Scheme:
     return Scheme(_name(way), blocks, enough=enough, groups=way.code.groups or ())
 
 
-def _name(way: Way) -> str:
+def _name(way: RoundMode) -> str:
     if way.send == "shards":
         return f"one shard a message, patience {way.patience:g}"
     return f"coded vectors of {way.load} shards"
 
 
-def _kind(way: Way) -> str:
+def _kind(way: RoundMode) -> str:
     """What fails a trial together: coded vectors, however long."""
     return _name(way) if way.send == "shards" else "coded"
 
 
-def ways_of(options: Options, code: GradientCode) -> Ways:
+def mode_chooser(options: Options, code: GradientCode) -> ModeChooser:
     """As the user set it."""
     if options.send == "adaptive":
-        return AdaptiveWays(code, smaller=options.policy != "raise")
-    return FixedWay(Way(code, options.send, options.waiting))
+        return AdaptiveModes(code, smaller=options.policy != "raise")
+    return FixedMode(RoundMode(code, options.send, options.waiting))

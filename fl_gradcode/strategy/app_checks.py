@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from ..errors import IncompatibleStrategy, InvalidSetting, ShardMismatch, UnsuitableApp, VersionMismatch
 from ..privacy import clipping_mod_named_in
-from .replies import DISAGREEMENT, FIXED_DATA, NO_MOD, Inbox
+from .replies import DISAGREEMENT, FIXED_DATA, NO_MOD, ReplyCollector
 from .wrapped import PRIVACY_WRAPPERS
 
 __all__ = ["broken_promises", "refuse_unsuitable", "refuse_wrappers"]
@@ -35,7 +35,7 @@ def refuse_wrappers() -> None:
             )
 
 
-def refuse_unsuitable(inbox: Inbox, *, ever_decoded: bool) -> None:
+def refuse_unsuitable(inbox: ReplyCollector, *, ever_decoded: bool) -> None:
     """End the run where no round can become right.
 
     Raises:
@@ -64,7 +64,7 @@ def refuse_unsuitable(inbox: Inbox, *, ever_decoded: bool) -> None:
         )
 
 
-def broken_promises(inbox: Inbox) -> Iterator[tuple[str, str]]:
+def broken_promises(inbox: ReplyCollector) -> Iterator[tuple[str, str]]:
     """(key, sentence) of what should be warned about, each key once a run."""
     if inbox.stateful:
         yield (

@@ -37,7 +37,7 @@ class Saved:
         run: Its name.
         round: The last round that is done; 0: none.
         arrays: The model.
-        made_of: What must be the same when it goes on: code, seed, strategy.
+        fingerprint: What must be the same when it goes on: code, seed, strategy.
         strategy: What the wrapped strategy has changed, by attribute.
         randomness: States of the global generators of `random` and NumPy, which sampling draws from.
         metrics: Kind -> round -> metrics, as Flower's `Result` has them.
@@ -47,7 +47,7 @@ class Saved:
     run: str
     round: int
     arrays: ArrayRecord
-    made_of: dict[str, Any]
+    fingerprint: dict[str, Any]
     strategy: dict[str, Any] = field(default_factory=dict)
     randomness: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from ..errors import InvalidSetting, RoundFailed, UnsuitableApp
 from ..grid import Arrival, EarlyStopGrid, Wait
 from ..placement import WITHHELD
 from ..protocol import Reply, error_text, probe_content
-from .workers import Roster
+from .workers import WorkerRegistry
 
 __all__ = ["Discovered", "Holdings", "discover"]
 
@@ -167,7 +167,7 @@ _GRACE = 3.0  # seconds that further answers are waited for once every shard has
 _LEAST_TTL = 600.0
 
 
-def discover(grid: EarlyStopGrid, holdings: Holdings, roster: Roster, timeout: float) -> None:
+def discover(grid: EarlyStopGrid, holdings: Holdings, registry: WorkerRegistry, timeout: float) -> None:
     """Ask all nodes, those that come meanwhile too, until every shard has the holders wished for, or `timeout` seconds.
 
     Raises:
@@ -175,7 +175,7 @@ def discover(grid: EarlyStopGrid, holdings: Holdings, roster: Roster, timeout: f
         RoundFailed: Some shard has no holder; or two nodes say that they are the same worker.
     """
     deadline = grid.source.now() + timeout
-    rule = _ProbeRule(holdings, roster, grid)
+    rule = _ProbeRule(holdings, registry, grid)
     asked: set[int] = set()
     while True:
         nodes = [node for node in grid.get_node_ids() if node not in asked | rule.joined]
@@ -216,8 +216,8 @@ class _ProbeRule:
 
     label = "probe 0"
 
-    def __init__(self, holdings: Holdings, roster: Roster, grid: EarlyStopGrid) -> None:
-        self._holdings, self._roster, self._source = holdings, roster, grid.source
+    def __init__(self, holdings: Holdings, registry: WorkerRegistry, grid: EarlyStopGrid) -> None:
+        self._holdings, self._roster, self._source = holdings, registry, grid.source
         self._node_of: dict[int, int] = {}
         #: Nodes that came while others were waited for.
         self.joined: set[int] = set()

@@ -1,4 +1,4 @@
-"""How a phase sends its work: one coded vector a worker (`CodedSending`), or one shard a message (`ShardSending`)."""
+"""How a phase sends its work: one coded vector a worker (`CodedDispatch`), or one shard a message (`ShardDispatch`)."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ..codes import GradientCode, IncrementalDecoder, uncoded
 from ..grid import Arrival
 from ..planning import first_shards
 from ..protocol import Plan, Reply, Row
-from .adaptive import Way
-from .plan_messages import Asking, whole_shard
-from .replies import Inbox
-from .workers import Roster
+from .adaptive import RoundMode
+from .plan_messages import MessageFactory, whole_shard
+from .replies import ReplyCollector
+from .workers import WorkerRegistry
 
-__all__ = ["CodedSending", "Sending", "ShardSending", "first_rows", "known_of", "may_cover", "sending_of"]
+__all__ = ["CodedDispatch", "Dispatch", "ShardDispatch", "dispatch_of", "first_rows", "known_of", "may_cover"]
 
 # To tell whether all is lost; what takes more than this is not.
 _TRIED = 200  # sets of workers
 _WORK, _DEEP = 20_000, 100  # sets that are looked at for a cover, and how many it may have
 
 
-class Sending(Protocol):
+class Dispatch(Protocol):
     """The decisions of a phase that depend on how it sends."""
 
     #: How replies add up: one row each.
@@ -51,13 +51,13 @@ class Sending(Protocol):
     def arrived(self, arrival: Arrival) -> None:
         """A reply is in, not read yet."""
 
-    def next_message(self, node: int, held: Message | None, inbox: Inbox, now: float) -> Message | None:
+    def next_message(self, node: int, held: Message | None, inbox: ReplyCollector, now: float) -> Message | None:
         """What a free node gets; see `StopRule`."""
 
-    def choose(self, arrivals: Sequence[Arrival], inbox: Inbox, *, final: bool) -> list[Arrival]:
+    def choose(self, arrivals: Sequence[Arrival], inbox: ReplyCollector, *, final: bool) -> list[Arrival]:
         """Which replies to read; see `StopRule`."""
 
-    def hopeless(self, nodes: Sequence[int], inbox: Inbox) -> bool:
+    def hopeless(self, nodes: Sequence[int], inbox: ReplyCollector) -> bool:
         """Whether it stays undecodable with replies of all these nodes; each that is not known may be any one of the
         missing workers."""
 
@@ -71,21 +71,23 @@ class Sending(Protocol):
         """The phase is over: let go of what is large."""
 
 
-class CodedSending:
+class CodedDispatch:
     """One message a worker, one coded vector back.
 
     Args:
         plan: What is asked; `plan.rows` holds every worker's row.
         code: The code over the sampled shards.
-        roster: Who is who.
+        registry: Who is who.
         kappa_max: Replies beyond those that decode are waited for while noise is amplified more than so.
     """
 
     spare = False
     wake_at = None
 
-    def __init__(self, plan: Plan, code: GradientCode, roster: Roster, *, kappa_max: float = float("inf")) -> None:
-        self.plan, self.code, self.roster, self.kappa_max = plan, code, roster, kappa_max
+    def __init__(
+        self, plan: Plan, code: GradientCode, registry: WorkerRegistry, *, kappa_max: float = float("inf")
+    ) -> None:
+        self.plan, self.code, self.registry, self.kappa_max = plan, code, registry, kappa_max
         self._participants = {i for i, row in plan.rows.items() if row.shards}
         self._trial: IncrementalDecoder | None = None
 
@@ -112,13 +114,13 @@ class CodedSending:
     def arrived(self, arrival: Arrival) -> None:
         """Nothing to do."""
 
-    def next_message(self, node: int, held: Message | None, inbox: Inbox, now: float) -> Message | None:
+    def next_message(self, node: int, held: Message | None, inbox: ReplyCollector, now: float) -> Message | None:
         """Its one message."""
         return held
 
-    def choose(self, arrivals: Sequence[Arrival], inbox: Inbox, *, final: bool) -> list[Arrival]:
+    def choose(self, arrivals: Sequence[Arrival], inbox: ReplyCollector, *, final: bool) -> list[Arrival]:
         """Those that complete the sum."""
-        worker_of = {arrival.token: self.roster.worker_of(arrival.node) for arrival in arrivals}
+        worker_of = {arrival.token: self.registry.worker_of(arrival.node) for arrival in arrivals}
         if None in worker_of.values():
             return list(arrivals)  # it cannot be told without reading
         best = inbox.best
@@ -147,14 +149,14 @@ class CodedSending:
         trial.update(workers[len(trial.survivors) :])
         return trial
 
-    def hopeless(self, nodes: Sequence[int], inbox: Inbox) -> bool:
+    def hopeless(self, nodes: Sequence[int], inbox: ReplyCollector) -> bool:
         """Whether it stays undecodable even with all of `nodes`."""
         if inbox.best is not None and inbox.best.decoder.decodable:
             return False  # only the noise is still waited for
         answered = {i for bucket in inbox.buckets.values() for i in bucket.senders}
-        known, strangers = known_of(nodes, self.roster)
+        known, strangers = known_of(nodes, self.registry)
         known = (known & self._participants) - answered
-        missing = set(self.roster.missing(self._participants)) - answered if strangers else set()
+        missing = set(self.registry.missing(self._participants)) - answered if strangers else set()
         decoders = [bucket.decoder for bucket in inbox.buckets.values()] or [self.code.incremental()]
         for decoder in decoders:
             silent = len(self._participants - known - set(decoder.survivors)) - min(strangers, len(missing))
@@ -188,12 +190,12 @@ class CodedSending:
         self._trial = None
 
 
-def known_of(nodes: Iterable[int], roster: Roster) -> tuple[set[int], int]:
+def known_of(nodes: Iterable[int], registry: WorkerRegistry) -> tuple[set[int], int]:
     """Which workers they are, and how many more there may be among them: nodes that are not known, or that say that
     they are the same worker; where two do, at least one, until both were heard."""
-    workers = [roster.worker_of(node) for node in nodes]
+    workers = [registry.worker_of(node) for node in nodes]
     known = {i for i in workers if i is not None}
-    return known, max(len(workers) - len(known), int(roster.contested))
+    return known, max(len(workers) - len(known), int(registry.contested))
 
 
 def may_cover(wanted: AbstractSet[int], sets: Sequence[AbstractSet[int]], count: int) -> bool:
@@ -244,13 +246,19 @@ def _first(workers: Sequence[int], groups: Sequence[Sequence[int]], m: int) -> l
     return [i for q, inside in seen.items() if q >= 0 for i in inside]
 
 
-def sending_of(
-    way: Way, asking: Asking, code: GradientCode, shards: Sequence[int], roster: Roster, *, kappa_max: float
-) -> CodedSending | ShardSending:
+def dispatch_of(
+    way: RoundMode,
+    asking: MessageFactory,
+    code: GradientCode,
+    shards: Sequence[int],
+    registry: WorkerRegistry,
+    *,
+    kappa_max: float,
+) -> CodedDispatch | ShardDispatch:
     """How the phase sends; `code` is the way's, over the sampled shards."""
     if way.send == "shards":
-        return ShardSending(asking.plan, roster, shards, asking.one_shard, way.patience)
-    return CodedSending(asking.plan, code, roster, kappa_max=kappa_max)
+        return ShardDispatch(asking.plan, registry, shards, asking.one_shard, way.patience)
+    return CodedDispatch(asking.plan, code, registry, kappa_max=kappa_max)
 
 
 def first_rows(plan: Plan) -> dict[int, Row]:
@@ -260,12 +268,12 @@ def first_rows(plan: Plan) -> dict[int, Row]:
     return {**rows, **{worker: whole_shard(shard) for worker, shard in first.items()}}
 
 
-class ShardSending:
+class ShardDispatch:
     """One shard a message, one message outstanding a node.
 
     Args:
         plan: `plan.rows` holds every worker's shards.
-        roster: Who is who.
+        registry: Who is who.
         shards: The sampled shards.
         compose: (node, worker, shard) -> the message that asks for this shard.
         patience: A shard that somebody works on is begun a second time only when that has taken so many times as long
@@ -277,12 +285,12 @@ class ShardSending:
     def __init__(
         self,
         plan: Plan,
-        roster: Roster,
+        registry: WorkerRegistry,
         shards: Sequence[int],
         compose: Callable[[int, int, int], Message],
         patience: float = 0.0,
     ) -> None:
-        self.plan, self.roster, self._patience = plan, roster, patience
+        self.plan, self.registry, self._patience = plan, registry, patience
         self.code = uncoded(len(shards))
         self._row = {shard: row for row, shard in enumerate(shards)}
         self._shards = {i: row.shards for i, row in plan.rows.items() if row.shards}
@@ -321,13 +329,13 @@ class ShardSending:
             self._unread[arrival.token] = shard
             self._sent.setdefault(arrival.node, set()).add(shard)
 
-    def next_message(self, node: int, held: Message | None, inbox: Inbox, now: float) -> Message | None:
+    def next_message(self, node: int, held: Message | None, inbox: ReplyCollector, now: float) -> Message | None:
         """The uncovered shard of its own with the fewest workers on it; where that is the same, round from its first.
         No node is asked twice for one.
 
         A node that is not known yet gets what was made for all: each client finds its first shard in it.
         """
-        worker = self.roster.worker_of(node)
+        worker = self.registry.worker_of(node)
         if worker is None:
             return held
         mine = self._shards.get(worker, ())
@@ -355,7 +363,7 @@ class ShardSending:
             self.wake_at = due
         return due <= now
 
-    def choose(self, arrivals: Sequence[Arrival], inbox: Inbox, *, final: bool) -> list[Arrival]:
+    def choose(self, arrivals: Sequence[Arrival], inbox: ReplyCollector, *, final: bool) -> list[Arrival]:
         """The first copy of each shard, once all have one."""
         if any(arrival.token not in self._unread for arrival in arrivals):
             return list(arrivals)  # what they are cannot be told without reading
@@ -367,21 +375,21 @@ class ShardSending:
                 first.setdefault(shard, arrival)
         return list(first.values()) if final or len(done) + len(first) == len(self._row) else []
 
-    def hopeless(self, nodes: Sequence[int], inbox: Inbox) -> bool:
+    def hopeless(self, nodes: Sequence[int], inbox: ReplyCollector) -> bool:
         """Whether some shard has no copy and no holder among `nodes`."""
         able = [node for node in nodes if node not in self._failed]
-        _, strangers = known_of(able, self.roster)
+        _, strangers = known_of(able, self.registry)
         possible = self._covered(inbox)
         for node in able:
-            worker = self.roster.worker_of(node)
+            worker = self.registry.worker_of(node)
             mine = () if worker is None else self._shards.get(worker, ())
             possible.update(set(mine) - self._sent.get(node, set()))
-        missing = [set(self._shards[i]) for i in self.roster.missing(self._shards)]
+        missing = [set(self._shards[i]) for i in self.registry.missing(self._shards)]
         return not may_cover(set(self._row) - possible, missing, min(strangers, len(missing)))
 
     def offered(self, arrival: Arrival, *, good: bool) -> None:
         """A node that failed gets no more work in this phase."""
-        worker = self.roster.worker_of(arrival.node)
+        worker = self.registry.worker_of(arrival.node)
         shard = self._unread.pop(arrival.token, None)
         if shard is not None and not good:
             self._sent[arrival.node].discard(shard)  # it may be asked again, if it comes back
@@ -403,11 +411,11 @@ class ShardSending:
         """Let go of the message that all were made of."""
         self._compose = None
 
-    def _done(self, inbox: Inbox) -> set[int]:
+    def _done(self, inbox: ReplyCollector) -> set[int]:
         """Shards whose update is in the bucket that counts."""
         best = inbox.best
         rows = best.senders if best else {}
         return {shard for shard, row in self._row.items() if row in rows}
 
-    def _covered(self, inbox: Inbox) -> set[int]:
+    def _covered(self, inbox: ReplyCollector) -> set[int]:
         return self._done(inbox).union(self._unread.values())

@@ -22,10 +22,10 @@ from .app_checks import refuse_wrappers
 from .checkpoint import Checkpoint
 from .discovery import Discovered, Holdings, discover
 from .options import Approximation, Options
-from .resume import Continuation, made_of, request_of
+from .resume import ResumableRun, fingerprint_of, request_of
 from .run import Run
 from .strategy_state import StrategyState
-from .workers import Roster
+from .workers import WorkerRegistry
 from .wrapped import check_bounds, check_strategy
 
 __all__ = ["GradientCoding"]
@@ -166,7 +166,7 @@ class GradientCoding(Strategy):
     def summary(self) -> None:
         """Log the code, then the wrapped strategy's own summary."""
         _log.info("\t├──> Gradient coding: %r", self._wish if self._run is None else self._run.code)
-        _log.info("\t│\t├── Sending: %s", self.options.send)
+        _log.info("\t│\t├── Dispatch: %s", self.options.send)
         _log.info("\t│\t└── Undecodable rounds: %s", self.options.policy)
         _log.info("\t├──> Wrapped strategy: %s", type(self.strategy).__name__)
         self.strategy.summary()
@@ -201,7 +201,7 @@ class GradientCoding(Strategy):
                 return finished
             run = self._run = self._new_run(going, waiting, timeout)
             request = request_of(grid, self.options, train_config)
-            self._arrays = going.take_up(run, self.ledger, initial_arrays, request)
+            self._arrays = going.resume(run, self.ledger, initial_arrays, request)
             left = num_rounds - going.done
             if left < 1 <= going.done:  # the last number is spent
                 return going.complete(Result(arrays=self._arrays))
@@ -256,19 +256,19 @@ class GradientCoding(Strategy):
         self._going.evaluated(number, metrics, self._arrays)
         return metrics
 
-    def _new_run(self, going: Continuation, grid: EarlyStopGrid, timeout: float | None) -> Run:
+    def _new_run(self, going: ResumableRun, grid: EarlyStopGrid, timeout: float | None) -> Run:
         if self._wish is None:
             return Run(self.strategy, self.options, self.code, going.name, timeout)
-        roster, holdings = Roster(), Holdings(self._wish, self.options.digests)
-        discover(grid, holdings, roster, self.options.node_timeout)
+        registry, holdings = WorkerRegistry(), Holdings(self._wish, self.options.digests)
+        discover(grid, holdings, registry, self.options.node_timeout)
         code = holdings.code()
         assert code is not None
         self.options.check(code)
-        return Run(self.strategy, self.options, code, going.name, timeout, roster, holdings)
+        return Run(self.strategy, self.options, code, going.name, timeout, registry, holdings)
 
-    def _continuation(self) -> Continuation:
-        made = made_of(self.strategy, self._code, self._k, self.options)
-        return Continuation(self._checkpoint, self._state, made, self._name)
+    def _continuation(self) -> ResumableRun:
+        made = fingerprint_of(self.strategy, self._code, self._k, self.options)
+        return ResumableRun(self._checkpoint, self._state, made, self._name)
 
     def _close_row(self) -> dict[str, Any]:
         row = self._here.close_row()

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from ..codes import GradientCode, PrimeField, whole_groups
 from ..grid import Arrival, Wait
-from ..privacy import CentralRelease
+from ..privacy import CentralGaussian
 from ..protocol import Plan
-from .dispatch import Sending
+from .dispatch import Dispatch
 from .options import Approximation
-from .plan_messages import Asking
-from .replies import Decoded, Inbox, Memory, Stale
-from .workers import Roster
+from .plan_messages import MessageFactory
+from .replies import Decoded, ReplyCollector, StaleUpdate, StaleUpdates
+from .workers import WorkerRegistry
 
 __all__ = ["Phase"]
 
@@ -33,7 +33,7 @@ class Phase:
         plan: What was asked; `plan.rows` holds every worker's row.
         shards: The sampled shards, ascending.
         before: The arrays that were sent; None when evaluating.
-        roster: Who is who; learns from the replies.
+        registry: Who is who; learns from the replies.
         sending: How replies add up, and who gets what when.
         asking: Makes the messages.
     """
@@ -43,20 +43,20 @@ class Phase:
         plan: Plan,
         shards: Sequence[int],
         before: ArrayRecord | None,
-        roster: Roster,
-        sending: Sending,
-        asking: Asking,
+        registry: WorkerRegistry,
+        sending: Dispatch,
+        asking: MessageFactory,
     ) -> None:
-        self.plan, self.shards, self.roster, self.sending = plan, list(shards), roster, sending
-        self._asking: Asking | None = asking
+        self.plan, self.shards, self.registry, self.sending = plan, list(shards), registry, sending
+        self._asking: MessageFactory | None = asking
         self.label = plan.label
-        self.inbox = Inbox(plan, sending.code, before, roster, sending.row_of, spare=sending.spare)
+        self.inbox = ReplyCollector(plan, sending.code, before, registry, sending.row_of, spare=sending.spare)
         self.collected = False
         self.wait = Wait()
         self.failure = ""
         self.decodable_after: tuple[int, float] | None = None
         #: What is done to the decoded sum before anybody sees it.
-        self.release_by: CentralRelease | None = None
+        self.release_by: CentralGaussian | None = None
 
     @property
     def code(self) -> GradientCode:
@@ -86,7 +86,7 @@ class Phase:
 
     def messages(self, nodes: Sequence[int]) -> list[Message]:
         """What each node is asked first."""
-        return [] if self._asking is None else self._asking.messages(nodes, self.roster, self.sending.first_rows())
+        return [] if self._asking is None else self._asking.messages(nodes, self.registry, self.sending.first_rows())
 
     def join(self, node: int) -> Message | None:
         """What a node gets that has come since the phase began: the whole plan, if it is not known."""
@@ -94,7 +94,7 @@ class Phase:
 
     def restarted(self, node: int) -> None:
         """What it was working on is lost."""
-        self.roster.forget(node)
+        self.registry.forget(node)
         self.sending.restarted(node)
 
     def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
@@ -128,7 +128,7 @@ class Phase:
 
     # Results
 
-    def decode(self, approximation: Approximation | None = None, memory: Memory | None = None) -> Decoded | None:
+    def decode(self, approximation: Approximation | None = None, memory: StaleUpdates | None = None) -> Decoded | None:
         """The decoded mean, or an estimate of it if wanted; None leaves the reason in `failure`.
 
         What single groups or shards sent is put into `memory`, and filled in from there.
@@ -141,7 +141,7 @@ class Phase:
             pairs = "; ".join(f"{a} and {b} of shard {j}" for j, (a, b) in sorted(self.inbox.disagreeing.items())[:3])
             self.failure = f"holders {pairs} disagree by up to {self.inbox.disagreement:.1e} (relative)"
             return None
-        stale: tuple[Stale, ...] = ()
+        stale: tuple[StaleUpdate, ...] = ()
         if vector is None:
             if approximation is None:
                 return None

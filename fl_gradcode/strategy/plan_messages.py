@@ -8,12 +8,12 @@ from dataclasses import replace
 from flwr.app import Message, RecordDict
 
 from ..codes import GradientCode, PrimeField
-from ..privacy import RunPrivacy
+from ..privacy import RunAccount
 from ..protocol import Plan, Row, without_arrays
 from .options import Options
-from .workers import Roster
+from .workers import WorkerRegistry
 
-__all__ = ["Asking", "make_plan", "time_to_live", "whole_shard"]
+__all__ = ["MessageFactory", "make_plan", "time_to_live", "whole_shard"]
 
 _OBSERVED = 20.0  # times the slowest reply so far that a message stays valid
 _LEAST_TTL = 600.0  # seconds
@@ -31,7 +31,7 @@ def make_plan(
     kind: str,
     weight_key: str,
     arrays_key: str,
-    privacy: RunPrivacy | None = None,
+    privacy: RunAccount | None = None,
     digests: Mapping[int, str] | None = None,
     is_open: bool = False,
 ) -> Plan:
@@ -56,7 +56,7 @@ def make_plan(
     )
 
 
-class Asking:
+class MessageFactory:
     """Makes the messages of one phase.
 
     Args:
@@ -69,7 +69,7 @@ class Asking:
     def __init__(self, plan: Plan, content: RecordDict, *, message_type: str, ttl: float | None) -> None:
         self.plan, self._content, self._type, self._ttl = plan, content, message_type, ttl
 
-    def messages(self, nodes: Iterable[int], roster: Roster, rows: Mapping[int, Row]) -> list[Message]:
+    def messages(self, nodes: Iterable[int], registry: WorkerRegistry, rows: Mapping[int, Row]) -> list[Message]:
         """One message for each node whose worker has shards to work on, or is not known yet.
 
         A known node gets its own row, an unknown one the whole plan: only its client can tell who it is. `rows`
@@ -79,7 +79,7 @@ class Asking:
         whole = plan.add_to(self._content)
         messages = []
         for node in nodes:
-            worker = roster.worker_of(node)
+            worker = registry.worker_of(node)
             if worker is None or worker not in plan.rows:
                 messages.append(self._message(RecordDict(dict(whole.items())), node))
             elif plan.rows[worker].shards:

@@ -12,36 +12,36 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
 from ..codes import GradientCode, IncrementalDecoder, P, PrimeField
-from ..privacy import CentralRelease
+from ..privacy import CentralGaussian
 from ..protocol import (
     ARRAYS,
     METRICS,
     UPDATE,
-    Carrier,
     Layout,
+    PayloadEncoding,
     Plan,
     Reply,
     all_finite,
-    carrier_of,
     error_text,
     last_line,
+    payload_encoding,
     rebuild_arrays,
     rebuild_metrics,
     size_of,
     view,
 )
-from .workers import Roster
+from .workers import WorkerRegistry
 
 __all__ = [
     "DISAGREEMENT",
     "FIXED_DATA",
     "NO_MOD",
-    "Bucket",
     "Decoded",
-    "Inbox",
-    "Memory",
     "Rejection",
-    "Stale",
+    "ReplyCollector",
+    "ReplyGroup",
+    "StaleUpdate",
+    "StaleUpdates",
     "can_fill_in",
     "vectors_of",
 ]
@@ -54,7 +54,7 @@ _MIX_UP = 0.1
 
 
 @dataclass(frozen=True)
-class Stale:
+class StaleUpdate:
     """What some shards added to an earlier round, to fill in for them.
 
     Attributes:
@@ -91,17 +91,17 @@ class Decoded:
     names: tuple[str, str]
     vector: NDArray[Any]
     used: tuple[int, ...]
-    stale: tuple[Stale, ...] = ()
+    stale: tuple[StaleUpdate, ...] = ()
 
 
 @dataclass
-class Bucket:
+class ReplyGroup:
     """Replies that can be added up."""
 
     decoder: IncrementalDecoder
     reply: Reply
     key: object
-    carrier: Carrier
+    encoding: PayloadEncoding
     #: By row of the code: (node, worker) that sent it, the coded update, the coded metrics.
     senders: dict[int, tuple[int, int]] = field(default_factory=dict)
     updates: dict[int, NDArray[Any]] = field(default_factory=dict)
@@ -123,8 +123,8 @@ class Bucket:
         code: GradientCode,
         vector: NDArray[Any],
         before: ArrayRecord | None,
-        stale: Sequence[Stale] = (),
-        release: CentralRelease | None = None,
+        stale: Sequence[StaleUpdate] = (),
+        release: CentralGaussian | None = None,
     ) -> Decoded | str:
         """The decoded mean, or why there is none; with `release` a noisy one, of public weight."""
         rows = vector.reshape(code.n, -1)
@@ -137,7 +137,7 @@ class Bucket:
         order = [*code.order_of(used), *range(code.n, code.n + len(stale))]
         (weight_key, _, _), *_ = self.reply.metrics_layout
         vectors = [*(self.metrics[i] for i in used), *(one.metrics for one in stale)]
-        metrics = self.carrier.restored(code.numbers.decode(vectors, coefficients[:, :1], order=order))  # in one block
+        metrics = self.encoding.restored(code.numbers.decode(vectors, coefficients[:, :1], order=order))  # in one block
         if not 0 < metrics[0] < np.inf:
             return f"the decoded {weight_key!r} is {metrics[0]:g}, and a mean needs a positive, finite one"
         weight, record = rebuild_metrics(self.reply.metrics_layout, metrics, whole=self.whole)
@@ -176,7 +176,7 @@ def _no_mean(code: GradientCode, vector: NDArray[Any], filled: int) -> str:
 
 
 def vectors_of(
-    reply: Reply, message: Message, before: ArrayRecord | None, m: int, carrier: Carrier
+    reply: Reply, message: Message, before: ArrayRecord | None, m: int, encoding: PayloadEncoding
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """The coded update and the coded metrics of a reply, checked against what was sent.
 
@@ -186,9 +186,9 @@ def vectors_of(
     record = message.content.get(UPDATE)
     if not isinstance(record, ArrayRecord) or METRICS not in record:
         raise ValueError(f"the record {UPDATE!r} is missing")
-    update_dtype, metrics_dtype = carrier.dtypes(reply.layout)
+    update_dtype, metrics_dtype = encoding.dtypes(reply.layout)
     numbers = sum(max(length, 1) if length else 0 for _, length, _ in reply.metrics_layout)
-    metrics = _vector(record, METRICS, carrier.entries(numbers), metrics_dtype, 1)
+    metrics = _vector(record, METRICS, encoding.entries(numbers), metrics_dtype, 1)
     if before is None:
         update = np.zeros(0, update_dtype)
     else:
@@ -236,14 +236,14 @@ def can_fill_in(code: GradientCode, *, shardwise: bool) -> bool:
     return shardwise or (code.groups is not None and code.m == 1)
 
 
-class Memory:
+class StaleUpdates:
     """The last known update of each block of shards."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, ...], Stale] = {}
+        self._known: dict[tuple[int, ...], StaleUpdate] = {}
 
     def keep(
-        self, code: GradientCode, shards: Sequence[int], server_round: int, bucket: Bucket, vector: NDArray[Any]
+        self, code: GradientCode, shards: Sequence[int], server_round: int, bucket: ReplyGroup, vector: NDArray[Any]
     ) -> None:
         """Remember what went into a sum."""
         for worker in np.flatnonzero(vector):
@@ -251,11 +251,11 @@ class Memory:
             # Under sampling a group sends other shards each time: what overlaps is out of date.
             self._known = {one: stale for one, stale in self._known.items() if not set(one) & set(block)}
             update, metrics = bucket.updates[int(worker)], bucket.metrics[int(worker)]
-            self._known[block] = Stale(block, server_round, update, metrics, bucket.key)
+            self._known[block] = StaleUpdate(block, server_round, update, metrics, bucket.key)
 
     def for_missing(
         self, code: GradientCode, shards: Sequence[int], survivors: Sequence[int], key: object
-    ) -> tuple[Stale, ...]:
+    ) -> tuple[StaleUpdate, ...]:
         """What is known of the groups without survivors; only where names, dtypes and shapes are the same."""
         there = set(survivors)
         found = []
@@ -284,14 +284,14 @@ class Rejection:
     reason: str
 
 
-class Inbox:
+class ReplyCollector:
     """Collects replies.
 
     Args:
         plan: What was asked; `plan.rows` holds every worker's row.
         code: How replies add up: one reply for each of its rows.
         before: The arrays that were sent; None when evaluating.
-        roster: Who is who; learns from the replies.
+        registry: Who is who; learns from the replies.
         row_of: Which of the code's rows a reply stands for; a text says why none.
         spare: Whether a second copy of a row is welcome, and merely not needed.
     """
@@ -301,14 +301,14 @@ class Inbox:
         plan: Plan,
         code: GradientCode,
         before: ArrayRecord | None,
-        roster: Roster,
+        registry: WorkerRegistry,
         row_of: Callable[[Reply], int | str],
         *,
         spare: bool = False,
     ) -> None:
-        self.plan, self.code, self.before, self.roster = plan, code, before, roster
+        self.plan, self.code, self.before, self.registry = plan, code, before, registry
         self._row_of, self._spare = row_of, spare
-        self._carrier = carrier_of(plan.fraction_bits, plan.k)
+        self._carrier = payload_encoding(plan.fraction_bits, plan.k)
         #: Workers whose replies count, in order of arrival; under `spare`, each as often as it answered.
         self.answered: list[int] = []
         #: Workers with a good reply for which there was one before.
@@ -323,12 +323,12 @@ class Inbox:
         self.spent: tuple[float, float] | None = None
         #: Shard -> two of its holders whose keys were bound to different requests.
         self.other_requests: dict[int, tuple[int, int]] = {}
-        self.buckets: dict[object, Bucket] = {}
+        self.buckets: dict[object, ReplyGroup] = {}
         self._contexts: dict[int, tuple[int, str]] = {}
         self._sketches: dict[int, tuple[int, tuple[float, ...]]] = {}
 
     @property
-    def best(self) -> Bucket | None:
+    def best(self) -> ReplyGroup | None:
         """The bucket that decodes, else the largest."""
         buckets = self.buckets.values()
         return max(buckets, key=lambda b: (b.decoder.decodable, len(b.decoder.survivors)), default=None)
@@ -337,9 +337,9 @@ class Inbox:
         """Read one reply: it counts (None), or is rejected with a reason."""
         reason = (failure or "no reply came") if reply is None else self._examine(node, reply)
         if reason is not None:
-            self.rejections.append(Rejection(node, self.roster.worker_of(node), reason))
+            self.rejections.append(Rejection(node, self.registry.worker_of(node), reason))
             if reply is None or reply.has_error():
-                self.roster.forget(node)
+                self.registry.forget(node)
         return reason
 
     def outvoted(self) -> list[Rejection]:
@@ -370,13 +370,13 @@ class Inbox:
             wrong = f"run {reply.run!r}, " if reply.run != self.plan.run else ""
             return f"wrong round: it answers {wrong}{reply.kind} {reply.round}"
         if self.plan.open:
-            self.roster.holdings[reply.worker] = dict(reply.holds)
+            self.registry.holdings[reply.worker] = dict(reply.holds)
         if reply.worker not in self.plan.rows and self.plan.open:
-            self.roster.answered(node, reply.worker, self.plan.round)
+            self.registry.answered(node, reply.worker, self.plan.round)
             return None  # it is new: the next round's code has a row for it
         if reply.worker not in self.plan.rows:
             return f"worker {reply.worker} is not in the code (workers 0..{self.plan.n - 1})"
-        self.roster.answered(node, reply.worker, self.plan.round)
+        self.registry.answered(node, reply.worker, self.plan.round)
         self.stateful |= reply.stateful
         self.fixed_data |= reply.fixed_data
         if reply.outcome == "idle":
@@ -411,7 +411,7 @@ class Inbox:
         self.answered.append(reply.worker)
         key = (reply.layout, tuple((name, length) for name, length, _ in reply.metrics_layout))
         if key not in self.buckets:
-            self.buckets[key] = Bucket(self.code.incremental(), reply, key, self._carrier)
+            self.buckets[key] = ReplyGroup(self.code.incremental(), reply, key, self._carrier)
         if not self.buckets[key].add(row, (node, reply.worker), reply, update, metrics):
             self.spare_from.add(reply.worker)
         return None

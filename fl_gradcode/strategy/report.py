@@ -9,7 +9,7 @@ from flwr.serverapp import Grid
 
 from ..codes import EXACT, GradientCode, PrimeField
 from ..grid import JobTime
-from ..privacy import RunPrivacy
+from ..privacy import RunAccount
 from ..protocol import report_key, wire_dtype
 from .phase import Phase
 from .replies import Decoded, Rejection
@@ -34,13 +34,13 @@ def new_row(run: str, grid: Grid, server_round: int, code: GradientCode, *, is_n
 
 
 def phase_entry(
-    phase: Phase, decoded: Decoded | None, privacy: RunPrivacy | None, *, decoding: float
+    phase: Phase, decoded: Decoded | None, privacy: RunAccount | None, *, decoding: float
 ) -> dict[str, Any]:
     """What happened in one phase; `docs/ledger.md` explains every field."""
     wait = phase.wait
 
     def workers(nodes: list[int]) -> list[int | None]:
-        return [phase.roster.worker_of(node) for node in nodes]
+        return [phase.registry.worker_of(node) for node in nodes]
 
     inbox = phase.inbox
     rejections = inbox.rejections + inbox.outvoted()
@@ -112,12 +112,12 @@ def figures(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _late(phase: Phase, node: int, label: str, wrong: str) -> dict[str, Any]:
-    entry: dict[str, Any] = {"worker": phase.roster.worker_of(node), "node": str(node), "from": label}
+    entry: dict[str, Any] = {"worker": phase.registry.worker_of(node), "node": str(node), "from": label}
     return {**entry, "reason": wrong} if wrong else entry
 
 
 def _timed(phase: Phase, one: JobTime) -> dict[str, Any]:
-    worker = phase.roster.worker_of(one.node)
+    worker = phase.registry.worker_of(one.node)
     kind, _, asked = one.label.partition(" ")
     return {
         "worker": worker,

@@ -26,7 +26,7 @@ from .options import Options
 from .run import Run
 from .strategy_state import StrategyState
 
-__all__ = ["Continuation", "made_of", "request_of"]
+__all__ = ["ResumableRun", "fingerprint_of", "request_of"]
 
 _log = logging.getLogger(__name__)
 _KINDS = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
@@ -36,7 +36,7 @@ _CODE, _PROMISE = "code", "privacy promise"
 _Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
-def made_of(strategy: Strategy, code: GradientCode | None, k: int, options: Options) -> dict[str, Any]:
+def fingerprint_of(strategy: Strategy, code: GradientCode | None, k: int, options: Options) -> dict[str, Any]:
     """What a checkpoint and the run that takes it up must have in common; `code` is None if nodes decide it.
 
     With other noise the rounds that are done would be priced by what was not added to them.
@@ -83,7 +83,7 @@ def request_of(grid: Grid, options: Options, train_config: ConfigRecord | None) 
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
-class Continuation:
+class ResumableRun:
     """Keeps a run in a checkpoint, and takes it up from there.
 
     Flower's loop counts rounds from 1: it runs the rest, and `done` is added to each number. Without a checkpoint
@@ -92,7 +92,7 @@ class Continuation:
     Args:
         checkpoint: Its file; None: the run is not kept.
         state: Of the wrapped strategy, as it was made; what it has changed is set again.
-        made: See `made_of`.
+        made: See `fingerprint_of`.
         name: Of the run, as the user set it, if at all.
 
     Raises:
@@ -111,7 +111,7 @@ class Continuation:
         #: Rounds that are done.
         self.done = 0
 
-    def __enter__(self) -> Continuation:
+    def __enter__(self) -> ResumableRun:
         """Read the checkpoint, if there is one."""
         if self._checkpoint is not None:
             self._stack.enter_context(self._checkpoint.locked())
@@ -145,7 +145,7 @@ class Continuation:
         _log.info("All %d rounds of run %s are done: nothing is left to do.", saved.round, saved.run)
         return self.complete(Result(arrays=saved.arrays))
 
-    def take_up(self, run: Run, ledger: Ledger, initial: ArrayRecord, request: str) -> ArrayRecord:
+    def resume(self, run: Run, ledger: Ledger, initial: ArrayRecord, request: str) -> ArrayRecord:
         """Set everything as it was after the last round that is done; the arrays to go on from.
 
         Args:
@@ -175,10 +175,10 @@ class Continuation:
         self._metrics = saved.metrics
         self._state.restore(saved.strategy)
         rows = ledger.rows_of(run.name)
-        run.take_up(ledger.resume(run.name, saved.round))
+        run.resume(ledger.resume(run.name, saved.round))
         set_global_states(saved.randomness)
         if privacy is not None:
-            self.done = privacy.take_up(saved.privacy, checkpoint.load_privacy(run.name), saved.round, rows)
+            self.done = privacy.resume(saved.privacy, checkpoint.load_privacy(run.name), saved.round, rows)
             if self.done > saved.round:
                 self._tell_spent(saved.round + 1, self.done)
                 self._save(saved.arrays, self.done)
@@ -242,8 +242,8 @@ class Continuation:
             raise InvalidSetting(f"{where} run {saved.run!r}, and this is run {self._name!r}: name another file.")
         for what, value in self._made.items():
             same = _alike if what == _CODE else operator.eq
-            if not same(saved.made_of.get(what), value):
-                told = "" if what in (_CODE, _PROMISE) else f" ({saved.made_of.get(what)!r}, now {value!r})"
+            if not same(saved.fingerprint.get(what), value):
+                told = "" if what in (_CODE, _PROMISE) else f" ({saved.fingerprint.get(what)!r}, now {value!r})"
                 raise InvalidSetting(
                     f"{where} a run with another {what}{told}. Go on with the same one, or name another file to begin "
                     "anew."

@@ -16,17 +16,17 @@ from flwr.serverapp.strategy import Strategy
 from ..codes import GradientCode
 from ..errors import InvalidSetting, RoundFailed
 from ..grid import Arrival, EarlyStopGrid, nodes_of_a_phase, wait_for_nodes
-from ..privacy import RunPrivacy
+from ..privacy import RunAccount
 from . import report
-from .adaptive import Way, ways_of
+from .adaptive import RoundMode, mode_chooser
 from .app_checks import broken_promises, refuse_unsuitable
 from .discovery import Holdings
-from .dispatch import sending_of
+from .dispatch import dispatch_of
 from .options import Options
 from .phase import Phase
-from .plan_messages import Asking, make_plan, time_to_live
-from .replies import Memory
-from .workers import Roster
+from .plan_messages import MessageFactory, make_plan, time_to_live
+from .replies import StaleUpdates
+from .workers import WorkerRegistry
 from .wrapped import ShardGrid, aggregate, arrays_key_of, common_content, has_custom_metrics
 
 __all__ = ["Opening", "Run"]
@@ -42,7 +42,7 @@ class Opening:
         k: Number of shards of the code.
         run: Name of the run.
         weight_key: The metric that holds the number of examples.
-        roster: Who is who.
+        registry: Who is who.
         timeout: Seconds of a phase.
         privacy: The run's account, if it promises any.
         digests: Shard -> SHA-256 of its data, where there is a manifest.
@@ -54,9 +54,9 @@ class Opening:
     k: int
     run: str
     weight_key: str
-    roster: Roster
+    registry: WorkerRegistry
     timeout: float | None
-    privacy: RunPrivacy | None = None
+    privacy: RunAccount | None = None
     digests: Mapping[int, str] | None = None
     is_open: bool = False
 
@@ -67,7 +67,7 @@ class Opening:
         options: Options,
         code: GradientCode,
         run: str | None,
-        roster: Roster,
+        registry: WorkerRegistry,
         timeout: float | None,
         *,
         is_open: bool = False,
@@ -75,9 +75,9 @@ class Opening:
         """For a run that begins; without a name it gets one, which no other run has."""
         run = run or uuid.uuid4().hex
         weight_key = str(getattr(strategy, "weighted_by_key", "num-examples"))
-        privacy = RunPrivacy(options.privacy, code, run, send=options.send) if options.privacy else None
+        privacy = RunAccount(options.privacy, code, run, send=options.send) if options.privacy else None
         return cls(
-            strategy, options, code.k, run, weight_key, roster, timeout, privacy, options.digests, is_open=is_open
+            strategy, options, code.k, run, weight_key, registry, timeout, privacy, options.digests, is_open=is_open
         )
 
     def begin(self, num_rounds: int) -> None:
@@ -90,7 +90,7 @@ class Opening:
             self.privacy.begin(num_rounds)
 
     def phase(
-        self, kind: str, server_round: int, drafts: Sequence[Message], way: Way, *, slowest: float | None
+        self, kind: str, server_round: int, drafts: Sequence[Message], way: RoundMode, *, slowest: float | None
     ) -> Phase:
         """A phase over the shards that were sampled; `slowest` is the longest that a reply has taken so far."""
         content = common_content(drafts)
@@ -113,11 +113,11 @@ class Opening:
         )
         before = content[arrays_key] if arrays_key else None
         assert before is None or isinstance(before, ArrayRecord)
-        asking = Asking(
+        asking = MessageFactory(
             plan, content, message_type=drafts[0].metadata.message_type, ttl=time_to_live(self.timeout, slowest)
         )
-        sending = sending_of(way, asking, code, shards, self.roster, kappa_max=self.options.kappa_max)
-        phase = Phase(plan, shards, before, self.roster, sending, asking)
+        sending = dispatch_of(way, asking, code, shards, self.registry, kappa_max=self.options.kappa_max)
+        phase = Phase(plan, shards, before, self.registry, sending, asking)
         if self.privacy is not None and arrays_key:
             phase.release_by = self.privacy.release(server_round, shards)
         return phase
@@ -135,7 +135,7 @@ class Run:
         code: Who holds which shards.
         name: Of the run; made up if None.
         timeout: Seconds of a phase.
-        roster: Who is who, as far as known.
+        registry: Who is who, as far as known.
         holdings: What nodes have told that they hold, if the code is made for that.
     """
 
@@ -146,21 +146,21 @@ class Run:
         code: GradientCode,
         name: str | None,
         timeout: float | None,
-        roster: Roster | None = None,
+        registry: WorkerRegistry | None = None,
         holdings: Holdings | None = None,
     ) -> None:
         self.strategy, self.options, self.code, self.timeout = strategy, options, code, timeout
-        self.roster = roster or Roster()  # another run may meet other nodes, and other clients
+        self.registry = registry or WorkerRegistry()  # another run may meet other nodes, and other clients
         self._holdings, self._told_lacking = holdings, ""
-        self.ways = ways_of(options, code)
-        self.way: Way | None = None
+        self.ways = mode_chooser(options, code)
+        self.way: RoundMode | None = None
         is_open = holdings is not None
-        self.opening = Opening.of(strategy, options, code, name, self.roster, timeout, is_open=is_open)
+        self.opening = Opening.of(strategy, options, code, name, self.registry, timeout, is_open=is_open)
         self.name = self.opening.run
         #: The ledger row of the round that is under way.
         self.row: dict[str, Any] = {}
         self.phase: Phase | None = None
-        self.memory = {"train": Memory(), "evaluate": Memory()} if options.fills_in else {}
+        self.memory = {"train": StaleUpdates(), "evaluate": StaleUpdates()} if options.fills_in else {}
         self._patience = 0.0
         self._drafts: list[Message] = []
         self._ever_decoded = self._resumed = False
@@ -176,7 +176,7 @@ class Run:
             InvalidSetting: It costs more privacy than it may.
             RoundFailed: Too few or too many nodes.
         """
-        grid.on_late = lambda node, label, reply: self.roster.learn_from(node, reply, run=self.name)
+        grid.on_late = lambda node, label, reply: self.registry.learn_from(node, reply, run=self.name)
         self.opening.begin(num_rounds)
         settling = 0.0 if grid.source.fixed_nodes else self.options.node_timeout
         if self._holdings is None:
@@ -185,7 +185,7 @@ class Run:
             self._tell_lacking(self._holdings, None)
         self._patience = settling if self.timeout is None else min(settling, self.timeout)
 
-    def take_up(self, rows: Iterable[dict[str, Any]]) -> None:
+    def resume(self, rows: Iterable[dict[str, Any]]) -> None:
         """Take up a run after these rounds: how the next one is run is chosen by what they took."""
         for row in rows:
             self.ways.choose(complete=True)
@@ -219,10 +219,10 @@ class Run:
         self.phase = self.opening.phase(kind, server_round, self._drafts, self.way, slowest=self._slowest)
         self.row["way"] = self.way.entry
         nodes = nodes_of_a_phase(grid, len(self.code.active), self.code.s, self._patience, self._hopeless)
-        self.roster.keep(nodes)
+        self.registry.keep(nodes)
         if isinstance(grid, EarlyStopGrid):
             for node, worker in grid.source.known_workers().items():
-                self.roster.learn(node, worker)
+                self.registry.learn(node, worker)
             grid.expect(self.phase)
         elif self.way.send == "shards":
             raise InvalidSetting(f"send={self.options.send!r} hands out work: run the strategy by its start().")
@@ -268,7 +268,7 @@ class Run:
     def _hopeless(self, nodes: list[int]) -> bool:
         """Whether these nodes, all that are there, cannot decode: whoever is gone may be one of them again."""
         assert self.phase is not None
-        self.roster.keep(nodes)
+        self.registry.keep(nodes)
         return self.phase.hopeless(nodes)
 
     def _follow_holdings(self, grid: Grid) -> None:
@@ -276,9 +276,9 @@ class Run:
         holdings = self._holdings
         if holdings is None:
             return
-        for worker, shards in self.roster.holdings.items():
+        for worker, shards in self.registry.holdings.items():
             holdings.learn(worker, shards)
-        worker_of = {node: self.roster.worker_of(node) for node in grid.get_node_ids()}
+        worker_of = {node: self.registry.worker_of(node) for node in grid.get_node_ids()}
         unknown = {node for node, worker in worker_of.items() if worker is None}
         # Whoever was not known in the last round either has had its chance to say who it is.
         fresh, self._strangers = unknown - self._strangers, unknown
@@ -290,7 +290,7 @@ class Run:
         code = holdings.code(there)
         if code is not None and (code.B.shape != self.code.B.shape or (code.B != self.code.B).any()):
             self.code = code
-            self.ways = ways_of(self.options, code)
+            self.ways = mode_chooser(self.options, code)
             if self.opening.privacy is not None:
                 self.opening.privacy.follow(code)
             _log.info("The code is made anew for workers %s: %r.", [*code.active], code)

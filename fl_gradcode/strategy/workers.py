@@ -11,12 +11,12 @@ from flwr.app import Message
 from ..errors import RoundFailed
 from ..protocol import Reply
 
-__all__ = ["Roster"]
+__all__ = ["WorkerRegistry"]
 
 _log = logging.getLogger(__name__)
 
 
-class Roster:
+class WorkerRegistry:
     """Node -> worker, as far as known."""
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fl_gradcode.client.mod import WatchedConfig
+from fl_gradcode.client.mod import RecordingConfig
 from fl_gradcode.errors import InvalidSetting, ShardMismatch
 from fl_gradcode.placement.manifest import Manifest
 from fl_gradcode.placement.node_shards import shard_path, verify_folder
@@ -20,7 +20,7 @@ from tests.placement.calling import placed, refused
 
 def test_the_shard_of_a_node_is_chosen_by_partition_id(source: Path, tmp_path: Path) -> None:
     placed(source, tmp_path / "out", "-n", 2)
-    config = WatchedConfig({"shards-dir": str(tmp_path / "out" / "node-0"), "partition-id": 5})
+    config = RecordingConfig({"shards-dir": str(tmp_path / "out" / "node-0"), "partition-id": 5})
     assert shard_path(config).name == "s10"
     assert config.was_read
 

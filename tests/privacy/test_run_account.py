@@ -29,7 +29,7 @@ from fl_gradcode import (
 from fl_gradcode.errors import InvalidSetting, UnsuitableApp
 from fl_gradcode.latency import Latency, Law
 from fl_gradcode.privacy import CentralNoise, Spent, SpentLedger, read_keys
-from fl_gradcode.privacy.run_account import RunPrivacy
+from fl_gradcode.privacy.run_account import RunAccount
 from fl_gradcode.testing import InProcessGrid
 from tests.privacy.private_app import initial, keys_for, private_app, settings, train_privately
 
@@ -319,7 +319,7 @@ def test_the_run_says_at_the_start_what_it_will_cost(tmp_path: Path, caplog: pyt
 
 def test_each_draw_of_noise_on_the_server_counts_also_a_second_one_of_a_round() -> None:
     central = CentralNoise(noise_multiplier=5.0, clipping_norm=1.0, accountant="rdp")
-    account = RunPrivacy(central, CODES["fractional"], "r")
+    account = RunAccount(central, CODES["fractional"], "r")
     for _ in range(3):
         release = account.release(1, [0, 2])
         assert release is not None

@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord
 
 from fl_gradcode.codes.prime_field import P, PrimeField
 from fl_gradcode.protocol import packing as pack
-from fl_gradcode.protocol.encoding import FixedPoint, Floats
+from fl_gradcode.protocol.encoding import FixedPointEncoding, FloatEncoding
 
 BFLOAT16 = Array(
     "bfloat16", (3, 4), "numpy.ndarray", Array(np.arange(12, dtype=np.uint16).view("V2").reshape(3, 4)).data
@@ -59,12 +59,12 @@ def test_fixed_point_is_added_up_exactly(coefficient: int, k: int) -> None:
     near = [v for h in halves for v in (h - 1, h, h + 1) if abs(v) <= room]
     rng = np.random.default_rng(coefficient % 97)
     numbers = [*edges, *near, *rng.integers(-room, room + 1, 1000).tolist()]
-    carrier = FixedPoint(PrimeField(0), k)
+    encoding = FixedPointEncoding(PrimeField(0), k)
     first = [int(x) for x in rng.permutation(numbers)]
-    total = carrier.add(None, np.array(first, np.float64), (P - 1,))
-    total = carrier.add(total, np.array(numbers, np.float64), (coefficient,))
+    total = encoding.add(None, np.array(first, np.float64), (P - 1,))
+    total = encoding.add(total, np.array(numbers, np.float64), (coefficient,))
     expected = [((P - 1) * x + coefficient * y) % P for x, y in zip(first, numbers, strict=True)]
-    assert carrier.sent(total).tolist() == expected
+    assert encoding.sent(total).tolist() == expected
     assert total.nbytes == 4 * len(numbers)
 
 
@@ -72,7 +72,7 @@ def test_fixed_point_is_added_up_exactly(coefficient: int, k: int) -> None:
 def test_the_first_shard_gives_its_vector_away_and_nothing_else_changes(coefficient: float) -> None:
     update = np.array([1.5, -0.0, 3e-45, -2.5e38], np.float32)
     expected = pack.encode_row(None, update, (coefficient,))
-    total, _ = Floats().add_update(None, update.copy(), (coefficient,))
+    total, _ = FloatEncoding().add_update(None, update.copy(), (coefficient,))
     assert total.tobytes() == expected.tobytes()
 
 

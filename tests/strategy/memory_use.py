@@ -30,7 +30,7 @@ from fl_gradcode.codes import reed_solomon
 from fl_gradcode.codes.prime_field import P
 from fl_gradcode.grid.arrivals import Arrival
 from fl_gradcode.grid.stop_rules import Wait
-from fl_gradcode.protocol.encoding import carrier_of
+from fl_gradcode.protocol.encoding import payload_encoding
 from fl_gradcode.protocol.packing import as_array
 from fl_gradcode.protocol.records import ARRAYS, METRICS, UPDATE, Plan, Reply
 from fl_gradcode.testing import InProcessGrid
@@ -168,10 +168,10 @@ def coded_reply(message: Message, worker: int) -> Message:
     """As the mod sends it: noise of the right length and type, and a weight of 1 a shard."""
     plan = Plan.find_in(message.content)
     assert plan is not None
-    row, carrier = plan.rows[worker], carrier_of(plan.fraction_bits, plan.k)
+    row, encoding = plan.rows[worker], payload_encoding(plan.fraction_bits, plan.k)
     metrics: Any = None
     for coefficients in row.coefficients:
-        metrics = carrier.add_metrics(metrics, np.ones(1), coefficients[:1])
+        metrics = encoding.add_metrics(metrics, np.ones(1), coefficients[:1])
     length = -(-SIZE // len(row.coefficients[0]))
     rng = np.random.default_rng(worker)
     noise: Any = (
@@ -191,7 +191,7 @@ def coded_reply(message: Message, worker: int) -> Message:
         arrays_name="arrays",
         metrics_name="metrics",
     )
-    arrays: dict[str, Array] = {ARRAYS: as_array(noise), METRICS: as_array(carrier.sent(metrics))}
+    arrays: dict[str, Array] = {ARRAYS: as_array(noise), METRICS: as_array(encoding.sent(metrics))}
     return Message(reply.content(**{UPDATE: ArrayRecord(arrays)}), reply_to=message)
 
 

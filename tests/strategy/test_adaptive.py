@@ -24,7 +24,7 @@ from fl_gradcode.latency import Latency, Law, constant, exponential, lognormal, 
 from fl_gradcode.latency.populations import named
 from fl_gradcode.planning.schemes import wait_for_all
 from fl_gradcode.planning.simulation import steady_rounds
-from fl_gradcode.strategy.adaptive import AdaptiveWays, regrouped
+from fl_gradcode.strategy.adaptive import AdaptiveModes, regrouped
 from fl_gradcode.strategy.options import Approximation
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import initial_arrays, relative, run_plain, toy_app
@@ -206,7 +206,7 @@ def test_a_second_start_begins_without_what_the_first_one_learnt() -> None:
 
 
 def test_nothing_is_learnt_from_a_skipped_round_but_that_it_failed() -> None:
-    ways = AdaptiveWays(fractional_repetition(6, 2))
+    ways = AdaptiveModes(fractional_repetition(6, 2))
     ways.learn({"round": 1, "train": None})
     ways.learn({"round": 2, "train": {"outcome": "skipped", "timings": [], "owing": []}})
     assert ways.choose(complete=True).send == "shards"

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_gradcode import GradientCode, GradientCoding, cyclic_repetition, fractional_repetition, uncoded
-from fl_gradcode.strategy.adaptive import ways_of
-from fl_gradcode.strategy.dispatch import may_cover, sending_of
+from fl_gradcode.strategy.adaptive import mode_chooser
+from fl_gradcode.strategy.dispatch import dispatch_of, may_cover
 from fl_gradcode.strategy.options import Options
 from fl_gradcode.strategy.phase import Phase
-from fl_gradcode.strategy.plan_messages import Asking, make_plan
-from fl_gradcode.strategy.workers import Roster
+from fl_gradcode.strategy.plan_messages import MessageFactory, make_plan
+from fl_gradcode.strategy.workers import WorkerRegistry
 from fl_gradcode.testing import inside_a_run
 from tests.conftest import initial_arrays, toy_app
 from tests.strategy.living import LivingGrid
@@ -31,7 +31,7 @@ CODES = {
 }
 
 
-def phase(code: GradientCode, roster: Roster, send: Any) -> Phase:
+def phase(code: GradientCode, registry: WorkerRegistry, send: Any) -> Phase:
     options = Options(send=send)
     plan = make_plan(
         code,
@@ -44,10 +44,10 @@ def phase(code: GradientCode, roster: Roster, send: Any) -> Phase:
         weight_key="num-examples",
         arrays_key="arrays",
     )
-    asking = Asking(plan, RecordDict(), message_type="train", ttl=None)
-    way = ways_of(options, code).choose(complete=True)
-    sending = sending_of(way, asking, code, range(code.k), roster, kappa_max=float("inf"))
-    return Phase(plan, range(code.k), None, roster, sending, asking)
+    asking = MessageFactory(plan, RecordDict(), message_type="train", ttl=None)
+    way = mode_chooser(options, code).choose(complete=True)
+    sending = dispatch_of(way, asking, code, range(code.k), registry, kappa_max=float("inf"))
+    return Phase(plan, range(code.k), None, registry, sending, asking)
 
 
 @pytest.mark.parametrize("send", ["coded", "shards"])
@@ -58,16 +58,16 @@ def test_so_many_strangers_are_so_many_workers_and_no_more(name: str, send: str)
         for workers in itertools.combinations(range(code.n), known):
             others = [i for i in range(code.n) if i not in workers]
             for strangers in range(len(others) + 1):
-                roster = Roster()
+                registry = WorkerRegistry()
                 for worker in workers:
-                    roster.learn(100 + worker, worker)
+                    registry.learn(100 + worker, worker)
                 nodes = [100 + i for i in workers] + [200 + i for i in range(strangers)]
                 every = [{*workers, *few} for few in itertools.combinations(others, strangers)]
                 if send == "coded":
                     hope = any(code.decodable(some) for some in every)
                 else:
                     hope = any(len({j for i in some for j in code.shards_of(i)}) == code.k for some in every)
-                assert phase(code, roster, send).hopeless(nodes) is not hope
+                assert phase(code, registry, send).hopeless(nodes) is not hope
 
 
 @settings(max_examples=200, deadline=None)
@@ -91,7 +91,7 @@ def test_covering_that_takes_long_to_tell_is_not_denied() -> None:
 @pytest.mark.parametrize("code", [uncoded(1100), fractional_repetition(1000, 1)], ids=["uncoded", "fractional"])
 @pytest.mark.parametrize("send", ["coded", "shards"])
 def test_with_a_thousand_strangers_it_is_told_at_once(code: GradientCode, send: str) -> None:
-    one = phase(code, Roster(), send)
+    one = phase(code, WorkerRegistry(), send)
     began = time.monotonic()
     assert [one.hopeless(range(count)) for count in (code.n, code.n - 1)] == [False, code.s == 0]
     assert one.hopeless(range(code.n // 3))
@@ -106,7 +106,7 @@ def test_after_an_outage_the_first_node_that_is_back_does_not_end_the_wait() -> 
         if server_round == 1:
             assert strategy._run is not None
             for node, one in grid.nodes.items():  # whoever was too late to be heard
-                strategy._run.roster.learn(node, one.worker)
+                strategy._run.registry.learn(node, one.worker)
             for worker in range(4):
                 grid.kill(worker)
             grid.start(0)  # alone, and under another id

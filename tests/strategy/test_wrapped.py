@@ -97,12 +97,12 @@ def test_contents_that_differ_between_shards_are_refused() -> None:
 
 
 def test_a_strategy_that_sends_by_itself_is_refused() -> None:
-    class Sending(FedAvg):
+    class Dispatch(FedAvg):
         def configure_train(self, server_round: int, arrays: Any, config: Any, grid: Any) -> Any:
             return grid.send_and_receive(super().configure_train(server_round, arrays, config, grid))
 
     with InProcessGrid(toy_app(), 6) as grid, pytest.raises(IncompatibleStrategy, match="tried to send messages"):
-        GradientCoding(Sending(), CODE).start(grid, initial_arrays(), num_rounds=1)
+        GradientCoding(Dispatch(), CODE).start(grid, initial_arrays(), num_rounds=1)
 
 
 def test_the_inner_strategy_sees_the_shards_as_its_nodes() -> None:
