@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
@@ -52,6 +53,17 @@ class Run:
             for one in (row[kind] or {"late": []})["late"]
             if one["worker"] == worker
         ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run everything in this folder in one worker process of pytest-xdist, one test after the other.
+
+    These tests start engines of half a dozen processes and compare seconds: two at once would measure each other. The
+    largest group is begun first, so that the other worker does the rest of the suite meanwhile.
+    """
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.xdist_group("engines"))
 
 
 def with_the_library_on_its_path(engine: Engine) -> Engine:

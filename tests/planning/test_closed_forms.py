@@ -307,7 +307,7 @@ def test_two_speeds_without_jitter_have_the_published_means() -> None:
     assert [idle_mean(repetition(64, 3), one) for one, _ in others] == pytest.approx([x for _, x in others], rel=0.01)
 
 
-@pytest.mark.parametrize("law", [exponential(), pareto(1.5), lognormal(1.0, 1.0), bimodal(0.05, 10.0)], ids=str)
+@pytest.mark.parametrize("law", [exponential(), pareto(1.5), lognormal(1.0, 1.0), bimodal(0.05, 10.0)], ids=lambda law: law.name)
 def test_repetition_is_never_later_than_any_code_of_the_same_load(law: Law) -> None:
     for s in (1, 3):
         every, first = any_code(N, s), repetition(N, s)
@@ -385,7 +385,7 @@ def test_what_is_fixed_adds_and_what_slows_multiplies(make: Callable[[int], Sche
     assert idle_mean(scheme, Latency(slowdown=EXP)) == 0.0
 
 
-@pytest.mark.parametrize("law", [constant(1.0), exponential()], ids=str)
+@pytest.mark.parametrize("law", [constant(1.0), exponential()], ids=lambda law: law.name)
 def test_who_never_answers_matters_only_where_they_are_waited_for(law: Law) -> None:
     silent = Latency(fixed=scaled(law, {0: math.inf}))
     everybody = Latency(fixed=law)

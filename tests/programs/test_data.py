@@ -1,6 +1,5 @@
 """Data sets load whole, read-only and as published; what is wrong with a folder is said in one sentence."""
 
-import gzip
 from pathlib import Path
 
 import datasets
@@ -11,7 +10,7 @@ from sklearn.datasets import load_digits
 from clients import data
 from clients.data import DATASET_NAMES, load_dataset
 from clients.errors import AppConfigError
-from tests.programs.conftest import REAL, write_images
+from tests.programs.conftest import REAL, packed, write_images
 
 FOLDERS = {
     "fashion-mnist": "fashion_mnist",
@@ -157,14 +156,17 @@ def test_says_what_is_wrong_with_a_name_or_folder(name: str, data_dir: str, sent
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"not gzip", "cannot be read as a gzip file"),
-        (
-            gzip.compress(b"\0\0\x08\x01\0\0\0\x09abc"),
+        pytest.param(b"not gzip", "cannot be read as a gzip file", id="not gzip"),
+        pytest.param(
+            packed(b"\0\0\x08\x01\0\0\0\x09abc"),
             r"is no idx-ubyte file: .* holds 11 bytes for the shape \(9,\)",
+            id="too short",
         ),
-        (gzip.compress(b"\0\0\x0d\x01\0\0\0\x03abc"), "is no idx-ubyte file: it begins with 00000d01"),
-        (gzip.compress(b""), "is no idx-ubyte file"),
-        (gzip.compress(b"\0\0\x08\x01\0\0\0\x03abc"), r"labels of shape \(3,\)"),
+        pytest.param(
+            packed(b"\0\0\x0d\x01\0\0\0\x03abc"), "is no idx-ubyte file: it begins with 00000d01", id="other type"
+        ),
+        pytest.param(packed(b""), "is no idx-ubyte file", id="empty"),
+        pytest.param(packed(b"\0\0\x08\x01\0\0\0\x03abc"), r"labels of shape \(3,\)", id="too few labels"),
     ],
 )
 def test_says_what_is_wrong_with_an_image_file(content: bytes, sentence: str, synthetic: Path) -> None:
