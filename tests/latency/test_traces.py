@@ -83,7 +83,9 @@ def test_an_exponential_is_one_without_a_shift() -> None:
     assert family(first) == "shifted_exponential" and shift < 0.01 and mean == pytest.approx(2.0, rel=0.04)
 
 
-@pytest.mark.parametrize("law", [lognormal(2.0, 0.3), pareto(2.0), bimodal(0.2, 9.0, jitter=0.1)], ids=lambda law: law.name)
+@pytest.mark.parametrize(
+    "law", [lognormal(2.0, 0.3), pareto(2.0), bimodal(0.2, 9.0, jitter=0.1)], ids=lambda law: law.name
+)
 def test_the_code_of_a_fit_is_its_law(law: Law) -> None:
     for found in fit(table(law)):
         made = eval(found.code, {**FAMILIES})

@@ -307,7 +307,9 @@ def test_two_speeds_without_jitter_have_the_published_means() -> None:
     assert [idle_mean(repetition(64, 3), one) for one, _ in others] == pytest.approx([x for _, x in others], rel=0.01)
 
 
-@pytest.mark.parametrize("law", [exponential(), pareto(1.5), lognormal(1.0, 1.0), bimodal(0.05, 10.0)], ids=lambda law: law.name)
+@pytest.mark.parametrize(
+    "law", [exponential(), pareto(1.5), lognormal(1.0, 1.0), bimodal(0.05, 10.0)], ids=lambda law: law.name
+)
 def test_repetition_is_never_later_than_any_code_of_the_same_load(law: Law) -> None:
     for s in (1, 3):
         every, first = any_code(N, s), repetition(N, s)
