@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .ledger import Ledger
     from .notices import Notice
     from .reader import LedgerReader, RoundLine, RunRows, number
+    from .rows import PhaseRow, RoundRow
     from .status import RunStatus, as_json, status_of
     from .workers import MARKS, WorkerLine, gone_of
 
@@ -18,7 +19,9 @@ __all__ = [
     "Ledger",
     "LedgerReader",
     "Notice",
+    "PhaseRow",
     "RoundLine",
+    "RoundRow",
     "RunRows",
     "RunStatus",
     "WorkerLine",
@@ -47,6 +50,10 @@ __getattr__, __dir__ = lazy_names(
             "RoundLine",
             "RunRows",
             "number",
+        ],
+        "rows": [
+            "PhaseRow",
+            "RoundRow",
         ],
         "status": [
             "RunStatus",
