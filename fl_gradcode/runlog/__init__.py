@@ -1,4 +1,4 @@
-"""The ledger of a run: its rows, their writer and readers, and the status that is told from them."""
+"""The ledger of a run: typed rows, the writer and the readers, job times, and the status that they tell."""
 
 from typing import TYPE_CHECKING
 
@@ -9,17 +9,42 @@ if TYPE_CHECKING:
     from .ledger import Ledger
     from .notices import Notice
     from .reader import LedgerReader, RoundLine, RunRows, number
-    from .rows import PhaseRow, RoundRow
+    from .rows import (
+        PHASES,
+        SCHEMA,
+        CodeLine,
+        FilledIn,
+        JobLine,
+        Late,
+        ModeLine,
+        PhaseKind,
+        PhaseRow,
+        PhaseSeconds,
+        PrivacyLine,
+        Rejected,
+        RoundRow,
+    )
     from .status import RunStatus, as_json, status_of
     from .workers import MARKS, WorkerLine, gone_of
 
 __all__ = [
     "MARKS",
+    "PHASES",
+    "SCHEMA",
     "Advice",
+    "CodeLine",
+    "FilledIn",
+    "JobLine",
+    "Late",
     "Ledger",
     "LedgerReader",
+    "ModeLine",
     "Notice",
+    "PhaseKind",
     "PhaseRow",
+    "PhaseSeconds",
+    "PrivacyLine",
+    "Rejected",
     "RoundLine",
     "RoundRow",
     "RunRows",
@@ -52,7 +77,18 @@ __getattr__, __dir__ = lazy_names(
             "number",
         ],
         "rows": [
+            "PHASES",
+            "SCHEMA",
+            "CodeLine",
+            "FilledIn",
+            "JobLine",
+            "Late",
+            "ModeLine",
+            "PhaseKind",
             "PhaseRow",
+            "PhaseSeconds",
+            "PrivacyLine",
+            "Rejected",
             "RoundRow",
         ],
         "status": [
