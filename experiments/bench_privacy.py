@@ -27,7 +27,7 @@ from clients.models import build_model
 from experiments.compare.synchronous import quiet
 from experiments.privacy.tasks import PROBLEMS
 from fl_gradcode import GradientCoding, fractional_repetition, uncoded
-from fl_gradcode.privacy import DPSGD, KeyedStream, opacus, wrap, write_keys
+from fl_gradcode.privacy import DPSGD, KeyedStream, wrap, write_keys
 from fl_gradcode.testing import InProcessGrid
 
 __all__ = ["private_encoding", "private_step"]
@@ -110,12 +110,12 @@ def _steps(make: Callable[[], nn.Module], mode: Mode, repeats: int) -> tuple[lis
 
 
 def _keyed(model: nn.Module, mode: Mode, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
-    wrapped, drawn = wrap(model, KeyedStream(bytes(range(32))), mode=mode, noise_multiplier=_NOISE, max_grad_norm=_CLIP)
+    wrapped = wrap(model, KeyedStream(bytes(range(32))), mode=mode, noise_multiplier=_NOISE, max_grad_norm=_CLIP)
     optimizer = wrapped.optimizer(torch.optim.SGD(model.parameters(), lr=0.01), expected_batch_size=_BATCH)
     step = _step(wrapped.model, optimizer, wrapped.criterion(nn.CrossEntropyLoss()), x, y)
 
     def one() -> None:
-        drawn(len(y))
+        wrapped.batch_drawn(len(y))
         step()
 
     return one
@@ -123,14 +123,17 @@ def _keyed(model: nn.Module, mode: Mode, x: torch.Tensor, y: torch.Tensor) -> Ca
 
 def _plain(model: nn.Module, mode: Mode, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
     """Opacus as it comes, with a generator of torch's: fast, and no secret (32 bits of its seed count)."""
-    grad_sample, optimizers = opacus().grad_sample, opacus().optimizers
+    from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+    from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+    from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+
     ghost = mode == "ghost"
-    kind = optimizers.DPOptimizerFastGradientClipping if ghost else optimizers.DPOptimizer
+    kind = DPOptimizerFastGradientClipping if ghost else DPOptimizer
     wrapped: Any
     if ghost:
-        wrapped = grad_sample.GradSampleModuleFastGradientClipping(model, max_grad_norm=_CLIP)
+        wrapped = GradSampleModuleFastGradientClipping(model, max_grad_norm=_CLIP)
     else:
-        wrapped = grad_sample.GradSampleModule(model)
+        wrapped = GradSampleModule(model)
     optimizer = kind(
         torch.optim.SGD(model.parameters(), lr=0.01),
         noise_multiplier=_NOISE,
@@ -140,9 +143,7 @@ def _plain(model: nn.Module, mode: Mode, x: torch.Tensor, y: torch.Tensor) -> Ca
     )
     criterion: Any = nn.CrossEntropyLoss()
     if ghost:
-        criterion = opacus().utils.fast_gradient_clipping_utils.DPLossFastGradientClipping(
-            wrapped, optimizer, criterion
-        )
+        criterion = DPLossFastGradientClipping(wrapped, optimizer, criterion)
     return _step(wrapped, optimizer, criterion, x, y)
 
 

@@ -1,11 +1,10 @@
-"""Differential privacy that survives replication: promises, keys, noise, budgets, and what the mod refuses to send."""
+"""Differential privacy under coding: settings, keys, noise that holders share, budgets, and what no client sends."""
 
 from typing import TYPE_CHECKING
 
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from ._opacus import opacus
     from .accounting import Spend, epsilon_of, noise_multiplier_for
     from .budget_ledger import SpentLedger
     from .clipping import clip, clipping_mod_named_in, refuse_clipping_mods
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     from .keys import read_keys, rotate_keys, write_keys
     from .output_guard import call_silently, guarded_reply, refuse_unprotected, spent_by
     from .records import BUDGET, FOLDER, Asked, Spent, asked_of, asks_for_privacy, in_config
-    from .run_account import CentralGaussian, RunAccount, amplification
+    from .run_account import Releases, RunAccount, amplification
     from .settings import DPSGD, CentralNoise, Privacy, privacy_from_json, privacy_to_json
     from .training import PrivateTraining, private_training
 
@@ -23,11 +22,11 @@ __all__ = [
     "DPSGD",
     "FOLDER",
     "Asked",
-    "CentralGaussian",
     "CentralNoise",
     "KeyedStream",
     "Privacy",
     "PrivateTraining",
+    "Releases",
     "RunAccount",
     "Spend",
     "Spent",
@@ -42,7 +41,6 @@ __all__ = [
     "guarded_reply",
     "in_config",
     "noise_multiplier_for",
-    "opacus",
     "privacy_from_json",
     "privacy_to_json",
     "private_training",
@@ -58,9 +56,6 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "_opacus": [
-            "opacus",
-        ],
         "accounting": [
             "Spend",
             "epsilon_of",
@@ -101,7 +96,7 @@ __getattr__, __dir__ = lazy_names(
             "in_config",
         ],
         "run_account": [
-            "CentralGaussian",
+            "Releases",
             "RunAccount",
             "amplification",
         ],

@@ -1,6 +1,6 @@
-"""What was spent, and what it costs: epsilon of noisy steps, and the noise that a wished epsilon asks for.
+"""The accountant: epsilon of noisy steps, and the noise that a wanted epsilon takes.
 
-Accountants are Opacus'. `gdp` is not offered: it is an approximation from below (3.67 where the truth is 5.00).
+The accountants are Opacus' own. Its `gdp` is not offered: it approximates from below (3.67 where the truth is 5.00).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from functools import lru_cache
 import numpy as np
 
 from ..errors import InvalidSetting
-from ._opacus import opacus
 
 __all__ = ["ACCOUNTANTS", "Spend", "composed", "epsilon_of", "noise_multiplier_for"]
 
@@ -35,8 +34,8 @@ class Spend:
 
     Attributes:
         noise_multiplier: Standard deviation of the noise over what one record can change.
-        sample_rate: Chance of each record to be in a batch; 1: no subsampling.
-        steps: How many.
+        sample_rate: Probability of each record to be in a batch; 1: no subsampling.
+        steps: Number of steps.
     """
 
     noise_multiplier: float
@@ -45,7 +44,7 @@ class Spend:
 
 
 def composed(spends: Iterable[Spend]) -> tuple[Spend, ...]:
-    """The same steps, alike ones added up, in an order of their own: equal histories are equal values."""
+    """Returns the same steps sorted, with equal mechanisms added up: equal histories become equal values."""
     steps: dict[tuple[float, float], int] = {}
     for one in spends:
         mechanism = (float(one.noise_multiplier), float(one.sample_rate))
@@ -54,20 +53,20 @@ def composed(spends: Iterable[Spend]) -> tuple[Spend, ...]:
 
 
 def epsilon_of(spends: Iterable[Spend], delta: float, *, accountant: str = "prv") -> float:
-    """Epsilon of all the steps together, for adding or removing one record; an upper bound.
+    """Returns an upper bound of epsilon for all steps together, for adding or removing one record.
 
     Args:
-        spends: In any order.
-        delta: The other half of the guarantee.
+        spends: Steps in any order.
+        delta: Probability that the bound does not cover.
         accountant: "prv": tight to 0.01 (Gopi, Lee, Wutschitz, "Numerical composition of differential privacy", 2021),
-            0.1 to 2 s; "rdp": 5 to 40 % more (Mironov, "Renyi differential privacy", 2017). What "prv" cannot compute,
-            above 100, beyond a million steps or by an error of its own, is by "rdp".
+            0.1 to 2 s; "rdp": 5 to 40 % more (Mironov, "Renyi differential privacy", 2017). Where "prv" fails, above
+            100 and beyond a million steps, "rdp" is used.
 
     Returns:
         0 for no steps, infinity for steps without noise.
 
     Raises:
-        InvalidSetting: An accountant that there is not, or delta outside 0..1.
+        InvalidSetting: The accountant is unknown, or delta is outside 0..1.
     """
     if accountant not in ACCOUNTANTS:
         raise InvalidSetting(f"accountant={accountant!r} must be one of {', '.join(ACCOUNTANTS)}.")
@@ -79,10 +78,12 @@ def epsilon_of(spends: Iterable[Spend], delta: float, *, accountant: str = "prv"
 def noise_multiplier_for(
     epsilon: float, delta: float, *, sample_rate: float, steps: int, accountant: str = "prv"
 ) -> float:
-    """The smallest noise multiplier whose `steps` cost at most `epsilon`, to 0.1 %; 1 to 20 s.
+    """Returns the smallest noise multiplier with which `steps` steps cost at most `epsilon`, to 0.1 %.
+
+    It takes 1 to 20 seconds.
 
     Raises:
-        InvalidSetting: No noise up to 10000 does, or a value makes no sense.
+        InvalidSetting: No multiplier up to 10000 does, or a value makes no sense.
     """
     if not (0 < epsilon < _USELESS):
         raise InvalidSetting(f"epsilon={epsilon} must lie between 0 and {_USELESS:g}.")
@@ -127,7 +128,8 @@ def _epsilon(spends: tuple[Spend, ...], delta: float, accountant: str) -> float:
 
 
 def _by(mechanism: str, spends: tuple[Spend, ...], delta: float) -> float:
-    create_accountant = opacus().accountants.create_accountant
+    from ._opacus import create_accountant  # imports Opacus, which takes seconds
+
     accountant = create_accountant(mechanism=mechanism)
     accountant.history = [(min(one.noise_multiplier, _MOST_COUNTED), one.sample_rate, one.steps) for one in spends]
     with warnings.catch_warnings(), np.errstate(all="ignore"):

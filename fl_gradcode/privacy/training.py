@@ -1,4 +1,4 @@
-"""DP-SGD on one shard inside a user's `train()`: keys, charge, keyed batches and keyed noise, in a `with` block."""
+"""Private training of one shard inside a user's `train()`, as a `with` block: it charges, and draws batches and noise."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,11 +18,13 @@ from .._seeding import generators_restored, seed_with
 from ..errors import InvalidSetting, PrivacyRefused
 from ..protocol import PARTITION_ID
 from .budget_ledger import Charge, Request, SpentLedger
-from .dp_optimizer import same_bits, wrap
 from .key_derivation import SECRET_BYTES, KeyContext, KeyedStream, folder_of, key_context, needed
 from .keys import read_keys
 from .records import Asked, Spent, asked_of, budget_of, max_delta_of, trusts_server
 from .settings import DPSGD
+
+if TYPE_CHECKING:
+    from .dp_optimizer import PrivateModel
 
 __all__ = ["PrivateTraining", "private_training"]
 
@@ -89,8 +91,9 @@ class PrivateTraining:
     """One shard's private training in one round; made by `private_training`.
 
     Attributes:
-        model: To call in training: it keeps single records' gradients. The plain model shares its weights.
-        epsilon: Of this run, after this round.
+        model: The model to call in training, which keeps single records' gradients. It shares its weights with the
+            plain model.
+        epsilon: Spent in this run, this round included.
     """
 
     def __init__(
@@ -110,11 +113,14 @@ class PrivateTraining:
         self._plain, self._examples, self._manifest, self._binding = model, examples, manifest, binding
         self._open = ExitStack()
         self._sampling: KeyedStream
+        self._wrapped: PrivateModel
         self._steps = 0
         self._record: ConfigRecord | None = None
         self._complete = False
 
     def __enter__(self) -> PrivateTraining:
+        from .dp_optimizer import wrap  # imports Opacus, which takes seconds
+
         self._check_examples()
         shared = self._privacy.noise == "shared"
         folder = folder_of(self._context, self._asked.worker)
@@ -123,7 +129,7 @@ class PrivateTraining:
         # Without keys of shards: keys of this one answer.
         secret = os.urandom(SECRET_BYTES) if keys is None else keys.secret(self._asked.shard)
         noise_key, batch_key = bound.key(secret, "noise"), bound.key(secret, "sample")
-        wrapped, self._drawn = wrap(
+        wrapped = wrap(
             self._plain,
             KeyedStream(noise_key),
             mode=self._privacy.grad_sample_mode,
@@ -143,7 +149,6 @@ class PrivateTraining:
         self._open.enter_context(_without_hook_warnings())
         self._sampling = KeyedStream(batch_key)
         self._wrapped, self.model = wrapped, wrapped.model
-        self._buffers = {name: buffer.clone() for name, buffer in self._plain.named_buffers()}
         self.epsilon = charge.run_epsilon
         self.record = Spent(
             self._asked.shard,
@@ -161,14 +166,7 @@ class PrivateTraining:
         self._open.close()
         if kind is not None:
             return
-        before = self._buffers
-        changed = [n for n, b in self._plain.named_buffers() if n not in before or not same_bits(b, before[n])]
-        if changed:
-            raise PrivacyRefused(
-                f"Training changed {changed[0]!r}, which is no parameter and gets no noise: it would tell of the data. "
-                "Use layers without running statistics."
-            )
-        self._wrapped.check_weights()
+        self._wrapped.check_unchanged()
         if not self._wrapped.steps == self._steps == self._privacy.steps:
             raise PrivacyRefused(
                 "Training ended before its last step: when it ends must not depend on the records. Take one step for "
@@ -178,10 +176,10 @@ class PrivateTraining:
 
     @property
     def record(self) -> ConfigRecord:
-        """For the reply: what was spent. It is there once the `with` block has ended and all steps were taken.
+        """The record of what was spent, for the reply; there once the `with` block has ended with all steps taken.
 
         Raises:
-            PrivacyRefused: Before that.
+            PrivacyRefused: The block has not ended, or not all steps were taken.
         """
         if self._record is None or not self._complete:
             raise PrivacyRefused(
@@ -195,10 +193,13 @@ class PrivateTraining:
         self._record = record
 
     def optimizer(self, inner: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Gives `inner`, which must be new, clipped and noisy gradients. One step for each batch.
+        """Returns an optimizer that gives `inner` clipped and noisy gradients; take one step with it for each batch.
+
+        Args:
+            inner: A new optimizer of the model's parameters.
 
         Raises:
-            PrivacyRefused: It was used before, or has other parameters than the model's.
+            PrivacyRefused: `inner` was used before, or has other parameters than the model's.
         """
         if inner.state:
             raise PrivacyRefused(
@@ -210,13 +211,18 @@ class PrivateTraining:
         return optimizer
 
     def criterion(self, inner: Any) -> Any:
-        """The loss, as ghost clipping needs it; `inner` has to be a mean over records."""
+        """Returns the loss function to call in training.
+
+        Args:
+            inner: The loss as a mean over records.
+        """
         return self._wrapped.criterion(inner)
 
     def batches(self) -> Iterator[torch.Tensor]:
-        """The round's batches: indices of records, int64; each record is in each by itself with chance `sample_rate`.
+        """Yields the round's batches: indices of records, int64, shape (size of the batch,).
 
-        A batch may be empty. It still is one step, of noise alone; its mean loss is NaN.
+        Each record is in each batch with probability `sample_rate`, independently of all others. A batch may be empty;
+        it still takes one step, of noise alone, and its mean loss is NaN.
 
         Raises:
             PrivacyRefused: The last batch had no step.
@@ -229,7 +235,7 @@ class PrivateTraining:
                 )
             self._steps += 1
             chosen = np.flatnonzero(self._sampling.uniform(self._examples) < self._privacy.sample_rate)
-            self._drawn(len(chosen))
+            self._wrapped.batch_drawn(len(chosen))
             yield torch.from_numpy(chosen)
 
     def _check_examples(self) -> None:

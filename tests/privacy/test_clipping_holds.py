@@ -53,10 +53,10 @@ def summed(
 ) -> Tensor:
     """The sum of clipped gradients in one step without noise, flat."""
     start = torch.cat([p.detach().flatten() for p in net.parameters()])
-    wrapped, drawn = wrap(net, KeyedStream(bytes(32)), mode=mode, noise_multiplier=1e-12, max_grad_norm=clip)
+    wrapped = wrap(net, KeyedStream(bytes(32)), mode=mode, noise_multiplier=1e-12, max_grad_norm=clip)
     optimizer = wrapped.optimizer(torch.optim.SGD(net.parameters(), lr=1.0), expected_batch_size=1.0)
     criterion = wrapped.criterion(loss or nn.MSELoss())
-    drawn(len(x))
+    wrapped.batch_drawn(len(x))
     optimizer.zero_grad()
     change(criterion(wrapped.model(x), y)).backward()
     optimizer.step()
