@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .keys import read_keys, rotate_keys, write_keys
     from .output_guard import call_silently, guarded_reply, refuse_unprotected, spent_by
     from .records import BUDGET, FOLDER, Asked, Spent, asked_of, asks_for_privacy, in_config
-    from .run_account import Releases, RunAccount, amplification
+    from .run_account import CentralGaussian, RunAccount, amplification
     from .settings import DPSGD, CentralNoise, Privacy, privacy_from_json, privacy_to_json
     from .training import PrivateTraining, private_training
 
@@ -22,11 +22,11 @@ __all__ = [
     "DPSGD",
     "FOLDER",
     "Asked",
+    "CentralGaussian",
     "CentralNoise",
     "KeyedStream",
     "Privacy",
     "PrivateTraining",
-    "Releases",
     "RunAccount",
     "Spend",
     "Spent",
@@ -96,7 +96,7 @@ __getattr__, __dir__ = lazy_names(
             "in_config",
         ],
         "run_account": [
-            "Releases",
+            "CentralGaussian",
             "RunAccount",
             "amplification",
         ],
