@@ -3,15 +3,14 @@
     with InProcessGrid(app, num_nodes=6) as grid:
         result = FedAvg().start(grid, arrays, num_rounds=3)
 
-This is the only module that touches Flower's task identity, without which no `Message` can be built.
+`inside_a_run` makes it possible to build a `Message` outside of Flower's engines; the grid enters it by itself.
 """
 
 from __future__ import annotations
 
 import itertools
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
@@ -19,8 +18,8 @@ import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 
+from ._flower_internals import inside_a_run
 from .grid import Arrival, ArrivalSource, ForwardingGrid
 
 __all__ = ["InProcessGrid", "ManualClock", "inside_a_run"]
@@ -41,35 +40,6 @@ class ManualClock:
     def advance(self, seconds: float) -> None:
         """Let time pass."""
         self._seconds += seconds
-
-
-_IDENTITY = ("_task_id", "_run_id", "_node_id")
-_pretending = threading.Lock()
-_pretended: list[tuple[Any, ...]] = []  # what was there before, and what is pretended
-
-
-@contextmanager
-def inside_a_run(run_id: int = 1) -> Iterator[None]:
-    """Pretend to be a Flower task, as building a `Message` requires; restored once all are left, in whatever thread."""
-    mine = (0, run_id, 1)
-    with _pretending:
-        if not _pretended:
-            _pretended.append(tuple(getattr(TaskIdentity, name) for name in _IDENTITY))
-        _pretended.append(mine)
-        _pretend(mine)
-    try:
-        yield
-    finally:
-        with _pretending:
-            _pretended.remove(mine)
-            _pretend(_pretended[-1])
-            if len(_pretended) == 1:
-                _pretended.clear()
-
-
-def _pretend(identity: tuple[Any, ...]) -> None:
-    for name, value in zip(_IDENTITY, identity, strict=True):
-        setattr(TaskIdentity, name, value)
 
 
 class InProcessGrid(Grid, ArrivalSource):

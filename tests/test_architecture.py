@@ -28,6 +28,7 @@ PLACES = (
     "_lazy",
     "_text",
     "_files",
+    "_flower_internals",
     "_seeding",
     "codes",
     "latency",
@@ -36,7 +37,6 @@ PLACES = (
     "protocol",
     "runlog",
     "grid",
-    "_flower_internals",
     "privacy",
     "client",
     "strategy",
@@ -48,6 +48,11 @@ PLACES = (
 NEVER = {
     ("strategy", "client"),
     ("codes", "_seeding"),
+    ("codes", "_flower_internals"),
+    ("latency", "_flower_internals"),
+    ("placement", "_flower_internals"),
+    ("planning", "_flower_internals"),
+    ("protocol", "_flower_internals"),
     ("planning", "placement"),
     ("latency", "codes"),
     ("placement", "latency"),
@@ -56,7 +61,7 @@ NEVER = {
 #: Packages outside the library by place. Exact names (`flwr.app` does not include `flwr.app.message`), except WHOLE.
 FLOWER = names("flwr.app flwr.serverapp flwr.serverapp.strategy flwr.serverapp.exception")
 PACKAGES: dict[str, frozenset[str]] = {
-    "_seeding": names("numpy torch"),
+    "_seeding": names("numpy"),
     "codes": names("numpy scipy"),
     "latency": names("numpy scipy"),
     "placement": names("numpy scipy"),
@@ -64,13 +69,13 @@ PACKAGES: dict[str, frozenset[str]] = {
     "protocol": names("numpy flwr.app"),
     "grid": names("flwr.app flwr.serverapp"),
     "privacy": names("numpy scipy flwr.app"),
-    "client": names("numpy flwr.app flwr.clientapp flwr.clientapp.mod"),
+    "client": names("numpy flwr.app flwr.clientapp"),
     "strategy": FLOWER | names("numpy"),
     "matmul": names("numpy scipy flwr.app flwr.serverapp flwr.clientapp"),
     "testing": names("numpy flwr.app flwr.serverapp flwr.clientapp"),
     "cli": names("numpy typer rich matplotlib"),
     # Flower's internals, each with its reason there.
-    "_flower_internals": names("flwr.app flwr.serverapp.strategy flwr.clientapp.mod flwr.supercore"),
+    "_flower_internals": names("flwr.clientapp.mod flwr.supercore"),
 }
 #: (file, package): granted to one file. PyTorch and the rest are extras.
 EXTRAS = {

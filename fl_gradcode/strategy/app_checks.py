@@ -5,9 +5,9 @@ The contract: an update depends on the message, the shard and the seeded generat
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
+from .._flower_internals import caller_among
 from ..errors import IncompatibleStrategy, InvalidSetting, ShardMismatch, UnsuitableApp, VersionMismatch
 from ..privacy import clipping_mod_named_in
 from .replies import DISAGREEMENT, FIXED_DATA, NO_MOD, ReplyCollector
@@ -22,17 +22,14 @@ def refuse_wrappers() -> None:
     Raises:
         IncompatibleStrategy: One of them is among the callers; with what to do instead.
     """
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        outer = frame.f_locals.get("self")
-        if isinstance(outer, PRIVACY_WRAPPERS):
-            raise IncompatibleStrategy(
-                f"{type(outer).__name__} cannot be put around GradientCoding: it clips and noises single replies, and "
-                "a coded reply is a sum over shards. Leave it out and say GradientCoding(..., "
-                "privacy=CentralNoise(...)), which clips each shard's update and adds noise once after "
-                "decoding, or privacy=DPSGD(...)."
-            )
+    outer = caller_among(PRIVACY_WRAPPERS)
+    if outer is not None:
+        raise IncompatibleStrategy(
+            f"{type(outer).__name__} cannot be put around GradientCoding: it clips and noises single replies, and "
+            "a coded reply is a sum over shards. Leave it out and say GradientCoding(..., "
+            "privacy=CentralNoise(...)), which clips each shard's update and adds noise once after "
+            "decoding, or privacy=DPSGD(...)."
+        )
 
 
 def refuse_unsuitable(inbox: ReplyCollector, *, ever_decoded: bool) -> None:

@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from .._seeding import keep_flower_apart
+from .._flower_internals import isolate_flower_random
 from ..codes import GradientCode
 from ..errors import InvalidSetting
 from ..grid import EarlyStopGrid
@@ -191,7 +191,7 @@ class GradientCoding(Strategy):
             UnsuitableApp: The clients lack the mod, or do not choose their data by `partition-id`.
         """
         waiting = grid if isinstance(grid, EarlyStopGrid) else EarlyStopGrid(grid)
-        keep_flower_apart()
+        isolate_flower_random()
         with self._continuation() as going:
             self._going = going
             if (finished := going.finished(num_rounds, self.ledger)) is not None:

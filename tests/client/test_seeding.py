@@ -24,7 +24,7 @@ NODE = """
 import importlib.util, random, sys
 import numpy as np
 from fl_gradcode import gradient_coding_mod
-from fl_gradcode.seeding import generators_restored, seed_generators
+from fl_gradcode._seeding import generators_restored, seed_generators
 
 def draw():
     import torch
@@ -37,7 +37,7 @@ def shard(number):
 
 
 def said_by(program: str) -> str:
-    done = subprocess.run([sys.executable, "-c", NODE + program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", NODE + program], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

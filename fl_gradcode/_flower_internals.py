@@ -1,0 +1,243 @@
+"""Everything that reaches past public interfaces, each with its reason: four reaches into Flower, one into imports.
+
+They rely on details that Flower does not promise. All were checked with Flower 1.41.0 and 1.42.0, and
+`tests/test_flower_internals.py` looks for each detail in the installed version. When a new version turns that test red,
+this is the file to change.
+
+| reach | why there is no other way |
+|---|---|
+| `clipping_mods_around_or_inside` | a mod is not told which other mods the app lists |
+| `caller_among` | a strategy is not told what is wrapped around it |
+| `isolate_flower_random` | Flower's threads draw from the generator that user code is seeded with |
+| `inside_a_run` | Flower builds a `Message` only in a process that it started itself |
+| `WhenImported` | torch must be seeded the moment an app imports it, and importing it here would cost a second |
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import CodeType, FrameType, ModuleType
+from typing import Any
+
+__all__ = [
+    "CLIPPING_MODS",
+    "FLOWER_MODULES_WITH_JITTER",
+    "WhenImported",
+    "caller_among",
+    "clipping_mods_around_or_inside",
+    "inside_a_run",
+    "isolate_flower_random",
+]
+
+# ---- Who is around us: stack walks ----
+
+#: Names of Flower's client mods that clip or noise a reply, in `flwr.clientapp.mod`.
+CLIPPING_MODS = ("LocalDpMod", "fixedclipping_mod", "adaptiveclipping_mod")
+
+
+def clipping_mods_around_or_inside(call_next: Callable[..., Any]) -> list[str]:
+    """Returns the names of Flower's clipping mods in the chain of mods that the calling mod belongs to.
+
+    Flower nests mods: each one calls the next. Those before the calling mod are in the frames around it; those after it
+    are in the closures of `call_next`, since Flower's `make_ffn` builds the chain from nested functions.
+
+    This runs for each message. A deployed node starts a process for each message, so there is no shorter "once a run";
+    and in a simulation one process serves several apps. The walk takes some ten microseconds.
+
+    Args:
+        call_next: What the calling mod was given to call.
+    """
+    return [*_clipping_mods_around(), *_clipping_mods_inside(call_next)]
+
+
+@lru_cache(maxsize=1)
+def _clipping_mods() -> tuple[type[Any], dict[CodeType, str]]:
+    """Returns `LocalDpMod`, and the code objects of all clipping mods with their names."""
+    from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_mod
+
+    functions: list[Any] = [LocalDpMod.__call__, fixedclipping_mod, adaptiveclipping_mod]
+    return LocalDpMod, {function.__code__: name for function, name in zip(functions, CLIPPING_MODS, strict=True)}
+
+
+def _clipping_mods_around() -> list[str]:
+    local, codes = _clipping_mods()
+    found = []
+    for frame in _callers():
+        if frame.f_code in codes:
+            found.append(codes[frame.f_code])
+        elif frame.f_code.co_name == "__call__" and isinstance(frame.f_locals.get("self"), local):
+            found.append(local.__name__)  # a subclass with a `__call__` of its own
+    return found
+
+
+def _clipping_mods_inside(call: Any) -> list[str]:
+    local, codes = _clipping_mods()
+    found: list[str] = []
+    seen: set[int] = set()
+    left = [call]
+    while left:
+        one = left.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        code = getattr(one, "__code__", None)
+        if isinstance(one, local):
+            found.append(local.__name__)
+        elif code in codes:
+            found.append(codes[code])
+        elif isinstance(one, partial):
+            left.append(one.func)
+        elif getattr(one, "__closure__", None) and getattr(one, "__module__", "").startswith("flwr."):
+            left.extend(cell.cell_contents for cell in one.__closure__ if callable(cell.cell_contents))
+    return found
+
+
+def caller_among(kinds: tuple[type[Any], ...]) -> object | None:
+    """Returns the innermost caller that is a method of an instance of one of these classes; None: there is none.
+
+    A wrapper around a strategy calls the strategy's `configure_train` from its own, so it is on the stack. Nothing in
+    the arguments tells of it: Flower's privacy wrappers change replies only after `configure_train` has returned.
+
+    Args:
+        kinds: Classes to look for, subclasses included.
+    """
+    for frame in _callers():
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, kinds):
+            return caller
+    return None
+
+
+def _callers() -> Iterator[FrameType]:
+    """Yields the frames of all callers, innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+# ---- Flower's own random numbers ----
+
+#: Modules that draw random waiting times from Python's global generator, in threads beside user code.
+FLOWER_MODULES_WITH_JITTER = (
+    "flwr.supercore.heartbeat",
+    "flwr.supercore.retry.retry_invoker",
+    "flwr.supercore.inflatable.inflatable_utils",
+)
+
+
+def isolate_flower_random() -> None:
+    """Give Flower's threads a random generator of their own, in place of Python's global one.
+
+    Otherwise a slow holder of a shard, during whose training Flower sends more heartbeats, would draw other numbers
+    than a fast holder; and a server would sample other clients in each run.
+    """
+    for name in FLOWER_MODULES_WITH_JITTER:
+        module: Any = sys.modules.get(name)
+        if getattr(module, "random", None) is random:
+            module.random = random.Random()
+
+
+# ---- Flower's task identity ----
+
+_IDENTITY = ("_task_id", "_run_id", "_node_id")
+_pretending = threading.Lock()
+_pretended: list[tuple[Any, ...]] = []  # what was there before, and what is pretended
+
+
+@contextmanager
+def inside_a_run(run_id: int = 1) -> Iterator[None]:
+    """Pretend that this process is a Flower task, without which no `Message` can be built.
+
+    The identity is the process's, so it is restored when the last of several overlapping uses is left, in whatever
+    thread that is.
+
+    Args:
+        run_id: Of the pretended run.
+    """
+    mine = (0, run_id, 1)
+    with _pretending:
+        if not _pretended:
+            from flwr.supercore.task_identity import TaskIdentity
+
+            _pretended.append(tuple(getattr(TaskIdentity, name) for name in _IDENTITY))
+        _pretended.append(mine)
+        _pretend(mine)
+    try:
+        yield
+    finally:
+        with _pretending:
+            _pretended.remove(mine)
+            _pretend(_pretended[-1])
+            if len(_pretended) == 1:
+                _pretended.clear()
+
+
+def _pretend(identity: tuple[Any, ...]) -> None:
+    from flwr.supercore.task_identity import TaskIdentity
+
+    for name, value in zip(_IDENTITY, identity, strict=True):
+        setattr(TaskIdentity, name, value)
+
+
+# ---- Python's imports ----
+
+
+class WhenImported(MetaPathFinder):
+    """Calls a function right after a module was imported for the first time.
+
+    While it watches, it stands first in `sys.meta_path`. It finds nothing itself: it lets the other finders find the
+    module, and has its loader call the function after the module has run.
+
+    Args:
+        name: Of the module.
+        action: Called without arguments, once; the watch has ended by then.
+    """
+
+    def __init__(self, name: str, action: Callable[[], None]) -> None:
+        self._name, self._action = name, action
+        self._searching = False
+
+    def watch(self) -> bool:
+        """Begin to watch; returns False if it watches already."""
+        begins = self not in sys.meta_path
+        if begins:
+            sys.meta_path.insert(0, self)
+        return begins
+
+    def stop(self) -> None:
+        """Watch no more."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        """Returns the spec that the other finders find for the watched module; None for any other module."""
+        if fullname != self._name or self._searching:
+            return None
+        self._searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._searching = False
+        if spec is not None and spec.loader is not None:
+            self._act_behind(spec)
+        return spec
+
+    def _act_behind(self, spec: ModuleSpec) -> None:
+        loader: Any = spec.loader
+        execute = loader.exec_module
+
+        def execute_and_act(module: ModuleType) -> None:
+            execute(module)
+            self.stop()
+            self._action()
+
+        loader.exec_module = execute_and_act  # of this one spec
