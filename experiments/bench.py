@@ -71,8 +71,8 @@ def aggregation(workers: int = 32, repeats: int = 5) -> None:
             plan = list(strategy.configure_train(1, before, ConfigRecord(), grid))
             replies = [_coded_reply(message, before, values) for message in plan]
             started = time.perf_counter()
-            phase = strategy._here.phase
-            assert phase is not None
+            assert strategy._run is not None and strategy._run.phase is not None
+            phase = strategy._run.phase
             for reply in replies:
                 phase.offer(Arrival("", reply.metadata.src_node_id, 0.0), reply, 0.0)
             decoded = phase.decode()

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fl_gradcode import GradientCode, GradientCoding, VirtualGrid, gradient_coding_mod
+from fl_gradcode import GradientCode, GradientCoding, Shards, VirtualGrid, gradient_coding_mod
 from fl_gradcode.codes import cyclic_repetition, fractional_repetition
 from fl_gradcode.latency import Latency, bimodal, exponential, lognormal, pareto, shifted_exponential
 from fl_gradcode.testing import InProcessGrid
@@ -117,8 +117,8 @@ def round_seconds(
                 fedavg.start(grid, initial, length, timeout=FOREVER, evaluate_fn=_clock(grid, times))
                 seconds += np.diff(times).tolist()
             else:
-                patience = scheme.patience if scheme.send == "shards" else None
-                strategy = GradientCoding(fedavg, scheme.code, send=scheme.send, patience=patience)
+                send = Shards(scheme.patience) if scheme.send == "shards" else scheme.send
+                strategy = GradientCoding(fedavg, scheme.code, send=send)
                 strategy.start(grid, initial, length, timeout=FOREVER)
                 seconds += [row["train"]["seconds"]["waiting"] for row in strategy.ledger.rows]
     return seconds

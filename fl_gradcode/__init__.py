@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from .errors import FlGradcodeError, NotDecodable
     from .grid import EarlyStopGrid, VirtualGrid
     from .runlog import Ledger
-    from .strategy import Approximation, Discovered, GradientCoding
+    from .strategy import Adaptive, Approximation, Coded, Discovered, GradientCoding, Shards
 
 __all__ = [
+    "Adaptive",
     "Approximation",
+    "Coded",
     "Discovered",
     "EarlyStopGrid",
     "FlGradcodeError",
@@ -25,6 +27,7 @@ __all__ = [
     "GradientCoding",
     "Ledger",
     "NotDecodable",
+    "Shards",
     "VirtualGrid",
     "cyclic_repetition",
     "fractional_repetition",
@@ -41,6 +44,6 @@ __getattr__, __dir__ = lazy_names(
         "errors": ["FlGradcodeError", "NotDecodable"],
         "grid": ["EarlyStopGrid", "VirtualGrid"],
         "runlog": ["Ledger"],
-        "strategy": ["Approximation", "Discovered", "GradientCoding"],
+        "strategy": ["Adaptive", "Approximation", "Coded", "Discovered", "GradientCoding", "Shards"],
     },
 )

@@ -15,6 +15,8 @@
 Each is also the builtin type that a caller would expect.
 """
 
+from typing import ClassVar
+
 __all__ = [
     "FlGradcodeError",
     "IncompatibleStrategy",
@@ -31,7 +33,13 @@ __all__ = [
 
 
 class FlGradcodeError(Exception):
-    """Any error that this library raises on purpose."""
+    """Any error that this library raises on purpose.
+
+    Attributes:
+        kind: What the server calls a reply that was refused by such an error; see `protocol.Rejection`.
+    """
+
+    kind: ClassVar[str] = "error"
 
 
 class InvalidCode(FlGradcodeError, ValueError):
@@ -45,6 +53,8 @@ class NotDecodable(InvalidCode):
 class Overflow(FlGradcodeError, OverflowError):
     """Updates too large for the fixed point of a code over a prime field."""
 
+    kind = "overflow"
+
 
 class IncompatibleStrategy(FlGradcodeError, TypeError):
     """The wrapped Flower strategy cannot work on one decoded reply."""
@@ -53,21 +63,31 @@ class IncompatibleStrategy(FlGradcodeError, TypeError):
 class UnsuitableApp(FlGradcodeError, RuntimeError):
     """The clients' app breaks the contract that coding relies on, or lacks the mod."""
 
+    kind = "unsuitable-app"
+
 
 class VersionMismatch(UnsuitableApp):
     """Server and client have versions of this library that do not understand each other."""
+
+    kind = "version"
 
 
 class ShardMismatch(FlGradcodeError, ValueError):
     """A node does not hold what it is asked for, or holds other data than a manifest says."""
 
+    kind = "shard-mismatch"
+
 
 class InvalidSetting(FlGradcodeError, ValueError):
     """An option or a path that cannot be used."""
 
+    kind = "invalid-setting"
+
 
 class PrivacyRefused(FlGradcodeError, RuntimeError):
     """An answer that a client's privacy rules forbid: over budget, or a second, different one for the same round."""
+
+    kind = "privacy-refused"
 
 
 class RoundFailed(FlGradcodeError, RuntimeError):

@@ -9,7 +9,7 @@ import numpy as np
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
 
 from clients.errors import AppConfigError
-from fl_gradcode import Approximation, GradientCode, GradientCoding
+from fl_gradcode import Adaptive, Approximation, Coded, GradientCode, GradientCoding, Shards
 from fl_gradcode.codes import cyclic_repetition, for_assignment, fractional_repetition, reed_solomon, uncoded
 from fl_gradcode.latency import (
     Latency,
@@ -109,6 +109,13 @@ def make_privacy(settings: Settings, holders: int = 1) -> DPSGD | CentralNoise |
     return DPSGD.for_epsilon(settings.target_epsilon, rounds=rounds, holders=holders, delta=settings.delta, **steps)
 
 
+def make_send(settings: Settings) -> Coded | Shards | Adaptive:
+    """What a message asks for."""
+    if settings.send == "coded":
+        return Coded(kappa_max=settings.kappa_max or float("inf"), give_up_after=settings.give_up_after or None)
+    return Shards(patience=settings.patience) if settings.send == "shards" else Adaptive()
+
+
 def make_coding(settings: Settings, inner: FedAvg, n: int) -> GradientCoding:
     """The inner strategy, coded."""
     policy: Any = settings.on_undecodable
@@ -117,14 +124,11 @@ def make_coding(settings: Settings, inner: FedAvg, n: int) -> GradientCoding:
         inner,
         code,
         privacy=make_privacy(settings, max(len(code.holders_of(j)) for j in range(code.k))),
-        send=settings.send,  # type: ignore[arg-type]
-        patience=settings.patience if settings.send == "shards" else None,
+        send=make_send(settings),
         on_undecodable=Approximation(fill_in=True) if policy == "fill-in" else policy,
-        kappa_max=settings.kappa_max or float("inf"),
         seed=settings.seed,
         ledger=settings.ledger or None,
         checkpoint=settings.checkpoint or None,
-        give_up_after=settings.give_up_after or None,
     )
 
 

@@ -129,6 +129,11 @@ class Settings:
             raise AppConfigError(
                 f"capacities={self.capacities!r} need code 'universal' or 'reed-solomon', not {self.code!r}."
             )
+        if self.send != "coded" and (self.kappa_max or self.give_up_after):
+            raise AppConfigError(
+                f"kappa-max={self.kappa_max} and give-up-after={self.give_up_after} are about coded vectors: with "
+                f"send={self.send!r} a message may be one shard, where nothing is amplified. Set both to 0."
+            )
         if self.give_up_after and self.latency != "none":
             raise AppConfigError(
                 f"give-up-after={self.give_up_after} counts real seconds on the client, and latency={self.latency!r} "

@@ -23,7 +23,7 @@ from experiments.compare.problems import OWNERS, PROBLEMS, Problem, latency_of
 from experiments.compare.store import Task
 from experiments.compare.synchronous import PartialProx, WorkShareGrid, quiet
 from experiments.rounds import app as idle_app
-from fl_gradcode import EarlyStopGrid, GradientCode, GradientCoding, VirtualGrid
+from fl_gradcode import EarlyStopGrid, GradientCode, GradientCoding, Shards, VirtualGrid
 from fl_gradcode.codes import cyclic_repetition, for_assignment, fractional_repetition
 from fl_gradcode.planning import candidates, make_plan, partial_work, steady_rounds, wait_for_all
 from fl_gradcode.testing import InProcessGrid
@@ -222,7 +222,7 @@ def _times(task: Task, problem: Problem, data_dir: str) -> dict[str, Any]:
             FedAvg(**quiet).start(grid, initial, task.rounds, timeout=FOREVER, evaluate_fn=clock)
         else:
             coding = GradientCoding(
-                FedAvg(**quiet), make(problem.n, problem.s), send=send, patience=patience if send == "shards" else None
+                FedAvg(**quiet), make(problem.n, problem.s), send=Shards(patience) if send == "shards" else send
             )
             coding.start(grid, initial, task.rounds, timeout=FOREVER, evaluate_fn=clock)
             rows = coding.ledger.rows

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .._files import absolute_path
+from .._text import numbered
 from ..errors import InvalidSetting, ShardMismatch
 from ..placement import WITHHELD, checked_path, held_digests
 from ..privacy import BUDGET, FOLDER
@@ -25,10 +27,7 @@ def held_by(node_config: Mapping[str, Any]) -> dict[int, str] | None:
     """
     folder, listed = node_config.get(SHARDS_DIR), node_config.get(SHARDS)
     if folder:
-        path = Path(str(folder))
-        if not path.is_absolute():
-            raise InvalidSetting(f"{SHARDS_DIR}={str(folder)!r} is a relative path; give an absolute one.")
-        return held_digests(path)
+        return held_digests(absolute_path(str(folder), SHARDS_DIR))
     if listed is None:
         return None
     try:
@@ -91,5 +90,4 @@ def _is_private(node_config: Mapping[str, Any]) -> bool:
 
 
 def _listed(held: Mapping[int, str]) -> str:
-    shards = sorted(held)
-    return f"shards {', '.join(map(str, shards[:10]))}{', ...' if len(shards) > 10 else ''}" if shards else "none"
+    return numbered("shard", sorted(held), 11) if held else "none"

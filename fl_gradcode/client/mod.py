@@ -13,7 +13,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from numpy.typing import NDArray
 
 from .._seeding import generators_restored, seed_generators
-from ..errors import Overflow, ShardMismatch, UnsuitableApp, VersionMismatch
+from ..errors import FlGradcodeError, Overflow, ShardMismatch, UnsuitableApp, VersionMismatch
 from ..privacy import (
     DPSGD,
     Asked,
@@ -45,6 +45,7 @@ from ..protocol import (
     flatten_update,
     is_probe,
     payload_encoding,
+    with_kind,
 )
 from .held_shards import held_by, refuse_other_shards, told_by
 
@@ -137,7 +138,9 @@ def gradient_coding_mod(message: Message, context: Context, call_next: _Call) ->
     try:
         return _answered(message, context, call_next)
     except (ShardMismatch, VersionMismatch) as error:  # the server cannot tell who it is that refuses
-        raise type(error)(f"Worker {context.node_config.get(PARTITION_ID)}: {error}") from None
+        raise with_kind(error, f"Worker {context.node_config.get(PARTITION_ID)}: {error}") from None
+    except FlGradcodeError as error:
+        raise with_kind(error) from error
 
 
 def _answered(message: Message, context: Context, call_next: _Call) -> Message:

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .arrivals import Arrival, ArrivalSource, ForwardingGrid
     from .early_stop import EarlyStopGrid
     from .nodes import nodes_of_a_phase, poll_nodes, wait_for_nodes
-    from .stop_rules import CountRule, JobTime, StopRule, Wait
+    from .stop_rules import CountRule, JobTime, Late, StopRule, Wait
     from .virtual import VirtualGrid
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "EarlyStopGrid",
     "ForwardingGrid",
     "JobTime",
+    "Late",
     "StopRule",
     "VirtualGrid",
     "Wait",
@@ -45,6 +46,7 @@ __getattr__, __dir__ = lazy_names(
         "stop_rules": [
             "CountRule",
             "JobTime",
+            "Late",
             "StopRule",
             "Wait",
         ],

@@ -15,10 +15,10 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from ..errors import InvalidSetting
-from ..protocol import computing_seconds, content_bytes, error_text, loads_of
+from ..protocol import Rejection, computing_seconds, content_bytes, loads_of, rejection_of
 from .arrivals import Arrival, ArrivalSource, ForwardingGrid
 from .polling import PollingArrivals
-from .stop_rules import CountRule, JobTime, StopRule, Wait
+from .stop_rules import CountRule, JobTime, Late, StopRule, Wait
 
 __all__ = ["Debt", "EarlyStopGrid", "Waiting"]
 
@@ -33,13 +33,13 @@ class Debt:
     """
 
     token: str
-    phase: object
+    phase_mark: object
     label: str
     sent: float
     loads: dict[int, int]
     lapses: float
     #: When its node last became active, as Flower tells it; None: not looked yet.
-    mark: str | None = None
+    active_since: str | None = None
 
 
 class Waiting:
@@ -51,14 +51,13 @@ class Waiting:
         debts: dict[int, Debt],
         rule: StopRule,
         timeout: float | None,
-        on_late: Callable[[int, str, Message | None], None] | None,
     ) -> None:
-        self.source, self.debts, self.rule, self.on_late = source, debts, rule, on_late
-        self.phase = object()
+        self.source, self.debts, self.rule = source, debts, rule
+        self.phase_mark = object()
         self.start = source.now()
         self.deadline = None if timeout is None else self.start + timeout
         # Nothing can be cancelled in Flower; a node that never answers is trusted again after this long.
-        self.patience = float("inf") if timeout is None else 3 * timeout
+        self.debt_lifetime = float("inf") if timeout is None else 3 * timeout
         self.wait = Wait()
         self.held: dict[int, list[Message]] = {}
         self.free: list[int] = []  # nodes that the rule may have something for
@@ -68,7 +67,7 @@ class Waiting:
         self.lost = True  # whether a reply that might have come is known not to
         self.met: set[int] = set()  # nodes that the rule was asked about
         self.failed: set[int] = set()  # nodes whose message to this phase ended in an error
-        self.marks: dict[int, str] = {}  # when each node last became active, as of the last look
+        self.active_since: dict[int, str] = {}  # when each node last became active, as of the last look
         self.next_look = None if source.fixed_nodes else self.start
 
     def run(self, messages: Sequence[Message]) -> Wait:
@@ -99,7 +98,7 @@ class Waiting:
         self.wait.unread = [arrival.node for arrival in self.unread]
         for arrival in self.unread:
             self.source.forget(arrival.token)
-        self.source.abandon([debt.token for debt in self.debts.values() if debt.phase is self.phase])
+        self.source.abandon([debt.token for debt in self.debts.values() if debt.phase_mark is self.phase_mark])
         return self.wait
 
     def _loop(self) -> str:
@@ -138,7 +137,7 @@ class Waiting:
 
     def _outstanding(self) -> list[int]:
         """Nodes whose reply to this phase may still come."""
-        return [node for node, debt in self.debts.items() if debt.phase is self.phase] + list(self.held)
+        return [node for node, debt in self.debts.items() if debt.phase_mark is self.phase_mark] + list(self.held)
 
     def _next_deadline(self) -> float | None:
         lapses = [self.debts[node].lapses for node in self.held if node in self.debts]
@@ -160,17 +159,17 @@ class Waiting:
         if self.next_look is None or self.source.now() < self.next_look:
             return
         self.next_look = self.source.now() + _LOOK_SECONDS
-        for node, mark in self.source.listed().items():
-            debt, before = self.debts.get(node), self.marks.get(node, mark)
-            self.marks[node] = mark
-            if debt is None and node in self.failed and mark != before:
+        for node, since in self.source.listed().items():
+            debt, before = self.debts.get(node), self.active_since.get(node, since)
+            self.active_since[node] = since
+            if debt is None and node in self.failed and since != before:
                 self.failed.discard(node)
                 self.met.discard(node)
                 self.idle = [other for other in self.idle if other != node]
                 self.rule.restarted(node)
-            if debt is not None and debt.mark is None:
-                debt.mark = mark
-            elif debt is not None and debt.mark != mark:
+            if debt is not None and debt.active_since is None:
+                debt.active_since = since
+            elif debt is not None and debt.active_since != since:
                 self.source.forget(self.debts.pop(node).token)
                 self.wait.restarted.append(node)
                 if node not in self.held:
@@ -197,16 +196,18 @@ class Waiting:
             computing = arrival.computing if reply is None else computing_seconds(reply)
             taken = JobTime(arrival.node, debt.label, debt.loads, arrival.at - debt.sent, computing)
             self.wait.times.append(taken)
-        if debt.phase is self.phase:
+        if debt.phase_mark is self.phase_mark:
             if arrival.failure or (reply is not None and reply.has_error()):
                 self.failed.add(arrival.node)
             self.unread.append(arrival)
             self.rule.arrived(arrival)
         else:
-            wrong = error_text(reply) if reply is not None and reply.has_error() else arrival.failure
-            self.wait.late.append((arrival.node, debt.label, wrong))
-            if self.on_late is not None:
-                self.on_late(arrival.node, debt.label, reply)
+            rejection = Rejection("no-reply", arrival.failure) if arrival.failure else None
+            if reply is not None and reply.has_error():
+                rejection = rejection_of(reply)
+            late = Late(arrival.node, debt.label, rejection)
+            self.wait.late.append(late)
+            self.rule.arrived_late(late, reply)
         self.free.append(arrival.node)
 
     def _hand_out(self) -> None:
@@ -234,7 +235,9 @@ class Waiting:
     def _lapse(self) -> bool:
         """Give up on debts that are too old; whether there was one."""
         now = self.source.now()
-        old = [node for node, debt in self.debts.items() if debt.lapses <= now and debt.phase is not self.phase]
+        old = [
+            node for node, debt in self.debts.items() if debt.lapses <= now and debt.phase_mark is not self.phase_mark
+        ]
         for node in old:
             self.source.forget(self.debts.pop(node).token)
             self.wait.lapsed.append(node)
@@ -246,6 +249,7 @@ class Waiting:
         for message, token in zip(messages, self.source.push(messages), strict=True):
             node = message.metadata.dst_node_id
             self.wait.asked.append(node)
+            self.rule.sent(node)
             self.wait.bytes_down += content_bytes(message.content)
             if token is None:
                 refused = Arrival("", node, now, failure="the SuperLink refused the message")
@@ -253,7 +257,9 @@ class Waiting:
                 self._offer_idle()
                 self.lost = True
             else:
-                self.debts[node] = Debt(token, self.phase, self.rule.label, now, loads_of(message), now + self.patience)
+                self.debts[node] = Debt(
+                    token, self.phase_mark, self.rule.label, now, loads_of(message), now + self.debt_lifetime
+                )
 
     def _read(self, *, final: bool) -> bool:
         """Read what is needed of what is in; whether anything was."""
@@ -305,8 +311,6 @@ class EarlyStopGrid(ForwardingGrid):
         self.source: ArrivalSource = (
             grid if isinstance(grid, ArrivalSource) else PollingArrivals(grid, poll_interval=poll_interval, clock=clock)
         )
-        #: Called with (node, label, reply or None) for each reply that came after its phase had ended.
-        self.on_late: Callable[[int, str, Message | None], None] | None = None
         self._debts: dict[int, Debt] = {}
         self._announced: StopRule | None = None
 
@@ -324,5 +328,5 @@ class EarlyStopGrid(ForwardingGrid):
         rule, self._announced = self._announced or CountRule(self.stop_after), None
         if not batch:
             return []
-        phase = Waiting(self.source, self._debts, rule, timeout, self.on_late)
-        return rule.finish(phase.run(batch))
+        waiting = Waiting(self.source, self._debts, rule, timeout)
+        return rule.finish(waiting.run(batch))

@@ -1,16 +1,40 @@
-"""When to stop waiting: stop rules, and the record of what happened meanwhile."""
+"""When to stop waiting: stop rules, and the record of what happened meanwhile.
+
+A rule of your own is a subclass of `StopRule` that says when it is satisfied and what `send_and_receive` returns. This
+one stops at the first reply without an error:
+
+    class FirstGood(StopRule):
+        def __init__(self) -> None:
+            self.reply: Message | None = None
+
+        @property
+        def decided(self) -> bool:
+            return self.reply is not None
+
+        def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
+            if self.reply is None and reply is not None and not reply.has_error():
+                self.reply = reply
+
+        def finish(self, wait: Wait) -> list[Message]:
+            return [] if self.reply is None else [self.reply]
+
+    grid = EarlyStopGrid(grid)
+    grid.expect(FirstGood())
+    replies = grid.send_and_receive(messages)
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from flwr.app import Message
 
+from ..protocol import Rejection
 from .arrivals import Arrival
 
-__all__ = ["CountRule", "JobTime", "StopRule", "Wait"]
+__all__ = ["CountRule", "JobTime", "Late", "StopRule", "Wait"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +56,21 @@ class JobTime:
     computing: float | None = None
 
 
+@dataclass(frozen=True)
+class Late:
+    """A reply that came after its phase had ended.
+
+    Attributes:
+        node: Who sent it.
+        label: Of the phase that it answers: "train 3".
+        rejection: What went wrong, if it is an error; None: it would have been a good reply.
+    """
+
+    node: int
+    label: str
+    rejection: Rejection | None = None
+
+
 @dataclass
 class Wait:
     """What happened while replies were waited for. Seconds are the arrival source's.
@@ -42,8 +81,7 @@ class Wait:
         never_sent: Nodes that were held back to the end.
         unread: Nodes whose reply was in, but was not needed. Real engines bring replies with their arrival:
             there everything is read.
-        late: (node, label of the phase it answers, what went wrong) of replies to earlier phases that came in
-            meanwhile; the third is empty unless the reply is an error.
+        late: Replies to earlier phases that came in meanwhile.
         lapsed: Nodes whose debt was given up on.
         joined: Nodes that came while the phase was under way, and were asked then.
         restarted: Nodes that were started again while they owed a reply, which is lost.
@@ -58,7 +96,7 @@ class Wait:
     held_back: list[int] = field(default_factory=list)
     never_sent: list[int] = field(default_factory=list)
     unread: list[int] = field(default_factory=list)
-    late: list[tuple[int, str, str]] = field(default_factory=list)
+    late: list[Late] = field(default_factory=list)
     lapsed: list[int] = field(default_factory=list)
     joined: list[int] = field(default_factory=list)
     restarted: list[int] = field(default_factory=list)
@@ -70,55 +108,76 @@ class Wait:
     ended: str = "answered"
 
 
-class StopRule(Protocol):
-    """Decides when a phase has what it needs."""
+class StopRule(ABC):
+    """Decides when a phase has what it needs.
 
-    label: str
+    Only `decided`, `offer` and `finish` have to be written. The rest has defaults that fit a rule which asks every node
+    once and reads every reply.
+
+    Attributes:
+        label: Name of the phase, for the ledger: "train 3".
+        wake_at: When, in the source's seconds, to offer idle nodes work again though nothing has come in; None: never.
+    """
+
+    label: str = ""
+    wake_at: float | None = None
 
     @property
-    def wake_at(self) -> float | None:
-        """When, in the source's seconds, to offer idle nodes work again though nothing has come in; None: never."""
-
-    @property
+    @abstractmethod
     def decided(self) -> bool:
         """Whether the replies read so far suffice."""
+
+    @abstractmethod
+    def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
+        """Read a reply, `at` seconds after the phase began; None: there is none, because of `arrival.failure`."""
+
+    @abstractmethod
+    def finish(self, wait: Wait) -> list[Message]:
+        """Waiting is over: returns what `send_and_receive` returns."""
+
+    def sent(self, node: int) -> None:
+        """A message is on its way to the node, or was refused; called once for each entry of `Wait.asked`."""
 
     def arrived(self, arrival: Arrival) -> None:
         """A reply of this phase is in, not read yet."""
 
+    def arrived_late(self, late: Late, reply: Message | None) -> None:
+        """A reply to an earlier phase is in: it does not count, and may tell something."""
+
     def next_message(self, node: int, held: Message | None, now: float) -> Message | None:
-        """What to send a node that is free; None: nothing.
+        """Returns what to send a node that is free; None: nothing.
 
         `held` is what was to be sent to it when the phase began, the first time that it is free in this phase.
         """
+        return held
 
     def join(self, node: int) -> Message | None:
-        """What to send a node that has come since the phase began; None: nothing."""
+        """Returns what to send a node that has come since the phase began; None: nothing."""
+        return None
 
     def restarted(self, node: int) -> None:
         """The node was started again: what it was working on in this phase, or before, is lost."""
 
     def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
-        """Which of the replies that are in, but not read yet, to read now.
+        """Returns which of the replies that are in, but not read yet, to read now.
 
         None of them while they do not suffice; those that are needed once they do. At the end of waiting
         (`final`) those that are of use although they do not suffice.
         """
+        return list(arrivals)
 
     def hopeless(self, nodes: Sequence[int]) -> bool:
         """Whether they would not suffice even with those of `nodes`, all that may still come."""
-
-    def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
-        """Read a reply, `at` seconds after the phase began; None: there is none, because of `arrival.failure`."""
-
-    def finish(self, wait: Wait) -> list[Message]:
-        """Waiting is over: what `send_and_receive` returns."""
+        return False
 
 
-class CountRule:
-    """Stop after a number of good replies: what dropping the slowest clients means."""
+class CountRule(StopRule):
+    """Stops after a number of good replies: what dropping the slowest clients means.
 
-    wake_at = None
+    Args:
+        enough: So many good replies; None: all.
+        label: Name of the phase.
+    """
 
     def __init__(self, enough: int | None, *, label: str = "") -> None:
         self.label = label
@@ -132,28 +191,10 @@ class CountRule:
         """Whether enough good replies are in."""
         return self._enough is not None and self._good >= self._enough
 
-    def arrived(self, arrival: Arrival) -> None:
-        """Nothing to do."""
-
-    def next_message(self, node: int, held: Message | None, now: float) -> Message | None:
-        """Its one message."""
-        return held
-
-    def join(self, node: int) -> Message | None:
-        """Nothing: the strategy chose whom to ask."""
-        return None
-
-    def restarted(self, node: int) -> None:
-        """Nothing to do."""
-
     def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
-        """The first that are enough, if all are good."""
+        """Returns the first that are enough, if all are good."""
         missing = len(arrivals) if self._enough is None else self._enough - self._good
         return list(arrivals[:missing]) if final or len(arrivals) >= missing else []
-
-    def hopeless(self, nodes: Sequence[int]) -> bool:
-        """Never: fewer replies than wished are still worth having."""
-        return False
 
     def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
         """Keep the reply; errors do not count."""
@@ -162,6 +203,6 @@ class CountRule:
             self._good += not reply.has_error()
 
     def finish(self, wait: Wait) -> list[Message]:
-        """All replies that were read, errors too, as Flower's grids return them."""
+        """Returns all replies that were read, errors too, as Flower's grids do."""
         self.wait = wait
         return self._replies

@@ -21,11 +21,11 @@ from ..protocol import (
     Cost,
     Reply,
     content_bytes,
-    error_text,
     is_evaluation,
     load_of,
     plan_bytes,
     probe_content,
+    rejection_of,
     reply_part,
     round_of,
 )
@@ -258,7 +258,7 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
             answer = Reply.find_in(reply.content) if reply.has_content() else None
             if answer is not None:
                 found[reply.metadata.src_node_id] = answer.worker
-        errors = [error_text(reply) for reply in replies if reply.has_error()]
+        errors = [rejection_of(reply).reason for reply in replies if reply.has_error()]
         silent = [node for node in nodes if node not in found]
         if silent:
             raise UnsuitableApp(

@@ -61,9 +61,9 @@ class Nodes:
     def learn(self, wait: Wait, holding: Collection[int]) -> None:
         """What a phase told of who holds a block: its answers, and late ones to the phases before."""
         self.holding.update(holding)
-        for node, label, wrong in wait.late:
-            if node in self.sent.get(label, ()) and node in self.worker and not wrong:
-                self.holding.add(node)
+        for late in wait.late:
+            if late.node in self.sent.get(late.label, ()) and late.node in self.worker and late.rejection is None:
+                self.holding.add(late.node)
 
     def _number(self, online: list[int]) -> None:
         listed = set(online)
@@ -331,7 +331,7 @@ class CodedMatrix:
             used,
             tuple(i for i in range(self.code.n) if i not in heard),
             rejected,
-            tuple(workers[node] for node, _, _ in wait.late if node in workers),
+            tuple(workers[late.node] for late in wait.late if late.node in workers),
             self.code.condition(used),
             wait.seconds,
             decoding,

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from ..codes import P, matmul, solve
 from ..errors import InvalidCode
-from ..grid import Arrival, Wait
-from ..protocol import error_text, view
+from ..grid import Arrival, StopRule, Wait
+from ..protocol import rejection_of, view
 from .product_code import ProductCode
 from .records import Answer, block
 
@@ -73,7 +73,7 @@ def suspects(code: ProductCode, numbers: NDArray[Any], workers: Sequence[int], l
     return found[:1] if len(found) > 1 and without[found[0]] < _STANDS_OUT * without[found[1]] else found
 
 
-class _Rule:
+class _Rule(StopRule):
     """What waiting for a product and for the placing of a matrix have in common.
 
     Args:
@@ -82,8 +82,6 @@ class _Rule:
         workers: Node -> worker of all that are asked.
     """
 
-    wake_at = None
-
     def __init__(self, label: str, matrix: str, product: int, workers: Mapping[int, int]) -> None:
         self.label, self.matrix, self.product, self.workers = label, matrix, product, dict(workers)
         #: (worker, why its answer was not used).
@@ -91,16 +89,6 @@ class _Rule:
         #: Nodes that said that they hold their block of A.
         self.holding: set[int] = set()
         self.wait = Wait()
-
-    def arrived(self, arrival: Arrival) -> None:
-        """Nothing to do."""
-
-    def join(self, node: int) -> Message | None:
-        """Nothing: blocks are placed when a product begins."""
-        return None
-
-    def restarted(self, node: int) -> None:
-        """Nothing to do: it is asked again for the next product."""
 
     def finish(self, wait: Wait) -> list[Message]:
         """What happened; the answers are read off the rule."""
@@ -111,7 +99,7 @@ class _Rule:
         """What the node says; None, with the reason noted, if it is of no use."""
         worker = self.workers[arrival.node]
         if reply is None or reply.has_error():
-            self.reject(worker, arrival.failure if reply is None else error_text(reply))
+            self.reject(worker, arrival.failure if reply is None else rejection_of(reply).reason)
             return None
         try:
             answer = Answer.find_in(reply.content)
@@ -140,18 +128,6 @@ class PlacingRule(_Rule):
     @property
     def decided(self) -> bool:
         """Never early: the grid ends when everybody was heard."""
-        return False
-
-    def next_message(self, node: int, held: Message | None, now: float) -> Message | None:
-        """Its one message."""
-        return held
-
-    def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
-        """All."""
-        return list(arrivals)
-
-    def hopeless(self, nodes: Sequence[int]) -> bool:
-        """Never: every block that is placed helps."""
         return False
 
     def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
@@ -188,11 +164,16 @@ class ProductRule(_Rule):
         self.code, self.shape, self.dtype, self._resend = code, shape, dtype, resend
         #: Worker -> its answer, in order of arrival.
         self.answers: dict[int, NDArray[Any]] = {}
-        self.decided = False
+        self._decided = False
         self.needed = code.k + extra
         self._seed = int(rng.integers(2**63))
         self._again: set[int] = set()  # nodes that are to be sent their block as soon as they are free
         self._resent: set[int] = set()
+
+    @property
+    def decided(self) -> bool:
+        """Whether enough answers are in, and agree."""
+        return self._decided
 
     def next_message(self, node: int, held: Message | None, now: float) -> Message | None:
         """Its message; once more, with its block, if it has lost that."""
@@ -265,19 +246,19 @@ class ProductRule(_Rule):
         if len(workers) < self.needed:
             return
         if len(workers) == self.code.k:
-            self.decided = True
+            self._decided = True
             return
         numbers = project(list(self.answers.values()), np.random.default_rng(self._seed))
         limit = tolerance(self.dtype)
         off = disagreement(self.code, numbers, workers)
         if off <= limit:
-            self.decided = True
+            self._decided = True
             return
         wrong = suspects(self.code, numbers, workers, limit)
         if len(wrong) == 1:
             del self.answers[wrong[0]]
             self.reject(wrong[0], f"it disagrees with the {len(workers) - 1} others")
-            self.decided = True
+            self._decided = True
         else:
-            self.decided = False  # it was, if this answer was read together with the k-th
+            self._decided = False  # it was, if this answer was read together with the k-th
             self.needed = len(workers) + 1  # one more may tell who is wrong

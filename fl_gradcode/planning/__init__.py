@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from .closed_forms import best_fraction, coded_matvec_seconds, exponential_seconds, harmonic, idle_mean
     from .planner import GAIN, Line, RoundPlan, candidates, make_plan
     from .product_planner import ProductLine, ProductPlan, plan_products
-    from .schemes import Scheme, any_code, first_shards, partial_work, repetition, wait_for_all
+    from .schemes import Scheme, any_code, partial_work, repetition, wait_for_all
     from .simulation import idle_rounds, steady_rounds
+    from .work_queue import ShardQueue, turns_of
 
 __all__ = [
     "GAIN",
@@ -18,12 +19,12 @@ __all__ = [
     "ProductPlan",
     "RoundPlan",
     "Scheme",
+    "ShardQueue",
     "any_code",
     "best_fraction",
     "candidates",
     "coded_matvec_seconds",
     "exponential_seconds",
-    "first_shards",
     "harmonic",
     "idle_mean",
     "idle_rounds",
@@ -32,6 +33,7 @@ __all__ = [
     "plan_products",
     "repetition",
     "steady_rounds",
+    "turns_of",
     "wait_for_all",
 ]
 
@@ -60,7 +62,6 @@ __getattr__, __dir__ = lazy_names(
         "schemes": [
             "Scheme",
             "any_code",
-            "first_shards",
             "partial_work",
             "repetition",
             "wait_for_all",
@@ -68,6 +69,10 @@ __getattr__, __dir__ = lazy_names(
         "simulation": [
             "idle_rounds",
             "steady_rounds",
+        ],
+        "work_queue": [
+            "ShardQueue",
+            "turns_of",
         ],
     },
 )

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from ..codes import check_count, check_tolerance, fractional_repetition
 from ..errors import InvalidSetting
@@ -18,7 +16,6 @@ __all__ = [
     "Scheme",
     "any_code",
     "drop_slowest",
-    "first_shards",
     "over_selection",
     "partial_work",
     "repetition",
@@ -75,32 +72,6 @@ class Scheme:
         """Groups as rows of one array, shape (groups, largest group); n fills up smaller ones."""
         width = max(map(len, self.groups))
         return np.array([[*group, *[self.n] * (width - len(group))] for group in self.groups])
-
-
-def first_shards(blocks: Mapping[int, Sequence[int]]) -> dict[int, int]:
-    """For each worker that holds any the shard that it starts with: as many different ones as can be.
-
-    Holders of the same shards start evenly spread over them; where that is not enough, as in a cyclic assignment, a
-    maximum matching says who starts with what.
-
-    Args:
-        blocks: Worker -> the shards that it holds, ascending.
-    """
-    workers = [i for i in sorted(blocks) if len(blocks[i])]
-    first: dict[int, int] = {}
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for worker in workers:
-        alike.setdefault(tuple(blocks[worker]), []).append(worker)
-    for shards, same in alike.items():
-        for place, worker in enumerate(same):
-            first[worker] = shards[len(shards) * place // len(same)]
-    everything = sorted({shard for i in workers for shard in blocks[i]})
-    if len(set(first.values())) < min(len(workers), len(everything)):
-        held = csr_array([[shard in blocks[i] for shard in everything] for i in workers])
-        for worker, column in zip(workers, maximum_bipartite_matching(held, perm_type="column"), strict=True):
-            if column >= 0:
-                first[worker] = everything[column]
-    return first
 
 
 def wait_for_all(n: int) -> Scheme:

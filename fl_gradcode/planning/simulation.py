@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..latency import Parts
-from .schemes import Scheme, first_shards
+from .schemes import Scheme
+from .work_queue import ShardQueue, turns_of
 
 __all__ = ["RoundTimes", "idle_rounds", "steady_rounds"]
 
@@ -115,28 +116,19 @@ def _shardwise(scheme: Scheme, parts: Parts, model_megabytes: float, *, idle: bo
 
 
 class _Shardwise:
-    """One shard a message: an event loop with the rules of `shardwise.ShardDispatch`."""
+    """One shard a message: an event loop around a `ShardQueue` for each round."""
 
     def __init__(self, scheme: Scheme) -> None:
         self.patience, self.n, self.k = scheme.patience, scheme.n, scheme.k
-        first = first_shards(dict(enumerate(scheme.blocks)))
-        self.turns: list[tuple[int, ...]] = []  # of each worker, its shards from its first on
-        for worker, block in enumerate(scheme.blocks):
-            start = block.index(first[worker]) if block else 0
-            self.turns.append((*block[start:], *block[:start]))
+        self.turns = turns_of(dict(enumerate(scheme.blocks)))
         self.now = 0.0
         self.owed: list[tuple[float, int]] = []  # of earlier rounds: (finish, worker)
         self.messages = 0
-        self.wake: float | None = None  # when an idle worker's next second copy is due
 
     def round(self, duration: list[float]) -> None:
         self.duration = duration
+        self.queue = ShardQueue(self.turns, self.patience)
         self.closed: set[int] = set()
-        self.working: dict[int, int] = {}  # worker -> shard
-        self.began: dict[int, float] = {}
-        self.copies: list[list[float]] = [[] for _ in range(self.k)]  # of each shard, since when it is worked on
-        self.took: dict[int, float] = {}
-        self.wake = None
         woken: float | None = None
         self.events = [(finish, order, worker, True) for order, (finish, worker) in enumerate(self.owed)]
         heapq.heapify(self.events)
@@ -145,7 +137,7 @@ class _Shardwise:
         self.idle: list[int] = []
         self._hand_out([worker for worker in range(self.n) if worker not in held])
         while len(self.closed) < self.k:
-            wake = self._wake_after(woken)
+            wake = None if self.queue.wake_at == woken else self.queue.wake_at
             if wake is not None and (not self.events or wake < self.events[0][0]):
                 self.now = max(self.now, wake)
                 woken = wake
@@ -159,36 +151,19 @@ class _Shardwise:
             free = []
             while self.events and self.events[0][0] <= self.now:
                 _, _, worker, late = heapq.heappop(self.events)
-                if not late:
-                    shard, began = self.working.pop(worker), self.began.pop(worker)
+                shard = None if late else self.queue.finish(worker, self.now)
+                if shard is not None:
                     self.closed.add(shard)
-                    self.copies[shard].remove(began)
-                    self.took[worker] = self.now - began
                 free.append(worker)
             if len(self.closed) < self.k:
                 self._hand_out(free)
         self.owed = [(finish, worker) for finish, _, worker, _ in sorted(self.events)]
 
-    def _wake_after(self, woken: float | None) -> float | None:
-        return None if self.wake == woken else self.wake
-
     def _hand_out(self, workers: list[int]) -> None:
         for worker in workers:
-            due = [j for j in self.turns[worker] if j not in self.closed and self._is_due(j, worker)]
-            if not due:
+            if self.queue.start(worker, worker, self.closed, self.now) is None:
                 self.idle.append(worker)
                 continue
-            shard = min(due, key=lambda j: len(self.copies[j]))
-            self.working[worker], self.began[worker] = shard, self.now
-            self.copies[shard].append(self.now)
             heapq.heappush(self.events, (self.now + self.duration[worker], self.order, worker, False))
             self.order += 1
             self.messages += 1
-
-    def _is_due(self, shard: int, worker: int) -> bool:
-        if not self.patience or worker not in self.took or not self.copies[shard]:
-            return True
-        due = min(self.copies[shard]) + self.patience * self.took[worker]
-        if due > self.now and (self.wake is None or self.wake <= self.now or due < self.wake):
-            self.wake = due
-        return due <= self.now

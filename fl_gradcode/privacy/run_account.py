@@ -5,117 +5,134 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..codes import GradientCode, PrimeField
 from ..errors import InvalidSetting
+from ..runlog import PrivacyLine, RoundRow
 from .accounting import Spend, composed, epsilon_of
 from .budget_ledger import Request, SpentLedger
 from .settings import DPSGD, CentralNoise, Privacy, privacy_to_json
 
-__all__ = ["Account", "CentralGaussian", "RunAccount", "amplification"]
+__all__ = ["Account", "CentralGaussian", "Releases", "RunAccount", "amplification"]
+
+_log = logging.getLogger(__name__)
+_SETS = 100  # of survivors that are tried
+
+#: First and last round of each of several ranges, ascending and apart.
+Ranges = tuple[tuple[int, int], ...]
+#: Shard -> how many hold it, and the rounds in which they were asked before.
+Releases = dict[int, tuple[int, Ranges]]
 
 
+@dataclass(frozen=True)
 class Account:
-    """Rounds and draws of noise, shard by shard. It only grows.
+    """Rounds and draws of noise, shard by shard; a value.
 
-    Args:
-        holders: Shard -> how many hold it.
+    Attributes:
+        holders: Shard -> the most holders that it has had.
+        ranges: Shard -> the rounds in which its update was, or may have been, released.
+        draws: Shard -> draws of noise after decoding: each is a release, also a second one of the same round.
+        asked: The last round that was asked, and the digest of the request; "": it cannot be asked alike again.
     """
 
-    def __init__(self, holders: Mapping[int, int]) -> None:
-        #: Shard -> the most holders that it has had.
-        self.holders = dict(holders)
-        #: Shard -> draws of noise after decoding: each is a release, also a second one of the same round.
-        self.draws = dict.fromkeys(holders, 0)
-        #: The last round that was asked, and the digest of the request; "": it cannot be asked alike again.
-        self.asked: tuple[int, str] | None = None
-        self._released: dict[int, list[tuple[int, int]]] = {shard: [] for shard in holders}
+    holders: Mapping[int, int]
+    ranges: Mapping[int, Ranges]
+    draws: Mapping[int, int]
+    asked: tuple[int, str] | None = None
+
+    @classmethod
+    def new(cls, holders: Mapping[int, int]) -> Self:
+        """Returns the account of a run that has asked for nothing."""
+        return cls(dict(holders), dict.fromkeys(holders, ()), dict.fromkeys(holders, 0))
 
     @property
     def state(self) -> dict[str, Any]:
-        """As JSON can hold it; what `merge` takes."""
+        """The account as JSON can hold it; what `merged` takes."""
         return {
-            "released": [*self._released.items()],
-            "draws": [*self.draws.items()],
-            "holders": [*self.holders.items()],
+            "released": [[shard, [*map(list, ranges)]] for shard, ranges in self.ranges.items()],
+            "draws": [*map(list, self.draws.items())],
+            "holders": [*map(list, self.holders.items())],
             "asked": self.asked,
         }
 
-    def merge(self, state: Mapping[str, Any]) -> None:
-        """Add what another account of the same run has."""
+    def merged(self, state: Mapping[str, Any]) -> Account:
+        """Returns the account with what another one of the same run has, given as its `state`."""
+        account = self
         for shard, ranges in state["released"]:
-            self.release(int(shard), *((int(first), int(last)) for first, last in ranges))
-        for mine, key in ((self.draws, "draws"), (self.holders, "holders")):
-            for shard, count in state.get(key, ()):
+            account = account.released([int(shard)], *((int(first), int(last)) for first, last in ranges))
+        counts = {}
+        for name in ("draws", "holders"):
+            mine = dict(getattr(self, name))
+            for shard, count in state.get(name, ()):
                 mine[int(shard)] = max(mine[int(shard)], int(count))
+            counts[name] = mine
         number, request = state.get("asked") or (0, "")
-        if number and (self.asked is None or number >= self.asked[0]):
-            self.asked = (int(number), str(request))
+        newer = number and (self.asked is None or number >= self.asked[0])
+        return replace(account, **counts, asked=(int(number), str(request)) if newer else self.asked)
 
     def covers(self, state: Mapping[str, Any]) -> bool:
-        """Whether it has all that the other one has released and drawn."""
-        whole = Account(self.holders)
-        whole.merge(self.state)
-        whole.merge(state)
-        return whole._released == self._released and whole.draws == self.draws
+        """Whether it has all that another account, given as its `state`, has released and drawn."""
+        whole = self.merged(state)
+        return whole.ranges == self.ranges and whole.draws == self.draws
 
-    def release(self, shard: int, *ranges: tuple[int, int]) -> None:
-        """The shard's update was, or may have been, released in these rounds: first and last of each range."""
-        self._released[shard] = _joined([*self._released[shard], *ranges])
+    def released(self, shards: Iterable[int], *ranges: tuple[int, int]) -> Account:
+        """Returns the account with updates of these shards released in these rounds too.
 
-    def released(self, shard: int) -> tuple[tuple[int, int], ...]:
-        """Ranges of rounds in which its update may have been released."""
-        return tuple(self._released[shard])
+        Args:
+            shards: Which.
+            *ranges: First and last round of each range.
+        """
+        more = {shard: _joined([*self.ranges[shard], *ranges]) for shard in shards}
+        return replace(self, ranges={**self.ranges, **more})
+
+    def drawn(self, shards: Iterable[int]) -> Account:
+        """Returns the account with one more draw of noise for each of these shards."""
+        return replace(self, draws={**self.draws, **{shard: self.draws[shard] + 1 for shard in shards}})
 
     def rounds(self, shard: int) -> int:
-        """How many releases that were, or draws of noise, whichever is more."""
-        return max(self.draws[shard], sum(last - first + 1 for first, last in self._released[shard]))
+        """Returns how many releases that were, or draws of noise, whichever is more."""
+        return max(self.draws[shard], sum(last - first + 1 for first, last in self.ranges[shard]))
 
     @property
     def last_round(self) -> int:
         """The last round in which any shard was asked; 0: none was."""
-        return max((last for ranges in self._released.values() for _, last in ranges), default=0)
+        return max((last for ranges in self.ranges.values() for _, last in ranges), default=0)
 
 
-def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same rounds, in as few ranges as there can be, ascending."""
+def _joined(ranges: Sequence[tuple[int, int]]) -> Ranges:
+    """Returns the same rounds in as few ranges as possible, ascending."""
     found: list[tuple[int, int]] = []
     for first, last in sorted(one for one in ranges if one[0] <= one[1]):
         if found and first <= found[-1][1] + 1:
             found[-1] = (found[-1][0], max(found[-1][1], last))
         else:
             found.append((first, last))
-    return found
-
-
-_SETS = 100  # of survivors that are tried
+    return tuple(found)
 
 
 class CentralGaussian:
-    """One noisy sum.
+    """The Gaussian mechanism on a decoded sum of clipped updates.
 
     Args:
-        privacy: Noise and bound.
-        code: For what quantisation adds to the bound.
-        shards: How many are summed: the public weight of the mean.
-        charge: Called before noise is drawn.
+        privacy: What is promised.
+        code: How the sum was coded: fixed point adds its rounding to the sensitivity.
+        shards: How many shards the sum is over; public, so it is the sum's weight.
     """
 
-    def __init__(self, privacy: CentralNoise, code: GradientCode, shards: int, charge: Callable[[], None]) -> None:
+    def __init__(self, privacy: CentralNoise, code: GradientCode, shards: int) -> None:
         self.weight = float(shards)
-        self._privacy, self._charge = privacy, charge
+        self._privacy = privacy
         self._rounding = code.numbers.rounding(1) if isinstance(code.numbers, PrimeField) else 0.0
 
-    def noisy(self, total: NDArray[np.floating]) -> NDArray[np.float64]:
-        """The decoded sum of clipped updates with one Gaussian draw, from a key of the operating system's generator."""
+    def add_to(self, total: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Returns the sum with one Gaussian draw, shape (d,), keyed by the operating system's generator."""
         from .key_derivation import KeyedStream
 
-        self._charge()
         sensitivity = self._privacy.clipping_norm + self._rounding * np.sqrt(total.size)
         noise = KeyedStream(os.urandom(32)).normal(total.size)
         return np.asarray(total + self._privacy.noise_multiplier * sensitivity * noise, np.float64)
@@ -133,11 +150,11 @@ def amplification(code: GradientCode) -> tuple[float, float]:
     return min(squares), max(squares)
 
 
-_log = logging.getLogger(__name__)
-
-
 class RunAccount:
     """Accounts for one run.
+
+    `releases` and `gaussian` only tell; `charge_request` and `charge_draw` spend. Whoever calls those keeps `state` on
+    disk before anything leaves.
 
     Args:
         privacy: What is promised.
@@ -148,7 +165,7 @@ class RunAccount:
 
     def __init__(self, privacy: Privacy, code: GradientCode, run: str, *, send: str = "coded") -> None:
         self.privacy, self.code, self.run, self._send = privacy, code, run, send
-        self._account = Account({j: len(code.holders_of(j)) for j in range(code.k)})
+        self._account = Account.new({j: len(code.holders_of(j)) for j in range(code.k)})
         #: Digest of all that is asked besides the model, so far as the server knows it.
         self.request = ""
         self._lost = 0  # draws of rounds that a restart has lost, and that are drawn again
@@ -158,20 +175,18 @@ class RunAccount:
         self._before: set[tuple[Spend, ...]] = {()}
         if self._ledger is not None:
             self._before |= {composed(e.spend for e in self._ledger.entries(j)) for j in range(code.k)}
-        #: Called with `state` whenever it has changed, before anything leaves.
-        self.keep: Callable[[dict[str, Any]], None] = lambda state: None
         #: Whether this object knows all of its run's rounds.
         self._knows_all = self._ledger is not None
 
     def follow(self, code: GradientCode) -> None:
         """The code is another one from now on; a shard's holders count as the most that it has had."""
         self.code = code
-        account = self._account
-        account.holders = {j: max(count, len(code.holders_of(j))) for j, count in account.holders.items()}
+        holders = {j: max(count, len(code.holders_of(j))) for j, count in self._account.holders.items()}
+        self._account = replace(self._account, holders=holders)
 
     @property
     def text(self) -> str:
-        """For the plan: what clients have to know."""
+        """What clients have to know of the promise, as JSON for the plan."""
         one = self.privacy
         return privacy_to_json(replace(one, folder="") if isinstance(one, CentralNoise) else one)
 
@@ -219,30 +234,48 @@ class RunAccount:
                 most,
             )
 
-    def ask(self, server_round: int, shards: Sequence[int]) -> dict[int, tuple[int, tuple[tuple[int, int], ...]]]:
-        """For the plan: each shard's holders, and when they were asked before. From now on this round counts."""
+    def releases(self, server_round: int, shards: Sequence[int]) -> Releases:
+        """Returns what the plan of a round says of its shards' holders and earlier releases; nothing is charged.
+
+        Only noise in the clients needs it: elsewhere it is empty.
+        """
         if not isinstance(self.privacy, DPSGD):
             return {}
-        self._goes_on(server_round)
-        told = {}
-        for shard in shards:
-            told[shard] = (self._account.holders[shard], self._account.released(shard))
-            self._account.release(shard, (server_round, server_round))
-        self._account.asked = (server_round, self.request)
-        self.keep(self.state)
-        return told
+        account = self._up_to(server_round)
+        return {shard: (account.holders[shard], account.ranges[shard]) for shard in shards}
 
-    def release(self, server_round: int, shards: Sequence[int]) -> CentralGaussian | None:
-        """What is to be done to the decoded sum before anybody sees it; None if the clients did all."""
-        if not isinstance(self.privacy, CentralNoise):
-            return None
+    def charge_request(self, server_round: int, shards: Sequence[int]) -> bool:
+        """Charge for asking clients for noisy updates; returns whether that costs anything.
 
-        def charge() -> None:
-            self._charge(server_round, shards)
+        A release counts from the moment it is asked for, whoever answers. Noise after decoding costs nothing yet.
+        """
+        if not isinstance(self.privacy, DPSGD):
+            return False
+        account = self._up_to(server_round).released(shards, (server_round, server_round))
+        self._account, self._knows_all = replace(account, asked=(server_round, self.request)), True
+        return True
 
-        return CentralGaussian(self.privacy, self.code, len(shards), charge)
+    def gaussian(self, shards: int) -> CentralGaussian | None:
+        """Returns what adds noise to a decoded sum over so many shards; None if the clients have added it."""
+        return CentralGaussian(self.privacy, self.code, shards) if isinstance(self.privacy, CentralNoise) else None
 
-    def entry(self, told: tuple[float, float] | None, other_requests: Mapping[int, tuple[int, int]]) -> dict[str, Any]:
+    def charge_draw(self, server_round: int, shards: Sequence[int]) -> None:
+        """Charge for one draw of noise on a sum over these shards, in the budget ledger too, before it is drawn.
+
+        Raises:
+            PrivacyRefused: It would exceed the budget.
+        """
+        account = self._up_to(server_round)
+        for shard in shards if self._ledger is not None else ():
+            assert self._ledger is not None
+            spend = self.privacy.spend(1)
+            request = Request(shard, self.run, server_round, "", spend, repeatable=False)
+            most = self.privacy.max_epsilon
+            self._ledger.charge(request, delta=self.privacy.delta, accountant=self.privacy.accountant, budget=most)
+        self._account = account.drawn(shards).released(shards, (server_round, server_round))
+        self._knows_all = True
+
+    def line(self, told: tuple[float, float] | None, other_requests: Mapping[int, tuple[int, int]]) -> PrivacyLine:
         """Returns what a ledger row says of privacy: what was spent so far on the shard that it was most for.
 
         Args:
@@ -252,38 +285,25 @@ class RunAccount:
         one, rounds, holders = self.privacy, self._account.rounds, self._account.holders
         shard = max(holders, key=lambda j: one.spend(rounds(j), holders=holders[j]).steps)
         epsilon = self._epsilon(rounds(shard), holders[shard])
-        return {
-            "unit": one.unit,
-            "noise": one.noise if isinstance(one, DPSGD) else "central",
-            "noise-multiplier": one.noise_multiplier,
-            "clipping-norm": one.max_grad_norm if isinstance(one, DPSGD) else one.clipping_norm,
-            "sample-rate": one.sample_rate if isinstance(one, DPSGD) else None,
-            "steps": one.steps if isinstance(one, DPSGD) else None,
-            "delta": one.delta,
-            "accountant": one.accountant,
-            "epsilon": max(epsilon, told[0] if told else 0.0),
-            "epsilon-told": told[0] if told else None,
-            "epsilon-told-all-runs": told[1] if told else None,
-            "other-requests": {str(j): [*pair] for j, pair in sorted(other_requests.items())},
-        }
+        return PrivacyLine(
+            unit=one.unit,
+            noise=one.noise if isinstance(one, DPSGD) else "central",
+            noise_multiplier=one.noise_multiplier,
+            clipping_norm=one.max_grad_norm if isinstance(one, DPSGD) else one.clipping_norm,
+            sample_rate=one.sample_rate if isinstance(one, DPSGD) else None,
+            steps=one.steps if isinstance(one, DPSGD) else None,
+            delta=one.delta,
+            accountant=one.accountant,
+            epsilon=max(epsilon, told[0] if told else 0.0),
+            epsilon_told=told[0] if told else None,
+            epsilon_told_all_runs=told[1] if told else None,
+            other_requests=dict(sorted(other_requests.items())),
+        )
 
     def _epsilon(self, rounds: int, holders: int) -> float:
         """Of a shard after so many rounds, earlier runs included where they are recorded."""
         one, spend = self.privacy, self.privacy.spend(rounds, holders=holders)
         return max(epsilon_of([*before, spend], one.delta, accountant=one.accountant) for before in self._before)
-
-    def _charge(self, server_round: int, shards: Sequence[int]) -> None:
-        """On disk before the model leaves."""
-        self._goes_on(server_round)
-        for shard in shards:
-            if self._ledger is not None:
-                spend = self.privacy.spend(1)
-                request = Request(shard, self.run, server_round, "", spend, repeatable=False)
-                most = self.privacy.max_epsilon
-                self._ledger.charge(request, delta=self.privacy.delta, accountant=self.privacy.accountant, budget=most)
-            self._account.draws[shard] += 1
-            self._account.release(shard, (server_round, server_round))
-        self.keep(self.state)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -299,25 +319,22 @@ class RunAccount:
         Raises:
             InvalidSetting: That run has asked for rounds: they would be asked again, and counted once.
         """
-        if latest is not None:
-            earlier = Account(self._account.holders)
-            earlier.merge(latest)
-            if earlier.last_round:
-                raise InvalidSetting(
-                    f"Run {self.run!r} was asked for rounds up to {earlier.last_round} already, and its checkpoint is "
-                    "not there: begun anew, its rounds would be released twice and counted once. Restore the "
-                    "checkpoint, or give the run another name."
-                )
-        self.keep(self.state)
+        earlier = self._account if latest is None else Account.new(self._account.holders).merged(latest)
+        if latest is not None and earlier.last_round:
+            raise InvalidSetting(
+                f"Run {self.run!r} was asked for rounds up to {earlier.last_round} already, and its checkpoint is "
+                "not there: begun anew, its rounds would be released twice and counted once. Restore the "
+                "checkpoint, or give the run another name."
+            )
 
     def resume(
         self,
         saved: dict[str, Any] | None,
         latest: dict[str, Any] | None,
         rounds: int,
-        rows: Iterable[Mapping[str, Any]] = (),
+        rows: Iterable[RoundRow] = (),
     ) -> int:
-        """Take up a run of which so many rounds are done; returns the number after which its rounds go on.
+        """Go on with a run of which so many rounds are done; returns the number after which its rounds go on.
 
         That is greater than `rounds` if the next round was asked before and would be asked otherwise now: another
         answer to it would be a release that nobody counts, or with the same noise one without any. Its number is
@@ -332,27 +349,29 @@ class RunAccount:
                 what was asked since then counts, and one round more.
         """
         account, shards = self._account, range(self.code.k)
+        draws = dict(account.draws)
         if self._ledger is not None:  # this run's part is in the account
             entries = {shard: self._ledger.entries(shard) for shard in shards}
             self._before = {()} | {composed(e.spend for e in entries[j] if e.run != self.run) for j in shards}
             for shard in shards:
                 drawn = sum(e.spend.steps for e in entries[shard] if e.run == self.run)
-                account.draws[shard] = max(account.draws[shard], drawn)
+                draws[shard] = max(draws[shard], drawn)
+        account = replace(account, draws=draws)
         if latest is not None:
-            account.merge(latest)
+            account = account.merged(latest)
         known = latest is not None and (saved is None or account.covers(saved))
         if saved is not None:
-            account.merge(saved)
+            account = account.merged(saved)
         seen, last = self._last_of(rows), account.last_round
         if seen > last or not known:
             under_way = max(seen, rounds) + 1
-            for shard in shards:
-                account.release(shard, (1, under_way))
-                if not isinstance(self.privacy, DPSGD):
-                    more = account.draws[shard] + seen - last + 1 if seen > last else 0
-                    account.draws[shard] = max(account.draws[shard], rounds + 1, more)
-            account.asked = max(account.asked or (0, ""), (under_way, ""))
-        self.keep(self.state)
+            account = account.released(shards, (1, under_way))
+            if not isinstance(self.privacy, DPSGD):
+                more = seen - last + 1 if seen > last else None
+                draws = {j: max(n, rounds + 1, 0 if more is None else n + more) for j, n in account.draws.items()}
+                account = replace(account, draws=draws)
+            account = replace(account, asked=max(account.asked or (0, ""), (under_way, "")))
+        self._account = account
         self._lost = max(0, max(account.draws.values()) - rounds)
         number, request = account.asked or (0, "")
         if not isinstance(self.privacy, DPSGD) or number <= rounds:
@@ -360,25 +379,25 @@ class RunAccount:
         alike = number == rounds + 1 and self._repeatable and request and request == self.request
         return rounds if alike else number
 
-    def _last_of(self, rows: Iterable[Mapping[str, Any]]) -> int:
+    def _last_of(self, rows: Iterable[RoundRow]) -> int:
         """The last round that released something: being asked is enough, unless the noise comes after decoding."""
-        asked = [(row.get("round", 0), row["train"]) for row in rows if row.get("train")]
+        asked = [(row.round, row.train) for row in rows if row.train is not None]
         if not isinstance(self.privacy, DPSGD):
-            asked = [(number, phase) for number, phase in asked if phase.get("outcome") != "skipped"]
-        return max((int(number) for number, _ in asked), default=0)
+            asked = [(number, phase) for number, phase in asked if phase.outcome != "skipped"]
+        return max((number for number, _ in asked), default=0)
 
     @property
     def _repeatable(self) -> bool:
         """Whether the same request gets the same answer."""
         return isinstance(self.privacy, DPSGD) and self.privacy.noise == "shared"
 
-    def _goes_on(self, server_round: int) -> None:
-        """A run that goes on after a restart, and not by `start`: who was asked in the rounds before is not known here,
-        so all shards count as asked."""
-        if not self._knows_all:
-            for shard in range(self.code.k):
-                self._account.release(shard, (1, server_round - 1))
-        self._knows_all = True
+    def _up_to(self, server_round: int) -> Account:
+        """Returns the account as it stands before a round.
+
+        In a run that goes on after a restart, and not by `start`, it is not known who was asked in the rounds before:
+        all shards count as asked.
+        """
+        return self._account if self._knows_all else self._account.released(range(self.code.k), (1, server_round - 1))
 
     @property
     def _told(self) -> str:

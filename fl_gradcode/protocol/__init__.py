@@ -10,9 +10,7 @@ if TYPE_CHECKING:
     from .messages import (
         computing_seconds,
         content_bytes,
-        error_text,
         is_evaluation,
-        last_line,
         load_of,
         loads_of,
         reply_part,
@@ -51,6 +49,7 @@ if TYPE_CHECKING:
         record_of,
         report_key,
     )
+    from .rejection import Rejection, RejectionKind, last_line, rejection_of, with_kind
 
 __all__ = [
     "ARRAYS",
@@ -65,6 +64,8 @@ __all__ = [
     "MetricsLayout",
     "PayloadEncoding",
     "Plan",
+    "Rejection",
+    "RejectionKind",
     "Reply",
     "Row",
     "all_finite",
@@ -72,7 +73,6 @@ __all__ = [
     "computing_seconds",
     "content_bytes",
     "encode_row",
-    "error_text",
     "flatten_metrics",
     "flatten_update",
     "is_evaluation",
@@ -87,6 +87,7 @@ __all__ = [
     "rebuild_arrays",
     "rebuild_metrics",
     "record_of",
+    "rejection_of",
     "reply_part",
     "report_key",
     "restore_types",
@@ -94,6 +95,7 @@ __all__ = [
     "size_of",
     "view",
     "wire_dtype",
+    "with_kind",
     "without_arrays",
 ]
 
@@ -111,9 +113,7 @@ __getattr__, __dir__ = lazy_names(
         "messages": [
             "computing_seconds",
             "content_bytes",
-            "error_text",
             "is_evaluation",
-            "last_line",
             "load_of",
             "loads_of",
             "reply_part",
@@ -151,6 +151,13 @@ __getattr__, __dir__ = lazy_names(
             "read_json",
             "record_of",
             "report_key",
+        ],
+        "rejection": [
+            "Rejection",
+            "RejectionKind",
+            "last_line",
+            "rejection_of",
+            "with_kind",
         ],
     },
 )

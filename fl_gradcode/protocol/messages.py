@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
-from .records import Plan, Reply, explained, is_probe
+from ..errors import VersionMismatch
+from .records import Plan, Reply, is_probe
 
 __all__ = [
     "computing_seconds",
     "content_bytes",
-    "error_text",
     "is_evaluation",
-    "last_line",
     "load_of",
     "loads_of",
     "reply_part",
     "round_of",
     "without_arrays",
 ]
-
-#: How Flower tells of an exception in a ClientApp.
-_EXCEPTION = re.compile(r"<class '(?:.*\.)?(\w+)'>:<'(.*)'>")
-_LONGEST = 500
 
 
 def load_of(message: Message, worker: int) -> int:
@@ -73,26 +67,11 @@ def is_evaluation(message: Message) -> bool:
 
 def computing_seconds(message: Message) -> float | None:
     """Seconds that the client says it spent on its shards; None if it does not say."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, VersionMismatch):
         reply = Reply.find_in(message.content) if message.has_content() else None
         if reply is not None and reply.seconds:
             return sum(reply.seconds)
     return None
-
-
-def error_text(message: Message) -> str:
-    """An error reply in one line: Flower's code, and the last line of the reason, where Python names the exception."""
-    reason = last_line(message.error.reason or "")
-    as_flower_writes_it = _EXCEPTION.fullmatch(reason)
-    if as_flower_writes_it:
-        reason = ": ".join(as_flower_writes_it.groups())
-    return f"error {message.error.code}: {explained(reason)}"
-
-
-def last_line(text: str) -> str:
-    """The last line that is not empty, cut to 500 characters."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:_LONGEST] if lines else "no reason given"
 
 
 def content_bytes(content: RecordDict) -> int:

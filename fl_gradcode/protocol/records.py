@@ -25,7 +25,6 @@ __all__ = [
     "Plan",
     "Reply",
     "Row",
-    "explained",
     "is_probe",
     "library_version",
     "plan_bytes",
@@ -38,8 +37,6 @@ __all__ = [
 #: What the records mean. It changes when a plan or a reply does: the other half would misread it.
 PROTOCOL = 2
 _JSON, _PROTOCOL, _VERSION = "json", "protocol", "version"
-#: How a node says it whose version knew no protocols.
-_OLD = "Plan.__init__() got an unexpected keyword argument"
 
 
 def record_of(values: Mapping[str, Any]) -> ConfigRecord:
@@ -67,13 +64,6 @@ def read_json(record: ConfigRecord, other: str) -> str:
             f"{_advice(str(server))}"
         )
     return str(record[_JSON])
-
-
-def explained(reason: str) -> str:
-    """A node's error, or what it means if its version is too old to say."""
-    if _OLD in reason:
-        return f"the node has an older fl-gradcode, and the server {library_version()}. {_advice(library_version())}"
-    return reason
 
 
 @lru_cache(maxsize=1)
@@ -243,34 +233,16 @@ class Reply:
         """The reply record of a message, or None.
 
         Raises:
-            ValueError: The record is there and cannot be read, or is of a version that is not understood here.
+            ValueError: The record is there and cannot be read.
+            VersionMismatch: It is of a version that is not understood here.
         """
         record = content.get(_REPLY)
         if not isinstance(record, ConfigRecord):
             return None
         try:
-            v = json.loads(read_json(record, "node"))
-            v["layout"] = tuple((str(a), str(d), tuple(int(x) for x in s)) for a, d, s in v["layout"])
-            v["metrics_layout"] = tuple((str(a), int(x), bool(w)) for a, x, w in v["metrics_layout"])
-            v["sketches"] = tuple(tuple(float(x) for x in one) for one in v["sketches"])
-            v["shards"] = tuple(int(x) for x in v["shards"])
-            v["seconds"] = tuple(float(x) for x in v["seconds"])
-            v["worker"], v["round"] = int(v["worker"]), int(v["round"])
-            v["stateful"], v["fixed_data"] = bool(v["stateful"]), bool(v["fixed_data"])
-            v["spent"] = tuple((int(j), str(c), float(e), float(t)) for j, c, e, t in v["spent"])
-            v["holds"] = tuple((int(j), str(digest)) for j, digest in v["holds"])
-            v["arrays_name"], v["metrics_name"] = str(v["arrays_name"]), str(v["metrics_name"])
-            if v["outcome"] not in OUTCOMES:
-                raise ValueError(f"outcome {v['outcome']!r}")
-            if not all(len(one) == 4 and all(map(math.isfinite, one)) for one in v["sketches"]):
-                raise ValueError("sketches that are not four finite numbers each")
-            if not all(0 <= number < math.inf for one in v["spent"] for number in one[2:]):
-                raise ValueError("an epsilon that is no number of at least 0")
-            if not 0 <= v["worker"] < MOST_WORKERS:
-                raise ValueError(f"worker {v['worker']}")
-            return cls(**v)
-        except VersionMismatch as error:
-            raise ValueError(str(error)) from error
+            return _parse_reply(read_json(record, "node"))
+        except VersionMismatch:
+            raise
         except Exception as error:  # whatever somebody may have put there
             raise ValueError(f"unreadable reply record ({error})") from error
 
@@ -288,6 +260,30 @@ def _parse_plan(text: str) -> Plan:
     }
     values["digests"] = {int(shard): str(digest) for shard, digest in values["digests"].items()}
     return Plan(**values)
+
+
+@lru_cache(maxsize=64)  # a reply is looked at on arrival, for its times, and read a moment later
+def _parse_reply(text: str) -> Reply:
+    v = json.loads(text)
+    v["layout"] = tuple((str(a), str(d), tuple(int(x) for x in s)) for a, d, s in v["layout"])
+    v["metrics_layout"] = tuple((str(a), int(x), bool(w)) for a, x, w in v["metrics_layout"])
+    v["sketches"] = tuple(tuple(float(x) for x in one) for one in v["sketches"])
+    v["shards"] = tuple(int(x) for x in v["shards"])
+    v["seconds"] = tuple(float(x) for x in v["seconds"])
+    v["worker"], v["round"] = int(v["worker"]), int(v["round"])
+    v["stateful"], v["fixed_data"] = bool(v["stateful"]), bool(v["fixed_data"])
+    v["spent"] = tuple((int(j), str(c), float(e), float(t)) for j, c, e, t in v["spent"])
+    v["holds"] = tuple((int(j), str(digest)) for j, digest in v["holds"])
+    v["arrays_name"], v["metrics_name"] = str(v["arrays_name"]), str(v["metrics_name"])
+    if v["outcome"] not in OUTCOMES:
+        raise ValueError(f"outcome {v['outcome']!r}")
+    if not all(len(one) == 4 and all(map(math.isfinite, one)) for one in v["sketches"]):
+        raise ValueError("sketches that are not four finite numbers each")
+    if not all(0 <= number < math.inf for one in v["spent"] for number in one[2:]):
+        raise ValueError("an epsilon that is no number of at least 0")
+    if not 0 <= v["worker"] < MOST_WORKERS:
+        raise ValueError(f"worker {v['worker']}")
+    return Reply(**v)
 
 
 def report_key(name: str) -> str:

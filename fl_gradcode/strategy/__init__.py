@@ -7,12 +7,15 @@ from .._lazy import lazy_names
 if TYPE_CHECKING:
     from .discovery import Discovered
     from .gradient_coding import GradientCoding
-    from .options import Approximation
+    from .options import Adaptive, Approximation, Coded, Shards
 
 __all__ = [
+    "Adaptive",
     "Approximation",
+    "Coded",
     "Discovered",
     "GradientCoding",
+    "Shards",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -25,7 +28,10 @@ __getattr__, __dir__ = lazy_names(
             "GradientCoding",
         ],
         "options": [
+            "Adaptive",
             "Approximation",
+            "Coded",
+            "Shards",
         ],
     },
 )

@@ -1,26 +1,24 @@
-"""How a round is run: which code, and how it is sent; always the same, or chosen from what past rounds took.
+"""The mode of each round, chosen from what past rounds took.
 
 What is stored never changes in a run; what is *computed* of it may. `AdaptiveModes` replays the job times of the last
-rounds under each way that the stored shards allow, and takes the one whose rounds would have been shortest.
+rounds in each mode that the stored shards allow, and takes the one whose rounds would have been shortest.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..codes import GradientCode
-from ..latency import History
 from ..planning import Scheme, steady_rounds
-from .options import Options
+from ..runlog import History, RoundRow
+from .round_mode import ModeChooser, RoundMode
 
-__all__ = ["AdaptiveModes", "FixedMode", "ModeChooser", "RoundMode", "mode_chooser", "regrouped"]
+__all__ = ["AdaptiveModes", "regrouped"]
 
 _log = logging.getLogger(__name__)
 
@@ -29,62 +27,12 @@ _WINDOW = 16  # rounds that are replayed
 _LEAST = 3  # rounds that are needed to choose
 _SETTLE = 6  # of a replay: its first rounds begin idle
 _RECENT = 5  # rounds within which all must have answered before fewer holders compute a shard
-_BETTER = 0.95  # change only for a way whose rounds would have been so much shorter
-_TRIAL = 8  # rounds of a way that are remembered to compare it with the next
-_WORSE, _FAR_WORSE = 1.2, 3.0  # times what the way before took: of three rounds' mean, and of one round
+_BETTER = 0.95  # change only for a mode whose rounds would have been so much shorter
+_TRIAL = 8  # rounds of a mode that are remembered to compare it with the next
+_WORSE, _FAR_WORSE = 1.2, 3.0  # times what the mode before took: of three rounds' mean, and of one round
 
 
-@dataclass(frozen=True)
-class RoundMode:
-    """How one round is run.
-
-    Attributes:
-        code: Who computes which shards.
-        send: One coded vector a worker, or one shard a message.
-        patience: Of second copies, with "shards".
-    """
-
-    code: GradientCode
-    send: Literal["coded", "shards"]
-    patience: float = 0.0
-
-    @property
-    def load(self) -> int:
-        """The most shards of a message."""
-        return 1 if self.send == "shards" else max(len(self.code.shards_of(i)) for i in range(self.code.n))
-
-    @property
-    def entry(self) -> dict[str, Any]:
-        """For the ledger row."""
-        patience = self.patience if self.send == "shards" else None
-        return {"send": self.send, "patience": patience, "load": self.load}
-
-
-class ModeChooser(Protocol):
-    """Chooses the way of each round."""
-
-    def choose(self, *, complete: bool) -> RoundMode:
-        """For the round that begins; `complete` says whether all n nodes are there."""
-
-    def learn(self, row: Mapping[str, Any]) -> None:
-        """From the ledger row of a round that has ended."""
-
-
-@dataclass(frozen=True)
-class FixedMode:
-    """Always the same."""
-
-    way: RoundMode
-
-    def choose(self, *, complete: bool) -> RoundMode:
-        """That."""
-        return self.way
-
-    def learn(self, row: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-
-class AdaptiveModes:
+class AdaptiveModes(ModeChooser):
     """Chooses by replaying the last rounds, and takes a choice back that turns out worse than what it replaced.
 
     It begins with one shard a message and patience 2, which costs next to nothing where all are alike. From then on it
@@ -94,8 +42,8 @@ class AdaptiveModes:
     round that was not exact.
 
     Where the latency is not as assumed (shards that cost more together than one by one, nodes that share a machine), a
-    replay is wrong. So each change is on trial: a way whose rounds take longer than those of the way before it is left
-    at once, and not tried again for a time that doubles.
+    replay is wrong. So each change is on trial: a mode whose rounds take longer than those of the mode before it is
+    left at once, and not tried again for a time that doubles.
 
     Args:
         code: What is stored; m = 1, over the reals.
@@ -105,23 +53,23 @@ class AdaptiveModes:
 
     def __init__(self, code: GradientCode, *, smaller: bool = True, every: int = 3) -> None:
         self.code, self.smaller, self.every = code, smaller, every
-        self.way = self._safe = RoundMode(code, "shards", 2.0)
-        #: What each way's rounds would have lasted, in seconds, at the last decision.
+        self.mode = self._safe = RoundMode(code, "shards", 2.0)
+        #: What each mode's rounds would have lasted, in seconds, at the last decision.
         self.predicted: dict[str, float] = {}
         self._history = History(code.n, _WINDOW)
         self._heard: dict[int, int] = {}
         self._failed = -_WINDOW
         self._round = 0
         self._decided = 0
-        self._took: deque[float] = deque(maxlen=_TRIAL)  # seconds of the present way's rounds
-        self._before: tuple[RoundMode, float] | None = None  # the way before it, and what that one's rounds took
+        self._took: deque[float] = deque(maxlen=_TRIAL)  # seconds of the present mode's rounds
+        self._before: tuple[RoundMode, float] | None = None  # the mode before it, and what that one's rounds took
         self._banned: dict[str, tuple[int, int]] = {}  # until which round, for how long
 
     def choose(self, *, complete: bool) -> RoundMode:
         """The one that would have been fastest; the same as before unless another is clearly better."""
         if self._worse():
             assert self._before is not None
-            key, length = _kind(self.way), self._banned.get(_kind(self.way), (0, _WINDOW // 2))[1] * 2
+            key, length = _kind(self.mode), self._banned.get(_kind(self.mode), (0, _WINDOW // 2))[1] * 2
             self._banned[key] = (self._round + length, length)
             _log.info("From round %d on: %s again, which was faster.", self._round + 1, _name(self._before[0]))
             self._change(self._before[0], on_trial=False)
@@ -131,71 +79,70 @@ class AdaptiveModes:
         ):
             self._decided = self._round
             self._decide()
-        if not complete and self.way.code is not self.code:
+        if not complete and self.mode.code is not self.code:
             return self._safe
-        return self.way
+        return self.mode
 
-    def learn(self, row: Mapping[str, Any]) -> None:
-        """Job times, and who was heard."""
-        entry = row.get("train")
-        if not entry:
+    def learn(self, row: RoundRow) -> None:
+        """Learn the job times of a round, and who was heard in it."""
+        if row.train is None:
             return
-        self._round = int(row["round"])
+        self._round = row.round
         self._history.add_row(row)
-        for phase in (entry, row.get("evaluate") or {}):
-            for one in phase.get("timings", ()):
-                if one["worker"] is not None:
-                    self._heard[one["worker"]] = self._round
-        if entry["outcome"] != "exact":
+        for phase in row.phases:
+            for job in phase.timings:
+                if job.worker is not None:
+                    self._heard[job.worker] = self._round
+        if row.train.outcome != "exact":
             self._failed = self._round
-        elif row.get("way") == self.way.entry:  # not the safe way of a round in which somebody was missing
-            self._took.append(float(entry["seconds"]["waiting"]))
+        elif row.way == self.mode.line:  # not the safe mode of a round in which somebody was missing
+            self._took.append(float(row.train.seconds.waiting or 0.0))
 
     def _worse(self) -> bool:
-        """Whether the present way is on trial and has failed it."""
+        """Whether the present mode is on trial and has failed it."""
         if self._before is None or not self._took:
             return False
         reference = self._before[1]
         if self._took[-1] > _FAR_WORSE * reference:
             return True
-        # The first round of a way still meets nodes that are busy with the last one's.
+        # The first round of a mode still meets nodes that are busy with the last one's.
         return len(self._took) > 3 and float(np.mean([*self._took][1:])) > _WORSE * reference
 
-    def _change(self, way: RoundMode, *, on_trial: bool) -> None:
-        if _name(way) != _name(self.way):
-            self._before = (self.way, float(np.mean(self._took))) if on_trial and self._took else None
+    def _change(self, mode: RoundMode, *, on_trial: bool) -> None:
+        if _name(mode) != _name(self.mode):
+            self._before = (self.mode, float(np.mean(self._took))) if on_trial and self._took else None
             self._took.clear()
-        self.way = way
+        self.mode = mode
 
     def _decide(self) -> None:
         fixed, compute = self._history.tables()
         times = fixed + compute
-        ways = self._ways(np.median(times, axis=0))
+        modes = self._modes(np.median(times, axis=0))
         parts = self._history.replay(max(2 * _WINDOW, 2 * len(times)))
         seconds = {}
-        for name, way in ways.items():
-            seconds[name] = float(steady_rounds(_scheme(way), parts).seconds[_SETTLE:].mean())
+        for name, mode in modes.items():
+            seconds[name] = float(steady_rounds(_scheme(mode), parts).seconds[_SETTLE:].mean())
         self.predicted = seconds
-        now = _name(self.way)
+        now = _name(self.mode)
         best = min(seconds, key=lambda name: seconds[name])
         if now not in seconds or seconds[best] < _BETTER * seconds[now]:
             if best != now:
                 _log.info("From round %d on: %s (%.3g s expected).", self._round + 1, best, seconds[best])
-            self._change(ways[best], on_trial=now in seconds)
+            self._change(modes[best], on_trial=now in seconds)
         else:
-            self._change(ways[now], on_trial=True)  # regrouped by the newest speeds
+            self._change(modes[now], on_trial=True)  # regrouped by the newest speeds
 
-    def _ways(self, speeds: NDArray[np.float64]) -> dict[str, RoundMode]:
-        ways = [RoundMode(self.code, "shards", patience) for patience in _PATIENCES]
+    def _modes(self, speeds: NDArray[np.float64]) -> dict[str, RoundMode]:
+        modes = [RoundMode(self.code, "shards", patience) for patience in _PATIENCES]
         stored = RoundMode(self.code, "coded")
         heard = all(self._heard.get(i, -_WINDOW) > self._round - _RECENT for i in range(self.code.n))
         if self.code.groups and self.smaller and heard and self._failed <= self._round - _WINDOW:
             largest = max(map(len, self.code.groups))
             fewer = [RoundMode(regrouped(self.code, size, speeds), "coded") for size in range(2, largest)]
-            ways += [way for way in fewer if way.load < stored.load]
-        ways.append(stored)
-        free = [way for way in ways if self._banned.get(_kind(way), (0, 0))[0] <= self._round]
-        return {_name(way): way for way in free or [self._safe]}
+            modes += [mode for mode in fewer if mode.load < stored.load]
+        modes.append(stored)
+        free = [mode for mode in modes if self._banned.get(_kind(mode), (0, 0))[0] <= self._round]
+        return {_name(mode): mode for mode in free or [self._safe]}
 
 
 def regrouped(code: GradientCode, size: int, seconds: Sequence[float] | NDArray[np.float64]) -> GradientCode:
@@ -226,27 +173,20 @@ def regrouped(code: GradientCode, size: int, seconds: Sequence[float] | NDArray[
     return GradientCode(B, least - 1, code.name, tuple(groups))
 
 
-def _scheme(way: RoundMode) -> Scheme:
-    blocks = tuple(way.code.shards_of(i) for i in range(way.code.n))
-    if way.send == "shards":
-        return Scheme(_name(way), blocks, groups=way.code.groups or (), shardwise=True, patience=way.patience)
-    enough = None if way.code.groups else way.code.n - way.code.s
-    return Scheme(_name(way), blocks, enough=enough, groups=way.code.groups or ())
+def _scheme(mode: RoundMode) -> Scheme:
+    blocks = tuple(mode.code.shards_of(i) for i in range(mode.code.n))
+    if mode.send == "shards":
+        return Scheme(_name(mode), blocks, groups=mode.code.groups or (), shardwise=True, patience=mode.patience)
+    enough = None if mode.code.groups else mode.code.n - mode.code.s
+    return Scheme(_name(mode), blocks, enough=enough, groups=mode.code.groups or ())
 
 
-def _name(way: RoundMode) -> str:
-    if way.send == "shards":
-        return f"one shard a message, patience {way.patience:g}"
-    return f"coded vectors of {way.load} shards"
+def _name(mode: RoundMode) -> str:
+    if mode.send == "shards":
+        return f"one shard a message, patience {mode.patience:g}"
+    return f"coded vectors of {mode.load} shards"
 
 
-def _kind(way: RoundMode) -> str:
+def _kind(mode: RoundMode) -> str:
     """What fails a trial together: coded vectors, however long."""
-    return _name(way) if way.send == "shards" else "coded"
-
-
-def mode_chooser(options: Options, code: GradientCode) -> ModeChooser:
-    """As the user set it."""
-    if options.send == "adaptive":
-        return AdaptiveModes(code, smaller=options.policy != "raise")
-    return FixedMode(RoundMode(code, options.send, options.waiting))
+    return _name(mode) if mode.send == "shards" else "coded"

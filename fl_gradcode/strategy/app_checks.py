@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .._flower_internals import caller_among
-from ..errors import IncompatibleStrategy, InvalidSetting, ShardMismatch, UnsuitableApp, VersionMismatch
+from ..errors import IncompatibleStrategy, UnsuitableApp
 from ..privacy import clipping_mod_named_in
-from .replies import DISAGREEMENT, FIXED_DATA, NO_MOD, ReplyCollector
+from ..protocol import RejectionKind
+from .replies import DISAGREEMENT, ReplyCollector
 from .wrapped import PRIVACY_WRAPPERS
 
 __all__ = ["broken_promises", "refuse_unsuitable", "refuse_wrappers"]
@@ -32,62 +33,65 @@ def refuse_wrappers() -> None:
         )
 
 
-def refuse_unsuitable(inbox: ReplyCollector, *, ever_decoded: bool) -> None:
+#: A node that refuses in one of these ways will refuse each time, until somebody sets it up in another way.
+_FINAL: frozenset[RejectionKind] = frozenset({"unsuitable-app", "invalid-setting", "version", "shard-mismatch"})
+
+
+def refuse_unsuitable(replies: ReplyCollector, *, ever_decoded: bool) -> None:
     """End the run where no round can become right.
 
     Raises:
         UnsuitableApp: The app does not choose its data by `partition-id`, or no client has the mod, or all are set up
             in a way that gives no reply.
     """
-    reasons = {rejection.reason for rejection in inbox.rejections}
     if ever_decoded:
         return  # the app is right; a client that is not counts as a straggler
-    if FIXED_DATA in reasons:
+    rejections = sorted({one.rejection for one in replies.rejected}, key=lambda rejection: rejection.reason)
+    kinds = {rejection.kind for rejection in rejections}
+    if "fixed-data" in kinds:
         raise UnsuitableApp(
-            f"The clients' {inbox.plan.kind}() never read context.node_config['partition-id'], so it would use the "
+            f"The clients' {replies.plan.kind}() never read context.node_config['partition-id'], so it would use the "
             "same data for every shard. Choose the data by partition-id at every call, or pass allow_fixed_data=True."
         )
-    if inbox.answered or not reasons:
+    if replies.answered or not kinds:
         return
-    final = (UnsuitableApp, InvalidSetting, VersionMismatch, ShardMismatch)
-    if all(any(kind.__name__ in reason for kind in final) or "older fl-gradcode" in reason for reason in reasons):
-        raise UnsuitableApp(f"No client can take part: {sorted(reasons)[0]}")
-    clipping = [clipping_mod_named_in(reason) for reason in sorted(reasons)]
-    if all(clipping):
-        raise UnsuitableApp(f"No client can take part: {clipping[0]}")
-    if reasons == {NO_MOD}:
+    if kinds <= _FINAL:
+        raise UnsuitableApp(f"No client can take part: {rejections[0].reason}")
+    if kinds == {"clipping-mod"}:
+        raise UnsuitableApp(f"No client can take part: {clipping_mod_named_in(rejections[0].reason)}")
+    if kinds == {"no-mod"}:
         raise UnsuitableApp(
             "The clients answered without coding. Add the mod to their app: ClientApp(mods=[gradient_coding_mod])."
         )
 
 
-def broken_promises(inbox: ReplyCollector) -> Iterator[tuple[str, str]]:
+def broken_promises(replies: ReplyCollector) -> Iterator[tuple[str, str]]:
     """(key, sentence) of what should be warned about, each key once a run."""
-    if inbox.stateful:
+    if replies.stateful:
         yield (
             "state",
             "train() or evaluate() keeps something in context.state. Holders of a shard must compute the same update, "
             "but one that misses a round misses its state too. An update may depend only on the message, the shard "
             "and the seeded generators.",
         )
-    if inbox.fixed_data:
+    if replies.fixed_data:
         yield (
             "fixed data",
             "evaluate() never read context.node_config['partition-id']. That is fine if every client evaluates on the "
             "same data; if each has its own, choose it by partition-id.",
         )
-    if inbox.other_requests:
-        shard, (one, other) = next(iter(inbox.other_requests.items()))
+    if replies.other_requests:
+        shard, (one, other) = next(iter(replies.other_requests.items()))
         yield (
             "requests",
-            f"Holders of shards {sorted(inbox.other_requests)} (workers {one} and {other} of shard {shard}) bound "
+            f"Holders of shards {sorted(replies.other_requests)} (workers {one} and {other} of shard {shard}) bound "
             "their noise to different requests, so it differs: they got other weights or settings, or have other keys, "
             "data, or versions of torch and opacus.",
         )
-    if inbox.disagreement > DISAGREEMENT:
+    if replies.disagreement > DISAGREEMENT:
         yield (
             "replicas",
-            f"Holders of shards {sorted(inbox.disagreeing)} sent updates that differ by up to "
-            f"{inbox.disagreement:.1e} (relative). The update of a shard may depend only on the message, the shard "
+            f"Holders of shards {sorted(replies.disagreeing)} sent updates that differ by up to "
+            f"{replies.disagreement:.1e} (relative). The update of a shard may depend only on the message, the shard "
             "and the seeded generators: is there other randomness, kept state, or different data?",
         )

@@ -17,7 +17,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord
 
-from .._files import followed, lock, put_in_place, replace_file
+from .._files import absolute_path, followed, lock, make_folder, put_in_place, replace_file
 from ..errors import InvalidSetting
 from .strategy_state import decode, encode
 
@@ -66,17 +66,12 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        if not self.path.is_absolute():
-            raise InvalidSetting(
-                f"The checkpoint's path {str(path)!r} is relative; inside an app the working folder is the engine's, "
-                "not yours. Give an absolute path."
-            )
+        self.path = absolute_path(path, "checkpoint")
         if self.path.is_dir():
             raise InvalidSetting(f"The checkpoint's path {str(path)!r} is a folder; name a file in it.")
         try:
             self.path = followed(self.path)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             self._beside("lock").open("a").close()
         except OSError as error:
             raise InvalidSetting(f"The checkpoint {str(path)!r} cannot be written: {error.strerror}.") from error

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +14,10 @@ from flwr.app import Message
 from numpy.typing import NDArray
 
 from ..codes import GradientCode, check_count, for_assignment
-from ..errors import InvalidSetting, RoundFailed, UnsuitableApp
-from ..grid import Arrival, EarlyStopGrid, Wait
+from ..errors import InvalidSetting, RoundFailed, UnsuitableApp, VersionMismatch
+from ..grid import Arrival, EarlyStopGrid, StopRule, Wait
 from ..placement import WITHHELD
-from ..protocol import Reply, error_text, probe_content
+from ..protocol import Reply, probe_content, rejection_of
 from .workers import WorkerRegistry
 
 __all__ = ["Discovered", "Holdings", "discover"]
@@ -211,21 +211,20 @@ def discover(grid: EarlyStopGrid, holdings: Holdings, registry: WorkerRegistry, 
         )
 
 
-class _ProbeRule:
+class _ProbeRule(StopRule):
     """Wait for what nodes say that they hold."""
 
     label = "probe 0"
 
     def __init__(self, holdings: Holdings, registry: WorkerRegistry, grid: EarlyStopGrid) -> None:
-        self._holdings, self._roster, self._source = holdings, registry, grid.source
+        self._holdings, self._registry, self._source = holdings, registry, grid.source
         self._node_of: dict[int, int] = {}
         #: Nodes that came while others were waited for.
         self.joined: set[int] = set()
         self.reasons: list[str] = []
-        self.wake_at: float | None = None
 
     def probe(self, node: int) -> Message:
-        """The question."""
+        """Returns the question."""
         return Message(probe_content(), dst_node_id=node, message_type="train", ttl=_LEAST_TTL, group_id="0")
 
     @property
@@ -233,37 +232,19 @@ class _ProbeRule:
         """Whether every shard has its holders, and others had a moment more."""
         return self.wake_at is not None and self._source.now() >= self.wake_at
 
-    def arrived(self, arrival: Arrival) -> None:
-        """Nothing to do."""
-
-    def next_message(self, node: int, held: Message | None, now: float) -> Message | None:
-        """Its one message."""
-        return held
-
     def join(self, node: int) -> Message | None:
-        """The same question."""
+        """Returns the same question."""
         self.joined.add(node)
         return self.probe(node)
-
-    def restarted(self, node: int) -> None:
-        """It is asked again."""
-
-    def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
-        """All."""
-        return list(arrivals)
-
-    def hopeless(self, nodes: Sequence[int]) -> bool:
-        """Never: every answer helps."""
-        return False
 
     def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
         """Note who it is, and what it holds."""
         if reply is None or reply.has_error():
-            self.reasons.append(arrival.failure if reply is None else error_text(reply))
+            self.reasons.append(arrival.failure if reply is None else rejection_of(reply).reason)
             return
         try:
             said = Reply.find_in(reply.content)
-        except ValueError as error:
+        except (ValueError, VersionMismatch) as error:
             self.reasons.append(str(error))
             return
         if said is None:
@@ -281,8 +262,8 @@ class _ProbeRule:
                 f'shards-dir="/path/to/node-{said.worker}"\', or shards="0,3"'
             )
             return
-        self._roster.learn(arrival.node, said.worker)
-        self._roster.holdings[said.worker] = dict(said.holds)
+        self._registry.learn(arrival.node, said.worker)
+        self._registry.holdings[said.worker] = dict(said.holds)
         self._holdings.learn(said.worker, dict(said.holds))
         if self.wake_at is None and not self._holdings.lacking():
             self.wake_at = self._source.now() + _GRACE

@@ -1,136 +1,107 @@
-"""How a phase sends its work: one coded vector a worker (`CodedDispatch`), or one shard a message (`ShardDispatch`)."""
+"""The two ways a phase sends its work: a coded vector a worker (`CodedPhase`) or one shard a message (`ShardPhase`)."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from collections.abc import Set as AbstractSet
-from typing import Protocol
 
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 
 from ..codes import GradientCode, IncrementalDecoder, uncoded
 from ..grid import Arrival
-from ..planning import first_shards
-from ..protocol import Plan, Reply, Row
-from .adaptive import RoundMode
+from ..planning import ShardQueue, turns_of
+from ..protocol import Plan, Rejection, Reply, Row
+from .cover import may_cover
+from .phase import Phase
 from .plan_messages import MessageFactory, whole_shard
-from .replies import ReplyCollector
+from .round_mode import RoundMode
 from .workers import WorkerRegistry
 
-__all__ = ["CodedDispatch", "Dispatch", "ShardDispatch", "dispatch_of", "first_rows", "known_of", "may_cover"]
+__all__ = ["CodedPhase", "ShardPhase", "open_phase"]
 
-# To tell whether all is lost; what takes more than this is not.
-_TRIED = 200  # sets of workers
-_WORK, _DEEP = 20_000, 100  # sets that are looked at for a cover, and how many it may have
-
-
-class Dispatch(Protocol):
-    """The decisions of a phase that depend on how it sends."""
-
-    #: How replies add up: one row each.
-    code: GradientCode
-    #: Whether several replies for a row are normal.
-    spare: bool
-
-    @property
-    def wake_at(self) -> float | None:
-        """When to offer idle nodes work again; see `StopRule`."""
-
-    def first_rows(self) -> dict[int, Row]:
-        """What each worker is asked for first."""
-
-    def row_of(self, reply: Reply) -> int | str:
-        """Which row of `code` a reply stands for; a text says why none."""
-
-    def enough(self, decoder: IncrementalDecoder) -> bool:
-        """Whether nothing more is to be waited for."""
-
-    def arrived(self, arrival: Arrival) -> None:
-        """A reply is in, not read yet."""
-
-    def next_message(self, node: int, held: Message | None, inbox: ReplyCollector, now: float) -> Message | None:
-        """What a free node gets; see `StopRule`."""
-
-    def choose(self, arrivals: Sequence[Arrival], inbox: ReplyCollector, *, final: bool) -> list[Arrival]:
-        """Which replies to read; see `StopRule`."""
-
-    def hopeless(self, nodes: Sequence[int], inbox: ReplyCollector) -> bool:
-        """Whether it stays undecodable with replies of all these nodes; each that is not known may be any one of the
-        missing workers."""
-
-    def offered(self, arrival: Arrival, *, good: bool) -> None:
-        """A reply was read."""
-
-    def restarted(self, node: int) -> None:
-        """The node was started again: what it was working on is lost."""
-
-    def release(self) -> None:
-        """The phase is over: let go of what is large."""
+#: Sets of missing workers that are tried, to tell whether all is lost; where there are more, it is not.
+_TRIED = 200
 
 
-class CodedDispatch:
+def open_phase(
+    mode: RoundMode,
+    factory: MessageFactory,
+    code: GradientCode,
+    shards: Sequence[int],
+    before: ArrayRecord | None,
+    registry: WorkerRegistry,
+    *,
+    kappa_max: float,
+) -> Phase:
+    """Returns a phase that sends in the round's mode.
+
+    Args:
+        mode: How the round is run.
+        factory: Makes the messages of the phase's plan.
+        code: The mode's code, restricted to the sampled shards.
+        shards: The sampled shards, ascending.
+        before: The arrays that are sent; None when evaluating.
+        registry: Which node is which worker.
+        kappa_max: See `Coded`.
+    """
+    if mode.send == "shards":
+        return ShardPhase(factory, shards, before, registry, patience=mode.patience)
+    return CodedPhase(factory, code, shards, before, registry, kappa_max=kappa_max)
+
+
+class CodedPhase(Phase):
     """One message a worker, one coded vector back.
 
     Args:
-        plan: What is asked; `plan.rows` holds every worker's row.
+        factory: Makes the messages; its plan holds every worker's row.
         code: The code over the sampled shards.
-        registry: Who is who.
+        shards: The sampled shards, ascending.
+        before: The arrays that were sent; None when evaluating.
+        registry: Which node is which worker.
         kappa_max: Replies beyond those that decode are waited for while noise is amplified more than so.
     """
 
-    spare = False
-    wake_at = None
-
     def __init__(
-        self, plan: Plan, code: GradientCode, registry: WorkerRegistry, *, kappa_max: float = float("inf")
+        self,
+        factory: MessageFactory,
+        code: GradientCode,
+        shards: Sequence[int],
+        before: ArrayRecord | None,
+        registry: WorkerRegistry,
+        *,
+        kappa_max: float = float("inf"),
     ) -> None:
-        self.plan, self.code, self.registry, self.kappa_max = plan, code, registry, kappa_max
+        plan = factory.plan
+        super().__init__(
+            factory, code, shards, before, registry, row_of=_coded_row(plan), first_rows=plan.rows, spare=False
+        )
+        self._kappa_max = kappa_max
         self._participants = {i for i, row in plan.rows.items() if row.shards}
         self._trial: IncrementalDecoder | None = None
 
-    def first_rows(self) -> dict[int, Row]:
-        """All it holds."""
-        return self.plan.rows
-
-    def row_of(self, reply: Reply) -> int | str:
-        """The worker."""
-        asked = self.plan.rows[reply.worker].shards
-        if reply.shards != asked:
-            return f"it combines shards {list(reply.shards)}, asked were {list(asked)}"
-        return reply.worker
-
     def enough(self, decoder: IncrementalDecoder) -> bool:
-        """Decodable, without amplifying noise too much; or n - s replies if the code promises no more."""
+        """Whether it decodes without too much noise; or n - s replies are in, if the code promises no more."""
         if decoder.decodable:
-            if self.kappa_max == float("inf"):
+            if self._kappa_max == float("inf"):
                 return True
             vector = decoder.vector()
-            return vector is not None and self.code.kappa_of(vector) <= self.kappa_max
+            return vector is not None and self.code.kappa_of(vector) <= self._kappa_max
         return not self.code.exact and len(decoder.survivors) >= len(self._participants) - self.code.s
 
-    def arrived(self, arrival: Arrival) -> None:
-        """Nothing to do."""
-
-    def next_message(self, node: int, held: Message | None, inbox: ReplyCollector, now: float) -> Message | None:
-        """Its one message."""
-        return held
-
-    def choose(self, arrivals: Sequence[Arrival], inbox: ReplyCollector, *, final: bool) -> list[Arrival]:
-        """Those that complete the sum."""
+    def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
+        """Returns the replies that complete the sum."""
         worker_of = {arrival.token: self.registry.worker_of(arrival.node) for arrival in arrivals}
         if None in worker_of.values():
             return list(arrivals)  # it cannot be told without reading
-        best = inbox.best
+        best = self.replies.best
         survivors = best.decoder.survivors if best else []
         groups = self.code.groups
         if not final and groups and len(survivors) + len(arrivals) < len(groups) * self.code.m:
             return []
-        new = [i for i in worker_of.values() if i is not None and inbox.sender_of(i) is None]
+        new = [i for i in worker_of.values() if i is not None and self.replies.sender_of(i) is None]
         needed = {*survivors, *new}
-        decoder = self._told_of([*survivors, *new])
+        decoder = self._decoder_of([*survivors, *new])
         if groups is not None:  # the first m replies of a group suffice; with m > 1, more may lower the noise
             few = _first([*survivors, *new], groups, self.code.m)
             trial = self.code.incremental()
@@ -141,23 +112,24 @@ class CodedDispatch:
             return []
         return [arrival for arrival in arrivals if worker_of[arrival.token] in needed]
 
-    def _told_of(self, workers: Sequence[int]) -> IncrementalDecoder:
-        """A decoder that knows these workers' replies; the last one, if they only have become more."""
+    def _decoder_of(self, workers: Sequence[int]) -> IncrementalDecoder:
+        """Returns a decoder that has these workers' replies; the last one, if there are only more of them."""
         trial = self._trial
         if trial is None or list(workers[: len(trial.survivors)]) != trial.survivors:
             trial = self._trial = self.code.incremental()
         trial.update(workers[len(trial.survivors) :])
         return trial
 
-    def hopeless(self, nodes: Sequence[int], inbox: ReplyCollector) -> bool:
+    def hopeless(self, nodes: Sequence[int]) -> bool:
         """Whether it stays undecodable even with all of `nodes`."""
-        if inbox.best is not None and inbox.best.decoder.decodable:
+        replies = self.replies
+        if replies.best is not None and replies.best.decoder.decodable:
             return False  # only the noise is still waited for
-        answered = {i for bucket in inbox.buckets.values() for i in bucket.senders}
-        known, strangers = known_of(nodes, self.registry)
+        answered = {i for group in replies.groups.values() for i in group.senders}
+        known, strangers = _known_of(nodes, self.registry)
         known = (known & self._participants) - answered
         missing = set(self.registry.missing(self._participants)) - answered if strangers else set()
-        decoders = [bucket.decoder for bucket in inbox.buckets.values()] or [self.code.incremental()]
+        decoders = [group.decoder for group in replies.groups.values()] or [self.code.incremental()]
         for decoder in decoders:
             silent = len(self._participants - known - set(decoder.survivors)) - min(strangers, len(missing))
             if silent <= self.code.s:
@@ -179,195 +151,82 @@ class CodedDispatch:
             return False
         return all(decoder.hopeless(known | set(few)) for few in itertools.combinations(missing, strangers))
 
-    def offered(self, arrival: Arrival, *, good: bool) -> None:
-        """Nothing to do."""
 
-    def restarted(self, node: int) -> None:
-        """Nothing to do."""
-
-    def release(self) -> None:
-        """Let go of the decoder."""
-        self._trial = None
-
-
-def known_of(nodes: Iterable[int], registry: WorkerRegistry) -> tuple[set[int], int]:
-    """Which workers they are, and how many more there may be among them: nodes that are not known, or that say that
-    they are the same worker; where two do, at least one, until both were heard."""
-    workers = [registry.worker_of(node) for node in nodes]
-    known = {i for i in workers if i is not None}
-    return known, max(len(workers) - len(known), int(registry.contested))
-
-
-def may_cover(wanted: AbstractSet[int], sets: Sequence[AbstractSet[int]], count: int) -> bool:
-    """Whether `count` of the sets may cover all that is wanted; True too where it takes long to tell."""
-    inside = [*{frozenset(one & wanted) for one in sets} - {frozenset()}]
-    if not wanted <= frozenset().union(*inside):
-        return False
-    if count >= len(inside) or _greedy_cover(wanted, inside) <= count:  # mostly, and soon told
-        return True
-    if count * max(map(len, inside), default=0) < len(wanted):
-        return False
-    return count >= _DEEP or _covers(wanted, inside, count, [_WORK])
-
-
-def _greedy_cover(wanted: AbstractSet[int], sets: Sequence[AbstractSet[int]]) -> int:
-    """How many sets it takes if for each element in turn the one is taken that has most of the rest."""
-    having: dict[int, list[AbstractSet[int]]] = {}
-    for one in sets:
-        for element in one:
-            having.setdefault(element, []).append(one)
-    left, taken = set(wanted), 0
-    for element in sorted(wanted):
-        if element in left:
-            left -= max(having[element], key=lambda one: len(one & left))
-            taken += 1
-    return taken
-
-
-def _covers(wanted: AbstractSet[int], sets: Sequence[AbstractSet[int]], count: int, left: list[int]) -> bool:
-    left[0] -= len(sets)
-    if not wanted or left[0] < 0:
-        return True
-    inside = [one & wanted for one in sets]
-    if count * max(map(len, inside), default=0) < len(wanted):
-        return False
-    rarest = min(wanted, key=lambda j: sum(j in one for one in inside))
-    return any(_covers(wanted - one, inside, count - 1, left) for one in inside if rarest in one)
-
-
-def _first(workers: Sequence[int], groups: Sequence[Sequence[int]], m: int) -> list[int]:
-    """The first m of each group."""
-    group_of = {i: q for q, group in enumerate(groups) for i in group}
-    seen: dict[int, list[int]] = {}
-    for worker in workers:
-        inside = seen.setdefault(group_of.get(worker, -1), [])
-        if len(inside) < m:
-            inside.append(worker)
-    return [i for q, inside in seen.items() if q >= 0 for i in inside]
-
-
-def dispatch_of(
-    way: RoundMode,
-    asking: MessageFactory,
-    code: GradientCode,
-    shards: Sequence[int],
-    registry: WorkerRegistry,
-    *,
-    kappa_max: float,
-) -> CodedDispatch | ShardDispatch:
-    """How the phase sends; `code` is the way's, over the sampled shards."""
-    if way.send == "shards":
-        return ShardDispatch(asking.plan, registry, shards, asking.one_shard, way.patience)
-    return CodedDispatch(asking.plan, code, registry, kappa_max=kappa_max)
-
-
-def first_rows(plan: Plan) -> dict[int, Row]:
-    """For each worker the shard that it starts with; see `first_shards`."""
-    rows = dict.fromkeys(plan.rows, Row((), ()))
-    first = first_shards({worker: row.shards for worker, row in plan.rows.items()})
-    return {**rows, **{worker: whole_shard(shard) for worker, shard in first.items()}}
-
-
-class ShardDispatch:
-    """One shard a message, one message outstanding a node.
+class ShardPhase(Phase):
+    """One shard a message, one message outstanding a node; the first copy of each shard counts.
 
     Args:
-        plan: `plan.rows` holds every worker's shards.
-        registry: Who is who.
-        shards: The sampled shards.
-        compose: (node, worker, shard) -> the message that asks for this shard.
-        patience: A shard that somebody works on is begun a second time only when that has taken so many times as long
-            as the free node took for its last shard in this phase; 0: at once.
+        factory: Makes the messages; its plan holds every worker's shards.
+        shards: The sampled shards, ascending.
+        before: The arrays that were sent; None when evaluating.
+        registry: Which node is which worker.
+        patience: See `Shards`.
     """
-
-    spare = True
 
     def __init__(
         self,
-        plan: Plan,
-        registry: WorkerRegistry,
+        factory: MessageFactory,
         shards: Sequence[int],
-        compose: Callable[[int, int, int], Message],
+        before: ArrayRecord | None,
+        registry: WorkerRegistry,
+        *,
         patience: float = 0.0,
     ) -> None:
-        self.plan, self.registry, self._patience = plan, registry, patience
-        self.code = uncoded(len(shards))
+        plan = factory.plan
+        turns = turns_of({worker: row.shards for worker, row in plan.rows.items()})
+        super().__init__(
+            factory,
+            uncoded(len(shards)),
+            shards,
+            before,
+            registry,
+            row_of=_shard_row(plan, shards),
+            first_rows={worker: whole_shard(mine[0]) if mine else Row((), ()) for worker, mine in turns.items()},
+            spare=True,
+        )
         self._row = {shard: row for row, shard in enumerate(shards)}
-        self._shards = {i: row.shards for i, row in plan.rows.items() if row.shards}
-        self._start = {worker: row.shards[0] for worker, row in first_rows(plan).items() if row.shards}
-        self._compose: Callable[[int, int, int], Message] | None = compose
-        self._working: dict[int, int] = {}  # node -> shard
-        self._began: dict[int, float] = {}  # node -> when it was sent that
-        self._took: dict[int, float] = {}  # node -> seconds of the last shard that it did
+        self._turns = {worker: mine for worker, mine in turns.items() if mine}
+        self._queue = ShardQueue(self._turns, patience)
         self._unread: dict[str, int] = {}  # token -> shard
         self._sent: dict[int, set[int]] = {}  # node -> shards whose copy came from it
-        self.wake_at: float | None = None
         self._failed: set[int] = set()  # nodes
 
-    def first_rows(self) -> dict[int, Row]:
-        """Each worker's first shard."""
-        return first_rows(self.plan)
-
-    def row_of(self, reply: Reply) -> int | str:
-        """The shard's place among the sampled ones."""
-        mine = self._shards.get(reply.worker, ())
-        if len(reply.shards) != 1 or reply.shards[0] not in mine:
-            return f"it combines shards {list(reply.shards)}, asked was one of {list(mine)}"
-        return self._row[reply.shards[0]]
+    @property
+    def wake_at(self) -> float | None:  # type: ignore[override]
+        """When a second copy is due."""
+        return self._queue.wake_at
 
     def enough(self, decoder: IncrementalDecoder) -> bool:
-        """Every shard has a copy."""
+        """Whether every shard has a copy."""
         return decoder.decodable
 
     def arrived(self, arrival: Arrival) -> None:
         """Its shard counts as covered until it is read."""
-        shard = self._working.pop(arrival.node, None)
-        began = self._began.pop(arrival.node, None)
-        if began is not None:
-            self._took[arrival.node] = arrival.at - began
+        shard = self._queue.finish(arrival.node, arrival.at)
         if shard is not None:
             self._unread[arrival.token] = shard
             self._sent.setdefault(arrival.node, set()).add(shard)
 
-    def next_message(self, node: int, held: Message | None, inbox: ReplyCollector, now: float) -> Message | None:
-        """The uncovered shard of its own with the fewest workers on it; where that is the same, round from its first.
-        No node is asked twice for one.
+    def next_message(self, node: int, held: Message | None, now: float) -> Message | None:
+        """Returns the message for the next shard of the node's own, by the rule of `ShardQueue`; none is asked twice.
 
-        A node that is not known yet gets what was made for all: each client finds its first shard in it.
+        A node that is not known yet gets what was made for all: its client finds its first shard in it.
         """
         worker = self.registry.worker_of(node)
         if worker is None:
             return held
-        mine = self._shards.get(worker, ())
-        if node in self._failed or not mine or self._compose is None:
+        if node in self._failed or worker not in self._turns:
             return None
-        start = mine.index(self._start[worker])
         # A copy that does not count, because others agree on another layout, would not count the second time either.
-        closed = self._covered(inbox) | self._sent.get(node, set())
-        in_turn = [j for j in mine[start:] + mine[:start] if j not in closed]
-        open_shards = [j for j in in_turn if self._is_due(j, node, now)]
-        if not open_shards:
-            return None
-        busy = Counter(self._working.values())
-        shard = min(open_shards, key=lambda j: busy[j])  # the first of those
-        self._working[node], self._began[node] = shard, now
-        return self._compose(node, worker, shard)
+        closed = self._covered() | self._sent.get(node, set())
+        shard = self._queue.start(node, worker, closed, now)
+        return None if shard is None else self.factory.one_shard(node, worker, shard)
 
-    def _is_due(self, shard: int, node: int, now: float) -> bool:
-        """Whether to begin a copy now; if not, it is looked at again when it may be."""
-        began = [self._began[other] for other, its in self._working.items() if its == shard]
-        if not began or not self._patience or node not in self._took:
-            return True
-        due = min(began) + self._patience * self._took[node]
-        if due > now and (self.wake_at is None or self.wake_at <= now or due < self.wake_at):
-            self.wake_at = due
-        return due <= now
-
-    def choose(self, arrivals: Sequence[Arrival], inbox: ReplyCollector, *, final: bool) -> list[Arrival]:
-        """The first copy of each shard, once all have one."""
+    def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
+        """Returns the first copy of each shard, once all have one."""
         if any(arrival.token not in self._unread for arrival in arrivals):
             return list(arrivals)  # what they are cannot be told without reading
-        done = self._done(inbox)
+        done = self._done()
         first: dict[int, Arrival] = {}
         for arrival in arrivals:
             shard = self._unread[arrival.token]
@@ -375,47 +234,91 @@ class ShardDispatch:
                 first.setdefault(shard, arrival)
         return list(first.values()) if final or len(done) + len(first) == len(self._row) else []
 
-    def hopeless(self, nodes: Sequence[int], inbox: ReplyCollector) -> bool:
+    def hopeless(self, nodes: Sequence[int]) -> bool:
         """Whether some shard has no copy and no holder among `nodes`."""
         able = [node for node in nodes if node not in self._failed]
-        _, strangers = known_of(able, self.registry)
-        possible = self._covered(inbox)
+        _, strangers = _known_of(able, self.registry)
+        possible = self._covered()
         for node in able:
             worker = self.registry.worker_of(node)
-            mine = () if worker is None else self._shards.get(worker, ())
+            mine = () if worker is None else self._turns.get(worker, ())
             possible.update(set(mine) - self._sent.get(node, set()))
-        missing = [set(self._shards[i]) for i in self.registry.missing(self._shards)]
+        missing = [set(self._turns[i]) for i in self.registry.missing(self._turns)]
         return not may_cover(set(self._row) - possible, missing, min(strangers, len(missing)))
 
-    def offered(self, arrival: Arrival, *, good: bool) -> None:
+    def was_read(self, arrival: Arrival, *, good: bool) -> None:
         """A node that failed gets no more work in this phase."""
         worker = self.registry.worker_of(arrival.node)
         shard = self._unread.pop(arrival.token, None)
         if shard is not None and not good:
             self._sent[arrival.node].discard(shard)  # it may be asked again, if it comes back
-        if shard is None and good and worker in self._start:
-            self._sent.setdefault(arrival.node, set()).add(self._start[worker])  # it was asked before it was known
+        if shard is None and good and worker in self._turns:
+            self._sent.setdefault(arrival.node, set()).add(self._turns[worker][0])  # asked before it was known
         if not good:
             self._failed.add(arrival.node)
             if not arrival.token:  # the message was refused: it never arrives
-                self._working.pop(arrival.node, None)
-                self._began.pop(arrival.node, None)
+                self._queue.drop(arrival.node)
 
     def restarted(self, node: int) -> None:
         """Nobody works on its shard any more, and it may be asked again."""
-        self._working.pop(node, None)
-        self._began.pop(node, None)
+        super().restarted(node)
+        self._queue.drop(node)
         self._failed.discard(node)
 
-    def release(self) -> None:
-        """Let go of the message that all were made of."""
-        self._compose = None
-
-    def _done(self, inbox: ReplyCollector) -> set[int]:
-        """Shards whose update is in the bucket that counts."""
-        best = inbox.best
+    def _done(self) -> set[int]:
+        """Shards whose update is in the group of replies that counts."""
+        best = self.replies.best
         rows = best.senders if best else {}
         return {shard for shard, row in self._row.items() if row in rows}
 
-    def _covered(self, inbox: ReplyCollector) -> set[int]:
-        return self._done(inbox).union(self._unread.values())
+    def _covered(self) -> set[int]:
+        return self._done().union(self._unread.values())
+
+
+def _coded_row(plan: Plan) -> Callable[[Reply], int | Rejection]:
+    """Returns what tells a coded reply's row: its worker's."""
+
+    def row_of(reply: Reply) -> int | Rejection:
+        asked = plan.rows[reply.worker].shards
+        if reply.shards != asked:
+            wrong = f"it combines shards {list(reply.shards)}, asked were {list(asked)}"
+            return Rejection("wrong-shards", wrong)
+        return reply.worker
+
+    return row_of
+
+
+def _shard_row(plan: Plan, shards: Sequence[int]) -> Callable[[Reply], int | Rejection]:
+    """Returns what tells a single shard's row: its place among the sampled shards."""
+    row = {shard: place for place, shard in enumerate(shards)}
+
+    def row_of(reply: Reply) -> int | Rejection:
+        mine = plan.rows[reply.worker].shards
+        if len(reply.shards) != 1 or reply.shards[0] not in mine:
+            wrong = f"it combines shards {list(reply.shards)}, asked was one of {list(mine)}"
+            return Rejection("wrong-shards", wrong)
+        return row[reply.shards[0]]
+
+    return row_of
+
+
+def _known_of(nodes: Iterable[int], registry: WorkerRegistry) -> tuple[set[int], int]:
+    """Returns which workers they are, and how many more there may be among them.
+
+    More are nodes that are not known, or that say that they are the same worker: where two do, at least one, until both
+    were heard.
+    """
+    workers = [registry.worker_of(node) for node in nodes]
+    known = {i for i in workers if i is not None}
+    return known, max(len(workers) - len(known), int(registry.contested))
+
+
+def _first(workers: Sequence[int], groups: Sequence[Sequence[int]], m: int) -> list[int]:
+    """Returns the first m workers of each group."""
+    group_of = {i: q for q, group in enumerate(groups) for i in group}
+    seen: dict[int, list[int]] = {}
+    for worker in workers:
+        inside = seen.setdefault(group_of.get(worker, -1), [])
+        if len(inside) < m:
+            inside.append(worker)
+    return [i for q, inside in seen.items() if q >= 0 for i in inside]

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from .._flower_internals import isolate_flower_random
+from .._seeding import set_global_states
 from ..codes import GradientCode
 from ..errors import InvalidSetting
 from ..grid import EarlyStopGrid
@@ -19,10 +20,10 @@ from ..placement import Manifest
 from ..privacy import Privacy
 from ..runlog import Ledger
 from .app_checks import refuse_wrappers
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Saved
 from .discovery import Discovered, Holdings, discover
-from .options import Approximation, Options
-from .resume import ResumableRun, fingerprint_of, request_of
+from .options import Adaptive, Approximation, Coded, Options, Shards, send_of
+from .resume import ResumedRounds, RunKeeper, fingerprint_of, request_of
 from .run import Run
 from .strategy_state import StrategyState
 from .workers import WorkerRegistry
@@ -49,23 +50,16 @@ class GradientCoding(Strategy):
     Args:
         strategy: An averaging strategy: FedAvg, FedAvgM, FedAdam, FedYogi, FedAdagrad, FedProx or one of your own.
         code: Who holds which shards; worker i is the node whose client reports `partition-id` i. Or `Discovered`: the
-            code is made for what nodes report to hold.
-        send: "coded": one coded vector a worker and round, least upload. "shards": one shard a message; a free node
-            gets the uncovered shard that fewest are working on, the first copy wins. Best where compute dominates.
-            "adaptive": chosen anew every few rounds from what the last ones took, by replaying them; so is how much of
-            what is stored is computed. A choice that turns out slower than what it replaced is taken back. Where fewer
-            holders compute a shard than store it, losing them all at once costs a round (never with "raise").
-        patience: With "shards": begin a second copy only when the first has taken so many times as long as the free
-            node took for its last shard; 2 by default, which keeps nodes free for the next round where all are alike;
-            0: at once.
+            code is built for what nodes report to hold.
+        send: What a message asks for, as a value or a word. `Coded(...)` or "coded": one coded vector a worker and
+            round, the least upload. `Shards(...)` or "shards": one shard a message, best where computing takes most of
+            the time. `Adaptive()` or "adaptive": whichever of the two was faster over the last rounds.
         on_undecodable: When a round ends undecodable, at the timeout or as soon as it is hopeless: "skip" leaves
             the model as it is, "approximate" (or an `Approximation`) uses the least-squares estimate and reports
             its error and coverage, "raise" ends the run.
-        kappa_max: Wait for further replies, up to the timeout, while decoding amplifies noise more than this.
         seed: What the holders of a shard derive their common random seeds from.
         ledger: A `Ledger`, or the absolute path of a file for one JSON line a round.
         node_timeout: Seconds to wait for n nodes before the first round; it starts without if n - s are there.
-        give_up_after: Seconds after which a client stops between two shards and is free again; None: never.
         allow_fixed_data: Accept an app that does not choose its data by `partition-id`.
         on_round_end: Called with (round, current arrays, ledger row) after each round; a second time for a round that
             was lost in a kill right after it.
@@ -88,14 +82,11 @@ class GradientCoding(Strategy):
         strategy: Strategy,
         code: GradientCode | Discovered,
         *,
-        send: Literal["coded", "shards", "adaptive"] = "coded",
-        patience: float | None = None,
+        send: Literal["coded", "shards", "adaptive"] | Coded | Shards | Adaptive = "coded",
         on_undecodable: Literal["skip", "approximate", "raise"] | Approximation = "skip",
-        kappa_max: float = float("inf"),
         seed: int = 0,
         ledger: Ledger | str | os.PathLike[str] | None = None,
         node_timeout: float = 60.0,
-        give_up_after: float | None = None,
         allow_fixed_data: bool = False,
         on_round_end: Callable[[int, ArrayRecord, dict[str, Any]], None] | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
@@ -112,35 +103,30 @@ class GradientCoding(Strategy):
         check_bounds(strategy, code.k)
         self.options = Options(
             on_undecodable=on_undecodable,
-            send=send,
-            patience=patience,
-            kappa_max=kappa_max,
+            send=send_of(send),
             seed=int(seed),
             node_timeout=node_timeout,
-            give_up_after=give_up_after,
             allow_fixed_data=allow_fixed_data,
             privacy=privacy,
             digests=None if manifest is None else Manifest.for_all_shards(manifest, code.k).digests,
         )
-        self.strategy = strategy
-        self._wish = code if isinstance(code, Discovered) else None
-        self._code = None if isinstance(code, Discovered) else code
-        if self._code is not None:
-            self.options.check(self._code)
-        elif send == "adaptive":
+        if isinstance(code, GradientCode):
+            self.options.check_code(code)
+        elif isinstance(self.options.send, Adaptive):
             raise InvalidSetting(
                 "send='adaptive' chooses among ways to send for one fixed code; with Discovered choose 'coded' or "
                 "'shards'."
             )
+        self.strategy = strategy
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
         self.on_round_end = on_round_end
-        self._k = code.k
+        self._asked_code = code
+        self._name = run
         self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint)
         self._state = StrategyState(strategy, warn=checkpoint is not None)
-        self._name = run
-        self._going = self._continuation()
         self._arrays = ArrayRecord()
-        self._run = None if self._code is None else Run(strategy, self.options, self._code, run, None)
+        self._central = False  # whether a central evaluation is the last of a round
+        self._run: Run | None = None
 
     @property
     def code(self) -> GradientCode:
@@ -149,24 +135,28 @@ class GradientCoding(Strategy):
         Raises:
             InvalidSetting: Nodes have not told yet what they hold.
         """
-        return self._here.code
+        if self._run is not None:
+            return self._run.code
+        if isinstance(self._asked_code, Discovered):
+            raise InvalidSetting("With Discovered the code is known once start() has asked the nodes what they hold.")
+        return self._asked_code
 
     @property
     def run(self) -> str:
-        """Name of the run."""
-        kept = self._going.name if self._run is None else None
-        return kept or self._here.name
+        """Name of the run.
 
-    @property
-    def _here(self) -> Run:
-        if self._run is None:
-            raise InvalidSetting("With Discovered the code is known once start() has asked the nodes what they hold.")
-        return self._run
+        Raises:
+            InvalidSetting: It has none yet: `start` makes one up.
+        """
+        name = self._name if self._run is None else self._run.name
+        if name is None:
+            raise InvalidSetting("The run gets its name at start(); pass GradientCoding(..., run=) to name it.")
+        return name
 
     def summary(self) -> None:
         """Log the code, then the wrapped strategy's own summary."""
-        _log.info("\t├──> Gradient coding: %r", self._wish if self._run is None else self._run.code)
-        _log.info("\t│\t├── Dispatch: %s", self.options.send)
+        _log.info("\t├──> Gradient coding: %r", self._asked_code if self._run is None else self._run.code)
+        _log.info("\t│\t├── Sending: %s", self.options.send)
         _log.info("\t│\t└── Undecodable rounds: %s", self.options.policy)
         _log.info("\t├──> Wrapped strategy: %s", type(self.strategy).__name__)
         self.strategy.summary()
@@ -190,87 +180,155 @@ class GradientCoding(Strategy):
             RoundFailed: Too few or too many nodes; or an undecodable round under `on_undecodable="raise"`.
             UnsuitableApp: The clients lack the mod, or do not choose their data by `partition-id`.
         """
-        waiting = grid if isinstance(grid, EarlyStopGrid) else EarlyStopGrid(grid)
+        early_stop = grid if isinstance(grid, EarlyStopGrid) else EarlyStopGrid(grid)
         isolate_flower_random()
-        with self._continuation() as going:
-            self._going = going
-            if (finished := going.finished(num_rounds, self.ledger)) is not None:
-                self._arrays = finished.arrays
-                if self._code is not None:
-                    self._run = self._new_run(going, waiting, timeout)
-                return finished
-            run = self._run = self._new_run(going, waiting, timeout)
-            request = request_of(grid, self.options, train_config)
-            self._arrays = going.resume(run, self.ledger, initial_arrays, request)
-            left = num_rounds - going.done
-            if left < 1 <= going.done:  # the last number is spent
-                return going.complete(Result(arrays=self._arrays))
-            run.begin(waiting, num_rounds)
+        keeper = self._new_keeper()
+        with keeper.locked():
+            saved = keeper.saved
+            if saved is not None and saved.round >= num_rounds:
+                return self._finished(saved, keeper, timeout)
+            run = self._run = self._new_run(keeper, timeout, early_stop)
+            self._begin_or_resume(run, initial_arrays, request_of(grid, self.options, train_config))
+            if num_rounds <= run.done:  # the last number is spent
+                return keeper.complete(Result(arrays=self._arrays), run.done)
+            run.begin(early_stop, num_rounds)
+            rounds = ResumedRounds(self, run.done)
+            self._central = evaluate_fn is not None
+            evaluate = rounds.evaluating(None if evaluate_fn is None else self._kept(evaluate_fn))
             limit: Any = timeout  # Flower's grids take None for "no limit"
-            rest = (train_config, evaluate_config, going.evaluating(evaluate_fn))
+            rest = (num_rounds - run.done, limit, train_config, evaluate_config, evaluate)
             try:
-                result = super().start(waiting, self._arrays, left, limit, *rest)
+                result = (
+                    rounds.start(early_stop, self._arrays, *rest)
+                    if run.done
+                    else super().start(early_stop, self._arrays, *rest)
+                )
             except BaseException as error:
-                if run.row:
-                    run.row["ended-by"] = f"{type(error).__name__}: {error}"
-                    self._close_row()
+                if run.row is not None:
+                    self._close_row(f"{type(error).__name__}: {error}")
                 raise
             finally:
-                if waiting is not grid:
-                    waiting.close()
+                if early_stop is not grid:
+                    early_stop.close()
             result.arrays = result.arrays or self._arrays
-            return going.complete(result)
+            return keeper.complete(result, run.done)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The wrapped strategy's training messages, one plan for each worker."""
+        """Returns the wrapped strategy's training messages, one plan for each worker."""
         refuse_wrappers()
         self._arrays = arrays
-        return self._here.configure("train", server_round + self._going.done, arrays, config, grid)
+        return self._current_run().configure("train", server_round, arrays, config, grid)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The wrapped strategy's evaluation messages, one plan for each worker."""
-        return self._here.configure("evaluate", server_round + self._going.done, arrays, config, grid)
+        """Returns the wrapped strategy's evaluation messages, one plan for each worker."""
+        return self._current_run().configure("evaluate", server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Decode, and let the wrapped strategy aggregate the one decoded reply."""
-        number = server_round + self._going.done
-        arrays, metrics = self._here.aggregate(number, replies)
+        run = self._current_run()
+        arrays, metrics = run.aggregate(server_round, replies)
         if arrays is not None:
             self._arrays = arrays
-        self._going.trained(number, metrics)
+        run.keeper.note("train_metrics_clientapp", server_round, metrics)
         return arrays, metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Decode the metrics, and let the wrapped strategy aggregate the one decoded reply."""
-        number = server_round + self._going.done
-        _, metrics = self._here.aggregate(number, replies)
+        run = self._current_run()
+        _, metrics = run.aggregate(server_round, replies)
         row = self._close_row()
         if self.on_round_end is not None:
-            self.on_round_end(number, self._arrays, row)
-        self._going.evaluated(number, metrics, self._arrays)
+            self.on_round_end(server_round, self._arrays, row)
+        run.keeper.note("evaluate_metrics_clientapp", server_round, metrics)
+        if not self._central:
+            run.keep(self._arrays, server_round)
         return metrics
 
-    def _new_run(self, going: ResumableRun, grid: EarlyStopGrid, timeout: float | None) -> Run:
-        if self._wish is None:
-            return Run(self.strategy, self.options, self.code, going.name, timeout)
-        registry, holdings = WorkerRegistry(), Holdings(self._wish, self.options.digests)
-        discover(grid, holdings, registry, self.options.node_timeout)
-        code = holdings.code()
-        assert code is not None
-        self.options.check(code)
-        return Run(self.strategy, self.options, code, going.name, timeout, registry, holdings)
+    def _kept(
+        self, evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None]
+    ) -> Callable[[int, ArrayRecord], MetricRecord | None]:
+        """Returns the central evaluation, after which the run is kept: it is the last of a round."""
 
-    def _continuation(self) -> ResumableRun:
-        made = fingerprint_of(self.strategy, self._code, self._k, self.options)
-        return ResumableRun(self._checkpoint, self._state, made, self._name)
+        def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            run = self._current_run()
+            metrics = evaluate_fn(server_round, arrays)
+            run.keeper.note("evaluate_metrics_serverapp", server_round, metrics)
+            if server_round:
+                run.keep(arrays, server_round)
+            return metrics
 
-    def _close_row(self) -> dict[str, Any]:
-        row = self._here.close_row()
-        self.ledger.append(row)
-        return row
+        return evaluate
+
+    def _new_keeper(self) -> RunKeeper:
+        code = self._asked_code
+        fixed = None if isinstance(code, Discovered) else code
+        fingerprint = fingerprint_of(self.strategy, fixed, code.k, self.options)
+        return RunKeeper(self._checkpoint, self._state, fingerprint, self._name)
+
+    def _new_run(self, keeper: RunKeeper, timeout: float | None, grid: EarlyStopGrid | None) -> Run:
+        """Returns a run; under `Discovered` its code is built for what the grid's nodes say that they hold."""
+        code, registry, holdings = self._asked_code, WorkerRegistry(), None
+        if isinstance(code, Discovered):
+            if grid is None:
+                raise InvalidSetting("With Discovered run the strategy by its start(), which asks the nodes first.")
+            holdings = Holdings(code, self.options.digests)
+            discover(grid, holdings, registry, self.options.node_timeout)
+            built = holdings.code()
+            assert built is not None
+            self.options.check_code(built)
+            code = built
+        return Run(
+            self.strategy,
+            self.options,
+            code,
+            keeper,
+            name=keeper.name,
+            timeout=timeout,
+            registry=registry,
+            holdings=holdings,
+        )
+
+    def _current_run(self) -> Run:
+        """Returns the run; one is made where somebody else's loop calls a strategy that was not started."""
+        if self._run is None:
+            self._run = self._new_run(self._new_keeper(), None, None)
+        return self._run
+
+    def _begin_or_resume(self, run: Run, initial: ArrayRecord, request: str) -> None:
+        """Set everything as it was after the last round that is done; `_arrays` is the model to go on from."""
+        saved = run.keeper.saved
+        if saved is None:
+            self._arrays = initial
+            run.begin_anew(initial, request)
+            return
+        run.keeper.check_arrays(initial)
+        run.keeper.restore(saved)
+        rows = self.ledger.rows_of(run.name)
+        self.ledger.resume(run.name, saved.round)
+        set_global_states(saved.randomness)
+        self._arrays = saved.arrays
+        run.resume(saved, rows, request)
+        _log.info("Going on after round %d of run %s (checkpoint %s).", saved.round, run.name, run.keeper.path)
+
+    def _finished(self, saved: Saved, keeper: RunKeeper, timeout: float | None) -> Result:
+        """Returns the result of a run whose rounds are all done: no node has to be there, and nothing is written."""
+        keeper.restore(saved)
+        self._arrays = saved.arrays
+        self.ledger.recall(saved.run, saved.round)
+        if not isinstance(self._asked_code, Discovered):
+            self._run = self._new_run(keeper, timeout, None)
+            self._run.done = saved.round
+        else:
+            self._name = saved.run
+        _log.info("All %d rounds of run %s are done: nothing is left to do.", saved.round, saved.run)
+        return keeper.complete(Result(arrays=saved.arrays), saved.round)
+
+    def _close_row(self, ended_by: str | None = None) -> dict[str, Any]:
+        row = self._current_run().close_row(ended_by)
+        return self.ledger.append(row)

@@ -9,12 +9,10 @@ from typing import Literal
 from ..codes import GradientCode, PrimeField
 from ..errors import InvalidSetting
 from ..privacy import DPSGD, CentralNoise, Privacy
-from .replies import can_fill_in
 
-__all__ = ["Approximation", "Options"]
+__all__ = ["Adaptive", "Approximation", "Coded", "Options", "Send", "Shards", "can_fill_in", "send_of"]
 
 _POLICIES = ("skip", "approximate", "raise")
-_SENDING = ("coded", "shards", "adaptive")
 
 
 @dataclass(frozen=True)
@@ -38,71 +36,146 @@ class Approximation:
 
 
 @dataclass(frozen=True)
+class Coded:
+    """One coded vector a worker and round, the least upload: `GradientCoding(..., send=Coded(kappa_max=2))`.
+
+    Attributes:
+        kappa_max: Wait for further replies, up to the timeout, while decoding amplifies noise more than this.
+        give_up_after: Seconds after which a client stops between two shards and is free again; None: never.
+    """
+
+    kappa_max: float = float("inf")
+    give_up_after: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.kappa_max > 0:
+            raise InvalidSetting(f"kappa_max={self.kappa_max} must be greater than 0.")
+        if self.give_up_after is not None and not self.give_up_after > 0:
+            raise InvalidSetting(f"give_up_after={self.give_up_after} must be a number of seconds greater than 0.")
+
+    def __str__(self) -> str:
+        return "coded"
+
+
+@dataclass(frozen=True)
+class Shards:
+    """One shard a message; a free node gets the uncovered shard of its own that fewest are working on.
+
+    The first copy of each shard counts. Best where computing takes most of the time.
+
+    Attributes:
+        patience: Begin a second copy only when the first has taken so many times as long as the free node took for its
+            last shard. 2 keeps nodes free for the next round where all are alike; 0 begins second copies at once.
+    """
+
+    patience: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.patience < float("inf"):
+            raise InvalidSetting(f"patience={self.patience} must be a number of at least 0.")
+
+    def __str__(self) -> str:
+        return "shards"
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Whichever of the two would have been faster over the last rounds, which are replayed every few rounds.
+
+    How much of what is stored is computed is chosen too. A choice that turns out slower than what it replaced is taken
+    back. Where fewer holders compute a shard than store it, losing them all at once costs a round (never with
+    `on_undecodable="raise"`).
+    """
+
+    def __str__(self) -> str:
+        return "adaptive"
+
+
+Send = Coded | Shards | Adaptive
+_BY_WORD: dict[str, Send] = {"coded": Coded(), "shards": Shards(), "adaptive": Adaptive()}
+
+
+def send_of(send: Send | str) -> Send:
+    """Returns how to send, given as a value or as one of the words "coded", "shards" and "adaptive".
+
+    Raises:
+        InvalidSetting: It is neither.
+    """
+    if isinstance(send, Coded | Shards | Adaptive):
+        return send
+    if send not in _BY_WORD:
+        raise InvalidSetting(
+            f"send={send!r} must be one of {', '.join(_BY_WORD)}, or a Coded(...), Shards(...) or Adaptive()."
+        )
+    return _BY_WORD[send]
+
+
+def can_fill_in(code: GradientCode, *, shardwise: bool) -> bool:
+    """Whether the server learns what missing workers last sent: single updates, not mixtures of them."""
+    return shardwise or (code.groups is not None and code.m == 1)
+
+
+@dataclass(frozen=True)
 class Options:
-    """The checked settings of one `GradientCoding`; its docstring explains them."""
+    """The settings of one `GradientCoding`, which its docstring explains; checked when they are made.
+
+    Raises:
+        InvalidSetting: A setting makes no sense, with its value and what would be right.
+    """
 
     on_undecodable: Literal["skip", "approximate", "raise"] | Approximation = "skip"
-    send: Literal["coded", "shards", "adaptive"] = "coded"
-    patience: float | None = None
-    kappa_max: float = float("inf")
+    send: Send = Coded()
     seed: int = 0
     node_timeout: float = 60.0
-    give_up_after: float | None = None
     allow_fixed_data: bool = False
     privacy: Privacy | None = None
     digests: Mapping[int, str] | None = None
 
-    def check(self, code: GradientCode) -> None:
-        """Refuse what makes no sense, alone or with this code.
-
-        Raises:
-            InvalidSetting: With the value, and what would be right.
-        """
+    def __post_init__(self) -> None:
         if not isinstance(self.on_undecodable, Approximation) and self.on_undecodable not in _POLICIES:
             known = ", ".join(_POLICIES)
             raise InvalidSetting(f"on_undecodable={self.on_undecodable!r} must be one of {known} or an Approximation.")
-        if self.send not in _SENDING:
-            raise InvalidSetting(f"send={self.send!r} must be one of {', '.join(_SENDING)}.")
-        for name, seconds in (("node_timeout", self.node_timeout), ("give_up_after", self.give_up_after)):
-            if seconds is not None and not seconds > 0:
-                raise InvalidSetting(f"{name}={seconds} must be a number of seconds greater than 0.")
-        if not 0 <= self.waiting < float("inf"):
-            raise InvalidSetting(f"patience={self.patience} must be a number of at least 0.")
-        if self.patience is not None and self.send != "shards":
-            raise InvalidSetting(f"patience={self.patience} is about second copies of a shard: it needs send='shards'.")
-        shardwise = self.send in ("shards", "adaptive")
-        if shardwise and (self.give_up_after is not None or self.kappa_max != float("inf")):
+        if not self.node_timeout > 0:
+            raise InvalidSetting(f"node_timeout={self.node_timeout} must be a number of seconds greater than 0.")
+        if self.privacy is not None and not isinstance(self.privacy, DPSGD | CentralNoise):
+            raise InvalidSetting(f"privacy={self.privacy!r}: pass a DPSGD(...) or a CentralNoise(...).")
+
+    @property
+    def shardwise(self) -> bool:
+        """Whether a message may ask for one shard, whose update travels as it is."""
+        return not isinstance(self.send, Coded)
+
+    def check_code(self, code: GradientCode) -> None:
+        """Refuse a code that these settings cannot be used with.
+
+        Raises:
+            InvalidSetting: With what would be right.
+        """
+        send, field = str(self.send), isinstance(code.numbers, PrimeField)
+        if self.shardwise and code.m > 1:
             raise InvalidSetting(
-                f"give_up_after and kappa_max are about coded vectors: with send={self.send!r} a message may be one "
-                "shard, where nothing is amplified. Leave them out."
+                f"send={send!r} sends whole updates, and this code divides them by m={code.m}. Take a code with m = 1."
             )
-        if not self.kappa_max > 0:
-            raise InvalidSetting(f"kappa_max={self.kappa_max} must be greater than 0.")
-        if shardwise and code.m > 1:
+        if self.shardwise and field:
             raise InvalidSetting(
-                f"send={self.send!r} sends whole updates, and this code divides them by m={code.m}. Take a code with "
-                "m = 1."
+                f"send={send!r} sends plain updates; a code over a prime field codes them. Choose one."
             )
-        if shardwise and isinstance(code.numbers, PrimeField):
-            raise InvalidSetting(
-                f"send={self.send!r} sends plain updates; a code over a prime field codes them. Choose one."
-            )
-        if self.send == "adaptive" and (self.fills_in or not code.exact):
+        if isinstance(self.send, Adaptive) and (self.fills_in or not code.exact):
             what = "fill_in remembers what was sent one way" if self.fills_in else f"a {code.name} code is not exact"
             raise InvalidSetting(
                 f"send='adaptive' changes between two exact ways to send: {what}. Choose one of the two."
             )
-        if not code.exact and not shardwise and self.approximation is None:
+        if not code.exact and not self.shardwise and self.approximation is None:
             raise InvalidSetting(
                 f"A {code.name} code promises no exact sum: say on_undecodable='approximate', or take another code."
             )
-        if self.approximation is not None and isinstance(code.numbers, PrimeField):
+        if self.approximation is not None and field:
             raise InvalidSetting(
                 "Over a prime field a sum is exact or unknown: on_undecodable='approximate' needs a code over the "
                 "reals."
             )
         self._check_privacy(code)
-        if self.fills_in and not can_fill_in(code, shardwise=shardwise):
+        if self.fills_in and not can_fill_in(code, shardwise=self.shardwise):
             raise InvalidSetting(
                 f"fill_in needs to know single updates, and a {code.name} code mixes them. Take fractional_repetition "
                 "with m = 1, or send='shards'."
@@ -111,8 +184,6 @@ class Options:
     def _check_privacy(self, code: GradientCode) -> None:
         if self.privacy is None:
             return
-        if not isinstance(self.privacy, DPSGD | CentralNoise):
-            raise InvalidSetting(f"privacy={self.privacy!r}: pass a DPSGD(...) or a CentralNoise(...).")
         central = isinstance(self.privacy, CentralNoise)
         if central and (self.approximation is not None or not code.exact):
             raise InvalidSetting(
@@ -127,13 +198,8 @@ class Options:
             )
 
     @property
-    def waiting(self) -> float:
-        """The patience that holds: 2 unless said otherwise, at which second copies cost next to nothing."""
-        return 2.0 if self.patience is None else self.patience
-
-    @property
     def approximation(self) -> Approximation | None:
-        """How to estimate, if at all."""
+        """How to estimate an undecodable round; None: not at all."""
         if isinstance(self.on_undecodable, Approximation):
             return self.on_undecodable
         return Approximation() if self.on_undecodable == "approximate" else None
@@ -145,5 +211,5 @@ class Options:
 
     @property
     def policy(self) -> str:
-        """For people."""
+        """The policy's word: "skip", "approximate" or "raise"."""
         return "approximate" if isinstance(self.on_undecodable, Approximation) else self.on_undecodable

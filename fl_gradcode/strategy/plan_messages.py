@@ -1,4 +1,4 @@
-"""What the nodes are asked: the plan of a phase, and the messages that carry it."""
+"""What the nodes are asked: the plan of a phase, which is a value, and the messages that carry it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import replace
 from flwr.app import Message, RecordDict
 
 from ..codes import GradientCode, PrimeField
-from ..privacy import RunAccount
+from ..privacy import Releases
 from ..protocol import Plan, Row, without_arrays
-from .options import Options
+from .options import Coded, Options
 from .workers import WorkerRegistry
 
 __all__ = ["MessageFactory", "make_plan", "time_to_live", "whole_shard"]
@@ -31,11 +31,27 @@ def make_plan(
     kind: str,
     weight_key: str,
     arrays_key: str,
-    privacy: RunAccount | None = None,
-    digests: Mapping[int, str] | None = None,
+    privacy: str = "",
+    releases: Releases | None = None,
     is_open: bool = False,
 ) -> Plan:
-    """The plan with every worker's row; `code` covers the sampled `shards`, its columns, out of k."""
+    """Returns the plan of a phase, with every worker's row. Nothing is changed or charged by making one.
+
+    Args:
+        code: The code over the sampled shards, which are its columns.
+        shards: The sampled shards, ascending, out of k.
+        options: As the user set them.
+        k: Number of shards of the whole code.
+        run: Name of the run.
+        server_round: The round, from 1.
+        kind: "train" or "evaluate".
+        weight_key: The metric that holds the number of examples.
+        arrays_key: The ArrayRecord that training starts from; empty when evaluating.
+        privacy: What training has to promise, as JSON; empty: nothing.
+        releases: For each shard its number of holders, and when they were asked before.
+        is_open: Whether the code is made for what nodes hold.
+    """
+    sampled = set(shards)
     return Plan(
         run=run,
         seed=options.seed,
@@ -46,12 +62,12 @@ def make_plan(
         weight_key=weight_key,
         arrays_key=arrays_key,
         rows={worker: _row(code, worker, shards) for worker in range(code.n)},
-        give_up_after=options.give_up_after or 0.0,
+        give_up_after=(options.send.give_up_after or 0.0) if isinstance(options.send, Coded) else 0.0,
         allow_fixed_data=options.allow_fixed_data,
         fraction_bits=code.numbers.fraction_bits if isinstance(code.numbers, PrimeField) else None,
-        privacy=privacy.text if privacy else "",
-        releases=privacy.ask(server_round, shards) if privacy else {},
-        digests={shard: digest for shard, digest in (digests or {}).items() if shard in set(shards)},
+        privacy=privacy,
+        releases=releases or {},
+        digests={shard: digest for shard, digest in (options.digests or {}).items() if shard in sampled},
         open=is_open,
     )
 
@@ -61,8 +77,8 @@ class MessageFactory:
 
     Args:
         plan: With every worker's row.
-        content: The inner strategy's records, which all messages share.
-        message_type: As the inner strategy chose it.
+        content: The wrapped strategy's records, which all messages share.
+        message_type: As the wrapped strategy chose it.
         ttl: Seconds for which the messages and their replies are valid; None: Flower's 12 hours.
     """
 

@@ -12,7 +12,8 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
 from ..codes import GradientCode, IncrementalDecoder, P, PrimeField
-from ..privacy import CentralGaussian
+from ..errors import VersionMismatch
+from ..privacy import clipping_mod_named_in
 from ..protocol import (
     ARRAYS,
     METRICS,
@@ -20,13 +21,15 @@ from ..protocol import (
     Layout,
     PayloadEncoding,
     Plan,
+    Rejection,
+    RejectionKind,
     Reply,
     all_finite,
-    error_text,
     last_line,
     payload_encoding,
     rebuild_arrays,
     rebuild_metrics,
+    rejection_of,
     size_of,
     view,
 )
@@ -34,15 +37,15 @@ from .workers import WorkerRegistry
 
 __all__ = [
     "DISAGREEMENT",
-    "FIXED_DATA",
     "NO_MOD",
     "Decoded",
-    "Rejection",
+    "Noise",
+    "NotFinite",
+    "Rejected",
     "ReplyCollector",
     "ReplyGroup",
     "StaleUpdate",
     "StaleUpdates",
-    "can_fill_in",
     "vectors_of",
 ]
 
@@ -69,6 +72,19 @@ class StaleUpdate:
     update: NDArray[Any]
     metrics: NDArray[Any]
     key: object
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Noise for a decoded sum.
+
+    Attributes:
+        weight: What to divide the sum by instead of the decoded weight, which would tell of the data.
+        add_to: Returns the sum with noise, shape (d,), float64; charges for it before noise is drawn.
+    """
+
+    weight: float
+    add_to: Callable[[NDArray[Any]], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -124,9 +140,17 @@ class ReplyGroup:
         vector: NDArray[Any],
         before: ArrayRecord | None,
         stale: Sequence[StaleUpdate] = (),
-        release: CentralGaussian | None = None,
+        noise: Noise | None = None,
     ) -> Decoded | str:
-        """The decoded mean, or why there is none; with `release` a noisy one, of public weight."""
+        """Returns the decoded mean, or why there is none.
+
+        Args:
+            code: How the replies add up.
+            vector: The decoding vector, shape (n,) or (n, m).
+            before: The arrays that training started from; None when evaluating.
+            stale: What fills in for missing groups.
+            noise: What is added to the sum before anybody sees it.
+        """
         rows = vector.reshape(code.n, -1)
         used = tuple(int(i) for i in np.flatnonzero(rows.any(axis=1)))
         wrong = _no_mean(code, vector, sum(len(one.shards) for one in stale))
@@ -145,12 +169,12 @@ class ReplyGroup:
         if before is not None:
             vectors = [*(self.updates[i] for i in used), *(one.update for one in stale)]
             pieces: Iterable[NDArray[Any]]
-            if release is None and isinstance(code.numbers, PrimeField):
+            if noise is None and isinstance(code.numbers, PrimeField):
                 pieces = code.numbers.decode_in_pieces(vectors, coefficients)
             else:
                 total = code.numbers.decode(vectors, coefficients, order=order)
-                if release is not None:
-                    total, weight = release.noisy(total), release.weight
+                if noise is not None:
+                    total, weight = noise.add_to(total), noise.weight
                 pieces = [total]
                 del total
             try:
@@ -223,17 +247,16 @@ def _vector(record: ArrayRecord, name: str, entries: int, dtype: np.dtype[Any], 
     return np.asarray(values)
 
 
+class NotFinite(ValueError):
+    """An update or its weight is NaN or infinite."""
+
+
 def _check_finite(update: NDArray[np.floating], metrics: NDArray[np.floating]) -> None:
     # A metric may be NaN (an accuracy over no examples), as under plain Flower; the weight may not.
     if not all_finite(update):
-        raise ValueError("its weighted update is not finite (NaN or infinity)")
+        raise NotFinite("its weighted update is not finite (NaN or infinity)")
     if not math.isfinite(float(metrics[0])):
-        raise ValueError("its number of examples is not finite (NaN or infinity)")
-
-
-def can_fill_in(code: GradientCode, *, shardwise: bool) -> bool:
-    """Whether the server learns what the missing ones last sent."""
-    return shardwise or (code.groups is not None and code.m == 1)
+        raise NotFinite("its number of examples is not finite (NaN or infinity)")
 
 
 class StaleUpdates:
@@ -243,15 +266,15 @@ class StaleUpdates:
         self._known: dict[tuple[int, ...], StaleUpdate] = {}
 
     def keep(
-        self, code: GradientCode, shards: Sequence[int], server_round: int, bucket: ReplyGroup, vector: NDArray[Any]
+        self, code: GradientCode, shards: Sequence[int], server_round: int, group: ReplyGroup, vector: NDArray[Any]
     ) -> None:
         """Remember what went into a sum."""
         for worker in np.flatnonzero(vector):
             block = tuple(shards[j] for j in code.shards_of(int(worker)))
             # Under sampling a group sends other shards each time: what overlaps is out of date.
             self._known = {one: stale for one, stale in self._known.items() if not set(one) & set(block)}
-            update, metrics = bucket.updates[int(worker)], bucket.metrics[int(worker)]
-            self._known[block] = StaleUpdate(block, server_round, update, metrics, bucket.key)
+            update, metrics = group.updates[int(worker)], group.metrics[int(worker)]
+            self._known[block] = StaleUpdate(block, server_round, update, metrics, group.key)
 
     def for_missing(
         self, code: GradientCode, shards: Sequence[int], survivors: Sequence[int], key: object
@@ -267,21 +290,32 @@ class StaleUpdates:
         return tuple(found)
 
 
-NO_MOD = "no fl-gradcode reply: is gradient_coding_mod among the client's mods?"
-FIXED_DATA = "train() never read partition-id"
+NO_MOD = Rejection("no-mod", "no fl-gradcode reply: is gradient_coding_mod among the client's mods?")
 
 #: Relative difference between two holders of a shard above which the ledger and a warning say so: float
 #: arithmetic on different machines stays below.
 DISAGREEMENT = 1e-5
 
 
+def _explained(rejection: Rejection) -> Rejection:
+    """The same, or the kind that an error of one of Flower's privacy mods stands for."""
+    clipping = clipping_mod_named_in(rejection.reason) if rejection.kind == "error" else None
+    return rejection if clipping is None else Rejection("clipping-mod", rejection.reason)
+
+
 @dataclass(frozen=True)
-class Rejection:
-    """A reply that does not count. `worker` is None while the node has never said who it is."""
+class Rejected:
+    """A reply that does not count.
+
+    Attributes:
+        node: Who sent it.
+        worker: Which worker the node is; None: it has never said.
+        rejection: Why.
+    """
 
     node: int
     worker: int | None
-    reason: str
+    rejection: Rejection
 
 
 class ReplyCollector:
@@ -292,7 +326,7 @@ class ReplyCollector:
         code: How replies add up: one reply for each of its rows.
         before: The arrays that were sent; None when evaluating.
         registry: Who is who; learns from the replies.
-        row_of: Which of the code's rows a reply stands for; a text says why none.
+        row_of: Returns which of the code's rows a reply stands for, or why none.
         spare: Whether a second copy of a row is welcome, and merely not needed.
     """
 
@@ -302,18 +336,18 @@ class ReplyCollector:
         code: GradientCode,
         before: ArrayRecord | None,
         registry: WorkerRegistry,
-        row_of: Callable[[Reply], int | str],
+        row_of: Callable[[Reply], int | Rejection],
         *,
         spare: bool = False,
     ) -> None:
         self.plan, self.code, self.before, self.registry = plan, code, before, registry
         self._row_of, self._spare = row_of, spare
-        self._carrier = payload_encoding(plan.fraction_bits, plan.k)
+        self._encoding = payload_encoding(plan.fraction_bits, plan.k)
         #: Workers whose replies count, in order of arrival; under `spare`, each as often as it answered.
         self.answered: list[int] = []
         #: Workers with a good reply for which there was one before.
         self.spare_from: set[int] = set()
-        self.rejections: list[Rejection] = []
+        self.rejected: list[Rejected] = []
         self.stateful = False
         self.fixed_data = False
         self.disagreement = 0.0
@@ -323,98 +357,114 @@ class ReplyCollector:
         self.spent: tuple[float, float] | None = None
         #: Shard -> two of its holders whose keys were bound to different requests.
         self.other_requests: dict[int, tuple[int, int]] = {}
-        self.buckets: dict[object, ReplyGroup] = {}
+        self.groups: dict[object, ReplyGroup] = {}
         self._contexts: dict[int, tuple[int, str]] = {}
         self._sketches: dict[int, tuple[int, tuple[float, ...]]] = {}
 
     @property
     def best(self) -> ReplyGroup | None:
-        """The bucket that decodes, else the largest."""
-        buckets = self.buckets.values()
-        return max(buckets, key=lambda b: (b.decoder.decodable, len(b.decoder.survivors)), default=None)
+        """The group of replies that decodes, else the largest."""
+        return max(self.groups.values(), key=lambda b: (b.decoder.decodable, len(b.decoder.survivors)), default=None)
 
-    def read(self, node: int, reply: Message | None, failure: str) -> str | None:
-        """Read one reply: it counts (None), or is rejected with a reason."""
-        reason = (failure or "no reply came") if reply is None else self._examine(node, reply)
-        if reason is not None:
-            self.rejections.append(Rejection(node, self.registry.worker_of(node), reason))
+    def read(self, node: int, reply: Message | None, failure: str) -> Rejection | None:
+        """Read one reply: it counts (None), or is rejected."""
+        rejection = Rejection("no-reply", failure or "no reply came") if reply is None else self._examine(node, reply)
+        if rejection is not None:
+            self.rejected.append(Rejected(node, self.registry.worker_of(node), rejection))
             if reply is None or reply.has_error():
                 self.registry.forget(node)
-        return reason
+        return rejection
 
-    def outvoted(self) -> list[Rejection]:
-        """Replies that were left out because others agree on other names, dtypes or shapes."""
+    def outvoted(self) -> list[Rejected]:
+        """Returns the replies that were left out because others agree on other names, dtypes or shapes."""
         best = self.best
-        reason = "its arrays or metrics differ in name, dtype or shape from the other replies'"
+        why = Rejection("outvoted", "its arrays or metrics differ in name, dtype or shape from the other replies'")
         return [
-            Rejection(*sender, reason)
-            for bucket in self.buckets.values()
-            if bucket is not best
-            for sender in bucket.senders.values()
+            Rejected(*sender, why)
+            for group in self.groups.values()
+            if group is not best
+            for sender in group.senders.values()
         ]
 
     def sender_of(self, row: int) -> tuple[int, int] | None:
         """(node, worker) of a reply for this row that counts, or None."""
-        return next((b.senders[row] for b in self.buckets.values() if row in b.senders), None)
+        return next((b.senders[row] for b in self.groups.values() if row in b.senders), None)
 
-    def _examine(self, node: int, message: Message) -> str | None:
+    def _examine(self, node: int, message: Message) -> Rejection | None:
         if message.has_error():
-            return error_text(message)
+            return _explained(rejection_of(message))
         try:
             reply = Reply.find_in(message.content)
+        except VersionMismatch as error:
+            return Rejection("version", str(error))
         except ValueError as error:
-            return str(error)
+            return Rejection("unreadable", str(error))
         if reply is None:
             return NO_MOD
-        if (reply.run, reply.kind, reply.round) != (self.plan.run, self.plan.kind, self.plan.round):
-            wrong = f"run {reply.run!r}, " if reply.run != self.plan.run else ""
-            return f"wrong round: it answers {wrong}{reply.kind} {reply.round}"
-        if self.plan.open:
+        plan = self.plan
+        if (reply.run, reply.kind, reply.round) != (plan.run, plan.kind, plan.round):
+            wrong = f"run {reply.run!r}, " if reply.run != plan.run else ""
+            return Rejection("wrong-round", f"wrong round: it answers {wrong}{reply.kind} {reply.round}")
+        if plan.open:
             self.registry.holdings[reply.worker] = dict(reply.holds)
-        if reply.worker not in self.plan.rows and self.plan.open:
-            self.registry.answered(node, reply.worker, self.plan.round)
+        if reply.worker not in plan.rows and plan.open:
+            self.registry.answered(node, reply.worker, plan.round)
             return None  # it is new: the next round's code has a row for it
-        if reply.worker not in self.plan.rows:
-            return f"worker {reply.worker} is not in the code (workers 0..{self.plan.n - 1})"
-        self.registry.answered(node, reply.worker, self.plan.round)
+        if reply.worker not in plan.rows:
+            return Rejection("wrong-worker", f"worker {reply.worker} is not in the code (workers 0..{plan.n - 1})")
+        self.registry.answered(node, reply.worker, plan.round)
         self.stateful |= reply.stateful
         self.fixed_data |= reply.fixed_data
         if reply.outcome == "idle":
-            asked = self.plan.rows[reply.worker].shards
-            return f"it does not hold all of the shards {list(asked)} any more" if asked else None
+            asked = plan.rows[reply.worker].shards
+            return (
+                Rejection("shards-gone", f"it does not hold all of the shards {list(asked)} any more")
+                if asked
+                else None
+            )
         if reply.outcome == "gave-up":
-            return f"gave up after {sum(reply.seconds):.1f} s with {len(reply.seconds)} shards done"
+            done, seconds = len(reply.seconds), sum(reply.seconds)
+            return Rejection("gave-up", f"gave up after {seconds:.1f} s with {done} shards done")
         if reply.outcome == "fixed-data":
-            return FIXED_DATA
+            return Rejection("fixed-data", f"{plan.kind}() never read partition-id")
         return self._accept(node, reply, message)
 
-    def _accept(self, node: int, reply: Reply, message: Message) -> str | None:
+    def _accept(self, node: int, reply: Reply, message: Message) -> Rejection | None:
         row = self._row_of(reply)
-        if isinstance(row, str):
+        if isinstance(row, Rejection):
             return row
         sender = self.sender_of(row)
         if sender is not None and not self._spare:
-            other = sender[0]
-            return "duplicate" if other == node else f"duplicate: node {other} answered as worker {reply.worker}"
-        if not reply.metrics_layout or reply.metrics_layout[0][0] != self.plan.weight_key:
-            return f"its metrics do not begin with {self.plan.weight_key!r}"
-        if reply.metrics_layout[0][1] != -1:
-            return f"its {self.plan.weight_key!r} is not one number"
-        if not reply.metrics_name or (self.before is not None and reply.arrays_name in ("", reply.metrics_name)):
-            return f"its records are named {reply.arrays_name!r} and {reply.metrics_name!r}"
+            if sender[0] == node:
+                return Rejection("duplicate", "duplicate")
+            return Rejection("duplicate-worker", f"duplicate: node {sender[0]} answered as worker {reply.worker}")
+        if wrong := self._misnamed(reply):
+            return Rejection("layout", wrong)
         try:
-            update, metrics = vectors_of(reply, message, self.before, self.code.m, self._carrier)
+            update, metrics = vectors_of(reply, message, self.before, self.code.m, self._encoding)
         except Exception as error:  # a reply holds whatever somebody put there: it must not end the run
-            return f"unusable vectors: {last_line(str(error))}"
+            kind: RejectionKind = "not-finite" if isinstance(error, NotFinite) else "layout"
+            return Rejection(kind, f"unusable vectors: {last_line(str(error))}")
         self._compare(reply)
         self._note_spent(reply)
         self.answered.append(reply.worker)
         key = (reply.layout, tuple((name, length) for name, length, _ in reply.metrics_layout))
-        if key not in self.buckets:
-            self.buckets[key] = ReplyGroup(self.code.incremental(), reply, key, self._carrier)
-        if not self.buckets[key].add(row, (node, reply.worker), reply, update, metrics):
+        if key not in self.groups:
+            self.groups[key] = ReplyGroup(self.code.incremental(), reply, key, self._encoding)
+        if not self.groups[key].add(row, (node, reply.worker), reply, update, metrics):
             self.spare_from.add(reply.worker)
         return None
+
+    def _misnamed(self, reply: Reply) -> str:
+        """Returns what is wrong with the names of a reply's records and metrics, or an empty text."""
+        key = self.plan.weight_key
+        if not reply.metrics_layout or reply.metrics_layout[0][0] != key:
+            return f"its metrics do not begin with {key!r}"
+        if reply.metrics_layout[0][1] != -1:
+            return f"its {key!r} is not one number"
+        if not reply.metrics_name or (self.before is not None and reply.arrays_name in ("", reply.metrics_name)):
+            return f"its records are named {reply.arrays_name!r} and {reply.metrics_name!r}"
+        return ""
 
     def _note_spent(self, reply: Reply) -> None:
         """Remember what privacy cost, and whether holders of a shard were asked the same."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -9,128 +10,128 @@ from flwr.serverapp import Grid
 
 from ..codes import EXACT, GradientCode, PrimeField
 from ..grid import JobTime
+from ..grid import Late as LateReply
 from ..privacy import RunAccount
 from ..protocol import report_key, wire_dtype
+from ..runlog import CodeLine, FilledIn, JobLine, Late, Outcome, PhaseRow, PhaseSeconds, Rejected, RoundRow
 from .phase import Phase
-from .replies import Decoded, Rejection
+from .replies import Decoded
 
-__all__ = ["figures", "new_row", "phase_entry", "why_undecodable"]
-
-
-def new_row(run: str, grid: Grid, server_round: int, code: GradientCode, *, is_new: bool) -> dict[str, Any]:
-    """A ledger row at the beginning of a round; with each shard's holders if the code is new."""
-    holders = {"holders": [[*code.holders_of(j)] for j in range(code.k)]} if is_new else {}
-    promise: dict[str, Any] = {} if code.exact else {"exact": False}
-    return {
-        "run": run,
-        "flower-run-id": str(getattr(getattr(grid, "run", None), "run_id", "")),
-        "round": server_round,
-        "ended-at": None,
-        "code": {"name": code.name, "n": code.n, "k": code.k, "s": code.s, "m": code.m, **promise},
-        **holders,
-        "train": None,
-        "evaluate": None,
-    }
+__all__ = ["figures", "new_row", "phase_row", "why_undecodable"]
 
 
-def phase_entry(
-    phase: Phase, decoded: Decoded | None, privacy: RunAccount | None, *, decoding: float
-) -> dict[str, Any]:
-    """What happened in one phase; `docs/ledger.md` explains every field."""
-    wait = phase.wait
-
-    def workers(nodes: list[int]) -> list[int | None]:
-        return [phase.registry.worker_of(node) for node in nodes]
-
-    inbox = phase.inbox
-    rejections = inbox.rejections + inbox.outvoted()
-    used = list(decoded.used) if decoded else []
-    unread = workers(wait.unread)
-    in_time = {*phase.survivors, *unread}
-    error = 1.0 if decoded is None else phase.code.error_of(decoded.vector)
-    exact = decoded is not None and error <= EXACT
-    coverage = [0.0] * phase.code.k if decoded is None else phase.code.coverage_of(decoded.vector).tolist()
-    kappa = None if decoded is None else phase.code.kappa_of(decoded.vector)
-    after = phase.decodable_after
-
-    return {
-        "outcome": "exact" if exact else "skipped" if decoded is None else "approximate",
-        "ended": wait.ended,
-        "workers": len(phase.participants),
-        "shards": phase.shards,
-        "asked": workers(wait.asked),
-        "held-back": workers(wait.held_back),
-        "never-sent": workers(wait.never_sent),
-        "answered": inbox.answered,
-        "unread": unread,
-        "used": used,
-        "stragglers": [i for i in phase.participants if i not in in_time],
-        "rejected": [_rejected(one) for one in rejections],
-        "late": [_late(phase, *one) for one in wait.late],
-        "lapsed": workers(wait.lapsed),
-        "joined": workers(wait.joined),
-        "restarted": workers(wait.restarted),
-        "decodable-after-replies": after[0] if after else None,
-        "decodable-after-seconds": after[1] if after else None,
-        "decoding-error": error,
-        "kappa": kappa,
-        "rounding-error": None if decoded is None or kappa is None else _unit_roundoff(decoded) * kappa,
-        "coverage": [round(float(c), 6) for c in coverage],
-        "quantisation-error": _quantisation(phase, decoded),
-        "filled-in": [{"shards": [*one.shards], "round": one.round} for one in (decoded.stale if decoded else ())],
-        "replica-disagreement": inbox.disagreement,
-        "privacy": privacy.entry(inbox.spent, inbox.other_requests) if privacy and phase.plan.privacy else None,
-        "timings": [_timed(phase, one) for one in wait.times],
-        "owing": [_timed(phase, one) for one in wait.owing],
-        "bytes-down": wait.bytes_down,
-        "bytes-up": wait.bytes_up,
-        "seconds": {"waiting": wait.seconds, "decoding": decoding, "aggregating": 0.0},
-    }
-
-
-def why_undecodable(phase: Phase, entry: dict[str, Any]) -> str:
-    """One sentence without its full stop: which round, why, and what was wrong with the replies."""
-    what = phase.failure or f"undecodable ({entry['ended']})"
-    reasons = "".join(f"; worker {one['worker']}: {one['reason']}" for one in entry["rejected"][:5])
-    return (
-        f"Round {phase.plan.round}, {phase.plan.kind}: {what}, from "
-        f"{len(entry['answered'])} of {len(phase.participants)} workers{reasons}"
+def new_row(
+    run: str, grid: Grid, server_round: int, code: GradientCode, *, is_new: bool, resumed: bool = False
+) -> RoundRow:
+    """Returns a ledger row at the beginning of a round; with each shard's holders if the code is new."""
+    return RoundRow(
+        run=run,
+        flower_run_id=str(getattr(getattr(grid, "run", None), "run_id", "")),
+        round=server_round,
+        resumed=resumed,
+        code=CodeLine(code.name, code.n, code.k, code.s, code.m, exact=code.exact),
+        holders=tuple(tuple(code.holders_of(j)) for j in range(code.k)) if is_new else None,
     )
 
 
-def figures(entry: dict[str, Any]) -> dict[str, Any]:
-    """The numbers that go among Flower's result metrics, under `fl-gradcode.`."""
-    spent = {report_key("epsilon"): float(entry["privacy"]["epsilon"])} if entry["privacy"] else {}
+def phase_row(phase: Phase, decoded: Decoded | None, account: RunAccount | None, *, decoding: float) -> PhaseRow:
+    """Returns what happened in one phase; `docs/ledger.md` explains every field."""
+    wait, replies, code = phase.wait, phase.replies, phase.code
+
+    def named(nodes: Iterable[int]) -> tuple[int | None, ...]:
+        return tuple(phase.registry.named(node) for node in nodes)
+
+    unread = named(wait.unread)
+    in_time = {*phase.survivors, *unread}
+    error = 1.0 if decoded is None else code.error_of(decoded.vector)
+    coverage = [0.0] * code.k if decoded is None else code.coverage_of(decoded.vector).tolist()
+    kappa = None if decoded is None else code.kappa_of(decoded.vector)
+    outcome: Outcome = "skipped" if decoded is None else "exact" if error <= EXACT else "approximate"
+    after = phase.decodable_after
+
+    return PhaseRow(
+        outcome=outcome,
+        ended=wait.ended,
+        workers=len(phase.participants),
+        shards=tuple(phase.shards),
+        # As it was known when the message was sent, or else as the node has said since.
+        asked=tuple(phase.registry.named(node) if worker is None else worker for node, worker in phase.asked),
+        held_back=named(wait.held_back),
+        never_sent=named(wait.never_sent),
+        answered=tuple(replies.answered),
+        unread=unread,
+        used=decoded.used if decoded else (),
+        stragglers=tuple(i for i in phase.participants if i not in in_time),
+        rejected=tuple(
+            Rejected(one.worker, str(one.node), one.rejection.kind, one.rejection.reason)
+            for one in [*replies.rejected, *replies.outvoted()]
+        ),
+        late=tuple(_late(phase, one) for one in wait.late),
+        lapsed=named(wait.lapsed),
+        joined=named(wait.joined),
+        restarted=named(wait.restarted),
+        decodable_after_replies=after[0] if after else None,
+        decodable_after_seconds=after[1] if after else None,
+        decoding_error=error,
+        kappa=kappa,
+        rounding_error=None if decoded is None or kappa is None else _unit_roundoff(decoded) * kappa,
+        coverage=tuple(round(float(c), 6) for c in coverage),
+        quantisation_error=_quantisation(phase, decoded),
+        filled_in=tuple(FilledIn(one.shards, one.round) for one in (decoded.stale if decoded else ())),
+        replica_disagreement=replies.disagreement,
+        privacy=account.line(replies.spent, replies.other_requests) if account and phase.plan.privacy else None,
+        timings=tuple(_timed(phase, one) for one in wait.times),
+        owing=tuple(_timed(phase, one) for one in wait.owing),
+        bytes_down=wait.bytes_down,
+        bytes_up=wait.bytes_up,
+        seconds=PhaseSeconds(waiting=wait.seconds, decoding=decoding),
+    )
+
+
+def why_undecodable(phase: Phase, entry: PhaseRow) -> str:
+    """Returns one sentence without its full stop: which round, why, and what was wrong with the replies."""
+    what = phase.failure or f"undecodable ({entry.ended})"
+    reasons = "".join(f"; worker {one.worker}: {one.reason}" for one in entry.rejected[:5])
+    return (
+        f"Round {phase.plan.round}, {phase.plan.kind}: {what}, from "
+        f"{len(entry.answered)} of {len(phase.participants)} workers{reasons}"
+    )
+
+
+def figures(entry: PhaseRow) -> dict[str, Any]:
+    """Returns the numbers that go among Flower's result metrics, under `fl-gradcode.`."""
+    spent = {report_key("epsilon"): _number(entry.privacy.epsilon)} if entry.privacy else {}
     return {
         **spent,
-        report_key("decoded"): int(entry["outcome"] != "skipped"),
-        report_key("decoding-error"): float(entry["decoding-error"]),
-        report_key("replies-used"): len(entry["used"]),
-        report_key("stragglers"): len(entry["stragglers"]),
-        report_key("wait-seconds"): float(entry["seconds"]["waiting"]),
+        report_key("decoded"): int(entry.outcome != "skipped"),
+        report_key("decoding-error"): _number(entry.decoding_error),
+        report_key("replies-used"): len(entry.used),
+        report_key("stragglers"): len(entry.stragglers),
+        report_key("wait-seconds"): _number(entry.seconds.waiting),
     }
 
 
-def _late(phase: Phase, node: int, label: str, wrong: str) -> dict[str, Any]:
-    entry: dict[str, Any] = {"worker": phase.registry.worker_of(node), "node": str(node), "from": label}
-    return {**entry, "reason": wrong} if wrong else entry
+def _number(value: float | None) -> float:
+    """Returns a number of a row; it is None only in rows that were read from a file, if it was not finite."""
+    return float("nan") if value is None else float(value)
 
 
-def _timed(phase: Phase, one: JobTime) -> dict[str, Any]:
-    worker = phase.registry.worker_of(one.node)
+def _late(phase: Phase, late: LateReply) -> Late:
+    worker, why = phase.registry.named(late.node), late.rejection
+    return Late(worker, str(late.node), late.label, why.kind if why else None, why.reason if why else None)
+
+
+def _timed(phase: Phase, one: JobTime) -> JobLine:
+    worker = phase.registry.named(one.node)
     kind, _, asked = one.label.partition(" ")
-    return {
-        "worker": worker,
-        "kind": kind,
-        "round": int(asked) if asked.isdigit() else None,
-        "shards": one.loads.get(worker, 0) if worker is not None else 0,
-        "seconds": one.seconds,
-        "computing": one.computing,
-    }
-
-
-def _rejected(one: Rejection) -> dict[str, Any]:
-    return {"worker": one.worker, "node": str(one.node), "reason": one.reason}
+    return JobLine(
+        worker=worker,
+        kind=kind,
+        round=int(asked) if asked.isdigit() else None,
+        shards=one.loads.get(worker, 0) if worker is not None else 0,
+        seconds=one.seconds,
+        computing=one.computing,
+    )
 
 
 def _quantisation(phase: Phase, decoded: Decoded | None) -> float | None:

@@ -5,138 +5,61 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, Literal
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
 
 from ..codes import GradientCode
 from ..errors import InvalidSetting, RoundFailed
 from ..grid import Arrival, EarlyStopGrid, nodes_of_a_phase, wait_for_nodes
 from ..privacy import RunAccount
+from ..runlog import PhaseRow, RoundRow
 from . import report
-from .adaptive import RoundMode, mode_chooser
 from .app_checks import broken_promises, refuse_unsuitable
+from .checkpoint import Saved
 from .discovery import Holdings
-from .dispatch import dispatch_of
-from .options import Options
+from .dispatch import open_phase
+from .options import Coded, Options
 from .phase import Phase
 from .plan_messages import MessageFactory, make_plan, time_to_live
-from .replies import StaleUpdates
+from .replies import Noise, StaleUpdates
+from .resume import RunKeeper
+from .round_mode import RoundMode, mode_chooser
 from .workers import WorkerRegistry
 from .wrapped import ShardGrid, aggregate, arrays_key_of, common_content, has_custom_metrics
 
-__all__ = ["Opening", "Run"]
-
-
-@dataclass(frozen=True)
-class Opening:
-    """What stays the same over the phases of a run.
-
-    Attributes:
-        strategy: The wrapped one.
-        options: As the user set them.
-        k: Number of shards of the code.
-        run: Name of the run.
-        weight_key: The metric that holds the number of examples.
-        registry: Who is who.
-        timeout: Seconds of a phase.
-        privacy: The run's account, if it promises any.
-        digests: Shard -> SHA-256 of its data, where there is a manifest.
-        is_open: Whether the code is made for what nodes hold.
-    """
-
-    strategy: Strategy
-    options: Options
-    k: int
-    run: str
-    weight_key: str
-    registry: WorkerRegistry
-    timeout: float | None
-    privacy: RunAccount | None = None
-    digests: Mapping[int, str] | None = None
-    is_open: bool = False
-
-    @classmethod
-    def of(
-        cls,
-        strategy: Strategy,
-        options: Options,
-        code: GradientCode,
-        run: str | None,
-        registry: WorkerRegistry,
-        timeout: float | None,
-        *,
-        is_open: bool = False,
-    ) -> Opening:
-        """For a run that begins; without a name it gets one, which no other run has."""
-        run = run or uuid.uuid4().hex
-        weight_key = str(getattr(strategy, "weighted_by_key", "num-examples"))
-        privacy = RunAccount(options.privacy, code, run, send=options.send) if options.privacy else None
-        return cls(
-            strategy, options, code.k, run, weight_key, registry, timeout, privacy, options.digests, is_open=is_open
-        )
-
-    def begin(self, num_rounds: int) -> None:
-        """Say what the run is going to cost.
-
-        Raises:
-            InvalidSetting: More privacy than it may.
-        """
-        if self.privacy is not None:
-            self.privacy.begin(num_rounds)
-
-    def phase(
-        self, kind: str, server_round: int, drafts: Sequence[Message], way: RoundMode, *, slowest: float | None
-    ) -> Phase:
-        """A phase over the shards that were sampled; `slowest` is the longest that a reply has taken so far."""
-        content = common_content(drafts)
-        shards = sorted({message.metadata.dst_node_id for message in drafts})
-        code = way.code.restrict(shards)
-        arrays_key = arrays_key_of(self.strategy, content) if kind == "train" else ""
-        plan = make_plan(
-            code,
-            shards,
-            self.options,
-            k=self.k,
-            run=self.run,
-            server_round=server_round,
-            kind=kind,
-            weight_key=self.weight_key,
-            arrays_key=arrays_key,
-            privacy=self.privacy if arrays_key else None,
-            digests=self.digests,
-            is_open=self.is_open,
-        )
-        before = content[arrays_key] if arrays_key else None
-        assert before is None or isinstance(before, ArrayRecord)
-        asking = MessageFactory(
-            plan, content, message_type=drafts[0].metadata.message_type, ttl=time_to_live(self.timeout, slowest)
-        )
-        sending = dispatch_of(way, asking, code, shards, self.registry, kappa_max=self.options.kappa_max)
-        phase = Phase(plan, shards, before, self.registry, sending, asking)
-        if self.privacy is not None and arrays_key:
-            phase.release_by = self.privacy.release(server_round, shards)
-        return phase
-
+__all__ = ["Run"]
 
 _log = logging.getLogger(__name__)
+
+Kind = Literal["train", "evaluate"]
 
 
 class Run:
     """One run of a wrapped strategy.
 
     Args:
-        strategy: The wrapped one.
+        strategy: The wrapped strategy.
         options: As the user set them.
         code: Who holds which shards.
-        name: Of the run; made up if None.
-        timeout: Seconds of a phase.
-        registry: Who is who, as far as known.
+        keeper: Keeps the run on disk, if it has a checkpoint.
+        name: Name of the run; made up if None.
+        timeout: Seconds of a phase; None: no limit.
+        registry: Which node is which worker, as far as known.
         holdings: What nodes have told that they hold, if the code is made for that.
+
+    Attributes:
+        code: The code; under `Discovered` it changes between rounds.
+        done: Rounds that were done when the run began or went on.
+        registry: Which node is which worker, as known between two phases.
+        row: The ledger row of the round that is under way; None between rounds.
+        phase: The phase that is under way; None between phases.
     """
 
     def __init__(
@@ -144,66 +67,112 @@ class Run:
         strategy: Strategy,
         options: Options,
         code: GradientCode,
+        keeper: RunKeeper,
+        *,
         name: str | None,
         timeout: float | None,
         registry: WorkerRegistry | None = None,
         holdings: Holdings | None = None,
     ) -> None:
-        self.strategy, self.options, self.code, self.timeout = strategy, options, code, timeout
+        self.strategy, self.options, self.code, self.keeper, self.timeout = strategy, options, code, keeper, timeout
+        self.name = name or uuid.uuid4().hex
+        self.done = 0
         self.registry = registry or WorkerRegistry()  # another run may meet other nodes, and other clients
-        self._holdings, self._told_lacking = holdings, ""
-        self.ways = mode_chooser(options, code)
-        self.way: RoundMode | None = None
-        is_open = holdings is not None
-        self.opening = Opening.of(strategy, options, code, name, self.registry, timeout, is_open=is_open)
-        self.name = self.opening.run
-        #: The ledger row of the round that is under way.
-        self.row: dict[str, Any] = {}
+        self.account = RunAccount(options.privacy, code, self.name, send=str(options.send)) if options.privacy else None
+        self.modes = mode_chooser(options, code)
+        self.mode: RoundMode | None = None
+        self.row: RoundRow | None = None
         self.phase: Phase | None = None
-        self.memory = {"train": StaleUpdates(), "evaluate": StaleUpdates()} if options.fills_in else {}
-        self._patience = 0.0
+        #: Kind of phase -> what single groups or shards sent last, where that fills in for those that are missing.
+        self.stale_updates = {"train": StaleUpdates(), "evaluate": StaleUpdates()} if options.fills_in else {}
+        self._weight_key = str(getattr(strategy, "weighted_by_key", "num-examples"))
+        self._holdings, self._told_lacking = holdings, ""
         self._drafts: list[Message] = []
+        self._outage_timeout = 0.0  # seconds that a phase waits for nodes while too few are there
         self._ever_decoded = self._resumed = False
         self._told: GradientCode | None = None  # whose holders the ledger has
         self._slowest: float | None = None  # seconds of a reply
         self._warned: set[str] = set()
         self._strangers: set[int] = set()  # nodes that were not known when the last round began
 
+    # The beginning
+
+    def begin_anew(self, arrays: ArrayRecord, request: str) -> None:
+        """No round is done: keep the run's name, so that a kill in its first round does not lose it.
+
+        Args:
+            arrays: The initial model.
+            request: See `request_of`.
+
+        Raises:
+            InvalidSetting: A run of this name was begun before, and its checkpoint is lost.
+        """
+        if self.account is not None and self.keeper.keeps:
+            self.account.request = request
+            self.account.begin_anew(self.keeper.load_account(self.name))
+            self.keeper.save_account(self.name, self.account.state)
+        self.keep(arrays, 0)
+
+    def resume(self, saved: Saved, rows: Iterable[RoundRow], request: str) -> None:
+        """Go on with a run that was kept.
+
+        Args:
+            saved: The run after its last round that is done.
+            rows: Of the run, all that the ledger has. How the next round is run is chosen by what the rounds that are
+                done took; later rows tell what was asked since.
+            request: See `request_of`.
+        """
+        self.done, self._resumed = saved.round, True
+        rows = list(rows)
+        for row in rows:
+            if row.round <= saved.round:
+                self.modes.choose(complete=True)
+                self.modes.learn(row)
+                self._ever_decoded |= row.train is not None and row.train.outcome in ("exact", "approximate")
+        if self.account is not None:
+            self.account.request = request
+            latest = self.keeper.load_account(self.name)
+            self.done = self.account.resume(saved.privacy, latest, saved.round, rows)
+            self.keeper.save_account(self.name, self.account.state)
+            if self.done > saved.round:
+                self._tell_spent(saved.round + 1, self.done)
+                self.keep(saved.arrays, self.done)
+
+    def keep(self, arrays: ArrayRecord, number: int) -> None:
+        """Keep the run as it is after a round.
+
+        Args:
+            arrays: The model.
+            number: Of the round.
+        """
+        self.keeper.save(self.name, number, arrays, None if self.account is None else self.account.state)
+
     def begin(self, grid: EarlyStopGrid, num_rounds: int) -> None:
-        """Say what it is going to cost, and wait for the nodes.
+        """Say what the run is going to cost, and wait for the nodes.
 
         Raises:
             InvalidSetting: It costs more privacy than it may.
             RoundFailed: Too few or too many nodes.
         """
-        grid.on_late = lambda node, label, reply: self.registry.learn_from(node, reply, run=self.name)
-        self.opening.begin(num_rounds)
+        if self.account is not None:
+            self.account.begin(num_rounds)
         settling = 0.0 if grid.source.fixed_nodes else self.options.node_timeout
         if self._holdings is None:
             wait_for_nodes(grid, len(self.code.active), self.code.s, settling, surplus=self._resumed)
         else:
             self._tell_lacking(self._holdings, None)
-        self._patience = settling if self.timeout is None else min(settling, self.timeout)
+        self._outage_timeout = settling if self.timeout is None else min(settling, self.timeout)
 
-    def resume(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Take up a run after these rounds: how the next one is run is chosen by what they took."""
-        for row in rows:
-            self.ways.choose(complete=True)
-            self.ways.learn(row)
-            self._ever_decoded |= (row.get("train") or {}).get("outcome") in ("exact", "approximate")
-        self._resumed = True
+    # A phase
 
     def configure(
-        self, kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+        self, kind: Kind, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        """The messages of a phase, one for each worker; none if the wrapped strategy has none."""
+        """Returns the messages of a phase, one for each worker; none if the wrapped strategy has none."""
         if kind == "train":
             self._follow_holdings(grid)
-        if kind == "train" or not self.row:
-            self.row = report.new_row(self.name, grid, server_round, self.code, is_new=self.code is not self._told)
-            self._told = self.code
-            if self._resumed:
-                self.row["resumed"], self._resumed = True, False
+        if kind == "train" or self.row is None:
+            self._open_row(server_round, grid)
         self.phase = None
         configure = getattr(self.strategy, f"configure_{kind}")
         self._drafts = list(configure(server_round, arrays, config, ShardGrid(self.code.k, grid)))
@@ -214,65 +183,146 @@ class Run:
                 f"metrics {kind}",
                 f"The custom {kind} metric aggregation is called on one decoded record, not on one for each client.",
             )
-        if kind == "train" or self.way is None:
-            self.way = self.ways.choose(complete=len(list(grid.get_node_ids())) >= len(self.code.active))
-        self.phase = self.opening.phase(kind, server_round, self._drafts, self.way, slowest=self._slowest)
-        self.row["way"] = self.way.entry
-        nodes = nodes_of_a_phase(grid, len(self.code.active), self.code.s, self._patience, self._hopeless)
-        self.registry.keep(nodes)
+        if kind == "train" or self.mode is None:
+            self.mode = self.modes.choose(complete=len(list(grid.get_node_ids())) >= len(self.code.active))
+        assert self.row is not None
+        self.row = replace(self.row, way=self.mode.line)
+
+        # A value: making a phase with its plan changes nothing.
+        phase = self._new_phase(kind, server_round, self.mode)
+        nodes = self._nodes_for(phase, grid)
+        self.phase = phase
+        # Three effects, in this order: the request is charged, the charge is on disk, the messages leave.
+        account = self.account if phase.plan.privacy else None
+        if account is not None and account.charge_request(server_round, phase.shards):
+            self.keeper.save_account(self.name, account.state)
+        if isinstance(grid, EarlyStopGrid):
+            grid.expect(phase)
+        elif self.mode.send == "shards":
+            raise InvalidSetting(f"send={str(self.options.send)!r} hands out work: run the strategy by its start().")
+        return phase.messages(nodes)
+
+    def _new_phase(self, kind: Kind, server_round: int, mode: RoundMode) -> Phase:
+        """Returns a phase over the shards that the wrapped strategy sampled."""
+        drafts, options = self._drafts, self.options
+        content = common_content(drafts)
+        shards = sorted({message.metadata.dst_node_id for message in drafts})
+        code = mode.code.restrict(shards)
+        arrays_key = arrays_key_of(self.strategy, content) if kind == "train" else ""
+        account = self.account if arrays_key else None
+        plan = make_plan(
+            code,
+            shards,
+            options,
+            k=self.code.k,
+            run=self.name,
+            server_round=server_round,
+            kind=kind,
+            weight_key=self._weight_key,
+            arrays_key=arrays_key,
+            privacy=account.text if account else "",
+            releases=account.releases(server_round, shards) if account else None,
+            is_open=self._holdings is not None,
+        )
+        before = content[arrays_key] if arrays_key else None
+        assert before is None or isinstance(before, ArrayRecord)
+        ttl = time_to_live(self.timeout, self._slowest)
+        factory = MessageFactory(plan, content, message_type=drafts[0].metadata.message_type, ttl=ttl)
+        kappa_max = options.send.kappa_max if isinstance(options.send, Coded) else float("inf")
+        return open_phase(mode, factory, code, shards, before, self.registry.copy(), kappa_max=kappa_max)
+
+    def _nodes_for(self, phase: Phase, grid: Grid) -> list[int]:
+        """Returns the nodes to ask; waits while too few are there."""
+
+        def hopeless(nodes: list[int]) -> bool:
+            # They are all that is there, and whoever is gone may be one of them again.
+            phase.registry.keep(nodes)
+            return phase.hopeless(nodes)
+
+        nodes = nodes_of_a_phase(grid, len(self.code.active), self.code.s, self._outage_timeout, hopeless)
+        phase.registry.keep(nodes)
         if isinstance(grid, EarlyStopGrid):
             for node, worker in grid.source.known_workers().items():
-                self.registry.learn(node, worker)
-            grid.expect(self.phase)
-        elif self.way.send == "shards":
-            raise InvalidSetting(f"send={self.options.send!r} hands out work: run the strategy by its start().")
-        return self.phase.messages(nodes)
+                phase.registry.learn(node, worker)
+        return nodes
 
     def aggregate(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Decode the phase, and let the wrapped strategy aggregate the one decoded reply."""
-        phase = self.phase
+        phase, self.phase = self.phase, None
         if phase is None:
             return None, None
         if not phase.collected:  # somebody else's loop brings the replies of a plain grid
             for reply in replies:
                 phase.offer(Arrival("", reply.metadata.src_node_id, 0.0), reply, 0.0)
+        self.registry = phase.registry  # what the phase has learnt is known from now on
+        kind = phase.plan.kind
         began = time.perf_counter()
-        decoded = phase.decode(self.options.approximation, self.memory.get(phase.plan.kind))
-        entry = report.phase_entry(phase, decoded, self.opening.privacy, decoding=time.perf_counter() - began)
-        self.row[phase.plan.kind] = entry  # whatever is raised from here on, the row tells what happened
+        stale_updates = self.stale_updates.get(kind)
+        decoded = phase.decode(self.options.approximation, stale_updates, self._noise(server_round, phase))
+        entry = report.phase_row(phase, decoded, self.account, decoding=time.perf_counter() - began)
+        self._note(kind, entry)  # whatever is raised from here on, the row tells what happened
         taken = [self._slowest or 0.0, *(one.seconds for one in [*phase.wait.times, *phase.wait.owing])]
         self._slowest = max(taken) or None
-        self.phase = None
-        phase.release()
-        refuse_unsuitable(phase.inbox, ever_decoded=self._ever_decoded)
-        for key, text in broken_promises(phase.inbox):
+        refuse_unsuitable(phase.replies, ever_decoded=self._ever_decoded)
+        for key, text in broken_promises(phase.replies):
             self._warn_once(key, text)
         if decoded is None:
             self._undecodable(phase, entry)
             return None, MetricRecord(report.figures(entry))
         self._ever_decoded = True
+        del phase  # its replies are large, and the wrapped strategy needs room
         began = time.perf_counter()
         arrays, metrics = aggregate(self.strategy, self._drafts[0], server_round, decoded)
-        entry["seconds"]["aggregating"] = time.perf_counter() - began
+        seconds = replace(entry.seconds, aggregating=time.perf_counter() - began)
+        self._note(kind, replace(entry, seconds=seconds))
         return arrays, MetricRecord({**(metrics or {}), **report.figures(entry)})
 
-    def close_row(self) -> dict[str, Any]:
-        """The row of the round that has ended; the next one is chosen by what it says."""
-        row, self.row = self.row, {}
-        row["ended-at"] = time.time()
-        self.ways.learn(row)
+    def _noise(self, server_round: int, phase: Phase) -> Noise | None:
+        """Returns the noise that is added after decoding; None if the clients have added it, or nobody does."""
+        account, shards = self.account, phase.shards
+        gaussian = account.gaussian(len(shards)) if account is not None and phase.plan.privacy else None
+        if account is None or gaussian is None:
+            return None
+
+        def add_to(total: NDArray[Any]) -> NDArray[np.float64]:
+            # As before sending: the draw is charged, the charge is on disk, the noise is drawn.
+            account.charge_draw(server_round, shards)
+            self.keeper.save_account(self.name, account.state)
+            return gaussian.add_to(total)
+
+        return Noise(gaussian.weight, add_to)
+
+    # The ledger row
+
+    def _open_row(self, server_round: int, grid: Grid) -> None:
+        is_new = self.code is not self._told
+        self.row = report.new_row(self.name, grid, server_round, self.code, is_new=is_new, resumed=self._resumed)
+        self._told, self._resumed = self.code, False
+
+    def _note(self, kind: str, entry: PhaseRow) -> None:
+        assert self.row is not None
+        self.row = replace(self.row, train=entry) if kind == "train" else replace(self.row, evaluate=entry)
+
+    def close_row(self, ended_by: str | None = None) -> RoundRow:
+        """Returns the row of the round that has ended; the next round's mode is chosen by what it says."""
+        assert self.row is not None
+        row, self.row = replace(self.row, ended_at=time.time(), ended_by=ended_by), None
+        self.modes.learn(row)
         return row
 
-    def _hopeless(self, nodes: list[int]) -> bool:
-        """Whether these nodes, all that are there, cannot decode: whoever is gone may be one of them again."""
-        assert self.phase is not None
-        self.registry.keep(nodes)
-        return self.phase.hopeless(nodes)
+    def _undecodable(self, phase: Phase, entry: PhaseRow) -> None:
+        why = report.why_undecodable(phase, entry)
+        if self.options.policy == "raise":
+            self._note(phase.plan.kind, replace(entry, outcome="raised"))
+            raise RoundFailed(f"{why}.")
+        _log.warning("%s. The round is skipped: the model stays as it is.", why)
+
+    # Nodes that hold what they hold
 
     def _follow_holdings(self, grid: Grid) -> None:
-        """Make the code anew if other workers are there, or hold other shards, than it was made for."""
+        """Build the code again if other workers are there, or hold other shards, than it was built for."""
         holdings = self._holdings
         if holdings is None:
             return
@@ -280,7 +330,7 @@ class Run:
             holdings.learn(worker, shards)
         worker_of = {node: self.registry.worker_of(node) for node in grid.get_node_ids()}
         unknown = {node for node, worker in worker_of.items() if worker is None}
-        # Whoever was not known in the last round either has had its chance to say who it is.
+        # A node that was not known in the last round either has had its chance to say who it is.
         fresh, self._strangers = unknown - self._strangers, unknown
         there = [i for i in holdings.told if i in worker_of.values()]
         if fresh:  # any of them may be one of those that are gone, who keep their rows if the others can do without
@@ -290,25 +340,30 @@ class Run:
         code = holdings.code(there)
         if code is not None and (code.B.shape != self.code.B.shape or (code.B != self.code.B).any()):
             self.code = code
-            self.ways = mode_chooser(self.options, code)
-            if self.opening.privacy is not None:
-                self.opening.privacy.follow(code)
-            _log.info("The code is made anew for workers %s: %r.", [*code.active], code)
+            self.modes = mode_chooser(self.options, code)
+            if self.account is not None:
+                self.account.follow(code)
+            _log.info("The code is built again for workers %s: %r.", [*code.active], code)
         self._tell_lacking(holdings, there)
 
     def _tell_lacking(self, holdings: Holdings, workers: list[int] | None) -> None:
-        """Once for each state of affairs."""
+        """Warn of shards that lack holders, once for each state of affairs."""
         text = holdings.told_lacking(workers)
         if text and text != self._told_lacking:
             _log.warning("%s The code tolerates s=%d until then.", text, self.code.s)
         self._told_lacking = text
 
-    def _undecodable(self, phase: Phase, entry: dict[str, Any]) -> None:
-        why = report.why_undecodable(phase, entry)
-        if self.options.policy == "raise":
-            entry["outcome"] = "raised"
-            raise RoundFailed(f"{why}.")
-        _log.warning("%s. The round is skipped: the model stays as it is.", why)
+    def _tell_spent(self, first: int, last: int) -> None:
+        which, its = (
+            (f"Round {first}", "its number") if first == last else (f"Rounds {first} to {last}", "their numbers")
+        )
+        _log.warning(
+            "%s had been asked when the run ended, and would be asked otherwise now (another app or run config, noise "
+            "that is drawn again, or a lost account): the privacy counts as spent, the model stays as it is, and %s "
+            "will not be used again.",
+            which,
+            its,
+        )
 
     def _warn_once(self, key: str, text: str) -> None:
         if key not in self._warned:

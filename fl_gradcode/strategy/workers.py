@@ -1,4 +1,7 @@
-"""Which nodes are there, and which is which worker: learnt from replies, never from node ids, which change."""
+"""Which node is which worker: learnt from replies, never from node ids, which change.
+
+A phase works on a copy of the run's registry, and the run goes on with that copy when the phase is over.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Iterable
 
 from flwr.app import Message
 
-from ..errors import RoundFailed
+from ..errors import RoundFailed, VersionMismatch
 from ..protocol import Reply
 
 __all__ = ["WorkerRegistry"]
@@ -20,14 +23,34 @@ class WorkerRegistry:
     """Node -> worker, as far as known."""
 
     def __init__(self) -> None:
+        self._named: dict[int, int] = {}
         #: Worker -> shard -> SHA-256 of its data, as last told under an open plan or by a probe.
         self.holdings: dict[int, dict[int, str]] = {}
         self._worker: dict[int, int] = {}
         self._answered: dict[int, dict[int, set[int]]] = {}  # worker -> round -> nodes
 
+    def copy(self) -> WorkerRegistry:
+        """Returns a registry with the same knowledge, for a phase that begins."""
+        other = WorkerRegistry()
+        other.holdings = {worker: dict(shards) for worker, shards in self.holdings.items()}
+        other._worker = dict(self._worker)
+        other._answered = {
+            worker: {server_round: set(nodes) for server_round, nodes in rounds.items()}
+            for worker, rounds in self._answered.items()
+        }
+        other._named = dict(self._worker)
+        return other
+
     def worker_of(self, node: int) -> int | None:
-        """The worker that this node said it is, or None."""
+        """Returns the worker that this node is, or None: it has to be told who it is."""
         return self._worker.get(node)
+
+    def named(self, node: int) -> int | None:
+        """Returns the worker that this node was known as when the phase began, or else what it said in it, or None.
+
+        Unlike `worker_of`, it still knows a node that has failed since.
+        """
+        return self._named.get(node)
 
     @property
     def contested(self) -> bool:
@@ -37,6 +60,7 @@ class WorkerRegistry:
     def learn(self, node: int, worker: int) -> None:
         """A node reported its worker number."""
         self._worker[node] = worker
+        self._named.setdefault(node, worker)
 
     def forget(self, node: int) -> None:
         """The node failed: it may be another worker next time, so it gets the whole plan again."""
@@ -74,7 +98,7 @@ class WorkerRegistry:
         if message.has_error():
             self.forget(node)
             return
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, VersionMismatch):
             reply = Reply.find_in(message.content)
             if reply is not None and reply.kind == "probe":
                 self.learn(node, reply.worker)

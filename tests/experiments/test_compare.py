@@ -27,7 +27,7 @@ from experiments.compare.runs import EXACT, INEXACT, run
 from experiments.compare.store import ROOT, Store, Task
 from experiments.compare.suites import SUITES, TUNED
 from experiments.compare.synchronous import PartialProx, WorkShareGrid, quiet
-from fl_gradcode import GradientCoding, VirtualGrid, gradient_coding_mod
+from fl_gradcode import GradientCoding, Shards, VirtualGrid, gradient_coding_mod
 from fl_gradcode.latency import Latency, constant, scaled
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import flat, relative
@@ -74,8 +74,7 @@ def test_every_exact_scheme_follows_the_model_of_waiting_for_all(scheme: str, la
                 GradientCoding(
                     FedAvg(**quiet),
                     make(DIGITS.n, DIGITS.s),
-                    send=send,
-                    patience=patience if send == "shards" else None,
+                    send=Shards(patience) if send == "shards" else send,
                 ),
             ),
         ):
@@ -95,7 +94,7 @@ def test_the_app_that_does_nothing_takes_the_time_of_the_one_that_trains(scheme:
     assert make is not None
     with InProcessGrid(client_app, DIGITS.n, run_config=DIGITS.run_config("", 0)) as inner:
         coding = GradientCoding(
-            FedAvg(**quiet), make(DIGITS.n, DIGITS.s), send=send, patience=patience if send == "shards" else None
+            FedAvg(**quiet), make(DIGITS.n, DIGITS.s), send=Shards(patience) if send == "shards" else send
         )
         coding.start(VirtualGrid(inner, latency_of("slow-owners"), seed=0), initial, 5, timeout=1e9)
     assert [row["train"]["seconds"]["waiting"] for row in coding.ledger.rows] == pytest.approx(seconds, abs=1e-4)

@@ -11,7 +11,15 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
-from fl_gradcode import EarlyStopGrid, GradientCoding, VirtualGrid, fractional_repetition, gradient_coding_mod, uncoded
+from fl_gradcode import (
+    Coded,
+    EarlyStopGrid,
+    GradientCoding,
+    VirtualGrid,
+    fractional_repetition,
+    gradient_coding_mod,
+    uncoded,
+)
 from fl_gradcode.errors import InvalidSetting, RoundFailed, UnsuitableApp
 from fl_gradcode.grid.polling import PollingArrivals
 from fl_gradcode.latency import Latency, Law, lognormal, scaled
@@ -231,7 +239,9 @@ def test_a_client_gives_up_between_two_shards_when_it_can_no_longer_matter(monke
         metrics = MetricRecord({"num-examples": 1})
         return Message(RecordDict({"arrays": message.content["arrays"], "metrics": metrics}), reply_to=message)
 
-    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), fractional_repetition(3, 2), give_up_after=15.0)
+    strategy = GradientCoding(
+        FedAvg(fraction_evaluate=0.0), fractional_repetition(3, 2), send=Coded(give_up_after=15.0)
+    )
     with InProcessGrid(app, 3) as grid:
         strategy.start(grid, initial_arrays(), num_rounds=1)
     reasons = [one["reason"] for one in strategy.ledger.rows[0]["train"]["rejected"]]

@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import FedAvg
 
 import fl_gradcode
 import fl_gradcode.codes as codes
-from fl_gradcode import EarlyStopGrid, GradientCoding
+from fl_gradcode import Coded, EarlyStopGrid, GradientCoding, Shards
 from fl_gradcode.codes import fractional_repetition
 from fl_gradcode.errors import FlGradcodeError
 from fl_gradcode.latency import Latency, exponential, lognormal, pareto, scaled, trace
@@ -225,10 +225,7 @@ def test_every_line_of_python_makes_the_code_that_it_stands_for(n: int) -> None:
         assert (code.n, code.k, code.s, code.m) == (n, n, scheme.s, scheme.m)
         assert tuple(code.shards_of(i) for i in range(n)) == scheme.blocks
         assert (code.groups or ()) == scheme.groups
-        assert strategy.options.send == ("shards" if scheme.shardwise else "coded")
-        if scheme.shardwise:
-            patience = strategy.options.patience
-            assert scheme.patience == (2.0 if patience is None else patience)
+        assert strategy.options.send == (Shards(scheme.patience) if scheme.shardwise else Coded())
         if scheme.enough is not None:
             assert scheme.enough == n - code.s
 

@@ -288,11 +288,9 @@ def test_a_lost_account_costs_no_more_however_often_the_server_is_killed(
 
 
 def test_another_number_of_holders_makes_no_account_stale() -> None:
-    few, many = Account({0: 1, 1: 1}), Account({0: 2, 1: 2})
-    few.release(0, (1, 1))
-    many.merge(few.state)
+    few = Account.new({0: 1, 1: 1}).released([0], (1, 1))
+    many = Account.new({0: 2, 1: 2}).merged(few.state)
     assert few.covers(many.state) and many.covers(few.state)
-    many.draws[1] += 1
-    assert not few.covers(many.state)
-    few.merge(many.state)
-    assert few.holders == {0: 2, 1: 2} and few.covers(many.state)
+    more = many.drawn([1])
+    assert not few.covers(more.state)
+    assert few.merged(more.state).holders == {0: 2, 1: 2} and few.merged(more.state).covers(more.state)

@@ -321,8 +321,6 @@ def test_each_draw_of_noise_on_the_server_counts_also_a_second_one_of_a_round() 
     central = CentralNoise(noise_multiplier=5.0, clipping_norm=1.0, accountant="rdp")
     account = RunAccount(central, CODES["fractional"], "r")
     for _ in range(3):
-        release = account.release(1, [0, 2])
-        assert release is not None
-        release.noisy(np.zeros(4))
-    spent = account.entry(None, {})
+        account.charge_draw(1, [0, 2])
+    spent = account.line(None, {}).to_json()
     assert spent["epsilon"] == pytest.approx(central.epsilon(3))

@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from fl_gradcode import Discovered, GradientCoding, gradient_coding_mod, uncoded
 from fl_gradcode.errors import UnsuitableApp, VersionMismatch
-from fl_gradcode.protocol.records import PROTOCOL, explained, library_version, read_json, record_of
+from fl_gradcode.protocol.records import PROTOCOL, library_version, read_json, record_of
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import initial_arrays, toy_app
 
@@ -64,18 +64,6 @@ def test_a_reply_of_another_version_does_not_count() -> None:
     (reason,) = {one["reason"] for row in rows for one in row["train"]["rejected"]}
     assert "The node has fl-gradcode 0.0.1 (protocol 1)" in reason and "on the node" in reason
     assert all(3 not in row["train"]["used"] for row in rows)
-
-
-def test_a_node_from_before_there_were_protocols_is_told_by_the_server() -> None:
-    def old(message: Message, context: Context, call_next: _Call) -> Message:
-        if context.node_config["partition-id"] == 0:
-            raise TypeError("Plan.__init__() got an unexpected keyword argument 'digests'")
-        return call_next(message, context)
-
-    rows = ledger_of(uncoded(4), app_with(old))
-    reasons = {one["reason"] for row in rows for one in row["train"]["rejected"]}
-    assert any("the node has an older fl-gradcode" in one and "on the node" in one for one in reasons)
-    assert explained("error 2: ValueError: x") == "error 2: ValueError: x"
 
 
 def test_if_no_node_understands_the_server_the_run_ends_and_says_what_to_do() -> None:

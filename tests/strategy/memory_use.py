@@ -95,8 +95,8 @@ def server(case: str) -> dict[str, float]:
     with InProcessGrid(ClientApp(), WORKERS) as grid:
         plan = list(strategy.configure_train(1, model(), ConfigRecord(), grid))
         replies = [coded_reply(message, worker) for worker, message in enumerate(plan)]
-        phase = strategy._here.phase
-        assert phase is not None
+        assert strategy._run is not None and strategy._run.phase is not None
+        phase = strategy._run.phase
         del plan
         watched.append(Peak())
         while replies:
@@ -106,7 +106,9 @@ def server(case: str) -> dict[str, float]:
         phase.finish(Wait())
         arrays, _ = strategy.aggregate_train(1, [])
         assert arrays is not None and len(arrays) == len(SHAPES)
-    return {"peak": watched[0].vectors(), "at-entry": inner.at_entry, "used": len(strategy._here.row["train"]["used"])}
+    row = strategy._run.row
+    assert row is not None and row.train is not None
+    return {"peak": watched[0].vectors(), "at-entry": inner.at_entry, "used": len(row.train.used)}
 
 
 def _flower_alone() -> dict[str, float]:

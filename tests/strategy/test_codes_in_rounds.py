@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
-from fl_gradcode import GradientCode, GradientCoding, VirtualGrid, cyclic_repetition, fractional_repetition
+from fl_gradcode import Coded, GradientCode, GradientCoding, VirtualGrid, cyclic_repetition, fractional_repetition
 from fl_gradcode import gradient_coding_mod as mod
 from fl_gradcode.codes import bernoulli, for_assignment, reed_solomon, stochastic
 from fl_gradcode.errors import InvalidSetting
@@ -181,7 +181,7 @@ def test_waits_for_more_replies_while_noise_is_amplified_too_much() -> None:
         (silent(6), 0.01, 6, "timed out"),
     )
     for latency, kappa_max, replies, ended in cases:
-        result, (row,) = run(code, latency, kappa_max=kappa_max)
+        result, (row,) = run(code, latency, send=Coded(kappa_max=kappa_max))
         entry = row["train"]
         assert (entry["outcome"], entry["ended"], entry["used"]) == ("exact", ended, [*range(replies)])
         assert entry["kappa"] == pytest.approx(kappas[replies], rel=1e-6)
@@ -237,7 +237,7 @@ def test_remembers_no_more_updates_than_there_are_shards() -> None:
     strategy = GradientCoding(inner, fractional_repetition(4, 1, k=8), on_undecodable=Approximation(fill_in=True))
     with InProcessGrid(toy_app(), 4) as grid:
         strategy.start(grid, initial_arrays(), num_rounds=40)
-    assert len(strategy._here.memory["train"]._known) <= 8
+    assert strategy._run is not None and len(strategy._run.stale_updates["train"]._known) <= 8
 
 
 def test_ridge_trades_coverage_for_less_noise() -> None:
@@ -269,7 +269,6 @@ REFUSED: list[tuple[GradientCode, dict[str, Any], str]] = [
     (CYCLIC, {"send": "shards"}, r"run the strategy by its start\(\)\."),  # somebody else's loop
     (CYCLIC, {"send": "both"}, r"send='both' must be one of coded, shards, adaptive\."),
     (CYCLIC, {"on_undecodable": "retry"}, "'retry' must be one of skip, approximate, raise or an"),
-    (CYCLIC, {"kappa_max": 0.0}, r"kappa_max=0.0 must be greater than 0\."),
     (stochastic(6, 2, rng=np.random.default_rng(0)), {}, "stochastic code promises no exact sum: say on_undecodable="),
     (reed_solomon(6, 2), {"on_undecodable": "approximate"}, "Over a prime field a sum is exact or unknown"),
     (CYCLIC, {"on_undecodable": Approximation(fill_in=True)}, "a cyclic repetition code mixes them"),

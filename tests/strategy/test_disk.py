@@ -13,6 +13,7 @@ from fl_gradcode import Ledger
 from fl_gradcode.errors import InvalidSetting
 from fl_gradcode.privacy import Spend
 from fl_gradcode.privacy.budget_ledger import Request, SpentLedger
+from fl_gradcode.runlog.rows import RoundRow
 from fl_gradcode.strategy.checkpoint import Checkpoint
 from tests.strategy.test_resume import Killed, rounds_of, start
 
@@ -41,13 +42,13 @@ def test_a_ledger_without_room_ends_the_run_with_a_sentence_and_it_goes_on_later
     real = Ledger.append
     left = [2]
 
-    def append(self: Ledger, row: dict[str, Any]) -> None:
+    def append(self: Ledger, row: RoundRow) -> dict[str, Any]:
         left[0] -= 1
         if left[0] < 0:
             with monkeypatch.context() as patch:
                 patch.setattr("fl_gradcode.runlog.ledger.os.fsync", full)
                 real(self, row)
-        real(self, row)
+        return real(self, row)
 
     with monkeypatch.context() as patch:
         patch.setattr(Ledger, "append", append)

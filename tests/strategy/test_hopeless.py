@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_gradcode import GradientCode, GradientCoding, cyclic_repetition, fractional_repetition, uncoded
-from fl_gradcode.strategy.adaptive import mode_chooser
-from fl_gradcode.strategy.dispatch import dispatch_of, may_cover
-from fl_gradcode.strategy.options import Options
+from fl_gradcode.strategy.cover import may_cover
+from fl_gradcode.strategy.dispatch import open_phase
+from fl_gradcode.strategy.options import Options, send_of
 from fl_gradcode.strategy.phase import Phase
 from fl_gradcode.strategy.plan_messages import MessageFactory, make_plan
+from fl_gradcode.strategy.round_mode import mode_chooser
 from fl_gradcode.strategy.workers import WorkerRegistry
 from fl_gradcode.testing import inside_a_run
 from tests.conftest import initial_arrays, toy_app
@@ -32,7 +33,7 @@ CODES = {
 
 
 def phase(code: GradientCode, registry: WorkerRegistry, send: Any) -> Phase:
-    options = Options(send=send)
+    options = Options(send=send_of(send))
     plan = make_plan(
         code,
         range(code.k),
@@ -44,10 +45,9 @@ def phase(code: GradientCode, registry: WorkerRegistry, send: Any) -> Phase:
         weight_key="num-examples",
         arrays_key="arrays",
     )
-    asking = MessageFactory(plan, RecordDict(), message_type="train", ttl=None)
-    way = mode_chooser(options, code).choose(complete=True)
-    sending = dispatch_of(way, asking, code, range(code.k), registry, kappa_max=float("inf"))
-    return Phase(plan, range(code.k), None, registry, sending, asking)
+    factory = MessageFactory(plan, RecordDict(), message_type="train", ttl=None)
+    mode = mode_chooser(options, code).choose(complete=True)
+    return open_phase(mode, factory, code, range(code.k), None, registry, kappa_max=float("inf"))
 
 
 @pytest.mark.parametrize("send", ["coded", "shards"])

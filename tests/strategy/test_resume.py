@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -23,6 +24,7 @@ from fl_gradcode.latency import Latency, lognormal, scaled
 from fl_gradcode.strategy.checkpoint import Checkpoint, Saved
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import flat, initial_arrays, toy_app
+from tests.strategy.rows import round_row
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 6
@@ -157,7 +159,8 @@ def test_how_adaptive_rounds_are_sent_is_chosen_as_before(tmp_path: Path) -> Non
     _, strategy = start(tmp_path / "a", FedAvg(fraction_evaluate=0.0), rounds=8, **options)
     _, whole = start(tmp_path / "b", FedAvg(fraction_evaluate=0.0), rounds=8, **options)
     assert [row["way"] for row in strategy.ledger.rows[:7]] == [row["way"] for row in whole.ledger.rows[:7]]
-    assert strategy._here.ways._history.rounds >= 7  # type: ignore[attr-defined]
+    assert strategy._run is not None
+    assert strategy._run.modes._history.rounds >= 7  # type: ignore[attr-defined]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -195,7 +198,7 @@ def test_a_code_with_other_last_bits_is_the_same_code(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_needs_an_absolute_path_of_a_file(tmp_path: Path) -> None:
-    for path, text in (("run.ckpt", "is relative"), (tmp_path, "is a folder")):
+    for path, text in (("run.ckpt", "is a relative path"), (tmp_path, "is a folder")):
         with pytest.raises(InvalidSetting, match=text):
             Checkpoint(path)
     with pytest.raises(InvalidSetting, match="cannot be written"):
@@ -252,11 +255,12 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
 
 def test_a_torn_last_line_of_the_ledger_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
-    path.write_text('{"run": "other", "round": 1}\n{"run": "oth')
-    Ledger(path).append({"run": "mine", "round": 1})
+    other = json.dumps(round_row("other", 1).to_json())
+    path.write_text(f"{other}\n{other[:30]}")
+    Ledger(path).append(round_row("mine", 1))
     assert [row["run"] for row in Ledger.read(path)] == ["other", "mine"]
-    path.write_text('{"run": "other", "round": 1}')  # whole, without its end
-    Ledger(path).append({"run": "mine", "round": 1})
+    path.write_text(other)  # whole, without its end
+    Ledger(path).append(round_row("mine", 1))
     assert [row["run"] for row in Ledger.read(path)] == ["other", "mine"]
 
 
@@ -264,9 +268,9 @@ def test_rows_of_other_runs_stay_when_a_run_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     ledger = Ledger(path)
     for run, number in (("a", 1), ("b", 1), ("b", 2), ("a", 2), ("b", 3)):
-        ledger.append({"run": run, "round": number})
+        ledger.append(round_row(run, number))
     again = Ledger(path)
-    assert [row["round"] for row in again.resume("b", 1)] == [1]
+    assert [row.round for row in again.resume("b", 1)] == [1]
     assert [(row["run"], row["round"]) for row in Ledger.read(path)] == [("a", 1), ("b", 1), ("a", 2)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,17 @@ import pytest
 from flwr.app import Error, Message
 from flwr.serverapp.strategy import FedAvg
 
-from fl_gradcode import GradientCode, GradientCoding, VirtualGrid, cyclic_repetition, fractional_repetition, uncoded
+from fl_gradcode import (
+    Adaptive,
+    Coded,
+    GradientCode,
+    GradientCoding,
+    Shards,
+    VirtualGrid,
+    cyclic_repetition,
+    fractional_repetition,
+    uncoded,
+)
 from fl_gradcode.codes import for_assignment
 from fl_gradcode.errors import InvalidSetting, RoundFailed
 from fl_gradcode.grid.arrivals import Arrival, ArrivalSource, ForwardingGrid
@@ -96,9 +106,10 @@ def run(code: GradientCode, latency: Latency, **kwargs: Any) -> tuple[Any, list[
     seed, tamper, deployed = kwargs.pop("seed", 0), kwargs.pop("tamper", None), kwargs.pop("deployed", False)
     rounds, inner = kwargs.pop("rounds", 1), kwargs.pop("inner", FedAvg(fraction_evaluate=0.0))
     # Second copies at once, unless a test says otherwise: what most of them are about.
+    patience = kwargs.pop("patience", 0.0)
     options: dict[str, Any] = {"send": "shards", **kwargs}
     if options["send"] == "shards":
-        options.setdefault("patience", 0.0)
+        options["send"] = Shards(patience=patience)
     strategy = GradientCoding(inner, code, **options)
     with InProcessGrid(toy_app(), code.n, tamper=tamper) as clients:
         grid = Watched(VirtualGrid(clients, latency, seed=seed), deployed)
@@ -290,13 +301,27 @@ def test_two_nodes_that_claim_one_worker_end_the_run_by_name(send: Any) -> None:
             GradientCoding(FedAvg(), uncoded(6), send=send).start(engine, initial_arrays(), num_rounds=4)
 
 
-@pytest.mark.parametrize("more", [{"kappa_max": 5.0}, {"give_up_after": 3.0}])
-def test_what_is_about_coded_vectors_is_refused(more: dict[str, float]) -> None:
-    with pytest.raises(InvalidSetting, match=r"^give_up_after and kappa_max are about coded vectors: "):
-        GradientCoding(FedAvg(), fractional_repetition(4, 1), send="shards", **more)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Shards(patience=-1.0), "patience=-1.0 must be a number of at least 0."),
+        (lambda: Shards(patience=float("inf")), "patience=inf must be a number of at least 0."),
+        (lambda: Coded(kappa_max=0.0), "kappa_max=0.0 must be greater than 0."),
+        (lambda: Coded(give_up_after=-1.0), "give_up_after=-1.0 must be a number of seconds greater than 0."),
+    ],
+    ids=["negative patience", "endless patience", "no kappa", "negative seconds"],
+)
+def test_a_way_to_send_that_makes_no_sense_is_refused(make: Callable[[], object], sentence: str) -> None:
+    with pytest.raises(InvalidSetting) as refused:
+        make()
+    assert str(refused.value) == sentence
 
 
-@pytest.mark.parametrize("more", [{"patience": 2.0}, {"send": "shards", "patience": -1.0}])
-def test_patience_that_makes_no_sense_is_refused(more: dict[str, Any]) -> None:
-    with pytest.raises(InvalidSetting, match=r"^patience="):
-        GradientCoding(FedAvg(), fractional_repetition(4, 1), **more)
+@pytest.mark.parametrize(("word", "value"), [("coded", Coded()), ("shards", Shards()), ("adaptive", Adaptive())])
+def test_a_word_stands_for_its_value(word: Any, value: object) -> None:
+    assert GradientCoding(FedAvg(), fractional_repetition(4, 1), send=word).options.send == value
+
+
+def test_a_word_that_is_not_known_is_refused() -> None:
+    with pytest.raises(InvalidSetting, match="must be one of coded, shards, adaptive, or a Coded"):
+        GradientCoding(FedAvg(), fractional_repetition(4, 1), send="coded vectors")  # type: ignore[arg-type]

@@ -150,7 +150,6 @@ def test_evaluation_can_be_left_out_and_training_too() -> None:
     [
         ({"on_undecodable": "ignore"}, "must be one of skip, approximate, raise"),
         ({"node_timeout": 0.0}, "node_timeout=0.0 must be"),
-        ({"give_up_after": -1.0}, "give_up_after=-1.0 must be"),
         ({"ledger": "out/ledger.jsonl"}, "is relative.*Give an absolute path"),
     ],
 )
