@@ -67,6 +67,7 @@ PACKAGES: dict[str, frozenset[str]] = {
     "placement": names("numpy scipy"),
     "planning": names("numpy scipy"),
     "protocol": names("numpy flwr.app"),
+    "runlog": names("numpy"),
     "grid": names("flwr.app flwr.serverapp"),
     "privacy": names("numpy scipy flwr.app"),
     "client": names("numpy flwr.app flwr.clientapp"),

@@ -9,13 +9,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from ..codes import as_pattern, cyclic_repetition, fractional_repetition
-from ..errors import FlGradcodeError
+from ..errors import InvalidSetting
 from ..placement import (
     ASSIGNMENT,
     MANIFEST,
@@ -30,16 +28,28 @@ from ..placement import (
     verify_folder,
     write_folders,
 )
-from .privacy import one_sentence
+from ._assignment_file import read_assignment
+from ._errors import one_sentence
+from ._output import plain_table, print_lines
 
-__all__ = ["CODES", "Wish", "lists", "numbers", "place", "words"]
+__all__ = ["place"]
 
-CODES = ("fractional", "cyclic", "assignment")
+_CODES = ("fractional", "cyclic", "assignment")
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What the command line asks of the code."""
+class _Wish:
+    """The options that say who holds which shards.
+
+    Attributes:
+        workers: Number of workers.
+        s: Straggler tolerance.
+        m: Upload reduction.
+        code: One of `_CODES`; None: chosen by the other options.
+        capacities: Number of shards that each worker can hold.
+        domains: Site, rack or provider of each worker.
+        assignment: JSON file with the shards of each worker.
+    """
 
     workers: int | None
     s: int
@@ -50,37 +60,45 @@ class Wish:
     assignment: Path | None
 
     def n(self) -> int:
-        """Number of workers, from whatever says it."""
+        """Returns the number of workers, from any option that implies it.
+
+        Raises:
+            InvalidSetting: No option says it, or two options differ.
+        """
         told = {
             "--workers": self.workers,
             "--capacities": None if self.capacities is None else len(self.capacities),
             "--domains": None if self.domains is None else len(self.domains),
-            "--assignment": None if self.assignment is None else len(lists(self.assignment)),
+            "--assignment": None if self.assignment is None else len(read_assignment(self.assignment)),
         }
         given = {name: value for name, value in told.items() if value is not None}
         if not given:
-            raise FlGradcodeError("The number of workers is missing: say --workers N.")
+            raise InvalidSetting("The number of workers is missing: say --workers N.")
         if len({*given.values()}) > 1:
-            raise FlGradcodeError(
+            raise InvalidSetting(
                 f"Options differ in the number of workers: {', '.join(f'{a} {b}' for a, b in given.items())}."
             )
         n = next(iter(given.values()))
         if n < 1:
-            raise FlGradcodeError(f"--workers {n} must be at least 1.")
+            raise InvalidSetting(f"--workers {n} must be at least 1.")
         return n
 
     def held(self, k: int) -> tuple[list[tuple[int, ...]], str]:
-        """Of each worker, its shards of k; and the code as a line of Python."""
+        """Returns which of the k shards each worker holds, and the code as a line of Python.
+
+        Raises:
+            InvalidSetting: The options contradict each other.
+        """
         n, s, m = self.n(), self.s, self.m
         if s < 0 or m < 1:
-            raise FlGradcodeError(f"--s {s} must be at least 0, and --m {m} at least 1.")
+            raise InvalidSetting(f"--s {s} must be at least 0, and --m {m} at least 1.")
         free = (self.capacities, self.domains, self.assignment)
         code = self.code or ("fractional" if all(one is None for one in free) else "assignment")
-        if code not in CODES:
-            raise FlGradcodeError(f"--code {code!r} must be one of {', '.join(CODES)}.")
+        if code not in _CODES:
+            raise InvalidSetting(f"--code {code!r} must be one of {', '.join(_CODES)}.")
         if code != "assignment" and any(one is not None for one in free):
-            raise FlGradcodeError(
-                f"--code {code} says who holds what: leave out --capacities, --domains, --assignment."
+            raise InvalidSetting(
+                f"--code {code} already says who holds what: leave out --capacities, --domains and --assignment."
             )
         if code == "fractional":
             made = fractional_repetition(n, s, k=k, m=m)
@@ -88,7 +106,7 @@ class Wish:
             return [made.shards_of(worker) for worker in range(n)], line
         if code == "cyclic":
             if k != n or m != 1:
-                raise FlGradcodeError(
+                raise InvalidSetting(
                     f"--code cyclic needs as many shards as workers, and m=1; here k={k}, n={n}, m={m}."
                 )
             made = cyclic_repetition(n, s, rng=np.random.default_rng(0))
@@ -97,53 +115,34 @@ class Wish:
             ], f"cyclic_repetition({n}, {s}, rng=np.random.default_rng(0))"
         if self.assignment is not None:
             if self.capacities or self.domains:
-                raise FlGradcodeError("--assignment says who holds what: leave out --capacities and --domains.")
-            plan = Assignment(as_pattern(lists(self.assignment), k))
+                raise InvalidSetting("--assignment already says who holds what: leave out --capacities and --domains.")
+            plan = Assignment(as_pattern(read_assignment(self.assignment), k))
             if plan.largest_s(m) < s:
                 few = min(range(k), key=lambda shard: len(plan.holders_of(shard)))
-                raise FlGradcodeError(
+                raise InvalidSetting(
                     f"Shard {few} has {len(plan.holders_of(few))} holders in {self.assignment}; s={s} at m={m} needs "
                     f"{s + m}."
                 )
         else:
-            # Without capacities, everybody takes an equal part.
+            # Without capacities, every worker takes an equal part.
             capacities = self.capacities or [-(-k * (s + m) // n)] * n
             plan = assign(k, capacities, s=s, m=m, domains=self.domains)
         held = [plan.shards_of(worker) for worker in range(n)]
         return held, f"for_assignment(Manifest.read(path).held, s={s}{f', m={m}' if m > 1 else ''})"
 
 
-def lists(path: Path) -> list[list[int]]:
-    """The shards of each worker, from a JSON file."""
-    try:
-        told: Any = json.loads(path.read_text())
-        found = [[int(shard) for shard in one] for one in told]
-        if (
-            not found
-            or len(found) < len(told)
-            or json.dumps(found) != json.dumps(told)
-            or min(map(min, filter(None, found)), default=0) < 0
-        ):
-            raise ValueError
-    except (OSError, ValueError, TypeError, OverflowError, RecursionError):
-        raise FlGradcodeError(
-            f"{path} must hold, as JSON, for each worker the list of its shards, such as [[0, 1], [1, 2], [2, 0]]."
-        ) from None
-    return found
-
-
-def numbers(text: str | None) -> list[int] | None:
-    """Whole numbers with commas between."""
+def _numbers(text: str | None) -> list[int] | None:
+    """Returns whole numbers from a text with commas between them."""
     try:
         return None if text is None else [int(part) for part in text.split(",")]
     except ValueError:
-        raise FlGradcodeError(
+        raise InvalidSetting(
             f"--capacities {text!r} must be whole numbers with commas between, such as 6,6,3,3."
         ) from None
 
 
-def words(text: str | None) -> list[str] | None:
-    """Words with commas between."""
+def _words(text: str | None) -> list[str] | None:
+    """Returns words from a text with commas between them."""
     return None if text is None else [part.strip() for part in text.split(",")]
 
 
@@ -155,43 +154,49 @@ def place(
         Path | None,
         typer.Argument(help="A folder whose entries are the shards; or a .npz or .csv, which is cut into shards."),
     ] = None,
-    out: Annotated[Path | None, typer.Argument(help="Where; node-0, node-1, ... in it go to the nodes.")] = None,
+    out: Annotated[
+        Path | None, typer.Argument(help="Folder to write; each node gets its node-0, node-1, ... in it.")
+    ] = None,
     workers: Annotated[int | None, typer.Option("--workers", "-n", help="Number of workers.")] = None,
     s: Annotated[int, typer.Option("--s", "-s", help="Straggler tolerance of the code.")] = 1,
     m: Annotated[int, typer.Option("--m", "-m", help="Upload reduction of the code.")] = 1,
     code: Annotated[
         str | None,
         typer.Option(
-            help=f"Who holds what: {', '.join(CODES)} (fractional by default, assignment with the next three)."
+            help=f"Who holds what: {', '.join(_CODES)} (default: fractional; assignment with any of the next three)."
         ),
     ] = None,
-    capacities: Annotated[str | None, typer.Option(help="Shards that each worker can take: 6,6,3,3.")] = None,
+    capacities: Annotated[str | None, typer.Option(help="Number of shards that each worker can hold: 6,6,3,3.")] = None,
     domains: Annotated[str | None, typer.Option(help="Site, rack or provider of each worker: a,a,b,b.")] = None,
-    assignment: Annotated[Path | None, typer.Option(help="A JSON file with the list of shards of each worker.")] = None,
-    shards: Annotated[int | None, typer.Option(help="Cut a file into so many; as many as workers by default.")] = None,
+    assignment: Annotated[Path | None, typer.Option(help="JSON file with the list of shards of each worker.")] = None,
+    shards: Annotated[
+        int | None, typer.Option(help="Number of shards to cut a file into (default: one for each worker).")
+    ] = None,
     split: Annotated[str, typer.Option(help=f"How a file is cut: {', '.join(SPLITS)}.")] = "iid",
-    seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
     link: Annotated[bool, typer.Option("--link", help="Hard links instead of copies.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier placement.")] = False,
-    check: Annotated[Path | None, typer.Option(help="Instead: verify every byte of a node's folder.")] = None,
+    check: Annotated[
+        Path | None, typer.Option(help="Instead of placing: verify every byte of this folder of a node.")
+    ] = None,
     against: Annotated[
-        Path | None, typer.Option(help="With --check: the manifest.json of all shards, to compare with.")
+        Path | None, typer.Option(help="With --check: the manifest.json of all shards to compare with.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Bring data to nodes: the folder that each must receive, or (--check) whether one is as it should be."""
+    """Write the folder of shards that each node must receive, or verify such a folder (--check)."""
     with one_sentence():
         if check is not None:
             if source is not None:
-                raise FlGradcodeError(f"--check verifies one folder: leave out {source}.")
+                raise InvalidSetting(f"--check verifies one folder: leave out {source}.")
             findings = verify_folder(check, against)
         else:
             if source is None or out is None or against is not None:
-                raise FlGradcodeError(
-                    "Say what to place, and where: fl-gradcode place SOURCE OUT --workers N; or --check FOLDER "
+                raise InvalidSetting(
+                    "Say what to place and where: fl-gradcode place SOURCE OUT --workers N; or --check FOLDER "
                     "[--against MANIFEST]."
                 )
-            wish = Wish(workers, s, m, code, numbers(capacities), words(domains), assignment)
+            wish = _Wish(workers, s, m, code, _numbers(capacities), _words(domains), assignment)
             manifest = _write(source, out, wish, shards, split, seed, link=link, force=force)
     if check is not None:
         _tell_findings(check, findings, as_json=as_json)
@@ -203,12 +208,12 @@ def place(
 
 
 def _write(
-    source: Path, out: Path, wish: Wish, shards: int | None, split: str, seed: int, *, link: bool, force: bool
+    source: Path, out: Path, wish: _Wish, shards: int | None, split: str, seed: int, *, link: bool, force: bool
 ) -> Manifest:
     if not source.exists():
-        raise FlGradcodeError(f"There is no {source}.")
+        raise InvalidSetting(f"There is no {source}.")
     if source.is_dir() and (shards is not None or split != "iid"):
-        raise FlGradcodeError(f"--shards and --split cut a file; {source} is a folder, whose entries are the shards.")
+        raise InvalidSetting(f"--shards and --split cut a file; {source} is a folder, whose entries are the shards.")
     n = wish.n()
     with unfinished(out, source, force=force) as draft:
         if source.is_dir():
@@ -245,7 +250,7 @@ def _tell_placed(manifest: Manifest, out: Path, *, linked: bool, as_json: bool) 
                 "bytes": data, "bytes-that-travel": travels, "workers": rows}  # fmt: skip
         typer.echo(json.dumps(answer, indent=2))
         return
-    table = Table(title=f"{manifest.k} shards for {len(rows)} workers", box=box.SIMPLE_HEAD, title_justify="left")
+    table = plain_table(title=f"{manifest.k} shards for {len(rows)} workers")
     table.add_column("worker", justify="right")
     table.add_column("shards")
     for column in ("examples", "MB"):
@@ -262,16 +267,15 @@ def _tell_placed(manifest: Manifest, out: Path, *, linked: bool, as_json: bool) 
     console.print(table)
     times = f"{travels / data:.3g} times the data"
     lines = [
-        f"To bring to the nodes: {_megabytes(travels)} MB, {times}{'; here they are links' if linked else ''}. Data "
-        "move to nodes that did not have them: see to it that those whom they are of agree.",
+        f"To bring to the nodes: {_megabytes(travels)} MB, {times}{'; here they are links' if linked else ''}. Nodes "
+        "receive other owners' data, so every owner must agree.",
         f"Each node gets its folder, such as {out / 'node-0'}, and is started with",
         f"    --node-config 'partition-id=0 num-partitions={manifest.k} shards-dir=\"/path/to/node-0\"'",
         "The server:",
         f"    {server}",
         f"Keys, for privacy: fl-gradcode keys make FOLDER --assignment {out / ASSIGNMENT}",
     ]  # fmt: skip
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    print_lines(console, lines)
 
 
 def _tell_findings(folder: Path, findings: tuple[Finding, ...], *, as_json: bool) -> None:
@@ -298,9 +302,8 @@ def _tell_findings(folder: Path, findings: tuple[Finding, ...], *, as_json: bool
     if bad:
         worker = Manifest.read(folder).worker
         which = "its folder" if worker is None else f"the folder node-{worker}"
-        lines.append(f"Fetch {which} anew, such as by rsync --checksum, and check it again.")
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        lines.append(f"Fetch {which} again, for example with rsync --checksum, and repeat the check.")
+    print_lines(console, lines)
 
 
 def _megabytes(size: int) -> str:

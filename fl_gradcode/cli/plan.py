@@ -1,233 +1,168 @@
-"""`fl-gradcode plan`: which scheme pays for these workers."""
+"""`fl-gradcode plan`: which scheme pays for these workers.
+
+The planner and what it needs of SciPy are imported when the command runs, so that other commands start without them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
-from numpy.typing import NDArray
+import typer
+from rich.console import Console
 
 from ..errors import InvalidSetting
-from ..latency import (
-    POPULATIONS,
-    Fit,
-    History,
-    Latency,
-    Timing,
-    checked_times,
-    fit,
-    named,
-    read_table,
-    read_trace,
-    replay,
-    trace,
+from ._errors import one_sentence
+from ._output import print_lines
+
+if TYPE_CHECKING:
+    from .plan_source import Source
+
+__all__ = ["LAWS", "plan"]
+
+#: Names of the laws, as in `latency.POPULATIONS`.
+LAWS = (
+    "none",
+    "lognormal",
+    "exponential",
+    "shifted-exponential",
+    "pareto",
+    "bimodal",
+    "serverless",
+    "virtual-machines",
+    "phones",
 )
-from ..runlog import Ledger
-
-__all__ = ["UNITS", "Source", "read_source"]
-
-#: Seconds in a unit of a file's times.
-UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
-_LONGEST, _SHORTEST = 86_400.0, 1e-6  # seconds that the median job may take
-_DEFAULT_SHARE = 0.8
-_COLUMNS = ("worker", "seconds", "round", "shards", "computing")
 
 
-@dataclass(frozen=True)
-class Source:
-    """A latency, and for how many workers it is.
+def plan(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help=f"A law ({', '.join(LAWS)}); a .csv or .npz of measured seconds (one column for each worker and one "
+            "row for each round, or a header with worker,seconds[,round,shards,computing]); or a run's ledger (.jsonl)."
+        ),
+    ],
+    workers: Annotated[
+        int | None, typer.Option("--workers", "-n", help="Number of workers. Not needed if the file says it.")
+    ] = None,
+    model: Annotated[float, typer.Option(help="Size of the model, in MB.")] = 0.0,
+    link: Annotated[float | None, typer.Option(help="Network bandwidth of a client, in Mbit/s each way.")] = None,
+    compute_share: Annotated[
+        float | None,
+        typer.Option(help="Share of a job's time that grows with its shards (default: 0.8, or what a ledger says)."),
+    ] = None,
+    s: Annotated[list[int] | None, typer.Option("--s", help="Tolerance to try; may be given several times.")] = None,
+    unit: Annotated[str, typer.Option(help="Unit of a file's times: s, ms or us.")] = "s",
+    key: Annotated[str | None, typer.Option(help="Name of the array in an .npz file.")] = None,
+    add_transfer: Annotated[
+        bool, typer.Option("--add-transfer", help="A file's times do not contain the transfer: add it.")
+    ] = False,
+    figure: Annotated[Path | None, typer.Option(help="Also write a figure (.png, .svg, .pdf).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the simulated runs.")] = 0,
+    matmul: Annotated[
+        bool,
+        typer.Option("--matmul", help="Plan coded matrix products instead of rounds; --model is the product's size."),
+    ] = False,
+) -> None:
+    """Does coding pay for these clients? Prints round times, costs and the line to paste."""
+    with one_sentence():
+        from .plan_source import read_source
 
-    Attributes:
-        latency: What a job takes.
-        n: Number of workers; None where the source does not say.
-        told: What was read, in one line.
-        fits: Laws fitted to measured times, best first; empty for a named law.
-    """
+        read = read_source(
+            source,
+            n=workers,
+            compute_share=compute_share,
+            model_megabytes=model,
+            link=link,
+            unit=unit,
+            key=key,
+            transfer_included=not add_transfer,
+        )
+        n = _number_of_workers(workers, read)
+        if matmul:
+            if s:
+                raise InvalidSetting(
+                    "--s is about rounds; with --matmul a product is planned for every k: leave --s out."
+                )
+            _plan_products(read, n, model, seed, figure, as_json=as_json)
+        else:
+            _plan_rounds(read, n, model, seed, figure, s, as_json=as_json)
 
-    latency: Latency
-    n: int | None
-    told: str
-    fits: tuple[Fit, ...] = ()
+
+def _plan_rounds(
+    read: Source, n: int, megabytes: float, seed: int, figure: Path | None, tolerances: list[int] | None, *,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Prints which scheme to take for rounds."""
+    from ..planning import make_plan
+    from .plan_output import draw_plan, plan_as_json, plan_table
+
+    console = Console()
+    with _spinner(console, as_json=as_json):
+        result = make_plan(read.latency, n, model_megabytes=megabytes, tolerances=tolerances or None, seed=seed)
+    if figure is not None:
+        draw_plan(result, figure, title=f"{n} workers, {read.told}")
+    if as_json:
+        typer.echo(json.dumps(plan_as_json(result, read), indent=2))
+        return
+    console.print(plan_table(result, read, uploads=bool(megabytes)))
+    _print_verdict(console, result.verdict)
+    if result.slow:
+        console.print(f"Always slow: workers {', '.join(map(str, result.slow))}.", highlight=False)
+    print_lines(console, ["", f"    {result.recommended.scheme.python}", ""])
+    if read.fits:
+        best = read.fits[0]
+        console.print(f"Closest law: {best.code} (Kolmogorov-Smirnov distance {best.distance:.2f}).", highlight=False)
+    if figure is not None:
+        print_lines(console, [f"Figure: {figure}"])
 
 
-def read_source(
-    source: str,
-    *,
-    n: int | None = None,
-    compute_share: float | None = None,
-    model_megabytes: float = 0.0,
-    link: float | None = None,
-    unit: str = "s",
-    key: str | None = None,
-    transfer_included: bool = True,
-) -> Source:
-    """The latency that a name or a file stands for.
+def _plan_products(
+    read: Source, n: int, megabytes: float, seed: int, figure: Path | None, *, as_json: bool
+) -> None:  # fmt: skip
+    """Prints which k to take for a coded matrix product."""
+    from ..planning import plan_products
+    from .plan_output import draw_products, products_as_json, products_table
 
-    A .csv file is one of two tables. *Jobs*: a header with `worker` and `seconds`, and, if known, `round`, `shards`
-    (1), `computing` (the part of the seconds that grows with the shards); one row a job. *Rounds*: one column a worker,
-    one row a round, header or not, each number the time for one shard; a single column is a sample for all workers. An
-    .npz file holds a table of rounds, under `key`. A .jsonl file is a ledger.
+    console = Console()
+    with _spinner(console, as_json=as_json):
+        result = plan_products(read.latency, n, megabytes=megabytes, seed=seed)
+    if figure is not None:
+        draw_products(result, figure, title=f"A coded product on {n} workers, {read.told}")
+    if as_json:
+        typer.echo(json.dumps(products_as_json(result, read.told), indent=2))
+        return
+    console.print(products_table(result, f"A product on {n} workers, {read.told}"))
+    _print_verdict(console, result.verdict)
+    print_lines(console, ["", f"    {result.best.python}", ""])
+    if figure is not None:
+        print_lines(console, [f"Figure: {figure}"])
 
-    Args:
-        source: A name in `POPULATIONS`, or a path.
-        n: Number of workers; tables with one column need it.
-        compute_share: Which share of a time grows with the shards; 0.8 where nothing says so. What jobs and ledgers say
-            of themselves comes first.
-        model_megabytes: Size of the model.
-        link: Mbit/s each way.
-        transfer_included: Whether measured times contain the transfer: it is then taken out of what does not grow with
-            shards. Otherwise it comes on top, as it does for a named law.
-        unit: Of a table's times: s, ms or us.
-        key: Array of an .npz file.
+
+def _print_verdict(console: Console, verdict: str) -> None:
+    console.print(verdict[0].upper() + verdict[1:], highlight=False)
+
+
+def _spinner(console: Console, *, as_json: bool) -> AbstractContextManager[object]:
+    """Returns a spinner for people at a terminal; nothing for pipes and JSON."""
+    return console.status("Simulating runs ...") if console.is_terminal and not as_json else nullcontext()
+
+
+def _number_of_workers(given: int | None, read: Source) -> int:
+    """Returns the number of workers, from the option or from what was read.
 
     Raises:
-        InvalidSetting: One sentence: what, the value, what would be right.
+        InvalidSetting: Neither says it, they differ, or there are too few workers to plan for.
     """
-    if compute_share is not None and not 0 <= compute_share <= 1:
-        raise InvalidSetting(f"The compute share {compute_share} must lie in 0..1.")
-    if not 0 <= model_megabytes < float("inf"):
-        raise InvalidSetting(
-            f"A model of {model_megabytes} MB makes no sense: the size must be a number of at least 0."
-        )
-    if link is not None and not 0 < link < float("inf"):
-        raise InvalidSetting(f"A link of {link} Mbit/s makes no sense: the speed must be a number above 0.")
-    if unit not in UNITS:
-        raise InvalidSetting(f"The unit {unit!r} is not known; choose one of {', '.join(UNITS)}.")
-    a_megabyte = 0.0 if link is None else 8.0 / link
-    moved = 2 * a_megabyte * model_megabytes if transfer_included else 0.0  # seconds of transfer in a measured time
-    share = _DEFAULT_SHARE if compute_share is None else compute_share
-    path = Path(source)
-    if path.suffix == ".jsonl":
-        history = History.of_ledger(Ledger.read(path))
-        told = f"{path.name}: {history.rounds} rounds of {history.n} workers"
-        return _of_history(history, told, a_megabyte, moved)
-    if path.suffix in (".csv", ".npz"):
-        if path.suffix == ".csv":
-            header, rows = read_table(path)
-            if "worker" in header or ("seconds" in header and len(header) > 1) or "round" in header:
-                history, told = _jobs(path.name, header, rows, UNITS[unit], compute_share)
-                return _of_history(history, told, a_megabyte, moved)
-        table = checked_times(read_trace(path, key=key)) * UNITS[unit]
-        return _of_table(path.name, table, n, share, a_megabyte, moved)
-    if source not in POPULATIONS:
-        known = ", ".join(POPULATIONS)
-        raise InvalidSetting(
-            f"{source!r} is neither a law ({known}) nor a .csv, .npz or .jsonl file; choose a law or name a file."
-        )
-    latency = named(source, share)
-    if link is not None:
-        latency = Latency(latency.fixed, latency.compute, a_megabyte, latency.evaluation, latency.slowdown)
-    return Source(latency, None, f"law {source}")
-
-
-def _jobs(
-    name: str, header: list[str], rows: list[list[str]], unit: float, compute_share: float | None
-) -> tuple[History, str]:
-    """The times, and in one line what they are."""
-    missing = [column for column in ("worker", "seconds") if column not in header]
-    if missing:
-        raise InvalidSetting(
-            f"The trace {name} has columns {', '.join(header)} and lacks {' and '.join(missing)}: a table of jobs "
-            "needs worker and seconds, and may have round, shards and computing."
-        )
-    place = {column: header.index(column) for column in _COLUMNS if column in header}
-    jobs: list[Timing] = []
-    seen: dict[int, int] = {}
-    for number, row in enumerate(rows, 2):
-        values = {column: _number(name, number, column, row, at) for column, at in place.items()}
-        worker = int(values["worker"])
-        if worker != values["worker"]:
-            raise InvalidSetting(
-                f"The trace {name} has worker {values['worker']:g} in line {number}; workers are whole."
-            )
-        seen[worker] = seen.get(worker, 0) + 1
-        seconds = values["seconds"] * unit
-        computing = values["computing"] * unit if "computing" in values else None
-        if computing is None and compute_share is not None:
-            shards = values.get("shards", 1.0)
-            computing = seconds * compute_share * shards / (1 - compute_share + compute_share * shards)
-        round_number = int(values.get("round", seen[worker]))
-        jobs.append(Timing(round_number, worker, values.get("shards", 1.0), seconds, computing))
-    _check_scale(name, np.array([one.seconds for one in jobs]))
-    # Ids, or numbers from 1: no worker is invented for a number that is not there.
-    numbers = {worker: i for i, worker in enumerate(sorted(seen))}
-    history = History(len(numbers))
-    history.add(replace(one, worker=numbers[one.worker]) for one in jobs)
-    names = ", ".join(map(str, list(numbers)[:3])) + (", ..." if len(numbers) > 3 else "")
-    told = f"{name}: {len(rows)} jobs of {history.n} workers"
-    return history, told if max(seen) < len(seen) else f"{told} ({names} are 0, 1, ... here)"
-
-
-def _number(name: str, number: int, column: str, row: list[str], at: int) -> float:
-    text = row[at] if at < len(row) else ""
-    try:
-        value = float(text)
-    except ValueError:
-        raise InvalidSetting(
-            f"The trace {name} has {text!r} as {column} in line {number}; it must be a number."
-        ) from None
-    if not 0 <= value < float("inf"):
-        raise InvalidSetting(f"The trace {name} has {column} {value:g} in line {number}; it must be at least 0.")
-    return value
-
-
-def _of_history(history: History, told: str, a_megabyte: float, moved: float) -> Source:
-    fixed, compute = history.tables()
-    _check_transfer(told, moved, float(np.median(fixed)))
-    latency = Latency(
-        fixed=replay(np.maximum(0.0, fixed - moved), name="fixed"),
-        compute=replay(compute, name="compute"),
-        transfer=a_megabyte,
-    )
-    return Source(latency, history.n, told, _fits(fixed + compute))
-
-
-def _of_table(
-    name: str, table: NDArray[np.float64], n: int | None, share: float, a_megabyte: float, moved: float
-) -> Source:
-    _check_scale(name, table)
-    rounds, workers = table.shape
-    if workers == 1 and n is None:
-        raise InvalidSetting(
-            f"The trace {name} has one column, a sample for all workers: say how many, with --workers."
-        )
-    told = f"{name}: {rounds} times" if workers == 1 else f"{name}: {rounds} rounds of {workers} workers"
-    middle = float(np.median(table))
-    _check_transfer(told, moved, (1 - share) * middle)
-    # Shares of the median time: a slow moment slows everything down, the transfer too.
-    latency = Latency(
-        fixed=max(0.0, 1 - share - moved / middle),
-        compute=share,
-        transfer=a_megabyte / middle,
-        slowdown=trace(table, name=name) if workers == 1 else replay(table, name=name),
-    )
-    return Source(latency, None if workers == 1 else workers, told, _fits(table))
-
-
-def _check_transfer(told: str, moved: float, room: float) -> None:
-    if moved > room * (1 + 1e-9):
-        raise InvalidSetting(
-            f"{told}: half of the times have no more than {room:.3g} s that do not grow with the shards, and the model "
-            f"takes {moved:.3g} s over this link. If the times are without the transfer, say --add-transfer."
-        )
-
-
-def _check_scale(name: str, times: NDArray[np.float64]) -> None:
-    middle = float(np.median(times))
-    if middle > _LONGEST:
-        raise InvalidSetting(
-            f"Half of the times in {name} are above {middle:,.0f} s, more than a day: if they are milliseconds or "
-            "microseconds, say --unit ms or --unit us."
-        )
-    if middle < _SHORTEST:
-        raise InvalidSetting(
-            f"Half of the times in {name} are below {_SHORTEST:g} s: no job is that short. Check --unit."
-        )
-
-
-def _fits(table: NDArray[np.float64]) -> tuple[Fit, ...]:
-    try:
-        return tuple(fit(table))
-    except InvalidSetting:
-        return ()  # too few or all alike: there is nothing to say
+    if given is None and read.n is None:
+        raise InvalidSetting("The number of workers is missing: say --workers N.")
+    if given is not None and read.n is not None and given != read.n:
+        raise InvalidSetting(f"--workers {given}, but {read.told}. Leave --workers out, or give a table for {given}.")
+    chosen = given if given is not None else read.n
+    assert chosen is not None
+    if chosen < 2:
+        raise InvalidSetting(f"--workers {chosen} leaves no one to share the work with: planning needs at least 2.")
+    return chosen

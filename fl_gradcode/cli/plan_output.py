@@ -1,4 +1,4 @@
-"""Tables, JSON and figures of both planners."""
+"""Tables, JSON and figures of `fl-gradcode plan`, for rounds and for matrix products."""
 
 from __future__ import annotations
 
@@ -6,15 +6,71 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from ..errors import InvalidSetting
 from ..planning import Line, ProductLine, ProductPlan, RoundPlan
+from ._output import finite_or_none, plain_table
+from .plan_source import Source
 
-__all__ = ["as_json", "draw_plan", "draw_products", "new_figure", "save_figure", "seconds_text", "table_of"]
+__all__ = ["draw_plan", "draw_products", "plan_as_json", "plan_table", "products_as_json", "products_table"]
 
-# Okabe and Ito's colours: told apart by colour-blind readers too.
+
+def plan_table(plan: RoundPlan, read: Source, *, uploads: bool) -> Table:
+    """Returns a table with a line for each scheme; `uploads` adds a column of the megabytes uploaded."""
+    caption = (
+        "run: mean seconds a round over a run, where workers that were not needed are still busy; ±: its standard "
+        "error; gain: against waiting for all; idle: seconds of a round that finds all workers idle (* closed form); "
+        f"work: times what plain FedAvg computes; {'up: MB of all replies of a round; ' if uploads else ''}"
+        "holds: shards that a worker stores; †: loses data."
+    )
+    table = plain_table(title=f"{plan.n} workers, {read.told}", caption=caption)
+    table.add_column("scheme", no_wrap=True)
+    columns = ["run", "±", "gain", "idle", "work", *(["up"] if uploads else []), "holds"]
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for line in plan.lines:
+        cells = [
+            _cell(line.steady),
+            _cell(line.error, 1),
+            f"{plan.speedup(line):.2f}x",
+            _cell(line.idle) + ("*" if line.closed_form else " "),
+            f"{line.computed:.2f}x",
+            *([f"{line.upload:.3g}"] if uploads else []),
+            str(line.storage),
+        ]
+        style = "bold green" if line is plan.recommended else None if line.scheme.exact else "dim"
+        table.add_row(line.scheme.name + ("" if line.scheme.exact else " †"), *cells, style=style)
+    return table
+
+
+def plan_as_json(plan: RoundPlan, read: Source) -> dict[str, Any]:
+    """Returns a plan for rounds, with all of its lines, as JSON values."""
+    return {
+        "source": read.told,
+        "workers": plan.n,
+        "verdict": plan.verdict,
+        "recommended": _line(plan.recommended),
+        "always-slow": list(plan.slow),
+        "fits": [{"law": one.code, "distance": one.distance} for one in read.fits],
+        "schemes": [_line(line) for line in plan.lines],
+    }
+
+
+def _line(line: Line) -> dict[str, Any]:
+    return {
+        "scheme": line.scheme.name,
+        "s": line.scheme.s,
+        "exact": line.scheme.exact,
+        **_numbers(line),
+        "megabytes-up": finite_or_none(line.upload),
+        "idle-start-is-closed-form": line.closed_form,
+        "shards-stored": line.storage,
+        "python": line.scheme.python,
+    }
+
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart: colour, marker and line of each family.
 _STYLES: dict[str, tuple[str, str, str]] = {
     "partial work": ("#0072B2", "o", "-"),
     "partial work, at once": ("#56B4E9", "v", "-"),
@@ -25,8 +81,8 @@ _STYLES: dict[str, tuple[str, str, str]] = {
 }
 
 
-def new_figure() -> tuple[Any, Any]:
-    """An empty figure and its axes.
+def _new_figure() -> tuple[Any, Any]:
+    """Returns an empty figure and its axes.
 
     Raises:
         ImportError: matplotlib is not installed; it is in the extra `figures`.
@@ -39,8 +95,8 @@ def new_figure() -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def save_figure(figure: Any, path: str | Path) -> None:
-    """Write it; the format follows the file's ending.
+def _save_figure(figure: Any, path: str | Path) -> None:
+    """Writes a figure to a file. The format follows the file's ending.
 
     Raises:
         InvalidSetting: The file cannot be written.
@@ -52,13 +108,13 @@ def save_figure(figure: Any, path: str | Path) -> None:
 
 
 def draw_plan(plan: RoundPlan, path: str | Path, *, title: str) -> None:
-    """Write a figure; the format follows the file's ending.
+    """Writes a figure of the seconds a round of each scheme over s. The format follows the file's ending.
 
     Raises:
         ImportError: matplotlib is not installed; it is in the extra `figures`.
         InvalidSetting: The file cannot be written.
     """
-    figure, axes = new_figure()
+    figure, axes = _new_figure()
     families: dict[str, list[Line]] = {}
     for line in plan.lines[1:]:
         family = _family(line)
@@ -94,7 +150,7 @@ def draw_plan(plan: RoundPlan, path: str | Path, *, title: str) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
-    save_figure(figure, path)
+    _save_figure(figure, path)
 
 
 def _family(line: Line) -> str | None:
@@ -110,55 +166,55 @@ def _family(line: Line) -> str | None:
     return "any n - s code"
 
 
-_SHOWN = 16  # rows of the table; --json has all
+_SHOWN = 16  # lines of the table of products; --json has all
 
 
-def table_of(plan: ProductPlan, title: str) -> Table:
-    """The lines around the best one, and some of the others."""
+def products_table(plan: ProductPlan, title: str) -> Table:
+    """Returns a table with the lines around the best k, and some of the others."""
     caption = (
         "run: mean seconds a product over a run, where workers that were not needed are still busy; ±: its standard "
-        "error; gain: against k = n, no code; idle: seconds of a product that finds everybody idle (* closed form); "
+        "error; gain: against k = n, no code; idle: seconds of a product that finds all workers idle (* closed form); "
         "work: what all workers compute, in products."
     )
-    table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
-        caption=caption, caption_justify="left",
-    )  # fmt: skip
+    table = plain_table(title=title, caption=caption)
     for column in ("k", "run", "±", "gain", "idle", "work"):
         table.add_column(column, justify="right", no_wrap=True)
     for line in _shown(plan):
         table.add_row(
             str(line.k),
-            seconds_text(line.steady),
-            seconds_text(line.error, 1),
+            _cell(line.steady),
+            _cell(line.error, 1),
             f"{plan.speedup(line):.2f}x",
-            seconds_text(line.idle) + ("*" if line.closed_form else " "),
+            _cell(line.idle) + ("*" if line.closed_form else " "),
             f"{line.computed:.2f}x",
             style="bold green" if line is plan.best else None,
         )
     return table
 
 
-def as_json(plan: ProductPlan, source: str) -> dict[str, Any]:
-    """All lines."""
+def products_as_json(plan: ProductPlan, source: str) -> dict[str, Any]:
+    """Returns a plan for products, with all of its lines, as JSON values."""
     return {
         "source": source,
         "workers": plan.n,
         "verdict": plan.verdict,
         "best-k": plan.best.k,
         "best-k-idle-start": min(plan.lines, key=lambda line: (line.idle, -line.k)).k,
-        "lines": [_line(line) for line in plan.lines],
+        "lines": [
+            {"k": line.k, **_numbers(line), "idle-start-is-closed-form": line.closed_form, "python": line.python}
+            for line in plan.lines
+        ],
     }
 
 
 def draw_products(plan: ProductPlan, path: str | Path, *, title: str) -> None:
-    """Speed-up over no code against k, in a run and from an idle start.
+    """Writes a figure of the speed-up over no code against k, in a run and from an idle start.
 
     Raises:
         ImportError: matplotlib is not installed; it is in the extra `figures`.
         InvalidSetting: The file cannot be written.
     """
-    figure, axes = new_figure()
+    figure, axes = _new_figure()
     last = plan.lines[-1]
     shown = [line for line in plan.lines if math.isfinite(line.steady) and math.isfinite(line.idle)]
     k = [line.k for line in shown]
@@ -182,7 +238,7 @@ def draw_products(plan: ProductPlan, path: str | Path, *, title: str) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
-    save_figure(figure, path)
+    _save_figure(figure, path)
 
 
 def _shown(plan: ProductPlan) -> list[ProductLine]:
@@ -194,21 +250,16 @@ def _shown(plan: ProductPlan) -> list[ProductLine]:
     return [plan.lines[i] for i in sorted(chosen) if 0 <= i < len(plan.lines)]
 
 
-def _line(line: ProductLine) -> dict[str, Any]:
-    numbers = {
-        "seconds-over-a-run": line.steady,
-        "standard-error": line.error,
-        "seconds-idle-start": line.idle,
-        "computed": line.computed,
-    }
+def _numbers(line: Line | ProductLine) -> dict[str, float | None]:
+    """Returns the numbers that the lines of both planners have in common."""
     return {
-        "k": line.k,
-        **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
-        "idle-start-is-closed-form": line.closed_form,
-        "python": line.python,
+        "seconds-over-a-run": finite_or_none(line.steady),
+        "standard-error": finite_or_none(line.error),
+        "seconds-idle-start": finite_or_none(line.idle),
+        "computed": finite_or_none(line.computed),
     }
 
 
-def seconds_text(value: float, digits: int = 3) -> str:
-    """For a table."""
+def _cell(value: float, digits: int = 3) -> str:
+    """Returns seconds without their unit, for a cell of a table."""
     return "-" if math.isnan(value) else "never" if math.isinf(value) else f"{value:.{digits}g}"

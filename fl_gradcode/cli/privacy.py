@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +18,8 @@ from rich.table import Table
 from ..codes import GradientCode, cyclic_repetition, fractional_repetition, uncoded
 from ..errors import FlGradcodeError
 from ..privacy import DPSGD, SpentLedger, epsilon_of, noise_multiplier_for, read_keys, rotate_keys, write_keys
+from ._assignment_file import read_assignment
+from ._errors import one_sentence
 
 __all__ = ["keys", "privacy"]
 
@@ -116,7 +117,7 @@ def make(
 ) -> None:
     """New keys: for each worker a folder with the keys of the shards that it holds, and no others."""
     with one_sentence():
-        held = _assignment(assignment) if assignment is not None else _of_code(code, workers, stragglers)
+        held = read_assignment(assignment) if assignment is not None else _of_code(code, workers, stragglers)
         paths = write_keys(folder, held)
     shards = len({shard for one in held for shard in one})
     typer.echo(
@@ -161,16 +162,6 @@ def check(
     Console().print(table)
 
 
-@contextmanager
-def one_sentence() -> Iterator[None]:
-    """A mistake is told in one sentence, and the command ends with 2."""
-    try:
-        yield
-    except (FlGradcodeError, ImportError, OSError) as error:
-        typer.echo(f"fl-gradcode: {error}", err=True)
-        raise typer.Exit(2) from None
-
-
 def _table(found: list[dict[str, Any]], unit: str) -> Table:
     whose = "a record of a shard" if unit == "record" else "a whole shard"
     table = Table(
@@ -193,22 +184,3 @@ def _of_code(name: str, workers: int | None, stragglers: int) -> list[tuple[int,
         raise FlGradcodeError("The number of workers is missing: say --workers N, or --assignment FILE.")
     made = _CODES[name](workers, stragglers)
     return [made.shards_of(worker) for worker in range(made.n)]
-
-
-def _assignment(path: Path) -> list[tuple[int, ...]]:
-    try:
-        lists = json.loads(path.read_text())
-        held = [tuple(sorted({_shard(shard) for shard in one})) for one in lists]
-    except (OSError, ValueError, TypeError):
-        raise FlGradcodeError(
-            f"{path} must hold, as JSON, for each worker the list of its shards, such as [[0, 1], [1, 2], [2, 0]]."
-        ) from None
-    if not held:
-        raise FlGradcodeError(f"{path} names no worker.")
-    return held
-
-
-def _shard(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(value)
-    return value

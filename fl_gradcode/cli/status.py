@@ -1,4 +1,7 @@
-"""The command line for a run that is under way: `fl-gradcode status LEDGER`."""
+"""`fl-gradcode status`: what a run has done so far, from its ledger.
+
+The planner is imported when advice is asked for, so that commands start without it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, Group, RenderableType
@@ -15,34 +18,39 @@ from rich.live import Live
 from rich.text import Text
 
 from ..errors import InvalidSetting
-from ..runlog import Advice, LedgerReader, RoundLine, RunRows, RunStatus, advise, as_json, gone_of, status_of
-from .privacy import one_sentence
+from ..runlog import LedgerReader, RoundLine, RunRows, RunStatus, as_json, gone_of, status_of
+from ._errors import one_sentence
 from .status_page import TO_PASTE, draw_all, draw_status, heading, rounds_table, told_notice
+
+if TYPE_CHECKING:
+    from ..runlog import Advice
 
 __all__ = ["status"]
 
-_WIDTH = 100  # columns where nobody looks at a terminal
-_PLAN_EVERY = 60.0  # seconds between two plans while following: the run needs the machine too
+_WIDTH = 100  # columns of the output if it is no terminal
+_PLAN_EVERY = 60.0  # seconds between two plans while following, since the run needs the machine too
 
 
 def status(
     ledger: Annotated[Path, typer.Argument(help="The ledger (.jsonl) that the run writes.")],
     run: Annotated[
         str | None,
-        typer.Option(help="Name of a run in it, or how it begins; all: a line for each. Without it, the last one."),
+        typer.Option(
+            help="Name of a run in the file, or its beginning; all: a line for each run. Default: the last run."
+        ),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="How many of the last rounds to list.")] = 10,
+    rounds: Annotated[int, typer.Option(help="Number of last rounds to list.")] = 10,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C; where it is piped, a line for each new round.")
+        bool, typer.Option("--follow", "-f", help="Continue until Ctrl-C; in a pipe, print a line for each new round.")
     ] = False,
-    until_round: Annotated[int | None, typer.Option(help="With --follow: end once this round is done.")] = None,
+    until_round: Annotated[int | None, typer.Option(help="With --follow: stop once this round is done.")] = None,
     every: Annotated[float, typer.Option(help="With --follow: seconds between two looks.")] = 2.0,
-    no_plan: Annotated[bool, typer.Option("--no-plan", help="Leave out what the planner would recommend.")] = False,
+    no_plan: Annotated[bool, typer.Option("--no-plan", help="Leave out the planner's recommendation.")] = False,
     as_object: Annotated[
-        bool, typer.Option("--json", help="Print JSON; with --follow a line for each new round.")
+        bool, typer.Option("--json", help="Print JSON; with --follow one line for each new round.")
     ] = False,
 ) -> None:
-    """What has happened in a run so far: rounds, who is slow or failed and why, where time went, what to change."""
+    """Show what a run has done so far: its rounds, slow and failed workers, where time went, and what to change."""
     with one_sentence():
         _check(rounds, follow, until_round, every, run)
     view = _View(LedgerReader(ledger), run, rounds, plans=not no_plan, as_object=as_object)
@@ -72,7 +80,15 @@ def _check(rounds: int, follow: bool, until_round: int | None, every: float, run
 
 
 class _View:
-    """One look at a ledger after the other."""
+    """The views of a ledger, one look after the other.
+
+    Args:
+        reader: Reader of the ledger.
+        run: Name of the run to show, its beginning, or "all"; None: the last run.
+        rounds: Number of last rounds to list.
+        plans: Whether to show the planner's recommendation.
+        as_object: Whether to print JSON.
+    """
 
     def __init__(self, reader: LedgerReader, run: str | None, rounds: int, *, plans: bool, as_object: bool) -> None:
         self.reader, self.run, self.rounds, self.plans, self.as_object = reader, run, rounds, plans, as_object
@@ -88,13 +104,13 @@ class _View:
 
     @property
     def nothing(self) -> str:
-        """What to say where there is no row."""
-        if self.reader.written is None:
+        """What to say if there is no row yet."""
+        if not self.reader.exists:
             return f"There is no file {str(self.reader.path)!r} yet; --follow waits for it."
         return f"The ledger {str(self.reader.path)!r} has no rounds yet; --follow waits for the first."
 
     def show(self, page: RenderableType | str) -> None:
-        """Print it; a line to paste is never broken."""
+        """Prints a page. A line to paste is never broken."""
         if isinstance(page, str):
             typer.echo(page)
             return
@@ -102,7 +118,7 @@ class _View:
             self.console.print(part, soft_wrap=isinstance(part, Text) and part.overflow == TO_PASTE)
 
     def page(self) -> RenderableType | str:
-        """Everything."""
+        """Returns the whole page of what was read."""
         if self.run == "all":
             each = [status_of(one) for one in self.reader.runs.values()]
             if self.as_object:
@@ -112,7 +128,7 @@ class _View:
         return self._draw()
 
     def follow(self, until: int | None, every: float) -> None:
-        """Look again and again."""
+        """Looks again and again, until a round is done."""
         self.following = True
         if self.console.is_terminal and not self.as_object:
             self._follow_live(until, every)
@@ -121,7 +137,7 @@ class _View:
         while True:
             with one_sentence():
                 new = self.reader.read()
-                if new and self.reader.last is None:  # begun anew
+                if new and self.reader.last is None:  # the file was emptied
                     self._status, self._of, waiting = None, "", False
                 elif new:
                     self._append()
@@ -141,11 +157,11 @@ class _View:
                     page = self._look()
                     live.update(page, refresh=True)
         finally:
-            if self.reader.last is not None:  # the whole page, also what had no room
+            if self.reader.last is not None:  # the whole page, including what did not fit on the screen
                 self.show(page)
 
     def _look(self) -> RenderableType:
-        """The page as it is now: what is so many seconds ago grows."""
+        """Returns the page as it is now. It says how long ago the last round was, so that it always changes."""
         with one_sentence():
             new = self.reader.read()
             if self.reader.last is None:
@@ -154,7 +170,7 @@ class _View:
             return self.page() if new or self._status is None else self._draw()
 
     def _append(self) -> None:
-        """Print what is new."""
+        """Prints what is new."""
         if self.run == "all" or self.as_object:
             self.show(self.page())
             return
@@ -162,7 +178,7 @@ class _View:
         status = self._status = status_of(chosen)
         if chosen.name != self._of:
             self._of, self._warned = chosen.name, set()
-            self.console.print(*heading(status, now=now, written=self._written(chosen)), sep="\n")
+            self.console.print(*heading(status, now=now), sep="\n")
             self.console.print(rounds_table(status.rounds[-self.rounds :]))
         else:
             new = [one for one in status.rounds if self._told.get(one.round) != one]
@@ -182,12 +198,9 @@ class _View:
         found = [name for name in runs if name == self.run] or [name for name in runs if name.startswith(self.run)]
         if len(found) != 1:
             names = ", ".join([*runs][-5:])
-            how = "is the beginning of several" if found else "is not in the ledger"
-            raise InvalidSetting(f"The run {self.run!r} {how}; it has {len(runs)}, the last of them {names}.")
+            how = "is the beginning of several runs" if found else "is not in the ledger"
+            raise InvalidSetting(f"The run {self.run!r} {how}; the ledger has {len(runs)}, the last of them {names}.")
         return runs[found[0]]
-
-    def _written(self, run: RunRows) -> float | None:
-        return self.reader.written if run.name == self.reader.last else None
 
     def _draw(self) -> RenderableType | str:
         assert self._status is not None
@@ -202,20 +215,20 @@ class _View:
             advice,
             rounds=self.rounds,
             now=time.time(),
-            written=self._written(run),
             others=len(others),
             ascii_only=self.console.options.ascii_only,
         )
 
     def _advised(self, run: RunRows, gone: list[int]) -> Advice:
-        """The plan; while following it is made anew only now and then."""
+        """Returns the planner's advice. While following it is renewed only now and then."""
+        from ..runlog import advise
+
         last, now = run.rounds[-1].round, time.monotonic()
         if self._advice is not None and self._advice[0] == run.name:
             _, at, made, advice = self._advice
             if at == last or (now < made + _PLAN_EVERY and advice.python):
                 return advice
-        holders = next((one.holders for one in reversed(run.rounds) if one.holders), ())
-        advice = advise(run.recent, gone=gone, holders=holders)
+        advice = advise(run.recent, gone=gone, holders=run.holders)
         self._advice = run.name, last, now, advice
         return advice
 

@@ -1,31 +1,36 @@
-"""How the status of a run looks on a terminal, or in a file: heading, warnings, rounds, workers, advice."""
+"""The status of a run as text for a terminal or a file: heading, notices, rounds, workers, advice."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
+from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Group, OverflowMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..runlog import MARKS, Advice, Notice, RoundLine, RunStatus, WorkerLine, number
+from .._text import duration_text, seconds_text
+from ..runlog import MARKS, Notice, RoundLine, RunStatus, WorkerLine
+from ._output import plain_table
 
-__all__ = ["TO_PASTE", "draw_all", "draw_status", "heading", "plain", "rounds_table", "told_notice", "told_seconds"]
+if TYPE_CHECKING:
+    from ..runlog import Advice
 
-#: How a line to paste runs over: whoever can prints it whole.
+__all__ = ["TO_PASTE", "draw_all", "draw_status", "heading", "rounds_table", "told_notice"]
+
+#: Overflow of a line to paste. Such a line is printed without breaks where that is possible.
 TO_PASTE: OverflowMethod = "fold"
-_WORKERS, _LEAST = 16, 4  # lines of the table of workers: at most, and at least if there are so many
-_REASONS, _FAILING = 3, 5  # reasons of a worker, and workers whose reasons are listed
+_WORKERS, _LEAST = 16, 4  # most lines of the table of workers; least, if there are so many workers
+_REASONS, _FAILING = 3, 5  # kinds of failures that are listed for a worker, and workers for which they are
 _BARS = "▁▂▃▄▅▆▇█"
 _PLAIN_BARS = "_.-=+*%#"
-_SIGNS = 60  # of the line of waiting times
-_HIGH = 5.0  # times the median waiting time: what is above is drawn as high as this
-_LONG = 10.0  # times a usual round without another
-_NOISY = 10.0  # kappa from which on it is worth telling of an exact round
-_ROOM = 13  # signs for the workers that were not in time
+_SIGNS = 60  # width of the line of waiting times
+_HIGH = 5.0  # times the median waiting time: longer waits are drawn as high as this
+_LONG = 10.0  # times a usual round: if no round ends for longer, the page says so
+_NOISY = 10.0  # kappa above which it is shown for an exact round
+_ROOM = 13  # width of the column of workers that were not in time
 _OUTCOMES = ("exact", "approximate", "skipped", "raised", "ended")
 _STYLES = {"approximate": "yellow", "skipped": "red", "raised": "bold red", "ended": "yellow"}
 _MARK_STYLES = dict(zip(MARKS, ("bold red", "red", "yellow", "yellow", "", "dim"), strict=True))
@@ -37,22 +42,20 @@ def draw_status(
     *,
     rounds: int,
     now: float,
-    written: float | None,
     others: int,
     ascii_only: bool,
 ) -> Group:
-    """The whole page.
+    """Returns the whole page.
 
     Args:
-        status: Of the run.
-        advice: None leaves it out.
-        rounds: How many of the last rounds are listed.
+        status: Status of the run.
+        advice: The planner's advice; None leaves it out.
+        rounds: Number of last rounds to list.
         now: Seconds since the epoch.
-        written: When the file was last written, if this run was the last to write; for rows that do not say.
-        others: How many other runs the file holds.
-        ascii_only: Whether the terminal shows no other signs.
+        others: Number of other runs in the file.
+        ascii_only: Whether the terminal can show ASCII only.
     """
-    parts: list[RenderableType] = [*heading(status, now=now, written=written, others=others)]
+    parts: list[RenderableType] = [*heading(status, now=now, others=others)]
     parts += [told_notice(one) for one in status.notices]
     parts += [Text(), rounds_table(status.rounds[-rounds:]), _waiting(status.rounds, ascii_only=ascii_only), Text()]
     parts += _workers(status)
@@ -61,61 +64,58 @@ def draw_status(
     return Group(*parts)
 
 
-def heading(status: RunStatus, *, now: float, written: float | None, others: int = 0) -> Iterable[Text]:
-    """Which run, how far it is, where the time went."""
+def heading(status: RunStatus, *, now: float, others: int = 0) -> Iterator[Text]:
+    """Yields lines that say which run it is, how far it is, and where its time went."""
     code, last = status.code, status.last
-    size = f"n={code.get('n')} workers, k={code.get('k')} shards, s={code.get('s')}"
-    m = f", m={code['m']}" if (number(code.get("m")) or 1) > 1 else ""
+    size = f"n={code.n} workers, k={code.k} shards, s={code.s}"
+    m = f", m={code.m}" if code.m > 1 else ""
     more = f"  ({others} other run{'s' * (others > 1)} in this file: --run all)" if others else ""
-    yield Text(f"Run {plain(status.run)}{more}", style="bold")
-    yield Text(f"{plain(str(code.get('name') or 'a code without a name'))}, {size}{m}; sends {status.sending}")
-    counts = ", ".join(f"{count} {plain(name)}" for name, count in _counted(status.outcomes))
+    yield Text(f"Run {_plain(status.run)}{more}", style="bold")
+    yield Text(f"{_plain(code.name)}, {size}{m}; sends {status.sending}")
+    counts = ", ".join(f"{count} {name}" for name, count in _counted(status.outcomes))
     done = f"{len(status.rounds)} round{'s' * (len(status.rounds) > 1)}"
-    yield Text(f"{done}: {counts}; the last, round {last.round}, {_ago(status, now, written)}")
-    yield from _stands(status, now, written)
+    yield Text(f"{done}: {counts}; the last, round {last.round}, {_ago(status, now)}")
+    yield from _stands(status, now)
     known = {part: spent for part, spent in status.seconds.items() if spent is not None}
     whole = sum(known.values())
     split = ", ".join(f"{part} {spent / whole:.1%}" for part, spent in known.items()) if whole else "no times"
     clock = " on a virtual clock" if status.virtual else ""
-    yield Text(f"{told_seconds(whole)}{clock} in all: {split}")
+    yield Text(f"{duration_text(whole)}{clock} in all: {split}")
     told = f"{_bytes(status.bytes_down)} down, {_bytes(status.bytes_up)} up"
     if status.privacy is not None:
-        spent, delta = number(status.privacy.get("epsilon")), number(status.privacy.get("delta"))
-        told += (
-            f"; privacy of a {status.privacy.get('unit')} so far: epsilon {'?' if spent is None else f'{spent:.3g}'}"
-        )
-        told += "" if delta is None else f", delta {delta:g}"
-    yield Text(plain(told))
+        spent = "?" if status.privacy.epsilon is None else f"{status.privacy.epsilon:.3g}"
+        told += f"; privacy of a {_plain(status.privacy.unit)} so far: epsilon {spent}, delta {status.privacy.delta:g}"
+    yield Text(told)
 
 
 def told_notice(notice: Notice) -> Text:
-    """One warning."""
-    return Text(f"! {plain(notice.text)}", style="bold red")
+    """Returns the line of a notice."""
+    return Text(f"! {_plain(notice.text)}", style="bold red")
 
 
 def rounds_table(rounds: Sequence[RoundLine], *, header: bool = True) -> Table:
-    """A line a round; with the same widths whichever rounds they are, so that lines can follow one by one."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_header=header, show_edge=False)
+    """Returns a table with a line for each round. Its widths are fixed, so that further lines can be appended."""
+    table = plain_table(header=header)
     widths = {"round": 6, "outcome": 11, "waited": 7, "decodable after": 15, "used": 8}
     for name, width in widths.items():
         table.add_column(name, justify="left" if name == "outcome" else "right", width=width, no_wrap=True)
     table.add_column("not in time", width=_ROOM, no_wrap=True)
     table.add_column("", min_width=9, max_width=30)
     for one in rounds:
-        after = "-" if one.replies is None else f"{one.replies} in {_short(one.after)}"
+        after = "-" if one.replies is None else f"{one.replies} in {seconds_text(one.after)}"
         table.add_row(
             str(one.round),
-            Text(plain(one.outcome), style=_STYLES.get(one.outcome, "")),
-            _short(one.waiting),
+            Text(_plain(one.outcome), style=_STYLES.get(one.outcome, "")),
+            seconds_text(one.waiting),
             after,
             f"{one.used}/{'?' if one.workers is None else one.workers}",
             _few(one.stragglers),
-            Text(plain("; ".join(_remarks(one)))),
+            Text(_plain("; ".join(_remarks(one)))),
         )
     return table
 
 
-def _remarks(one: RoundLine) -> Iterable[str]:
+def _remarks(one: RoundLine) -> Iterator[str]:
     if one.resumed:
         yield "resumed"
     if one.outcome == "approximate" and one.error is not None:
@@ -130,10 +130,10 @@ def _remarks(one: RoundLine) -> Iterable[str]:
 
 
 def _waiting(rounds: Sequence[RoundLine], *, ascii_only: bool) -> Text:
-    """Waiting seconds of the whole run in one line."""
+    """Returns the waiting seconds of the whole run as a line of bars, with the median and the longest."""
     known = [(one.waiting, one.round) for one in rounds if one.waiting is not None]
     if not known:
-        return Text("waited: not known")
+        return Text("waited: no round has waited yet")
     times = [seconds for seconds, _ in known]
     middle, (longest, where) = median(times), max(known)
     top = min(longest, _HIGH * middle) or longest or 1.0
@@ -142,23 +142,22 @@ def _waiting(rounds: Sequence[RoundLine], *, ascii_only: bool) -> Text:
     heights = [max(times[i : i + each]) for i in range(0, len(times), each)]
     drawn = "".join(bars[min(7, int(8 * height / top))] for height in heights)
     most = f", the longest of each {each} rounds" if each > 1 else ""
-    return Text(f"waited {drawn}\n       median {_short(middle)}, longest {_short(longest)} in round {where}{most}")
+    return Text(
+        f"waited {drawn}\n       median {seconds_text(middle)}, longest {seconds_text(longest)} in round {where}{most}"
+    )
 
 
-def _workers(status: RunStatus) -> Iterable[RenderableType]:
+def _workers(status: RunStatus) -> Iterator[RenderableType]:
     lines = list(status.workers)
     if not lines:
-        yield Text("The rows say nothing of the workers: an older version wrote them.")
+        yield Text("No worker was asked in these rounds.")
         return
     shown = lines[:_WORKERS]
     if len(lines) > _WORKERS:
         marked = [one for one in shown if one.mark]
         shown = marked if len(marked) >= _LEAST else shown[:_LEAST]
     rows = status.looked_at
-    table = Table(
-        title=f"Workers, in the last {rows} rounds" if rows > 1 else "Workers, in one round", title_justify="left",
-        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, title_style="",
-    )  # fmt: skip
+    table = plain_table(title=f"Workers, in the last {rows} rounds" if rows > 1 else "Workers, in one round")
     table.add_column("worker", justify="right", no_wrap=True, max_width=22)
     for name in ("in time", "late", "failed", "job", "computing", "x median", "heard in"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -169,11 +168,11 @@ def _workers(status: RunStatus) -> Iterable[RenderableType]:
             f"{one.in_time}/{one.rounds}",
             str(one.late),
             str(one.failed),
-            _short(one.seconds),
+            seconds_text(one.seconds),
             "-" if one.computing is None else f"{one.computing:.0%}",
             "-" if one.slower is None else f"{one.slower:.2f}x",
             "never" if one.heard is None else str(one.heard),
-            Text(plain(": ".join(filter(None, (one.mark, one.note)))), style=_MARK_STYLES[one.mark]),
+            Text(_plain(": ".join(filter(None, (one.mark, one.note)))), style=_MARK_STYLES[one.mark]),
         )
     yield table
     left = Counter(one.mark for one in lines[len(shown) :])
@@ -182,75 +181,69 @@ def _workers(status: RunStatus) -> Iterable[RenderableType]:
         yield Text(f"and {', '.join(told)}")
     failing = [one for one in lines if one.reasons]
     for one in failing[:_FAILING]:
-        reasons = [f"{count} x {plain(reason)}" for reason, count in one.reasons[:_REASONS]]
-        more = f"; and {len(one.reasons) - _REASONS} other reasons" if len(one.reasons) > _REASONS else ""
+        reasons = [f"{failure.rounds} x {_plain(failure.reason)}" for failure in one.reasons[:_REASONS]]
+        more = f"; and {len(one.reasons) - _REASONS} other kinds" if len(one.reasons) > _REASONS else ""
         who = _name(one) if one.worker is None else f"worker {one.worker}"
         yield Text(f"{who} failed: {'; '.join(reasons)}{more}")
     if len(failing) > _FAILING:
         yield Text(f"and {len(failing) - _FAILING} more failed: --json has their reasons")
 
 
-def _advice(advice: Advice) -> Iterable[Text]:
+def _advice(advice: Advice) -> Iterator[Text]:
     if advice.python:
-        yield Text(f"Recommended, by the times of the last {advice.rounds} rounds:")
-    yield Text(plain(advice.verdict[0].upper() + advice.verdict[1:]))
+        yield Text(f"Recommended by the times of the last {advice.rounds} rounds:")
+    yield Text(_plain(advice.verdict[0].upper() + advice.verdict[1:]))
     if not advice.python:
         return
     if advice.own and "order=" not in advice.python:
-        yield Text("This run does that already.")
+        yield Text("This run already does that.")
         return
     if advice.own:
-        yield Text("This run does that already, if its slow workers are spread over the groups like this:")
+        yield Text("This run already does that, if its slow workers are spread over the groups like this:")
     elif advice.own_seconds is not None:
-        yield Text(f"By the same times, this run's own scheme takes {_short(advice.own_seconds)} a round.")
+        yield Text(f"By the same times, this run's own scheme takes {seconds_text(advice.own_seconds)} a round.")
     yield Text()
     yield Text(f"    {advice.python}", overflow=TO_PASTE)
 
 
 def draw_all(statuses: Sequence[RunStatus], *, now: float) -> Table:
-    """A line for each run of a file."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    """Returns a table with a line for each run of a file."""
+    table = plain_table()
     for name in ("run", "code", "rounds", "exact", "median wait", "in all", "last round"):
         table.add_column(name, justify="left" if name in ("run", "code") else "right", no_wrap=True)
     for one in statuses:
         code = one.code
         times = [line.waiting for line in one.rounds if line.waiting is not None]
         table.add_row(
-            Text(plain(one.run)),
-            Text(f"{plain(str(code.get('name')))} {code.get('n')}, s={code.get('s')}"),
+            Text(_plain(one.run)),
+            Text(f"{_plain(code.name)} {code.n}, s={code.s}"),
             str(len(one.rounds)),
             str(one.outcomes.get("exact", 0)),
-            _short(median(times) if times else None),
-            told_seconds(sum(spent for spent in one.seconds.values() if spent is not None)),
-            _ago(one, now, None),
+            seconds_text(median(times) if times else None),
+            duration_text(sum(spent for spent in one.seconds.values() if spent is not None)),
+            _ago(one, now),
         )
     return table
 
 
-def _ended(status: RunStatus, written: float | None) -> float | None:
-    """When the last round ended, as its row says, or else the file."""
-    return status.last.ended_at if status.last.ended_at is not None else written
+def _ago(status: RunStatus, now: float) -> str:
+    ended = status.last.ended_at
+    return "end not known" if ended is None else f"{duration_text(round(max(0.0, now - ended)))} ago"
 
 
-def _ago(status: RunStatus, now: float, written: float | None) -> str:
-    ended = _ended(status, written)
-    return "not known when" if ended is None else f"{told_seconds(round(max(0.0, now - ended)))} ago"
-
-
-def _stands(status: RunStatus, now: float, written: float | None) -> Iterable[Text]:
-    """That no round has ended for long."""
-    ended, usual = _ended(status, written), median([sum(one.seconds) for one in status.rounds])
+def _stands(status: RunStatus, now: float) -> Iterator[Text]:
+    """Yields a line if no round has ended for much longer than a round takes."""
+    ended, usual = status.last.ended_at, median([sum(one.seconds) for one in status.rounds])
     if ended is not None and not status.last.raised and not status.virtual and now - ended > max(60.0, _LONG * usual):
-        yield Text(f"Rounds take {told_seconds(usual)}: the run is over, or it hangs.", style="yellow")
+        yield Text(f"Rounds take {duration_text(usual)}: the run is over, or it hangs.", style="yellow")
 
 
-def _counted(outcomes: Mapping[str, int]) -> Iterable[tuple[str, int]]:
-    names = [*_OUTCOMES, *sorted(set(outcomes) - set(_OUTCOMES))]
-    return [(name, outcomes[name]) for name in names if outcomes.get(name)]
+def _counted(outcomes: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    return ((name, outcomes[name]) for name in _OUTCOMES if name in outcomes)
 
 
 def _name(one: WorkerLine) -> str:
-    return str(one.worker) if one.worker is not None else f"node {plain(one.node or '?')}"
+    return str(one.worker) if one.worker is not None else f"node {_plain(one.node or '?')}"
 
 
 def _few(workers: Sequence[int], room: int = _ROOM) -> str:
@@ -261,26 +254,6 @@ def _few(workers: Sequence[int], room: int = _ROOM) -> str:
     return f"{kept} +{len(workers) - len(kept.split())}"
 
 
-def _short(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    if 0 < seconds < 0.1:
-        return f"{1000 * seconds:.3g} ms" if seconds >= 0.001 else "< 1 ms"
-    if seconds < 999.5:
-        return f"{seconds:.3g} s"
-    return f"{seconds:.0f} s" if seconds < 36_000 else f"{seconds / 3600:.3g} h"
-
-
-def told_seconds(seconds: float) -> str:
-    """For people."""
-    if seconds < 100:
-        return f"{seconds:.3g} s"
-    for unit, size, smaller, step in (("d", 86_400, "h", 3_600), ("h", 3_600, "min", 60), ("min", 60, "s", 1)):
-        if seconds >= size:
-            return f"{int(seconds // size)} {unit} {int(seconds % size // step)} {smaller}"
-    raise AssertionError(seconds)
-
-
 def _bytes(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
@@ -289,6 +262,6 @@ def _bytes(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def plain(text: str) -> str:
-    """Text that others wrote, without anything that a terminal would obey."""
+def _plain(text: str) -> str:
+    """Returns a text from the ledger without control characters, which a terminal would obey."""
     return "".join(sign if sign.isprintable() else " " for sign in text)

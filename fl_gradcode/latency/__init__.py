@@ -1,11 +1,10 @@
-"""How long a job takes: random laws, measured traces, and the job times recorded in a ledger."""
+"""How long a job takes: random laws, and measured traces."""
 
 from typing import TYPE_CHECKING
 
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .history import History, Timing
     from .latency import Latency, Parts
     from .laws import (
         Law,
@@ -28,12 +27,10 @@ if TYPE_CHECKING:
 __all__ = [
     "POPULATIONS",
     "Fit",
-    "History",
     "Latency",
     "Law",
     "Marginal",
     "Parts",
-    "Timing",
     "bimodal",
     "bursty",
     "checked_times",
@@ -57,10 +54,6 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "history": [
-            "History",
-            "Timing",
-        ],
         "latency": [
             "Latency",
             "Parts",

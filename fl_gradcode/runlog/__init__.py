@@ -6,18 +6,17 @@ from .._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .advice import Advice, advise
+    from .history import History, Timing
     from .ledger import Ledger
     from .notices import Notice
-    from .reader import LedgerReader, RoundLine, RunRows, number
+    from .reader import LedgerReader, RoundLine, RunRows
     from .rows import (
-        PHASES,
-        SCHEMA,
         CodeLine,
         FilledIn,
         JobLine,
         Late,
         ModeLine,
-        PhaseKind,
+        Outcome,
         PhaseRow,
         PhaseSeconds,
         PrivacyLine,
@@ -29,18 +28,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MARKS",
-    "PHASES",
-    "SCHEMA",
     "Advice",
     "CodeLine",
     "FilledIn",
+    "History",
     "JobLine",
     "Late",
     "Ledger",
     "LedgerReader",
     "ModeLine",
     "Notice",
-    "PhaseKind",
+    "Outcome",
     "PhaseRow",
     "PhaseSeconds",
     "PrivacyLine",
@@ -49,11 +47,11 @@ __all__ = [
     "RoundRow",
     "RunRows",
     "RunStatus",
+    "Timing",
     "WorkerLine",
     "advise",
     "as_json",
     "gone_of",
-    "number",
     "status_of",
 ]
 
@@ -63,6 +61,10 @@ __getattr__, __dir__ = lazy_names(
         "advice": [
             "Advice",
             "advise",
+        ],
+        "history": [
+            "History",
+            "Timing",
         ],
         "ledger": [
             "Ledger",
@@ -74,17 +76,14 @@ __getattr__, __dir__ = lazy_names(
             "LedgerReader",
             "RoundLine",
             "RunRows",
-            "number",
         ],
         "rows": [
-            "PHASES",
-            "SCHEMA",
             "CodeLine",
             "FilledIn",
             "JobLine",
             "Late",
             "ModeLine",
-            "PhaseKind",
+            "Outcome",
             "PhaseRow",
             "PhaseSeconds",
             "PrivacyLine",

@@ -1,23 +1,25 @@
-"""What the planner would now recommend for a run, from the job times of its last rounds."""
+"""What the planner recommends for a run, from the job times of its last rounds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .._text import numbered
 from ..errors import FlGradcodeError
-from ..latency import History, Law, scaled
+from ..latency import Law, scaled
 from ..planning import Scheme, make_plan
-from .workers import told_workers
+from .history import History
+from .rows import RoundRow
 
 __all__ = ["LEAST", "Advice", "advise"]
 
-#: Rounds with job times that a recommendation takes.
+#: Number of rounds with job times that a recommendation needs.
 LEAST = 5
-_ROUNDS, _RUNS = 48, 32  # what the planner simulates of measured times if there is time
-_MOST = 15_000  # rounds times workers that are simulated of each scheme: some seconds
-_MANY = 200  # workers from which on only a few tolerances are compared
+_ROUNDS, _RUNS = 48, 32  # rounds of a simulated run, and simulated runs, for few workers
+_MOST = 15_000  # rounds times workers that are simulated for each scheme, which takes some seconds
+_MANY = 200  # above so many workers only a few tolerances are compared
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,11 @@ class Advice:
     """A recommendation, or why there is none.
 
     Attributes:
-        verdict: One sentence.
-        python: The line to paste; empty without a recommendation.
-        own: Whether the run does already what is recommended; None: the planner does not know its code.
-        own_seconds: What its own scheme is expected to take, by the same times, in seconds a round.
-        rounds: From how many rounds' times.
+        verdict: The recommendation, or the reason why there is none, in one sentence.
+        python: The line of Python to paste; empty without a recommendation.
+        own: Whether the run already does what is recommended; None if the planner does not know its code.
+        own_seconds: Expected seconds a round of the run's own scheme, by the same times; None if not known.
+        rounds: Number of rounds whose times were used.
     """
 
     verdict: str
@@ -39,38 +41,36 @@ class Advice:
     rounds: int = 0
 
 
-def advise(
-    rows: Sequence[Mapping[str, Any]], *, gone: Sequence[int] = (), holders: Sequence[Sequence[int]] = ()
-) -> Advice:
-    """A recommendation from a run's last rows, oldest first, since the number of workers last changed.
+def advise(rows: Sequence[RoundRow], *, gone: Sequence[int] = (), holders: Sequence[Sequence[int]] = ()) -> Advice:
+    """Returns a recommendation from a run's last rows since its number of workers last changed.
 
     Args:
-        rows: The rows.
-        gone: Workers that do not answer any more: they are planned for as if they never would.
-        holders: Of each shard, as far as the ledger says.
+        rows: The last rows, oldest first; at least one.
+        gone: Workers that no longer answer. The plan assumes that they never will.
+        holders: Workers that hold each shard, as far as known.
     """
     last = rows[-1]
-    n = (last.get("code") or {}).get("n")
-    if not isinstance(n, int) or n < 2:
+    n = last.code.n
+    if n < 2:
         return Advice("no recommendation: planning needs at least 2 workers.")
     absent = sorted({*range(n)}.difference(*holders)) if holders else []
     if absent:
-        who = told_workers(absent)
+        who = numbered("worker", absent)
         return Advice(
-            f"no recommendation: {who} hold{'s' * (len(absent) == 1)} nothing now; plans are for n={n} that do."
+            f"no recommendation: {who} hold{'s' * (len(absent) == 1)} no shards now, and a plan is for n={n} that do."
         )
     first = len(rows)
-    while first and (rows[first - 1].get("code") or {}).get("n") == n:
+    while first and rows[first - 1].code.n == n:
         first -= 1
     simulated = max(20, min(_ROUNDS * _RUNS, _MOST // n))
     rows = rows[first:][-simulated:]  # a replay begins with the first
     try:
-        history = History.of_ledger(rows) if any(_timed(row) for row in rows) else History(n)
+        history = History.of_ledger(rows) if any(phase.timings for row in rows for phase in row.phases) else History(n)
         if history.rounds < LEAST:
             left = f"{history.rounds} of the last rounds left job times"
             return Advice(f"no recommendation yet: {left}, {LEAST} are needed.", rounds=history.rounds)
-        s = last["code"].get("s")
-        few = None if n <= _MANY else sorted({1, 3, s} if isinstance(s, int) and 0 < s < n else {1, 3})
+        s = last.code.s
+        few = None if n <= _MANY else sorted({1, 3, s} if 0 < s < n else {1, 3})
         latency = history.latency()
         if gone:
             assert isinstance(latency.compute, Law)
@@ -88,7 +88,7 @@ def advise(
     line = next((line for line in plan.lines if line.scheme.exact and _kind(line.scheme) == own), None)
     verdict = plan.verdict
     if gone:
-        verdict = f"as if {told_workers(gone)} never answered again: {verdict[0].lower()}{verdict[1:]}"
+        verdict = f"as if {numbered('worker', gone)} never answered again: {verdict[0].lower()}{verdict[1:]}"
     return Advice(
         verdict,
         plan.recommended.scheme.python,
@@ -98,22 +98,20 @@ def advise(
     )
 
 
-def _timed(row: Mapping[str, Any]) -> bool:
-    return any((row.get(kind) or {}).get("timings") for kind in ("train", "evaluate"))
-
-
 def _kind(scheme: Scheme) -> tuple[Any, ...]:
+    """Returns what makes two schemes the same to the planner."""
     return scheme.shardwise, scheme.patience, scheme.m, scheme.s, scheme.enough
 
 
-def _own(row: Mapping[str, Any], n: int) -> tuple[Any, ...] | None:
-    """What the run does, as `_kind` says it; None if it is nothing that the planner compares."""
-    code, way = row.get("code") or {}, row.get("way") or {}
-    name, s, m = code.get("name"), code.get("s"), code.get("m") or 1
-    if name == "uncoded":
+def _own(row: RoundRow, n: int) -> tuple[Any, ...] | None:
+    """Returns what the run does, as `_kind` describes it; None if the planner does not compare it."""
+    code, way = row.code, row.way
+    if code.name == "uncoded":
         return False, 0.0, 1, 0, n
-    if name == "cyclic repetition" and way.get("send") == "coded" and isinstance(s, int):
-        return False, 0.0, 1, s, n - s
-    if name != "fractional repetition":
+    if way is None:
         return None
-    return (True, way.get("patience"), 1, s, None) if way.get("send") == "shards" else (False, 0.0, m, s, None)
+    if code.name == "cyclic repetition" and way.send == "coded":
+        return False, 0.0, 1, code.s, n - code.s
+    if code.name != "fractional repetition":
+        return None
+    return (True, way.patience, 1, code.s, None) if way.send == "shards" else (False, 0.0, code.m, code.s, None)

@@ -1,37 +1,36 @@
-"""What past rounds say about the workers: measured job times, split into what is fixed and what grows with the shards.
+"""Measured job times of past rounds, split into a fixed part and a part that grows with the number of shards.
 
-A ledger row has the times; `History` turns those of the last rounds into a `Latency` that replays them, so that a
-planner (or the strategy itself, with `send="adaptive"`) can ask how long rounds would have taken under another scheme.
+The ledger holds the times. `History` turns them into a `Latency` that replays them, so that the planner, or the
+strategy with `send="adaptive"`, can compute how long the same rounds would have taken under another scheme.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidSetting
-from .latency import Latency, Parts
-from .traces import replay
+from ..latency import Latency, Parts, replay
+from .rows import RoundRow
 
 __all__ = ["History", "Timing"]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One job of one worker.
+    """The duration of one job of one worker.
 
     Attributes:
-        round: The round that asked.
-        worker: Who did it.
-        shards: How many shards it was.
-        seconds: From send to reply; with `owing`, so far.
-        computing: Seconds that the client spent on the shards, as it says; None if it did not.
-        owing: The reply is not in yet: `seconds` is a lower bound.
+        round: Round that sent the job.
+        worker: Number of the worker.
+        shards: Number of shards in the job.
+        seconds: Seconds from send to reply, or so far if the reply is owed.
+        computing: Seconds that the client says it spent on the shards; None if it did not say.
+        owing: True if the reply is not in yet, so that `seconds` is a lower bound.
     """
 
     round: int
@@ -43,11 +42,11 @@ class Timing:
 
 
 class History:
-    """Timings of n workers.
+    """The job times of n workers.
 
     Args:
         n: Number of workers.
-        window: How many rounds back count; None: all.
+        window: Number of latest rounds that count; None counts all.
     """
 
     def __init__(self, n: int, window: int | None = None) -> None:
@@ -55,76 +54,69 @@ class History:
         self._timings: list[Timing] = []
 
     @classmethod
-    def of_ledger(cls, rows: Sequence[Mapping[str, Any]]) -> History:
-        """The training times of a ledger; a shard is counted as what a worker owns, one n-th of the data.
+    def of_ledger(cls, rows: Sequence[RoundRow]) -> History:
+        """Returns the training times of a ledger.
 
-        Runs that were appended to one file follow each other.
+        A shard is counted as what a worker owns, one n-th of the data. Runs that were appended to one file follow each
+        other.
 
         Raises:
-            InvalidSetting: No row, rows of an older version, or of codes for different numbers of workers.
+            InvalidSetting: There is no row, no time, or the rows are of codes for different numbers of workers.
         """
-        try:
-            history = cls._of_rows(rows)
-            history.split()
-        except InvalidSetting:
-            raise
-        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InvalidSetting(
-                f"A line of the file is no ledger row ({type(error).__name__}: {error}); name the ledger of a run."
-            ) from error
-        if not history.rounds:
-            raise InvalidSetting(
-                "The ledger has no training times: it was written by an older version, or by no round."
-            )
-        return history
-
-    @classmethod
-    def _of_rows(cls, rows: Sequence[Mapping[str, Any]]) -> History:
-        sizes = {int(row["code"]["n"]) for row in rows if row.get("code")}
-        if not rows or not sizes:
+        if not rows:
             raise InvalidSetting("The ledger has no rounds yet; let the run finish at least one.")
+        sizes = {row.code.n for row in rows}
         if len(sizes) > 1:
-            raise InvalidSetting(f"The ledger has codes for {sorted(sizes)} workers; give one that is of one run.")
+            raise InvalidSetting(
+                f"The ledger has codes for {' and '.join(map(str, sorted(sizes)))} workers; give the ledger of one run."
+            )
         history = cls(sizes.pop())
-        before: tuple[Any, int] | None = None
+        before: RoundRow | None = None
         first = 0
         for row in rows:
-            run, number = row.get("run"), int(row["round"])
-            if before is not None and (run != before[0] or number <= before[1]):
+            if before is not None and (row.run != before.run or row.round <= before.round):
                 first = max((one.round for one in history._timings), default=0)
-            before = run, number
-            history.add_row(row, first=first, size=history.n / int((row.get("code") or {}).get("k", history.n)))
+            before = row
+            history.add_row(row, first=first, size=history.n / row.code.k)
+        if not history.rounds:
+            raise InvalidSetting("The ledger has no training times: no reply to a training message has come in yet.")
         return history
 
-    def add_row(self, row: Mapping[str, Any], *, first: int = 0, size: float = 1.0) -> None:
-        """Learn from a ledger row.
+    def add_row(self, row: RoundRow, *, first: int = 0, size: float = 1.0) -> None:
+        """Adds the training times of a ledger row.
 
         Args:
-            row: Late replies to training are also in what it says of evaluation.
-            first: What to add to the numbers of its rounds.
-            size: What to count one of its shards as.
+            row: The row. Late replies to training also stand in its evaluation phase.
+            first: Number that is added to the row's round numbers.
+            size: What one shard of the row counts as.
         """
-        for owing, name in ((False, "timings"), (True, "owing")):
-            self.add(
-                Timing(
-                    first + int(one["round"]),
-                    int(one["worker"]),
-                    size * float(one["shards"]),
-                    float(one["seconds"]),
-                    None if owing else one.get("computing"),
-                    owing,
-                )
-                for kind in ("train", "evaluate")
-                for one in (row.get(kind) or {}).get(name, ())
-                # A later round than this one is another run's: its nodes still owed replies when this run began.
-                if one["worker"] is not None
-                and one["kind"] == "train"
-                and one["seconds"] is not None
-                and int(one["round"]) <= int(row["round"])
+        self.add(
+            Timing(
+                first + job.round,
+                job.worker,
+                size * job.shards,
+                job.seconds,
+                None if owing else job.computing,
+                owing,
             )
+            for owing, jobs in (
+                (False, [job for phase in row.phases for job in phase.timings]),
+                (True, [job for phase in row.phases for job in phase.owing]),
+            )
+            for job in jobs
+            if job.worker is not None
+            and job.kind == "train"
+            and job.seconds is not None
+            # A later round than this row's is another run's, whose nodes still owed replies when this run began.
+            and job.round is not None
+            and job.round <= row.round
+        )
 
     def add(self, timings: Iterable[Timing]) -> None:
-        """Learn; what is older than the window is forgotten, but not that somebody still owes a reply."""
+        """Adds job times and drops those older than the window.
+
+        A reply that is still owed stays: it counts as owed since the oldest round of the window.
+        """
         new = [one for one in timings if one.shards > 0 and 0 <= one.worker < self.n]
         if self.window is not None and new:
             oldest = max(one.round for one in (*self._timings, *new)) - self.window + 1
@@ -135,13 +127,14 @@ class History:
 
     @property
     def rounds(self) -> int:
-        """How many rounds have left a time."""
+        """Number of rounds with at least one job time."""
         return len({one.round for one in self._timings})
 
     def split(self) -> float:
-        """Share of compute in a job of one shard, of the median job that says so; 1 if none does.
+        """Returns the median share of compute in a job of one shard, between 0 and 1.
 
-        1 is the cautious guess: under it redundancy costs most.
+        It is 1 if no client reported its computing seconds. That is the cautious guess, since redundancy then costs
+        most.
         """
         shares = [
             (one.computing / one.shards) / (one.seconds - one.computing + one.computing / one.shards)
@@ -151,12 +144,15 @@ class History:
         return float(np.median(shares)) if shares else 1.0
 
     def tables(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(fixed seconds, compute seconds a shard) of each round and worker, each of shape (rounds, n).
+        """Returns (fixed seconds, compute seconds per shard), each of shape (rounds, n).
 
-        A round in which a worker left no time takes that of the next round in which it did: how long it was busy says
-        nothing of what comes after, whereas the time that kept it busy would count once for each round that it missed.
-        After its last one, that one; a worker that never left a time, the median of the others. What is owed counts as
-        a time, so far.
+        Some workers leave no time in some rounds. Such a gap takes the worker's next known time. The previous time
+        would be wrong: a slow job that kept the worker busy for several rounds would count once for each of them.
+        After its last known time a worker keeps that one. A worker without any time gets the median of all others. An
+        owed reply counts with its seconds so far.
+
+        Raises:
+            InvalidSetting: There are no times.
         """
         rounds = sorted({one.round for one in self._timings})
         if not rounds:
@@ -171,7 +167,7 @@ class History:
                 longest[one.round, one.worker] = max(one.seconds, longest[one.round, one.worker])
         owed: dict[tuple[int, int], Timing] = {}
         for one in self._timings:
-            # Had it come in, it would have taken longer than this. The last word counts: it has owed longest.
+            # A job is listed in each round in which it is owed. The last entry counts, since it has the most seconds.
             if one.owing and one.seconds > longest[one.round, one.worker]:
                 owed[one.round, one.worker] = one
         for key, one in owed.items():
@@ -182,19 +178,19 @@ class History:
         return _filled(values[0]), _filled(values[1])
 
     def replay(self, rounds: int) -> Parts:
-        """The rounds as they were, again and again: what a simulation of other schemes needs."""
+        """Returns the measured rounds, repeated until there are `rounds` of them, for simulating other schemes."""
         fixed, compute = self.tables()
         turns = np.arange(rounds) % len(fixed)
         return Parts(fixed[turns], compute[turns], np.zeros((rounds, self.n)))
 
     def latency(self) -> Latency:
-        """A latency that replays the rounds, from the first again after the last."""
+        """Returns a latency that replays the measured rounds and starts again after the last one."""
         fixed, compute = self.tables()
         return Latency(fixed=replay(fixed, name="fixed"), compute=replay(compute, name="compute"))
 
 
 def _parts(one: Timing, share: float) -> tuple[float, float]:
-    """Fixed seconds, and compute seconds of a shard."""
+    """Returns the fixed seconds of a job, and its compute seconds per shard."""
     if one.computing is not None and 0 <= one.computing <= one.seconds:
         return one.seconds - one.computing, one.computing / one.shards
     unit = one.seconds / (1 - share + share * one.shards)
@@ -202,7 +198,7 @@ def _parts(one: Timing, share: float) -> tuple[float, float]:
 
 
 def _filled(table: NDArray[np.float64]) -> NDArray[np.float64]:
-    """No gaps: the next known round of the same worker, after the last one that one, or else the median of all."""
+    """Returns the table without gaps, filled as `History.tables` describes."""
     known = ~np.isnan(table)
     middle = float(np.median(table[known]))
     result = table.copy()

@@ -1,14 +1,12 @@
-"""The ledger: one row a round, so that nothing is silent.
+"""The ledger: one row for each round, in memory and in a file.
 
-A row is a dict that JSON can hold: what was asked, held back, answered, used, late, rejected and why; when the
-round became decodable; how exact it is; bytes and seconds. `docs/ledger.md` explains every field.
+`docs/ledger.md` explains every field of a row.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,22 +15,25 @@ from typing import Any
 
 from .._files import followed, replace_file
 from ..errors import InvalidSetting
+from .rows import PHASES, Late, PhaseKind, RoundRow
 
 __all__ = ["Ledger"]
 
 _log = logging.getLogger(__name__)
+_BEGINNING = b'{"schema": '  # of every line
 
 
 class Ledger:
-    """Rows of a run, in memory and, if a path is named, as JSON lines in a file.
+    """The rows of a run, in memory and, if a path is given, as JSON lines in a file.
 
     Args:
-        path: File to append to; its folder is made. It must be absolute, since inside an app the working
-            folder is the engine's. None keeps the rows in memory only.
+        path: File to append to; missing folders are created. The path must be absolute, since inside an app the
+            working folder is the engine's. None keeps the rows in memory only.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        self.rows: list[dict[str, Any]] = []
+        #: The rows as typed values, oldest first.
+        self.rounds: list[RoundRow] = []
         self.path = None if path is None else Path(path)
         if self.path is not None:
             if not self.path.is_absolute():
@@ -48,6 +49,11 @@ class Ledger:
                 self.path.open("a").close()
                 self._mend()
 
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows as JSON values, as they stand in the file, oldest first."""
+        return [row.to_json() for row in self.rounds]
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
@@ -55,44 +61,53 @@ class Ledger:
         except OSError as error:
             raise InvalidSetting(f"The ledger {str(self.path)!r} cannot be written: {error.strerror}.") from error
 
-    def append(self, row: dict[str, Any]) -> None:
-        """Keep a row, write it, and log it as one readable line for each phase.
-
-        Raises:
-            InvalidSetting: It cannot be written. What was written of it is cut off by whoever opens the file next.
-        """
-        self.rows.append(row)
-        if self.path is not None:
-            with self._writing(), self.path.open("a") as file:
-                file.write(json.dumps(_storable(row), allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())  # a checkpoint is written after it, and must not be there without it
-        for kind in ("train", "evaluate"):
-            if row.get(kind):
-                _log.info("%s", _readable(row, kind))
-
-    def rows_of(self, run: str) -> list[dict[str, Any]]:
-        """All rows of a run that the file has."""
-        return [] if self.path is None else [row for row in self.read(self.path) if row.get("run") == run]
-
-    def resume(self, run: str, rounds: int) -> list[dict[str, Any]]:
-        """Leave out the rows of a run behind its round `rounds`: those rounds will be run again.
+    def append(self, row: RoundRow) -> dict[str, Any]:
+        """Keeps a row, writes it to the file, and logs one readable line for each of its phases.
 
         Returns:
-            The run's rows that stay, which are also put into `rows`.
+            The row as JSON values.
+
+        Raises:
+            InvalidSetting: The file cannot be written. A partly written row is cut off when the file is next opened.
+        """
+        values = row.to_json()
+        self.rounds.append(row)
+        if self.path is not None:
+            with self._writing(), self.path.open("a") as file:
+                file.write(_line(values))
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint is written after it, and must not be there without it
+        for kind in PHASES:
+            if row.phase(kind) is not None:
+                _log.info("%s", _readable(row, kind))
+        return values
+
+    def rows_of(self, run: str) -> list[RoundRow]:
+        """Returns the rows of a run that are in the file, oldest first."""
+        return [] if self.path is None else [row for row in self.read_rounds(self.path) if row.run == run]
+
+    def resume(self, run: str, rounds: int) -> list[RoundRow]:
+        """Deletes the rows of a run after its round `rounds` from the file, since those rounds will be run again.
+
+        Returns:
+            The remaining rows of the run, which also replace `self.rounds`.
         """
         if self.path is None:
             return []
-        every = self.read(self.path)
-        kept = [row for row in every if row.get("run") != run or row.get("round", 0) <= rounds]
+        every = self.read_rounds(self.path)
+        kept = [row for row in every if row.run != run or row.round <= rounds]
         if len(kept) < len(every):
             with self._writing():
-                replace_file(self.path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
-        self.rows = [row for row in kept if row.get("run") == run]
-        return self.rows
+                replace_file(self.path, "".join(_line(row.to_json()) for row in kept))
+        self.rounds = [row for row in kept if row.run == run]
+        return self.rounds
+
+    def recall(self, run: str, rounds: int) -> None:
+        """Replaces `self.rounds` by the run's rows up to round `rounds`, as they stand in the file."""
+        self.rounds = [row for row in self.rows_of(run) if row.round <= rounds]
 
     def _mend(self) -> None:
-        """Cut off a last line that was being written when its process was killed."""
+        """Cuts off a last line that was being written when its process was killed."""
         assert self.path is not None
         content = self.path.read_bytes()
         end = content.rfind(b"\n") + 1
@@ -100,7 +115,7 @@ class Ledger:
             try:
                 json.loads(content[end:])
             except ValueError:
-                if not content[end:].startswith(b'{"run"'[: len(content) - end]):
+                if not content[end:].startswith(_BEGINNING[: len(content) - end]):
                     raise InvalidSetting(
                         f"{str(self.path)!r} is no ledger, and nothing was written to it: name another file."
                     ) from None
@@ -111,10 +126,10 @@ class Ledger:
 
     @staticmethod
     def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-        """The rows of a ledger file.
+        """Returns the rows of a ledger file as JSON values, oldest first.
 
         Raises:
-            InvalidSetting: There is no such file, or a line is not JSON.
+            InvalidSetting: The file cannot be read, or a line is not JSON.
         """
         try:
             lines = Path(path).read_text().splitlines()
@@ -124,42 +139,53 @@ class Ledger:
         for number, line in enumerate(lines, 1):
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 raise InvalidSetting(f"Line {number} of the ledger {str(path)!r} is not JSON: {error}.") from error
         return rows
 
+    @staticmethod
+    def read_rounds(path: str | os.PathLike[str]) -> list[RoundRow]:
+        """Returns the rows of a ledger file as typed values, oldest first.
 
-def _storable(value: Any) -> Any:
-    """What JSON can hold: a number that is not finite becomes null, since no row may be lost over it."""
-    if isinstance(value, dict):
-        return {key: _storable(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_storable(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        Raises:
+            InvalidSetting: The file cannot be read, or a line is not a ledger row.
+        """
+        rounds = []
+        for number, values in enumerate(Ledger.read(path), 1):
+            try:
+                rounds.append(RoundRow.from_json(values))
+            except InvalidSetting as error:
+                raise InvalidSetting(f"Line {number} of {str(path)!r}: {error}") from None
+        return rounds
 
 
-def _readable(row: dict[str, Any], kind: str) -> str:
-    phase = row[kind]
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps(values, allow_nan=False) + "\n"
+
+
+def _readable(row: RoundRow, kind: PhaseKind) -> str:
+    """Returns one line for people about a phase of a row."""
+    phase = row.phase(kind)
+    assert phase is not None
     parts = [
-        f"round {row['round']} {kind}: {phase['outcome']} after {phase['seconds']['waiting']:.2f} s from "
-        f"{len(phase['used'])} of {phase['workers']} workers"
+        f"round {row.round} {kind}: {phase.outcome} after {phase.seconds.waiting or 0.0:.2f} s from "
+        f"{len(phase.used)} of {phase.workers} workers"
     ]
-    for name, title in (("stragglers", "stragglers"), ("held-back", "held back")):
-        if phase[name]:
-            parts.append(f"{title} {', '.join(map(_name, phase[name]))}")
-    if phase["late"]:
-        parts.append("late " + ", ".join(_late(one) for one in phase["late"]))
-    for one in phase["rejected"]:
-        parts.append(f"worker {_name(one['worker'])} rejected: {one['reason']}")
-    if phase["outcome"] == "approximate":
-        parts.append(f"decoding error {phase['decoding-error']:.3g}")
+    for title, workers in (("stragglers", phase.stragglers), ("held back", phase.held_back)):
+        if workers:
+            parts.append(f"{title} {', '.join(map(_name, workers))}")
+    if phase.late:
+        parts.append("late " + ", ".join(map(_late, phase.late)))
+    parts += [f"worker {_name(one.worker)} rejected: {one.reason}" for one in phase.rejected]
+    if phase.outcome == "approximate" and phase.decoding_error is not None:
+        parts.append(f"decoding error {phase.decoding_error:.3g}")
     return "; ".join(parts)
 
 
 def _name(worker: int | None) -> str:
-    """A worker's number; "?" for a node that has not said yet who it is."""
+    """Returns a worker's number, or "?" for a node that has not said yet which worker it is."""
     return "?" if worker is None else str(worker)
 
 
-def _late(one: dict[str, Any]) -> str:
-    return f"{_name(one['worker'])} ({one['from']}{': ' + one['reason'] if 'reason' in one else ''})"
+def _late(one: Late) -> str:
+    return f"{_name(one.worker)} ({one.from_}{'' if one.reason is None else f': {one.reason}'})"

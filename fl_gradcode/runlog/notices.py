@@ -1,28 +1,32 @@
-"""What a person must see of a run: data that nobody answers for, no spare worker left, holders that disagree."""
+"""Notices: the things in a run that need a person's attention.
+
+Examples are shards that no worker answers for, a run without a spare worker, and holders of a shard that disagree.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from .._text import numbered
 from .reader import RoundLine
-from .workers import WorkerLine, gone_of, told_workers
+from .rows import RoundRow
+from .workers import WorkerLine, gone_of
 
 __all__ = ["Notice", "notices_of"]
 
 _DISAGREEMENT = 1e-5  # relative: what the run itself warns of
-_DUPLICATE = "duplicate: node "
-_LATELY = 10  # rounds that are looked back
+_LATELY = 10  # rounds that are looked at for disagreements
+_BLOCKS = 3  # blocks of lost shards that a notice names
 
 
 @dataclass(frozen=True)
 class Notice:
-    """Something that a person must see.
+    """Something in a run that needs a person's attention.
 
     Attributes:
-        key: What it is about: the same from round to round.
-        text: One sentence.
+        key: What the notice is about. It is the same from round to round.
+        text: The notice, in one sentence.
     """
 
     key: str
@@ -30,112 +34,106 @@ class Notice:
 
 
 def notices_of(
-    rounds: Sequence[RoundLine], recent: Sequence[Mapping[str, Any]], workers: Sequence[WorkerLine]
-) -> Iterable[Notice]:
-    """The worst first.
+    rounds: Sequence[RoundLine],
+    recent: Sequence[RoundRow],
+    workers: Sequence[WorkerLine],
+    holders: Sequence[Sequence[int]],
+) -> Iterator[Notice]:
+    """Yields the notices of a run, the most serious first.
 
     Args:
-        rounds: All rounds of a run.
-        recent: The last rows, whole.
-        workers: What those say of the workers.
+        rounds: All rounds of the run, at least one.
+        recent: Its last rows.
+        workers: Its workers, as `workers_of` describes them by these rows.
+        holders: Workers that hold each shard, as far as known.
     """
     last = rounds[-1]
     if last.raised:
         yield Notice("ended", f"The run ended in round {last.round}: {_sentence(last.raised)}")
-    failed: list[tuple[Mapping[str, Any], RoundLine]] = []
-    for row, line in zip(reversed(recent), reversed(rounds), strict=False):
-        expected = line.outcome == "approximate" and not line.code.get("exact", True)  # the code promises no more
-        if line.outcome not in ("skipped", "approximate", "raised") or expected:
-            break
-        failed.insert(0, (row, line))
+    failed = _failed_at_the_end(rounds, recent)
     if failed:
-        yield _undecoded(failed, next((line.holders for line in reversed(rounds) if line.holders), ()))
-    s = last.code.get("s")
-    gone = gone_of(workers)
-    if isinstance(s, int) and s > 0 and len(gone) >= s:
+        yield _undecoded(failed, last, holders)
+    s, gone = last.code.s, gone_of(workers)
+    if len(gone) >= s > 0:
         verb = "do" if len(gone) > 1 else "does"
         left = "no spare is left, the next failure may cost a round" if len(gone) == s else "each round is at risk"
-        text = f"{told_workers(gone)} {verb} not answer, and the code covers any {s}: {left}."
+        text = f"{numbered('worker', gone)} {verb} not answer, and the code covers any {s}: {left}."
         yield Notice("spare", text[0].upper() + text[1:])
     yield from _disagreements(recent[-_LATELY:])
 
 
-def _undecoded(failed: Sequence[tuple[Mapping[str, Any], RoundLine]], holders_of: Sequence[tuple[int, ...]]) -> Notice:
-    """Rounds at the end that are not exact: which shards nobody answered for, as far as can be told.
+def _failed_at_the_end(rounds: Sequence[RoundLine], recent: Sequence[RoundRow]) -> list[RoundRow]:
+    """Returns the rows of the rounds at the end that did not decode as the code promises, oldest first."""
+    failed: list[RoundRow] = []
+    for row, line in zip(reversed(recent), reversed(rounds), strict=False):
+        expected = line.outcome == "approximate" and not line.code.exact  # the code promises no more
+        if line.outcome not in ("skipped", "approximate", "raised") or expected:
+            break
+        failed.insert(0, row)
+    return failed
 
-    An older ledger does not say who holds them: then the coverage of an estimate tells.
-    """
-    first, last = failed[0][1], failed[-1][1]
-    which = f"Round {last.round} was" if len(failed) == 1 else f"Rounds {first.round} to {last.round} were"
-    outcome = f"not exact ({', '.join(sorted({line.outcome for _, line in failed}))})"
-    phases = [_main(row) for row, _ in failed]
-    silent = set.intersection(*({*(phase.get("stragglers") or ())} for phase in phases))
-    sampled = set.intersection(*({*(phase.get("shards") or ())} for phase in phases))
+
+def _undecoded(failed: Sequence[RoundRow], last: RoundLine, holders_of: Sequence[Sequence[int]]) -> Notice:
+    """Returns the notice about rounds that are not exact, with the shards that no worker answered for."""
+    phases = [row.phases[0] for row in failed]
+    rounds = (
+        f"Round {failed[0].round} was"
+        if len(failed) == 1
+        else f"Rounds {failed[0].round} to {failed[-1].round} were"
+    )  # fmt: skip
+    outcomes = ", ".join(sorted({phase.outcome for phase in phases}))
+    silent = set.intersection(*({*phase.stragglers} for phase in phases))
+    sampled = set.intersection(*({*phase.shards} for phase in phases))
     lost: dict[tuple[int, ...], list[int]] = {}
     for shard in sorted(sampled):
-        holders = holders_of[shard] if shard < len(holders_of) else ()
-        covered = [phase.get("coverage") or () for phase in phases if phase.get("outcome") == "approximate"]
-        left_out = bool(covered) and all(shard < len(one) and one[shard] == 0 for one in covered)
-        if (holders and silent.issuperset(holders)) or (not holders and left_out):
+        holders = tuple(holders_of[shard]) if shard < len(holders_of) else ()
+        if holders and silent.issuperset(holders):
             lost.setdefault(holders, []).append(shard)
     if lost:
-        told = [
-            _told_shards(shards) + (f" (held by {told_workers(holders)})" if holders else "")
-            for holders, shards in lost.items()
+        blocks = [
+            f"{numbered('shard', shards)} (held by {numbered('worker', holders)})" for holders, shards in lost.items()
         ]
-        more = f" and {len(told) - 3} more such blocks" if len(told) > 3 else ""
-        why = f"nobody answered in time for {', '.join(told[:3])}{more}"
+        more = f" and {len(blocks) - _BLOCKS} more such blocks" if len(blocks) > _BLOCKS else ""
+        why = f"nobody answered in time for {', '.join(blocks[:_BLOCKS])}{more}"
     elif silent:
-        why = f"{told_workers(sorted(silent))} not in time, and the code covers any {last.code.get('s')}"
+        why = f"{numbered('worker', sorted(silent))} not in time, and the code covers any {last.code.s}"
     else:
-        why = last.ended or "the ledger does not say why"
-    return Notice("undecoded", f"{which} {outcome}: {why}.")
+        why = last.ended
+    return Notice("undecoded", f"{rounds} not exact ({outcomes}): {why}.")
 
 
-def _disagreements(recent: Sequence[Mapping[str, Any]]) -> Iterable[Notice]:
-    """What holders of a shard, or nodes with one number, say against each other."""
+def _disagreements(recent: Sequence[RoundRow]) -> Iterator[Notice]:
+    """Yields notices about holders of one shard, or nodes with one number, that contradict each other."""
     most, where = _DISAGREEMENT, 0
-    twins: dict[tuple[str, str], int] = {}
-    others: dict[str, list[int]] = {}
+    twins: dict[int, tuple[int, str]] = {}
+    requests: dict[int, tuple[int, int]] = {}
     for row in recent:
-        for phase in (row.get("train") or {}, row.get("evaluate") or {}):
-            apart = float(phase.get("replica-disagreement") or 0.0)
-            if apart > most:
-                most, where = apart, int(row["round"])
-            for one in phase.get("rejected") or ():
-                reason = str(one.get("reason"))
-                if reason.startswith(_DUPLICATE):
-                    other, _, worker = reason.removeprefix(_DUPLICATE).partition(" answered as worker ")
-                    twins[" and ".join(sorted({other, str(one.get("node"))})), worker] = int(row["round"])
-            others.update((phase.get("privacy") or {}).get("other-requests") or {})
+        for phase in row.phases:
+            if (phase.replica_disagreement or 0.0) > most:
+                most, where = phase.replica_disagreement or 0.0, row.round
+            for one in phase.rejected:
+                if one.kind == "duplicate-worker" and one.worker is not None:
+                    twins[one.worker] = row.round, f"node {one.node} was rejected as a {one.reason}"
+            if phase.privacy is not None:
+                requests.update(phase.privacy.other_requests)
     if where:
         yield Notice(
             "disagreement",
             f"Holders of a shard disagreed by up to {most:.1e} (relative), most in round {where}: their training "
             "depends on more than the message, the shard and the seeded generators.",
         )
-    for (nodes, worker), server_round in twins.items():
+    for worker, (server_round, how) in twins.items():
         yield Notice(
-            f"twins {nodes}",
-            f"Nodes {nodes} both answered as worker {worker}, last in round {server_round}: give each its own "
+            f"twins {worker}",
+            f"Two nodes answered as worker {worker}, last in round {server_round} ({how}): give each its own "
             "partition-id, unless one was just restarted.",
         )
-    for shard, pair in others.items():
+    for shard, pair in requests.items():
         yield Notice(
             f"requests {shard}",
-            f"Workers {' and '.join(map(str, pair))} bound the noise of shard {shard} to different requests: one "
-            "of them runs another app or other settings.",
+            f"Workers {pair[0]} and {pair[1]} bound the noise of shard {shard} to different requests: one of them "
+            "runs another app or other settings.",
         )
-
-
-def _main(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The phase that a round's outcome is of."""
-    return row.get("train") or row.get("evaluate") or {}
-
-
-def _told_shards(shards: Sequence[int]) -> str:
-    more = f" and {len(shards) - 6} more" if len(shards) > 6 else ""
-    return f"shard{'s' * (len(shards) > 1)} {', '.join(map(str, shards[:6]))}{more}"
 
 
 def _sentence(text: str) -> str:

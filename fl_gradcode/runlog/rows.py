@@ -85,6 +85,12 @@ class CodeLine(_Line):
     m: int
     exact: bool = field(default=True, metadata=_SOMETIMES)
 
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.k < 1:
+            raise InvalidSetting(
+                f"This is no ledger row: code has n={self.n} workers and k={self.k} shards; both must be at least 1."
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class ModeLine(_Line):
@@ -346,15 +352,15 @@ class RoundRow(_Line):
         Raises:
             InvalidSetting: The values are no row of this schema. The message names the field and its value.
         """
-        schema = values.get("schema") if isinstance(values, Mapping) else None
+        schema = values.get("schema") if isinstance(values, dict) else None
         if type(schema) is int and schema != SCHEMA:
             raise InvalidSetting(
                 f"This ledger row has schema {schema}; this version of fl-gradcode reads schema {SCHEMA}. Read the "
                 "ledger with the version that wrote it."
             )
-        if isinstance(values, Mapping) and schema is None:
+        if isinstance(values, dict) and schema is None:
             raise InvalidSetting("This is no ledger row: it has no field 'schema'.")
-        if isinstance(values, Mapping) and type(schema) is not int:
+        if isinstance(values, dict) and type(schema) is not int:
             raise InvalidSetting(f"This is no ledger row: schema is {_shown(schema)} and must be {SCHEMA}.")
         return super(RoundRow, cls).from_json(values)
 
@@ -398,7 +404,8 @@ def _keys(cls: Any) -> tuple[tuple[str, str, object], ...]:
 
 
 def _items(line: _Line) -> Iterator[tuple[str, Any]]:
-    for name, key, left_out in _keys(type(line)):
+    kind: Any = type(line)
+    for name, key, left_out in _keys(kind):
         value = getattr(line, name)
         if left_out is MISSING or value != left_out:
             yield key, value
@@ -406,13 +413,15 @@ def _items(line: _Line) -> Iterator[tuple[str, Any]]:
 
 def _encoded(value: Any) -> Any:
     """Returns a field's value as JSON can hold it."""
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, tuple):
+        return [_encoded(one) for one in value]
     if isinstance(value, _Line):
         return value.to_json()
-    if isinstance(value, tuple | list):
-        return [_encoded(one) for one in value]
-    if isinstance(value, Mapping):
-        return {str(key): _encoded(one) for key, one in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return {str(key): _encoded(one) for key, one in value.items()}
 
 
 _Decoder = Callable[[Any], Any]
@@ -446,7 +455,7 @@ def _line_decoder(cls: type) -> _Decoder:
     parts = [(name, key, _decoder(hints[name]), name in needed) for name, key, _ in _keys(cls)]
 
     def decode(values: Any) -> Any:
-        if not isinstance(values, Mapping):
+        if not isinstance(values, dict):
             raise _must_be("an object", values)
         made: dict[str, Any] = {}
         key = ""
@@ -484,7 +493,7 @@ def _list_decoder(decode_one: _Decoder, length: int | None) -> _Decoder:
 
 def _mapping_decoder(decode_one: _Decoder) -> _Decoder:
     def decode(values: Any) -> Any:
-        if not isinstance(values, Mapping):
+        if not isinstance(values, dict):
             raise _must_be("an object", values)
         made: dict[int, Any] = {}
         for key, value in values.items():

@@ -1,46 +1,61 @@
-"""What the last rounds of a run say of each worker: in time or late, slow, failing and why, or silent."""
+"""What the last rounds of a run say about each worker: in time or late, slow, failing and why, or silent."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
 
-from .reader import number
+from .reader import HARMLESS
+from .rows import CodeLine, JobLine, Late, PhaseRow, Rejected, RoundRow
 
-__all__ = ["MARKS", "WorkerLine", "gone_of", "in_time_of", "told_workers", "workers_of"]
+__all__ = ["MARKS", "FailureLine", "WorkerLine", "gone_of", "workers_of"]
 
-#: What may be wrong with a worker, what to look at first in front; "" is as expected.
-MARKS = ("failing", "silent", "slow for good", "sometimes slow", "failed", "")
+#: What may be wrong with a worker, the most serious first. "" means that nothing is.
+MARKS = ("failing", "silent", "always slow", "sometimes slow", "failed", "")
 _SLOW = 1.5  # times the median worker, at the median of its jobs: the planner's measure
 _MOMENT, _OFTEN = 4.0, 0.1  # a slow moment is so many times the median job, and sometimes is so large a share of jobs
 _FEW = 3  # jobs before a worker is called slow; rounds before it is called silent
 _LATELY = 3  # rounds
-_NUMBER = re.compile(r"\d+(\.\d+)?(e-?\d+)?")
+
+
+@dataclass(frozen=True)
+class FailureLine:
+    """The failures of one kind of one worker.
+
+    Attributes:
+        kind: Kind of the rejections.
+        reason: Reason of the last one, in one sentence.
+        rounds: Number of rounds with such a failure.
+    """
+
+    kind: str
+    reason: str
+    rounds: int
 
 
 @dataclass(frozen=True)
 class WorkerLine:
     """One worker, or a node that never said which worker it is.
 
+    All counts are over the rows looked at.
+
     Attributes:
-        worker: Its number; None if it is not known.
-        node: Its node's id, where it failed.
-        rounds: In how many of the rounds looked at it held a sampled shard.
-        in_time: In how many of them its reply was in before the round ended.
-        late: How many of its replies came after the round that asked had ended.
-        failed: In how many rounds a reply of it was an error, or was rejected, in training or evaluation.
-        jobs: How many of its jobs left a time.
-        seconds: Median time of a job, from send to reply.
-        computing: Share of these seconds that it says it computed.
-        slower: Its median time over that of the median worker, for one shard.
-        heard: Last round in which a good reply of it came in.
-        missed: For how many of the last rounds that it held a sampled shard of no good reply to training has come.
+        worker: Number of the worker; None if it is not known.
+        node: Id of its node, if it failed.
+        rounds: Number of rounds in which it held a sampled shard.
+        in_time: Number of them in which its reply was in before the round ended.
+        late: Number of its replies that came after the round that asked had ended.
+        failed: Number of rounds in which it sent an error or its reply was rejected, in training or evaluation.
+        jobs: Number of its jobs with a known time.
+        seconds: Median seconds of a job, from send to reply.
+        computing: Share of these seconds that the client says it computed.
+        slower: Median time of the worker over that of the median worker, for one shard.
+        heard: Last round in which a good reply came in from it.
+        missed: Number of latest rounds in a row in which it held a sampled shard and sent no good reply to training.
         mark: One of `MARKS`.
-        note: What is known about that, in words.
-        reasons: Each distinct reason of a failure, as last told, and in how many rounds; the last one first.
+        note: Details about the mark, in words.
+        reasons: Its failures by kind, the latest kind first.
     """
 
     worker: int | None
@@ -57,11 +72,13 @@ class WorkerLine:
     missed: int
     mark: str
     note: str
-    reasons: tuple[tuple[str, int], ...]
+    reasons: tuple[FailureLine, ...]
 
 
 @dataclass
 class _Seen:
+    """What the rows read so far say about one worker or node."""
+
     node: str | None = None
     rounds: int = 0
     in_time: int = 0
@@ -76,7 +93,8 @@ class _Seen:
     unheard: int = 0  # rounds that it took part in since then
     missed: int = 0
     failures: list[int] = field(default_factory=list)  # rounds
-    reasons: dict[str, tuple[str, int, int]] = field(default_factory=dict)  # as last told, rounds, last round
+    #: Kind of a failure -> its last reason, the number of rounds, the last round; the latest kind is the last one.
+    reasons: dict[str, tuple[str, int, int]] = field(default_factory=dict)
     owing: tuple[int, float, float] | None = None  # round, seconds so far, of one shard
     restarted: int = 0
 
@@ -87,24 +105,17 @@ class _Seen:
     def slow_jobs(self, usual: float) -> int:
         return sum(unit > _MOMENT * usual for unit in self.units)
 
-    def fail(self, server_round: int, node: Any, reason: str) -> None:
-        self.node = str(node) if node is not None else self.node
+    def fail(self, server_round: int, node: str, kind: str, reason: str) -> None:
+        self.node = node
         if server_round not in self.failures[-1:]:
             self.failures.append(server_round)
         self.unheard = 0
-        key = _NUMBER.sub("#", reason)  # the same, whichever round or node or time it tells of
-        text, count, last = self.reasons.pop(key, (reason, 0, 0))
-        self.reasons[key] = (text, count, last) if last == server_round else (reason, count + 1, server_round)
-
-
-def in_time_of(phase: Mapping[str, Any]) -> set[int]:
-    """Workers whose reply to the phase was in, and good, before it ended."""
-    told = {i for name in ("answered", "unread", "used") for i in phase.get(name) or () if i is not None}
-    return told - set(phase.get("stragglers") or ())
+        _, count, last = self.reasons.pop(kind, ("", 0, 0))
+        self.reasons[kind] = (reason, count + (last != server_round), server_round)
 
 
 def gone_of(workers: Iterable[WorkerLine]) -> list[int]:
-    """Workers that must be reckoned without: silent, or failing to train."""
+    """Returns the workers that no longer take part, ascending: those that are silent or fail to train."""
     return sorted(
         one.worker
         for one in workers
@@ -112,24 +123,24 @@ def gone_of(workers: Iterable[WorkerLine]) -> list[int]:
     )
 
 
-def workers_of(rows: Sequence[Mapping[str, Any]], holders: Sequence[Sequence[int]] = ()) -> tuple[WorkerLine, ...]:
-    """A line for each worker of the present code, those worth a look first, the slowest first among them.
+def workers_of(rows: Sequence[RoundRow], holders: Sequence[Sequence[int]] = ()) -> tuple[WorkerLine, ...]:
+    """Returns a line for each worker of the present code, those with a mark first, and the slowest first among them.
 
     Args:
         rows: The last rows of a run, oldest first.
-        holders: Of each shard under the present code, as far as the ledger says: others have left.
+        holders: Workers that hold each shard under the present code, as far as known. Workers that hold none have left.
     """
     seen: dict[int | str, _Seen] = {}
     of_node: dict[str, int] = {}
     since = 0  # first round of the present code
-    code: Any = None
+    code: CodeLine | None = None
     for row in rows:
-        if row.get("code") != code:
-            code, since = row.get("code"), int(row["round"])
+        if row.code != code:
+            code, since = row.code, row.round
         _learn(seen, of_node, row)
     if not rows:
         return ()
-    last = int(rows[-1]["round"])
+    last = rows[-1]
     middles = {who: median(one.units) for who, one in seen.items() if one.units}
     middle = median(middles.values()) if middles else 0.0
     usual = median([unit for one in seen.values() for unit in one.units]) if middles else 0.0
@@ -139,13 +150,13 @@ def workers_of(rows: Sequence[Mapping[str, Any]], holders: Sequence[Sequence[int
         for who, one in seen.items()
         if isinstance(who, str)
         or (who in members if members else one.took_part >= since or one.failures)
-        or (one.failures and one.failures[-1] > last - _LATELY)
+        or (one.failures and one.failures[-1] > last.round - _LATELY)
     }
-    asked = ((rows[-1].get("train") or {}).get("asked") or []) + ((rows[-1].get("train") or {}).get("held-back") or [])
+    asked = () if last.train is None else last.train.asked + last.train.held_back
     lines = []
     for who, one in present.items():
         slower = middles[who] / middle if who in middles and middle else None
-        mark = _mark(one, last, slower, usual)
+        mark = _mark(one, last.round, slower, usual)
         gone = one.asked is not None and None not in asked and who not in asked
         lines.append(
             WorkerLine(
@@ -163,7 +174,9 @@ def workers_of(rows: Sequence[Mapping[str, Any]], holders: Sequence[Sequence[int
                 missed=one.missed,
                 mark=mark,
                 note=_note(one, mark, usual, gone=gone),
-                reasons=tuple((text, count) for text, count, _ in reversed(one.reasons.values())),
+                reasons=tuple(
+                    FailureLine(kind, reason, count) for kind, (reason, count, _) in reversed(one.reasons.items())
+                ),
             )
         )
     return tuple(sorted(lines, key=lambda one: (MARKS.index(one.mark), -(one.slower or 0.0), *_order(one))))
@@ -173,84 +186,87 @@ def _order(one: WorkerLine) -> tuple[bool, int, str]:
     return one.worker is None, one.worker or 0, one.node or ""
 
 
-def _learn(seen: dict[int | str, _Seen], of_node: dict[str, int], row: Mapping[str, Any]) -> None:
-    """What one row says."""
-    server_round = int(row["round"])
+def _learn(seen: dict[int | str, _Seen], of_node: dict[str, int], row: RoundRow) -> None:
+    """Adds what one row says to `seen`, by worker or by node, and to `of_node`, the last known worker of a node."""
 
     def of(who: int | str) -> _Seen:
         return seen.setdefault(who, _Seen())
 
-    heard: set[int] = set()
     for one in seen.values():
         one.owing = None
-    for kind in ("train", "evaluate"):
-        phase = row.get(kind) or {}
-        good = in_time_of(phase)
-        heard |= good
-        if kind == "train":
-            for worker in good | set(phase.get("stragglers") or ()):
-                of(worker).rounds += 1
-                of(worker).unheard += 1
-                of(worker).missed = 0 if worker in good else of(worker).missed + 1
-                of(worker).took_part = server_round
-                of(worker).in_time += worker in good
-            for worker in [*(phase.get("asked") or ()), *(phase.get("held-back") or ())]:
-                if worker is not None:
-                    of(worker).asked = server_round
-        for one in phase.get("late") or ():
-            label, _, asked = str(one.get("from", "")).partition(" ")
-            if asked.isdigit() and int(asked) > server_round:
+    heard: set[int] = set()
+    if row.train is not None:
+        _learn_presence(of, row.train, row.round)
+    for phase in row.phases:
+        heard |= phase.in_time
+        for late in phase.late:
+            asking, number = late.asked
+            if number is not None and number > row.round:
                 continue  # of another run, whose nodes still owed it
-            if one.get("reason"):
-                of(_who(one, of_node)).fail(server_round, one.get("node"), str(one["reason"]))
-            elif one.get("worker") is not None:
-                heard.add(one["worker"])
-                of(one["worker"]).late += label == "train"
-                of(one["worker"]).missed *= label != "train"
-        for one in phase.get("rejected") or ():
-            reason = str(one.get("reason"))
-            if not reason.startswith("duplicate"):
-                of(_who(one, of_node)).fail(server_round, one.get("node"), reason)
-        for worker in phase.get("restarted") or ():
+            if late.kind is not None:
+                of(_who(late, of_node)).fail(row.round, late.node, late.kind, late.reason or late.kind)
+            elif late.worker is not None:
+                heard.add(late.worker)
+                of(late.worker).late += asking == "train"
+                of(late.worker).missed *= asking != "train"
+        for rejected in phase.rejected:
+            if rejected.kind not in HARMLESS:
+                of(_who(rejected, of_node)).fail(row.round, rejected.node, rejected.kind, rejected.reason)
+        for worker in phase.restarted:
             if worker is not None:
                 of(worker).restarted += 1
-        heard |= _learn_times(of, phase, server_round)
+        heard |= _learn_times(of, phase, row.round)
     for worker in heard:
-        of(worker).hear(server_round)
+        of(worker).hear(row.round)
 
 
-def _learn_times(of: Any, phase: Mapping[str, Any], server_round: int) -> set[int]:
-    """Job times of a phase's entry; who they are of."""
+def _learn_presence(of: Callable[[int | str], _Seen], phase: PhaseRow, server_round: int) -> None:
+    """Adds who held a sampled shard in training, who was in time, and who was asked."""
+    good = phase.in_time
+    for worker in good | {*phase.stragglers}:
+        of(worker).rounds += 1
+        of(worker).unheard += 1
+        of(worker).missed = 0 if worker in good else of(worker).missed + 1
+        of(worker).took_part = server_round
+        of(worker).in_time += worker in good
+    for asked in (*phase.asked, *phase.held_back):
+        if asked is not None:
+            of(asked).asked = server_round
+
+
+def _learn_times(of: Callable[[int | str], _Seen], phase: PhaseRow, server_round: int) -> set[int]:
+    """Adds the job times of a phase. Returns the workers whose replies came in."""
     heard = set()
-    for name in ("timings", "owing"):
-        for one in phase.get(name) or ():
-            worker, seconds, asked = one.get("worker"), number(one.get("seconds")), number(one.get("round"))
-            if worker is None or seconds is None or asked is None or asked > server_round:
-                continue
-            if name == "owing":
-                of(worker).owing = (int(asked), seconds, seconds / max(1.0, number(one.get("shards")) or 1.0))
-                continue
-            heard.add(int(worker))
-            shards, computing = number(one.get("shards")) or 0.0, number(one.get("computing"))
-            if one.get("kind") != "train" or shards <= 0:
-                continue
-            seen: _Seen = of(worker)
-            seen.seconds.append(seconds)
-            if computing is None or not 0 <= computing <= seconds:
-                seen.units.append(seconds / shards)
-            else:
-                seen.units.append(seconds - computing + computing / shards)
-                seen.shares.append(computing / seconds if seconds else 0.0)
+    for job in phase.timings:
+        if job.worker is None or job.seconds is None or not _is_of_this_run(job, server_round):
+            continue
+        heard.add(job.worker)
+        if job.kind != "train" or job.shards <= 0:
+            continue
+        one, computing = of(job.worker), job.computing
+        one.seconds.append(job.seconds)
+        if computing is None or not 0 <= computing <= job.seconds:
+            one.units.append(job.seconds / job.shards)
+        else:
+            one.units.append(job.seconds - computing + computing / job.shards)
+            one.shares.append(computing / job.seconds if job.seconds else 0.0)
+    for job in phase.owing:
+        if job.worker is not None and job.seconds is not None and _is_of_this_run(job, server_round):
+            of(job.worker).owing = (job.round or 0, job.seconds, job.seconds / max(1, job.shards))
     return heard
 
 
-def _who(one: Mapping[str, Any], of_node: dict[str, int]) -> int | str:
-    """The worker; where the server had forgotten it after a failure, whoever the node was last."""
-    worker, node = one.get("worker"), str(one.get("node"))
-    if worker is not None:
-        of_node[node] = int(worker)
-        return int(worker)
-    return of_node.get(node, node)
+def _is_of_this_run(job: JobLine, server_round: int) -> bool:
+    """Returns False for a job of an earlier run, whose node still owed the reply when this run began."""
+    return job.round is not None and job.round <= server_round
+
+
+def _who(one: Late | Rejected, of_node: dict[str, int]) -> int | str:
+    """Returns the worker that sent a reply, or the worker that its node last was, or else the node."""
+    if one.worker is not None:
+        of_node[one.node] = one.worker
+        return one.worker
+    return of_node.get(one.node, one.node)
 
 
 def _mark(one: _Seen, last: int, slower: float | None, usual: float) -> str:
@@ -263,11 +279,11 @@ def _mark(one: _Seen, last: int, slower: float | None, usual: float) -> str:
         return "failing"
     if one.rounds >= _FEW and one.unheard >= max(_FEW, 2 * one.pause):
         return "silent"
-    # Who is slow in all that it does has done little yet, and mostly still owes something.
+    # A worker that is always slow has finished few jobs so far, and mostly still owes one.
     units = [*one.units, *([one.owing[2]] if one.owing else [])]
     enough = len(units) >= _FEW or (len(units) > 1 and min(units) > _MOMENT * usual)
     if slower is not None and slower > _SLOW and enough:
-        return "slow for good"
+        return "always slow"
     slow = one.slow_jobs(usual)
     if slow > 1 and slow >= _OFTEN * len(one.units):
         return "sometimes slow"
@@ -287,12 +303,3 @@ def _note(one: _Seen, mark: str, usual: float, *, gone: bool) -> str:
     if one.restarted:
         notes.append(f"restarted {one.restarted} times" if one.restarted > 1 else "restarted once")
     return "; ".join(notes)
-
-
-def told_workers(workers: Iterable[int], most: int = 8) -> str:
-    """Worker 3; workers 3 and 4; workers 1, 2, 3 and 97 more."""
-    listed = [*workers]
-    if len(listed) > most:
-        return f"workers {', '.join(map(str, listed[: most - 1]))} and {len(listed) - most + 1} more"
-    start = ", ".join(map(str, listed[:-1]))
-    return f"workers {start} and {listed[-1]}" if start else f"worker {listed[-1]}"

@@ -132,7 +132,7 @@ BAD: dict[str, tuple[str, str]] = {
     "unknown code": ("make {}/k -n 4 --code magic", "--code 'magic' must be one of"),
     "too many stragglers": ("make {}/k -n 4 -s 4", "s=4"),
     "bad assignment": ("make {}/k --assignment {}/bad.json", "must hold, as JSON"),
-    "no worker": ("make {}/k --assignment {}/empty.json", "names no worker"),
+    "no worker": ("make {}/k --assignment {}/empty.json", "must hold, as JSON"),
     "missing file": ("make {}/k --assignment {}/none.json", "must hold, as JSON"),
     "nothing to rotate": ("rotate {}", "make keys first"),
     "nothing to check": ("check {}", "There is no key file"),

@@ -17,7 +17,7 @@ from clients.app import app as client_app
 from clients.errors import AppConfigError
 from experiments.engine import Engine
 from fl_gradcode import FlGradcodeError, Ledger
-from fl_gradcode.cli.plan import read_source
+from fl_gradcode.cli.plan_source import read_source
 from fl_gradcode.planning.planner import make_plan
 from fl_gradcode.testing import InProcessGrid
 from server.app import main

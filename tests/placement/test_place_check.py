@@ -30,7 +30,7 @@ def test_check_tells_what_is_right_wrong_missing_and_extra(source: Path, tmp_pat
     assert "wrong    shard 0 (s1.csv): its SHA-256 is" in out
     assert "wrong    shard 1 (s2.csv): it has 4 bytes instead of 12" in out
     assert "missing  shard 2 (s3.csv)" in out
-    assert f"3 of 6 shards in {node} are right." in out and "Fetch the folder node-1 anew" in out
+    assert f"3 of 6 shards in {node} are right." in out and "Fetch the folder node-1 again" in out
     code, out, _ = call("place", "--check", node, "--json")
     told = json.loads(out)
     assert code == 1 and told["right"] is False
@@ -85,7 +85,7 @@ def test_a_folder_whose_name_looks_like_markup_is_checked(source: Path, tmp_path
     (node / "shards.json").write_text(json.dumps({**told, "worker": None, "k": 10**9}))
     (node / told["shards"][0]["name"]).unlink()
     code, out, _ = call("place", "--check", node)
-    assert code == 1 and "Fetch its folder anew" in out
+    assert code == 1 and "Fetch its folder again" in out
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]", '{"s1.csv": 3}'])

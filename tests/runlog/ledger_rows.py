@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_gradcode.runlog.reader import LedgerReader
+from fl_gradcode.runlog.rows import SCHEMA, RoundRow
 from fl_gradcode.runlog.status import RunStatus, status_of
 from fl_gradcode.runlog.workers import WorkerLine
 
@@ -28,7 +29,8 @@ def phase(*, seconds: Any = (1.0,) * 6, straggling: Any = (), asked: Any = 1, **
         "asked": [*range(len(seconds))], "held-back": [], "answered": good, "unread": [], "used": good[:2],
         "stragglers": [*straggling], "rejected": [], "late": [], "decodable-after-replies": 2,
         "decodable-after-seconds": 1.5, "decoding-error": 0.0, "kappa": 1.0, "coverage": [1.0] * len(seconds),
-        "timings": timings, "owing": [], "bytes-down": 100, "bytes-up": 10, "seconds": told, **fields,
+        "replica-disagreement": 0.0, "timings": timings, "owing": [], "bytes-down": 100, "bytes-up": 10,
+        "seconds": told, **fields,
     }  # fmt: skip
 
 
@@ -38,11 +40,23 @@ def row(server_round: int, *, run: Any = "one", code: Any = CODE, **fields: Any)
         name: fields.pop(name) for name in ("ended-at", "resumed", "ended-by", "evaluate", "holders") if name in fields
     }
     train = phase(asked=server_round, **fields)
-    return {"run": run, "round": server_round, "code": code, "train": train, "evaluate": None, "way": way, **extra}
+    return {
+        "schema": SCHEMA, "run": run, "flower-run-id": "1", "round": server_round, "ended-at": None, "code": code,
+        "train": train, "evaluate": None, "way": way, **extra,
+    }  # fmt: skip
 
 
-def rejected(worker: int | None, reason: str, node: int = 7) -> dict[str, Any]:
-    return {"worker": worker, "node": str(node), "reason": reason}
+def typed(rows: Sequence[dict[str, Any]]) -> list[RoundRow]:
+    return [RoundRow.from_json(one) for one in rows]
+
+
+def rejected(worker: int | None, reason: str, node: int = 7, kind: str = "error") -> dict[str, Any]:
+    return {"worker": worker, "node": str(node), "kind": kind, "reason": reason}
+
+
+def late(worker: int | None, asked: str, reason: str | None = None) -> dict[str, Any]:
+    wrong = {} if reason is None else {"kind": "error", "reason": reason}
+    return {"worker": worker, "node": "9", "from": asked, **wrong}
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]], tail: str = "") -> Path:

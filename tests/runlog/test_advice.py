@@ -13,7 +13,7 @@ from flwr.app import Error, Message
 from flwr.serverapp.strategy import FedAvg
 
 from fl_gradcode import GradientCoding, VirtualGrid, cyclic_repetition, fractional_repetition
-from fl_gradcode.cli.plan import read_source
+from fl_gradcode.cli.plan_source import read_source
 from fl_gradcode.codes import bernoulli
 from fl_gradcode.latency import Latency, lognormal, scaled
 from fl_gradcode.planning.planner import make_plan
@@ -22,7 +22,7 @@ from fl_gradcode.runlog.reader import RunRows
 from fl_gradcode.runlog.status import as_json, status_of
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import initial_arrays, toy_app
-from tests.runlog.ledger_rows import CODE, notices, read, row, worker
+from tests.runlog.ledger_rows import CODE, notices, read, row, typed, worker
 
 
 def ledger_of(path: Path, rounds: int, *, send: str = "coded", s: int = 2, slow: float = 10.0, **options: Any) -> Path:
@@ -54,37 +54,38 @@ def test_a_run_that_does_what_is_recommended_is_told_so(tmp_path: Path) -> None:
 
 
 def test_too_few_rounds_say_how_many_are_needed() -> None:
-    rows = [row(i) for i in range(1, LEAST)]
+    rows = typed([row(i) for i in range(1, LEAST)])
     advice = advise(rows)
     assert advice.verdict == "no recommendation yet: 4 of the last rounds left job times, 5 are needed."
     assert not advice.python
-    assert advise([*rows, row(LEAST)]).python
+    assert advise([*rows, *typed([row(LEAST)])]).python
 
 
 def test_advice_is_made_of_the_rounds_since_the_code_had_this_many_workers() -> None:
     smaller = {**CODE, "n": 5, "k": 5}
     rows = [*(row(i) for i in range(1, 9)), *(row(i, code=smaller, seconds=[1.0] * 5) for i in range(9, 15))]
-    assert advise(rows).rounds == 6
+    assert advise(typed(rows)).rounds == 6
 
 
 def test_rows_without_times_or_a_single_worker_get_no_advice() -> None:
-    assert "0 of the last rounds" in advise([{"round": 1, "code": CODE, "train": {"outcome": "exact"}}]).verdict
-    assert "at least 2 workers" in advise([row(1, code={**CODE, "n": 1})]).verdict
-    assert not advise([{"round": 1, "train": None}]).python
+    assert "0 of the last rounds" in advise(typed([row(1, seconds=[None] * 6)])).verdict
+    assert "at least 2 workers" in advise(typed([row(1, code={**CODE, "n": 1})])).verdict
+    assert not advise(typed([{**row(1), "train": None}])).python
 
 
 def test_who_does_not_answer_any_more_is_planned_for() -> None:
-    rows = [row(i) for i in range(1, 20)]
+    rows = typed([row(i) for i in range(1, 20)])
     assert advise(rows).verdict.startswith("do not code: ")
     told = advise(rows, gone=[3])
     assert told.verdict.startswith("as if worker 3 never answered again: code: ") and "GradientCoding(" in told.python
 
 
 def test_no_advice_for_a_code_of_workers_that_are_not_all_there() -> None:
-    rows = [row(i) for i in range(1, 20)]
+    rows = typed([row(i) for i in range(1, 20)])
     told = advise(rows, holders=[[0, 1], [2, 4], [5, 0]])
     assert (
-        told.verdict == "no recommendation: worker 3 holds nothing now; plans are for n=6 that do." and not told.python
+        told.verdict == "no recommendation: worker 3 holds no shards now, and a plan is for n=6 that do."
+        and not told.python
     )
     assert advise(rows, holders=[[0, 1], [2, 3], [4, 5]]).python
 
@@ -104,7 +105,7 @@ def test_an_approximate_code_says_so_in_its_ledger(tmp_path: Path) -> None:
 def test_advice_for_a_thousand_workers_simulates_little() -> None:
     rng = np.random.default_rng(0)
     code = {**CODE, "n": 1000, "k": 1000}
-    rows = [row(i, code=code, seconds=rng.lognormal(0, 0.3, 1000).tolist()) for i in range(1, 7)]
+    rows = typed([row(i, code=code, seconds=rng.lognormal(0, 0.3, 1000).tolist()) for i in range(1, 7)])
     advice = advise(rows)
     assert advice.rounds == 6 and advice.python
 
@@ -126,8 +127,8 @@ def test_a_real_run_names_who_is_slow_and_who_fails(send: str, tmp_path: Path) -
     path = ledger_of(tmp_path / "ledger.jsonl", 24, send=send, tamper=failing(4))
     told = status_of(run_of(path))
     assert told.outcomes == {"exact": 24} and told.virtual
-    assert {0, 1} <= {one.worker for one in told.workers if one.mark == "slow for good"}
-    assert "OSError: disk [full]" in worker(told, 4).reasons[0][0]
+    assert {0, 1} <= {one.worker for one in told.workers if one.mark == "always slow"}
+    assert "OSError: disk [full]" in worker(told, 4).reasons[0].reason
     json.dumps(as_json(told, 10), allow_nan=False)
 
 
@@ -148,7 +149,7 @@ def test_a_real_run_that_cannot_decode_any_more_says_why(tmp_path: Path) -> None
         file.writelines(json.dumps(one) + "\n" for one in rows)
     told = status_of(run_of(path))
     assert told.outcomes == {"exact": 4, "skipped": 4}
-    assert "shards 0, 3, 6 (held by workers 0, 3 and 6" in notices(told)["undecoded"]
+    assert "shards 0, 3 and 6 (held by workers 0, 3 and 6" in notices(told)["undecoded"]
 
 
 def test_a_cyclic_code_has_its_holders_named(tmp_path: Path) -> None:

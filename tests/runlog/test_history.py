@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -19,12 +20,13 @@ from fl_gradcode import GradientCode, GradientCoding, VirtualGrid, gradient_codi
 from fl_gradcode.codes import cyclic_repetition, fractional_repetition, uncoded
 from fl_gradcode.errors import InvalidSetting
 from fl_gradcode.latency import Latency, Law, constant, exponential, lognormal, scaled
-from fl_gradcode.latency.history import History, Timing
 from fl_gradcode.latency.populations import named
 from fl_gradcode.planning.planner import make_plan
 from fl_gradcode.planning.schemes import Scheme, any_code, partial_work, repetition, wait_for_all
 from fl_gradcode.planning.simulation import steady_rounds
+from fl_gradcode.runlog.history import History, Timing
 from fl_gradcode.runlog.ledger import Ledger
+from fl_gradcode.runlog.rows import JobLine, RoundRow
 from fl_gradcode.testing import InProcessGrid
 
 N = 12
@@ -49,20 +51,26 @@ def app() -> ClientApp:
 
 def run(
     code: GradientCode, latency: Latency, rounds: int = 60, *, seed: int = 0, evaluate: bool = False, **options: Any
-) -> list[dict[str, Any]]:
-    """The ledger's rows of a run."""
+) -> list[RoundRow]:
+    """The ledger's rows of a run, as they are read from a file."""
     fedavg = FedAvg() if evaluate else FedAvg(fraction_evaluate=0.0, min_evaluate_nodes=0)
     with InProcessGrid(app(), code.n) as inner:
         strategy = GradientCoding(fedavg, code, **options)
         strategy.start(VirtualGrid(inner, latency, seed=seed), ArrayRecord([np.zeros(1, np.float32)]), rounds, 1e9)
-    return [json.loads(json.dumps(row)) for row in strategy.ledger.rows]
+    return [RoundRow.from_json(json.loads(json.dumps(row))) for row in strategy.ledger.rows]
 
 
-def waited(rows: list[dict[str, Any]]) -> float:
-    return float(np.mean([row["train"]["seconds"]["waiting"] for row in rows]))
+def waited(rows: list[RoundRow]) -> float:
+    return float(np.mean([phase.seconds.waiting for row in rows for phase in [row.train] if phase is not None]))
 
 
-def predicted(rows: list[dict[str, Any]], scheme: Scheme) -> float:
+def with_timings(row: RoundRow, change: Callable[[JobLine], JobLine]) -> RoundRow:
+    """The row with each job of its training changed."""
+    assert row.train is not None
+    return replace(row, train=replace(row.train, timings=tuple(map(change, row.train.timings))))
+
+
+def predicted(rows: list[RoundRow], scheme: Scheme) -> float:
     latency = History.of_ledger(rows).latency()
     parts = latency.parts(seed=0, n=scheme.n, rounds=len(rows))
     return float(steady_rounds(scheme, parts).seconds.mean())
@@ -84,7 +92,7 @@ MEMORYLESS = ("exponential", "bimodal", "serverless")
 
 
 @cache
-def rows_of(name: str, law: str) -> list[dict[str, Any]]:
+def rows_of(name: str, law: str) -> list[RoundRow]:
     code, options, _ = CODES[name]
     return run(code, named(law), **options)
 
@@ -125,7 +133,7 @@ def test_a_ledger_says_who_is_slow() -> None:
 def test_late_replies_that_come_in_while_evaluating_are_learnt_from() -> None:
     latency = Latency(compute=scaled(constant(1.0), {0: 1.2}), evaluation=5.0)
     rows = run(fractional_repetition(N, 3), latency, 6, evaluate=True)
-    assert any(one["kind"] == "train" for row in rows for one in row["evaluate"]["timings"])
+    assert any(job.kind == "train" for row in rows if row.evaluate is not None for job in row.evaluate.timings)
     _, compute = History.of_ledger(rows).tables()
     assert compute[:, 0] == pytest.approx(1.2) and compute[:, 1:] == pytest.approx(1.0)
 
@@ -139,17 +147,17 @@ def test_the_split_is_what_clients_say() -> None:
 
 
 def test_without_a_word_of_the_clients_all_is_compute() -> None:
-    rows = json.loads(json.dumps(rows_of("repetition", "bimodal")))
-    for row in rows:
-        for one in row["train"]["timings"]:
-            one["computing"] = None
+    told = rows_of("repetition", "bimodal")
+    rows = [with_timings(row, lambda job: replace(job, computing=None)) for row in told]
     history = History.of_ledger(rows)
     assert history.split() == 1.0
     fixed, compute = history.tables()
     assert not fixed.any() and compute.min() > 0
     # Some say so: the others are split alike.
-    rows[0]["train"]["timings"][0]["computing"] = 0.5 * rows[0]["train"]["timings"][0]["seconds"]
-    assert History.of_ledger(rows).split() == pytest.approx(0.5 / 4 / (0.5 + 0.5 / 4))  # of four shards, for one
+    half = with_timings(told[0], lambda job: replace(job, computing=0.5 * (job.seconds or 0.0)))
+    assert History.of_ledger([half, *rows[1:]]).split() == pytest.approx(
+        0.5 / 4 / (0.5 + 0.5 / 4)
+    )  # of four shards, for one
 
 
 def test_workers_that_owe_a_reply_count_as_slow() -> None:
@@ -234,7 +242,7 @@ def test_runs_that_were_appended_to_one_file_follow_each_other() -> None:
     known = both.tables()[1]
     np.testing.assert_allclose(known[30:], alone[1])
     assert (known[:30] == alone[0]).mean() > 0.9  # but for gaps at the end, which now are followed by something
-    again = [*one, *json.loads(json.dumps(one))]  # the same strategy, started twice
+    again = [*one, *one]  # the same strategy, started twice
     assert History.of_ledger(again).rounds == 60
 
 
@@ -243,34 +251,30 @@ def test_a_ledger_that_was_written_to_a_file_is_read_back(tmp_path: Any) -> None
     with InProcessGrid(app(), 6) as inner:
         strategy = GradientCoding(FedAvg(), fractional_repetition(6, 1), ledger=Ledger(path))
         strategy.start(VirtualGrid(inner, named("pareto")), ArrayRecord([np.zeros(1, np.float32)]), 5)
-    history = History.of_ledger(Ledger.read(path))
+    history = History.of_ledger(Ledger.read_rounds(path))
     assert history.n == 6 and history.rounds == 5
-    assert np.array_equal(history.tables(), History.of_ledger(strategy.ledger.rows).tables())
+    assert np.array_equal(history.tables(), History.of_ledger(strategy.ledger.rounds).tables())
 
 
-def strip(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """As an older version wrote them."""
-    return [
-        {**row, "train": {key: value for key, value in row["train"].items() if key not in ("timings", "owing")}}
-        for row in rows
-    ]
+def strip(rows: list[RoundRow]) -> list[RoundRow]:
+    return [replace(row, train=replace(row.train, timings=(), owing=())) for row in rows if row.train is not None]
+
+
+NO_TIMES = "The ledger has no training times: no reply to a training message has come in yet."
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         (lambda rows: [], "The ledger has no rounds yet; let the run finish at least one."),
-        (strip, "The ledger has no training times: it was written by an older version, or by no round."),
+        (strip, NO_TIMES),
+        (lambda rows: [replace(row, train=None) for row in rows], NO_TIMES),
         (
-            lambda rows: [{**row, "train": None} for row in rows],
-            "The ledger has no training times: it was written by an older version, or by no round.",
+            lambda rows: [*rows, replace(rows[0], code=replace(rows[0].code, n=5))],
+            "The ledger has codes for 5 and 12 workers; give the ledger of one run.",
         ),
-        (
-            lambda rows: [*rows, {**rows[0], "code": {**rows[0]["code"], "n": 5}}],
-            "The ledger has codes for [5, 12] workers; give one that is of one run.",
-        ),
-        (lambda rows: [{"round": 1}], "The ledger has no rounds yet; let the run finish at least one."),
     ],
+    ids=["no rows", "no times", "no training", "two codes"],
 )
 def test_a_ledger_without_times_is_refused_in_one_sentence(change: Callable[[Any], Any], sentence: str) -> None:
     with pytest.raises(InvalidSetting, match=f"^{re.escape(sentence)}$"):

@@ -1,17 +1,34 @@
-"""Rows are read from a ledger whatever version wrote it, and while it is being written."""
+"""Rows are read from a ledger while it is being written."""
 
 from __future__ import annotations
 
 import json
 from functools import partial
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
+from fl_gradcode.cli.status_page import draw_status
 from fl_gradcode.errors import InvalidSetting
-from fl_gradcode.runlog.reader import LedgerReader
-from fl_gradcode.runlog.status import as_json, status_of
-from tests.runlog.ledger_rows import Made, read, rejected, row, status_of_rows, worker, write
+from fl_gradcode.runlog.reader import LedgerReader, RoundLine
+from fl_gradcode.runlog.status import RunStatus, as_json, status_of
+from fl_gradcode.runlog.workers import FailureLine
+from tests.runlog.ledger_rows import (
+    CODE,
+    Made,
+    late,
+    phase,
+    read,
+    rejected,
+    row,
+    status_of_rows,
+    typed,
+    worker,
+    write,
+)
 
 
 @pytest.fixture
@@ -59,11 +76,11 @@ def test_a_file_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
 
 
 def test_a_last_row_that_was_written_anew_is_seen_though_it_is_as_long(tmp_path: Path) -> None:
-    path = write(tmp_path / "ledger.jsonl", [row(1), row(2, outcome="exact")])
+    path = write(tmp_path / "ledger.jsonl", [row(1), row(2, ended="decoded")])
     reader, size = read(path), path.stat().st_size
-    write(path, [row(1), row(2, outcome="excat")])
+    write(path, [row(1), row(2, ended="dedoced")])
     assert path.stat().st_size == size and reader.read()
-    assert [one.outcome for one in reader.runs["one"].rounds] == ["exact", "excat"]
+    assert [one.ended for one in reader.runs["one"].rounds] == ["decoded", "dedoced"]
 
 
 def test_what_was_read_is_not_read_again(tmp_path: Path) -> None:
@@ -89,14 +106,55 @@ def test_a_broken_line_in_the_middle_is_an_error_with_its_number(tmp_path: Path)
 def test_a_file_of_something_else_is_no_ledger(line: str, tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text(line + "\n")
-    with pytest.raises(InvalidSetting, match="Line 1 of .* is no row of a ledger"):
+    with pytest.raises(InvalidSetting, match=r"Line 1 of the ledger .*: This is no ledger row: .* Name the file given"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"schema": 2}, "This ledger row has schema 2; this version of fl-gradcode reads schema 1."),
+        ({"round": "2"}, "round is '2' and must be a whole number"),
+        ({"code": {**CODE, "k": 0}}, "code has n=6 workers and k=0 shards"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named_with_its_line(
+    change: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "ledger.jsonl", [row(1), {**row(2), **change}, row(3)])
+    with pytest.raises(InvalidSetting) as refused:
+        read(path)
+    assert str(refused.value).startswith("Line 2 of the ledger ") and sentence in str(refused.value)
+
+
+def test_a_wrong_value_in_a_long_list_is_found_when_the_row_is_read_whole(tmp_path: Path) -> None:
+    wrong = row(2)
+    wrong["train"]["timings"][3]["seconds"] = "fast"
+    reader = read(write(tmp_path / "ledger.jsonl", [row(1), wrong]))
+    with pytest.raises(InvalidSetting, match=r"^Line 2 of .* train\.timings\[3\]\.seconds is 'fast' and must be"):
+        status_of(reader.runs["one"])
+
+
+def test_the_summary_of_a_round_leaves_out_nothing_that_it_shows(tmp_path: Path) -> None:
+    """Long lists are cut out of a line before it is parsed: the summary is that of the whole row."""
+    rows = [
+        row(1, holders=[[0, 1]] * 6, rejected=[rejected(1, '"asked": [1, 2]')], late=[late(2, "train 1")]),
+        row(2, outcome="approximate", straggling=[1], **{"filled-in": [{"shards": [1, 4], "round": 1}]}),
+        row(3, joined=[1, None], restarted=[2], evaluate=phase(outcome="skipped", rejected=[rejected(3, "no data")])),
+    ]
+    reader = read(write(tmp_path / "ledger.jsonl", rows))
+    assert reader.runs["one"].rounds == [RoundLine.of(one) for one in typed(rows)]
+    assert [one.events for one in reader.runs["one"].rounds] == [
+        ("1 failed",),
+        ("2 shards filled in",),
+        ("1 failed to evaluate", "2 joined", "1 restarted"),
+    ]
 
 
 def test_a_reason_with_brackets_and_quotes_is_read_as_it_is(status: Made) -> None:
     reason = 'KeyError: "asked": [1, 2], "timings": [] \\'
     told = status([row(i, rejected=[rejected(1, reason)], straggling=[1]) for i in (1, 2, 3)])
-    assert worker(told, 1).reasons == ((reason, 3),)
+    assert worker(told, 1).reasons == (FailureLine("error", reason, 3),)
 
 
 def test_two_runs_that_write_in_turns_are_kept_apart(tmp_path: Path) -> None:
@@ -143,13 +201,24 @@ def test_a_virtual_clock_has_no_time_between_rounds(status: Made) -> None:
     assert told.virtual and told.seconds["between rounds"] is None
 
 
-def test_rows_of_an_older_version_are_shown_as_far_as_they_tell(status: Made) -> None:
-    told = status(
-        [{"run": "old", "round": 1, "train": {"outcome": "exact"}}, {"round": 2, "run": "old", "train": None}]
-    )
-    assert told.outcomes == {"exact": 1, "ended": 1} and told.workers == () and told.sending == "not said"
+def test_rounds_in_which_no_node_was_asked_are_shown(status: Made) -> None:
+    idle = row(1)
+    idle["train"] = None
+    del idle["way"]
+    told = status([idle, {**idle, "round": 2, "ended-by": "ValueError: no"}])
+    assert told.outcomes == {"ended": 2} and told.workers == () and told.sending == "nothing yet"
     assert told.last.waiting is None and told.seconds["between rounds"] is None
+    assert "! The run ended in round 2: ValueError: no." in shown(told)
+    assert "No worker was asked in these rounds." in shown(told)
     json.dumps(as_json(told, 10), allow_nan=False)
+
+
+def shown(told: RunStatus) -> str:
+    """The page of a status, as it is printed."""
+    console = Console(file=StringIO(), width=200)
+    console.print(draw_status(told, None, rounds=10, now=0.0, others=0, ascii_only=True))
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
 
 
 def test_seconds_that_were_not_finite_count_as_none(status: Made) -> None:
@@ -164,9 +233,16 @@ def test_seconds_that_were_not_finite_count_as_none(status: Made) -> None:
 
 
 def test_privacy_is_what_the_last_row_says_that_has_it(status: Made) -> None:
-    spent = [{"epsilon": 0.5 * i, "delta": 1e-5, "unit": "record", "noise": "shared"} for i in (1, 2)]
+    promise = {
+        "unit": "record", "noise": "shared", "noise-multiplier": 1.0, "clipping-norm": 1.0, "sample-rate": 0.1,
+        "steps": 2, "delta": 1e-5, "accountant": "prv", "epsilon-told": None, "epsilon-told-all-runs": None,
+        "other-requests": {},
+    }  # fmt: skip
+    spent = [{**promise, "epsilon": 0.5 * i} for i in (1, 2)]
     told = status([row(1, privacy=spent[0]), row(2, privacy=spent[1]), row(3, privacy=None)])
-    assert told.privacy is not None and told.privacy["epsilon"] == 1.0
+    assert told.privacy is not None and told.privacy.epsilon == 1.0
+    assert as_json(told, 1)["privacy"] == spent[1]
+    assert "privacy of a record so far: epsilon 1, delta 1e-05" in shown(told)
 
 
 def test_how_it_sends_is_told_also_where_it_is_chosen_anew(status: Made) -> None:

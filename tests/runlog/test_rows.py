@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from fl_gradcode import GradientCoding, fractional_repetition
 from fl_gradcode.errors import InvalidSetting
+from fl_gradcode.protocol import RejectionKind
 from fl_gradcode.runlog.rows import (
     SCHEMA,
     CodeLine,
@@ -67,7 +69,7 @@ MODES: tuple[Literal["coded", "shards"], ...] = ("coded", "shards")
 ROWS = st.builds(
     RoundRow,
     run=st.text(), flower_run_id=st.text(), round=NUMBERS, ended_at=SOMETIMES, resumed=st.booleans(),
-    code=st.builds(CodeLine, st.text(), NUMBERS, NUMBERS, NUMBERS, NUMBERS, st.booleans()),
+    code=st.builds(CodeLine, st.text(), st.integers(1, 99), st.integers(1, 99), NUMBERS, NUMBERS, st.booleans()),
     holders=st.none() | lists(lists(NUMBERS)),
     way=st.none() | st.builds(ModeLine, st.sampled_from(MODES), SOMETIMES, NUMBERS),
     train=st.none() | ENTRIES, evaluate=st.none() | ENTRIES, ended_by=st.none() | st.text(),
@@ -76,16 +78,6 @@ ROWS = st.builds(
 
 def through_json(values: Any) -> Any:
     return json.loads(json.dumps(values, allow_nan=False))
-
-
-def in_schema(row: Any) -> Any:
-    """What the writer is about to add."""
-    kinds = {"kind": "error"}
-    phases = {
-        name: row[name] and {**row[name], "rejected": [{**one, **kinds} for one in row[name]["rejected"]]}
-        for name in ("train", "evaluate")
-    }
-    return {"schema": SCHEMA, **row, **phases}
 
 
 def real_rows() -> list[dict[str, Any]]:
@@ -97,7 +89,7 @@ def real_rows() -> list[dict[str, Any]]:
     with InProcessGrid(toy_app(), 6, tamper=tamper) as grid:
         strategy = GradientCoding(FedAvg(), fractional_repetition(6, 2))
         strategy.start(grid, initial_arrays(), 2)
-    rows = [through_json(in_schema(row)) for row in strategy.ledger.rows]
+    rows = [through_json(row) for row in strategy.ledger.rows]
     assert rows[0]["train"]["rejected"] and rows[0]["evaluate"]["timings"]
     return rows
 
@@ -235,3 +227,35 @@ def test_a_row_is_replaced_not_changed() -> None:
 def test_a_phase_says_who_was_in_time_and_a_late_reply_who_asked() -> None:
     assert a_phase(answered=(1, 0, 2), unread=(3, None), used=(1,), stragglers=(2,)).in_time == {0, 1, 3}
     assert [Late(0, "9", text).asked for text in ("train 12", "probe")] == [("train", 12), ("probe", None)]
+
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "ledger.md"
+
+
+def keys_of(values: Any) -> set[str]:
+    """All keys of JSON values, but for numbers."""
+    if isinstance(values, list):
+        return {key for one in values for key in keys_of(one)}
+    if isinstance(values, dict):
+        return {key for key in values if not key.isdecimal()} | {key for one in values.values() for key in keys_of(one)}
+    return set()
+
+
+def test_every_field_and_every_kind_is_documented() -> None:
+    job = JobLine(0, "train", 1, 1, 2.0, None)
+    spent = PrivacyLine(
+        unit="record", noise="shared", noise_multiplier=1.0, clipping_norm=1.0, sample_rate=0.1, steps=2, delta=1e-5,
+        accountant="prv", epsilon=1.0,
+    )  # fmt: skip
+    full = a_row(
+        resumed=True, ended_by="x", holders=((0,),), code=CodeLine("mine", 2, 2, 1, 1, exact=False),
+        way=ModeLine("coded", None, 1),
+        train=a_phase(
+            timings=(job,), owing=(job,), privacy=spent, rejected=(Rejected(0, "7", "error", "boom"),),
+            late=(Late(0, "7", "train 1", "error", "boom"),), filled_in=(FilledIn((0,), 1),),
+        ),
+    ).to_json()  # fmt: skip
+    text = DOCS.read_text()
+    named = {*keys_of(full), *get_args(RejectionKind)}
+    assert len(named) > 80
+    assert sorted(name for name in named if f"`{name}`" not in text and f'"{name}"' not in text) == []

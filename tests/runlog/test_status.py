@@ -11,7 +11,8 @@ import pytest
 from fl_gradcode.cli.status_page import heading
 from fl_gradcode.runlog.reader import LedgerReader
 from fl_gradcode.runlog.status import status_of
-from tests.runlog.ledger_rows import CODE, Made, notices, phase, rejected, row, status_of_rows, worker, write
+from fl_gradcode.runlog.workers import FailureLine
+from tests.runlog.ledger_rows import CODE, Made, late, notices, phase, rejected, row, status_of_rows, worker, write
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def status(tmp_path: Path) -> Made:
 def test_who_is_always_slow_and_who_only_sometimes_are_told_apart(status: Made) -> None:
     rows = [row(i, seconds=[3.0, 9.0 if i % 4 == 0 else 1.0, 1.0, 1.1, 0.9, 1.0]) for i in range(1, 21)]
     told = status(rows)
-    assert [one.mark for one in told.workers] == ["slow for good", "sometimes slow", "", "", "", ""]
+    assert [one.mark for one in told.workers] == ["always slow", "sometimes slow", "", "", "", ""]
     slow, moody = told.workers[:2]
     assert (slow.worker, slow.seconds, slow.slower, slow.computing) == (0, 3.0, 3.0, 0.5)
     assert moody.worker == 1 and moody.note == "5 of 20 jobs took 4 times the usual"
@@ -39,23 +40,29 @@ def test_jobs_of_several_shards_are_compared_by_what_one_would_take(status: Made
 
 
 def test_in_time_and_late_are_counted_and_late_ones_of_another_run_are_not(status: Made) -> None:
-    late = [{"worker": 5, "node": "9", "from": f"train {i}"} for i in (1, 8)]
-    told = status([row(1, straggling=[5]), row(2, straggling=[5], late=late), row(3)])
+    came = [late(5, f"train {i}") for i in (1, 8)]
+    told = status([row(1, straggling=[5]), row(2, straggling=[5], late=came), row(3)])
     assert (worker(told, 5).rounds, worker(told, 5).in_time, worker(told, 5).late) == (3, 1, 1)
 
 
 def test_who_fails_again_and_again_is_first_with_each_reason_once(status: Made) -> None:
-    reasons = ["gave up after 3.1 s", "gave up after 4.5 s", "ValueError: no file"]
-    rows = [row(i, straggling=[4], rejected=[rejected(4, reason)]) for i, reason in enumerate(reasons, 1)]
+    reasons = [("gave-up", "gave up after 3.1 s"), ("gave-up", "gave up after 4.5 s"), ("error", "ValueError: no file")]
+    rows = [
+        row(i, straggling=[4], rejected=[rejected(4, text, kind=kind)]) for i, (kind, text) in enumerate(reasons, 1)
+    ]
     told = status(rows)
     assert told.workers[0].worker == 4 and told.workers[0].mark == "failing" and told.workers[0].failed == 3
-    assert told.workers[0].reasons == (("ValueError: no file", 1), ("gave up after 4.5 s", 2))
+    assert told.workers[0].reasons == (
+        FailureLine("error", "ValueError: no file", 1),
+        FailureLine("gave-up", "gave up after 4.5 s", 2),
+    )
 
 
 def test_a_failure_in_training_and_in_evaluation_is_one_round(status: Made) -> None:
     wrong = [rejected(4, "ValueError: no file")]
     rows = [row(i, straggling=[4], rejected=wrong, evaluate=phase(rejected=wrong, straggling=[4])) for i in (1, 2)]
-    assert worker(status(rows), 4).failed == 2 and worker(status(rows), 4).reasons == (("ValueError: no file", 2),)
+    assert worker(status(rows), 4).failed == 2
+    assert worker(status(rows), 4).reasons == (FailureLine("error", "ValueError: no file", 2),)
 
 
 def test_one_failure_long_ago_is_no_failing(status: Made) -> None:
@@ -64,9 +71,9 @@ def test_one_failure_long_ago_is_no_failing(status: Made) -> None:
 
 
 def test_an_error_that_comes_late_is_a_failure(status: Made) -> None:
-    late = [{"worker": 4, "node": "9", "from": "train 1", "reason": "error 2: boom"}]
-    told = worker(status([row(1, straggling=[4]), row(2, straggling=[4], late=late)]), 4)
-    assert (told.failed, told.late, told.reasons) == (1, 0, (("error 2: boom", 1),))
+    came = [late(4, "train 1", "error 2: boom")]
+    told = worker(status([row(1, straggling=[4]), row(2, straggling=[4], late=came)]), 4)
+    assert (told.failed, told.late, told.reasons) == (1, 0, (FailureLine("error", "error 2: boom", 1),))
 
 
 def test_a_node_that_the_server_forgot_after_a_failure_counts_as_the_worker_that_it_was(status: Made) -> None:
@@ -106,7 +113,7 @@ def test_who_is_silent_is_told_and_whether_its_node_is_gone(status: Made) -> Non
 
 def test_who_is_slow_is_not_called_silent_between_two_replies(status: Made) -> None:
     rows = [row(i, straggling=[1], seconds=[1, 50.0 if i % 6 == 0 else None, 1, 1, 1, 1]) for i in range(1, 24)]
-    assert worker(status(rows), 1).mark == "slow for good"
+    assert worker(status(rows), 1).mark == "always slow"
 
 
 def test_a_worker_that_the_code_has_no_more_is_not_listed(status: Made) -> None:
@@ -159,19 +166,18 @@ def test_whoever_fails_to_evaluate_alone_is_no_risk_for_a_round(status: Made) ->
 
 def test_whoever_trains_late_and_fails_to_evaluate_does_answer(status: Made) -> None:
     wrong, code = [rejected(5, "ValueError: no test set")], {**CODE, "s": 1}
-    late = lambda i: [{"worker": 5, "node": "9", "from": f"train {i - 1}"}]  # noqa: E731
     rows = [
-        row(i, code=code, straggling=[5], late=late(i), evaluate=phase(rejected=wrong, straggling=[5]))
+        row(i, code=code, straggling=[5], late=[late(5, f"train {i - 1}")], evaluate=evaluated)
         for i in range(2, 10)
+        for evaluated in [phase(rejected=wrong, straggling=[5])]
     ]
     told = status(rows)
     assert worker(told, 5).mark == "failing" and "spare" not in notices(told)
 
 
-@pytest.mark.parametrize("code", [{"s": -1}, {"s": "x"}, {"m": {}}, {"m": None}, {"s": None}])
-def test_a_code_that_makes_no_sense_is_no_crash(code: dict[str, Any], status: Made) -> None:
-    told = status([row(i, code={**CODE, **code}, straggling=[1, 2]) for i in (1, 2, 3, 4)])
-    assert [*heading(told, now=0.0, written=None)]
+def test_a_code_that_makes_no_sense_is_no_crash(status: Made) -> None:
+    told = status([row(i, code={**CODE, "s": -1}, straggling=[1, 2]) for i in (1, 2, 3, 4)])
+    assert [*heading(told, now=0.0)]
 
 
 def test_estimates_of_a_code_that_promises_no_more_are_no_warning(status: Made) -> None:
@@ -194,8 +200,8 @@ def test_shards_that_nobody_answers_for_are_named_with_their_holders(status: Mad
     told = [[0, 2, 4], [1, 3, 5]] * 3
     lost = [row(i, straggling=[0, 2, 4], outcome="skipped", ended="hopeless") for i in (3, 4)]
     assert notices(status([row(1, holders=told), row(2), *lost]))["undecoded"] == (
-        "Rounds 3 to 4 were not exact (skipped): nobody answered in time for shards 0, 2, 4 (held by workers 0, 2 and "
-        "4)."
+        "Rounds 3 to 4 were not exact (skipped): nobody answered in time for shards 0, 2 and 4 (held by workers 0, 2 "
+        "and 4)."
     )
 
 
@@ -203,27 +209,22 @@ def test_holders_are_those_of_the_code_as_it_is_now(status: Made) -> None:
     before, now = [[0, 2, 4], [1, 3, 5]] * 3, [[0, 1, 2]] * 3 + [[3, 4, 5]] * 3
     rows = [row(1, holders=before), row(2), row(3, holders=now)]
     lost = row(4, straggling=[0, 1, 2], outcome="skipped", ended="hopeless")
-    assert "shards 0, 1, 2 (held by workers 0, 1 and 2)" in notices(status([*rows, lost]))["undecoded"]
+    assert "shards 0, 1 and 2 (held by workers 0, 1 and 2)" in notices(status([*rows, lost]))["undecoded"]
 
 
 def test_holders_are_known_however_long_ago_they_were_told(tmp_path: Path) -> None:
     rows = [row(1, holders=[[0, 2, 4], [1, 3, 5]] * 3), *(row(i) for i in range(2, 30))]
     reader = LedgerReader(write(tmp_path / "l", [*rows, row(30, straggling=[1, 3, 5], outcome="skipped")]), window=5)
     reader.read()
-    assert "shards 1, 3, 5 (held by" in notices(status_of(reader.runs["one"]))["undecoded"]
+    assert "shards 1, 3 and 5 (held by" in notices(status_of(reader.runs["one"]))["undecoded"]
 
 
-def test_holders_that_an_older_ledger_does_not_tell_are_not_guessed(status: Made) -> None:
-    lost = row(3, straggling=[0, 2, 4], outcome="skipped", ended="hopeless")
-    told = notices(status([row(1), row(2), lost]))["undecoded"]
-    assert "shard" not in told and "workers 0, 2 and 4 not in time, and the code covers any 2" in told
-
-
-def test_of_a_code_that_is_not_known_the_coverage_tells_in_an_approximate_round(status: Made) -> None:
-    code = {**CODE, "name": "universal"}
-    fields = {"outcome": "approximate", "coverage": [1, 1, 0, 1, 1, 1.0], "straggling": [2, 3, 4]}
-    told = notices(status([row(1, code=code), row(2, code=code, **fields)]))["undecoded"]
-    assert told == "Round 2 was not exact (approximate): nobody answered in time for shard 2."
+def test_where_nobody_lost_all_holders_those_not_in_time_are_named(status: Made) -> None:
+    told = [[0, 2, 4], [1, 3, 5]] * 3
+    lost = row(3, straggling=[0, 2, 3], outcome="skipped", ended="hopeless")
+    assert notices(status([row(1, holders=told), row(2), lost]))["undecoded"] == (
+        "Round 3 was not exact (skipped): workers 0, 2 and 3 not in time, and the code covers any 2."
+    )
 
 
 def test_that_no_spare_worker_is_left_is_told(status: Made) -> None:
@@ -239,12 +240,18 @@ def test_that_no_spare_worker_is_left_is_told(status: Made) -> None:
 
 
 def test_holders_that_disagree_and_nodes_with_one_number_are_told(status: Made) -> None:
-    twin = rejected(3, "duplicate: node 11 answered as worker 3", node=12)
-    told = status([row(1, **{"replica-disagreement": 1e-9}), row(2, **{"replica-disagreement": 2e-3}, rejected=[twin])])
+    twin = rejected(3, "duplicate: node 11 answered as worker 3", node=12, kind="duplicate-worker")
+    again = rejected(4, "duplicate", node=13, kind="duplicate")
+    told = status(
+        [row(1, **{"replica-disagreement": 1e-9}), row(2, **{"replica-disagreement": 2e-3}, rejected=[twin, again])]
+    )
     assert "up to 2.0e-03 (relative), most in round 2" in notices(told)["disagreement"]
     (twins,) = [text for key, text in notices(told).items() if key.startswith("twins")]
-    assert twins.startswith("Nodes 11 and 12 both answered as worker 3, last in round 2")
-    assert worker(told, 3).failed == 0
+    assert twins.startswith(
+        "Two nodes answered as worker 3, last in round 2 (node 12 was rejected as a duplicate: node 11 answered as "
+        "worker 3): give each its own partition-id"
+    )
+    assert (worker(told, 3).failed, worker(told, 4).failed, told.last.events) == (0, 0, ())
 
 
 def test_why_a_run_ended_comes_first(status: Made) -> None:
