@@ -136,7 +136,7 @@ def partial_work(n: int, s: int, *, patience: float = 2.0, order: Sequence[int] 
         name=f"partial work, s = {s}" + _patience(patience),
         shardwise=True,
         patience=patience,
-        python=f'strategy = GradientCoding(strategy, {_call(n, s, 1, order)}, send="shards"{_option(patience)})',
+        python=f'strategy = GradientCoding(strategy, {_call(n, s, 1, order)}, send={_send(patience)})',
     )
 
 
@@ -145,8 +145,8 @@ def _patience(patience: float) -> str:
     return "" if patience == 2.0 else ", at once" if patience == 0.0 else f", patience {patience:g}"
 
 
-def _option(patience: float) -> str:
-    return "" if patience == 2.0 else f", patience={patience:g}"
+def _send(patience: float) -> str:
+    return '"shards"' if patience == 2.0 else f"Shards(patience={patience:g})"
 
 
 def _own(n: int) -> tuple[tuple[int, ...], ...]:

@@ -14,7 +14,7 @@ import pytest
 from flwr.serverapp.strategy import FedAvg
 from typer.testing import CliRunner
 
-from fl_gradcode import GradientCoding, VirtualGrid, cyclic_repetition, fractional_repetition
+from fl_gradcode import GradientCoding, Shards, VirtualGrid, cyclic_repetition, fractional_repetition
 from fl_gradcode.cli.app import app
 from fl_gradcode.cli.plan import LAWS
 from fl_gradcode.cli.plan_source import read_source
@@ -77,6 +77,7 @@ def test_it_says_the_same_as_the_function() -> None:
 def test_the_line_to_paste_makes_the_strategy() -> None:
     names = {
         "GradientCoding": GradientCoding,
+        "Shards": Shards,
         "fractional_repetition": fractional_repetition,
         "cyclic_repetition": cyclic_repetition,
         "np": np,
