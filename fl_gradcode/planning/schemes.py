@@ -136,7 +136,7 @@ def partial_work(n: int, s: int, *, patience: float = 2.0, order: Sequence[int] 
         name=f"partial work, s = {s}" + _patience(patience),
         shardwise=True,
         patience=patience,
-        python=f'strategy = GradientCoding(strategy, {_call(n, s, 1, order)}, send={_send(patience)})',
+        python=f"strategy = GradientCoding(strategy, {_call(n, s, 1, order)}, send={_send(patience)})",
     )
 
 
