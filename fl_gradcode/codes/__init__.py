@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from ._linalg import condition, lstsq
     from ._validation import as_float, as_pattern, check_count, check_tolerance, check_workers
     from .baselines import bernoulli, cyclic_mds, cyclic_repetition, stochastic, vandermonde
     from .decoder import IncrementalDecoder
+    from .encoding_matrix import EXACT, whole_groups
     from .field_codes import reed_solomon
-    from .gradient_code import EXACT, GradientCode, whole_groups
+    from .gradient_code import GradientCode
     from .prime_field import P, PrimeField, combine_mod, lift, matmul, solve
     from .reals import REALS, Reals, combine
     from .repetition import fractional_repetition, uncoded
@@ -31,11 +33,13 @@ __all__ = [
     "check_workers",
     "combine",
     "combine_mod",
+    "condition",
     "cyclic_mds",
     "cyclic_repetition",
     "for_assignment",
     "fractional_repetition",
     "lift",
+    "lstsq",
     "matmul",
     "reed_solomon",
     "solve",
@@ -48,6 +52,10 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "_linalg": [
+            "condition",
+            "lstsq",
+        ],
         "_validation": [
             "as_float",
             "as_pattern",
@@ -65,13 +73,15 @@ __getattr__, __dir__ = lazy_names(
         "decoder": [
             "IncrementalDecoder",
         ],
+        "encoding_matrix": [
+            "EXACT",
+            "whole_groups",
+        ],
         "field_codes": [
             "reed_solomon",
         ],
         "gradient_code": [
-            "EXACT",
             "GradientCode",
-            "whole_groups",
         ],
         "prime_field": [
             "P",

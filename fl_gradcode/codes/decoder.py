@@ -6,24 +6,17 @@ Over the reals this is decided in the null space of `B`, over a prime field by e
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .gradient_code import by_group
-from .prime_field import PrimeField
-
-if TYPE_CHECKING:
-    from .gradient_code import GradientCode
-from typing import TYPE_CHECKING
-
-from .prime_field import P, matmul, solve
+from ._linalg import lstsq, svd
+from .encoding_matrix import EXACT, EncodingMatrix, by_group
+from .prime_field import P, PrimeField, matmul, solve
 
 __all__ = ["FieldRule", "IncrementalDecoder", "check_matrix"]
 
-_EXACT = 1e-8
 # Relative squared residual of the normal equations below which the exact test is worth its cost.
 _WORTH_TESTING = 1e-6
 # The same where it is known without loss.
@@ -35,7 +28,7 @@ _MANY = 64
 class IncrementalDecoder:
     """Collects survivors of one round, in order of arrival."""
 
-    def __init__(self, code: GradientCode) -> None:
+    def __init__(self, code: EncodingMatrix) -> None:
         self.code = code
         self.survivors: list[int] = []
         self._vector: NDArray[Any] | None = None
@@ -45,7 +38,7 @@ class IncrementalDecoder:
         elif isinstance(code.numbers, PrimeField):
             self._rule = FieldRule(code)
         else:
-            spare = _decompose(code)[1].shape[1]
+            spare = code.once(_decompose)[1].shape[1]
             self._rule = _RowSpaceRule(code) if 4 * spare > code.n - spare and spare > _MANY else _NullSpaceRule(code)
 
     def add(self, worker: int) -> bool:
@@ -87,7 +80,7 @@ class IncrementalDecoder:
             return False
         if isinstance(self._rule, _GroupRule):
             return not self._rule.can_complete(set(outstanding))
-        return not self.code.decodable({*self.survivors, *outstanding})
+        return not IncrementalDecoder(self.code).update({*self.survivors, *outstanding})
 
 
 class _Rule(Protocol):
@@ -108,7 +101,7 @@ class _Rule(Protocol):
 class _GroupRule:
     """Decodable when each group has m replies."""
 
-    def __init__(self, code: GradientCode) -> None:
+    def __init__(self, code: EncodingMatrix) -> None:
         assert code.groups is not None
         self._code, self._groups = code, code.groups
         self._group_of = {worker: q for q, group in enumerate(code.groups) for worker in group}
@@ -131,7 +124,7 @@ class _GroupRule:
         a = by_group(self._code, self._replies)
         if self._code.m == 1:
             return a[:, 0]
-        return a if self._code.error_of(a) <= _EXACT else None
+        return a if self._code.error_of(a) <= EXACT else None
 
     def can_complete(self, outstanding: set[int]) -> bool:
         return all(
@@ -143,9 +136,9 @@ class _GroupRule:
 class _NullSpaceRule:
     """Decodable when the small system on the stragglers can be solved."""
 
-    def __init__(self, code: GradientCode) -> None:
+    def __init__(self, code: EncodingMatrix) -> None:
         self._code = code
-        self._a0, self._N, _, self._norms, self._consistent = _decompose(code)
+        self._a0, self._N, _, self._norms, self._consistent = code.once(_decompose)
         self._missing = np.ones(code.n, dtype=bool)
         self.improves = True
         self._restart()
@@ -168,10 +161,10 @@ class _NullSpaceRule:
         if not self._consistent or not self._worth_testing():
             return None
         a = self._shortest()
-        if self._code.error_of(a) > _EXACT:
+        if self._code.error_of(a) > EXACT:
             # The small system lost its digits: ask the large one before saying no.
             a = self._code.least_squares_vector(np.flatnonzero(~self._missing)).reshape(a.shape)
-            if self._code.error_of(a) > _EXACT:
+            if self._code.error_of(a) > EXACT:
                 return None
         return a if self._code.m > 1 else a[:, 0]
 
@@ -188,7 +181,7 @@ class _NullSpaceRule:
             a += N @ w
             if free.shape[1]:  # fewer stragglers than tolerated: a choice is left
                 directions = N @ free / self._norms
-                a -= N @ (free @ np.linalg.lstsq(directions, a / self._norms, rcond=None)[0])
+                a -= N @ (free @ lstsq(directions, a / self._norms))
         a /= self._norms
         a[missing] = 0.0
         return a
@@ -212,9 +205,9 @@ class _RowSpaceRule:
     orthonormal one by one; what is left of t beside them tells whether they suffice.
     """
 
-    def __init__(self, code: GradientCode) -> None:
+    def __init__(self, code: EncodingMatrix) -> None:
         self._code = code
-        a0, _, self._U, _, self._consistent = _decompose(code)
+        a0, _, self._U, _, self._consistent = code.once(_decompose)
         self._live = np.zeros(code.n, dtype=bool)
         self._basis = np.empty((self._U.shape[1], self._U.shape[1]))
         self._found = 0
@@ -245,13 +238,11 @@ class _RowSpaceRule:
         if not self._consistent or float(np.square(self._rest).sum()) > _NOTHING_LEFT * self._scale:
             return None
         a = self._code.least_squares_vector(np.flatnonzero(self._live))
-        return a if self._code.error_of(a) <= _EXACT else None
+        return a if self._code.error_of(a) <= EXACT else None
 
 
-# Few: where a share of the shards is sampled, each phase has a code of its own.
-@lru_cache(maxsize=8)
 def _decompose(
-    code: GradientCode,
+    code: EncodingMatrix,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], bool]:
     """In terms of `D a`, D the rows' norms: `a0` (n, m), bases `N` (n, n - rank) and `U` (n, rank), D (n, 1), and
     whether a0 is exact.
@@ -261,7 +252,7 @@ def _decompose(
     B = code.B.reshape(code.n, -1)
     norms = np.linalg.norm(B, axis=1, keepdims=True)
     norms[norms == 0] = 1.0
-    U, sigma, Vt = np.linalg.svd(B / norms, full_matrices=True)
+    U, sigma, Vt = svd(B / norms, full_matrices=True)
     # Coefficients are solutions of equations, right to perhaps 1e-12. Whatever counts as null too much is noticed,
     # since every answer is confirmed on B itself.
     rank = int(np.count_nonzero(sigma > 1e-11 * sigma[0]))
@@ -269,7 +260,7 @@ def _decompose(
     N, spanned = U[:, rank:], U[:, :rank]
     for array in (a0, N, spanned, norms):
         array.setflags(write=False)
-    return a0, N, spanned, norms, code.error_of(a0 / norms) <= _EXACT
+    return a0, N, spanned, norms, code.error_of(a0 / norms) <= EXACT
 
 
 def _solve(rows: NDArray[np.float64], right: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -279,7 +270,7 @@ def _solve(rows: NDArray[np.float64], right: NDArray[np.float64]) -> tuple[NDArr
     """
     if not len(rows):
         return np.zeros((rows.shape[1], right.shape[1])), np.eye(rows.shape[1])
-    U, sigma, Vt = np.linalg.svd(rows, full_matrices=len(rows) < rows.shape[1])
+    U, sigma, Vt = svd(rows, full_matrices=len(rows) < rows.shape[1])
     rank = int(np.count_nonzero(sigma > 1e-11))
     return Vt[:rank].T @ ((U[:, :rank].T @ right) / sigma[:rank, None]), Vt[rank:].T
 
@@ -293,7 +284,7 @@ class FieldRule:
 
     improves = False
 
-    def __init__(self, code: GradientCode) -> None:
+    def __init__(self, code: EncodingMatrix) -> None:
         self._code = code
         self._live = np.zeros(code.n, dtype=bool)
         self._order: list[int] = []
@@ -311,13 +302,13 @@ class FieldRule:
         """A decoding vector, shape (n,) or (n, m), or None."""
         code = self._code
         missing = np.flatnonzero(~self._live)
-        if len(missing) <= code.s and _has_closed_form(code):
+        if len(missing) <= code.s and code.once(_has_closed_form):
             spare = self._order[::-1][: code.s - len(missing)]
             a = _closed_form(code, np.concatenate([missing, np.array(spare, np.int64)]))
         else:
             found = None
             if (code.blocks[self._live].any(axis=2).sum(axis=0) >= code.m).all() and (
-                len(missing) <= code.s or not _has_closed_form(code) or _may_decode_sooner(code)
+                len(missing) <= code.s or not code.once(_has_closed_form) or code.once(_may_decode_sooner)
             ):
                 found = self._eliminate() if self._suffices() else None
             if found is None:
@@ -327,7 +318,7 @@ class FieldRule:
 
     def _suffices(self) -> bool:
         """Whether the target lies in the span of the rows that are in; each arrival adds one row."""
-        columns = _distinct(self._code)
+        columns = self._code.once(_distinct)
         if self._span is None:
             self._span = _Span(_target(columns.shape[1], self._code.m).T)
         for worker in self._order[self._in_span :]:
@@ -337,7 +328,7 @@ class FieldRule:
 
     def _eliminate(self) -> NDArray[np.int64] | None:
         code = self._code
-        columns = _distinct(code)
+        columns = code.once(_distinct)
         x = solve(columns[self._live].reshape(int(self._live.sum()), -1).T, _target(columns.shape[1], code.m))
         if x is None:
             return None
@@ -383,8 +374,7 @@ class _Span:
         self._pivots.append(pivot)
 
 
-@lru_cache(maxsize=64)
-def _has_closed_form(code: GradientCode) -> bool:
+def _has_closed_form(code: EncodingMatrix) -> bool:
     """Whether C B = [blocks of ones, then zeros] with C the powers of 1..n."""
     C = check_matrix(code.n, code.s + code.m)
     found = matmul(C, code.blocks.reshape(code.n, -1))
@@ -393,7 +383,7 @@ def _has_closed_form(code: GradientCode) -> bool:
     return bool((found == expected).all())
 
 
-def _closed_form(code: GradientCode, missing: NDArray[np.int64]) -> NDArray[np.int64]:
+def _closed_form(code: EncodingMatrix, missing: NDArray[np.int64]) -> NDArray[np.int64]:
     """Column l is `x^e - (x^e mod M)` at the points, e = s + m - l, M the polynomial that vanishes on `missing`.
 
     Then it vanishes there, and lies in the row space of C with coefficient 1 at power e: it picks block l.
@@ -430,21 +420,19 @@ def _target(k: int, m: int) -> NDArray[np.int64]:
     return np.tile(np.eye(m, dtype=np.int64), (k, 1))
 
 
-@lru_cache(maxsize=64)
-def _distinct(code: GradientCode) -> NDArray[np.int64]:
+def _distinct(code: EncodingMatrix) -> NDArray[np.int64]:
     """The columns of B, equal ones once: shape (n, columns, m)."""
     unique = np.unique(code.blocks.transpose(1, 0, 2).reshape(code.k, -1), axis=0)
     return np.asarray(unique.reshape(len(unique), code.n, code.m).transpose(1, 0, 2))
 
 
-@lru_cache(maxsize=64)
-def _may_decode_sooner(code: GradientCode) -> bool:
+def _may_decode_sooner(code: EncodingMatrix) -> bool:
     """Whether fewer than n - s replies can ever suffice: only if the rows of B span fewer than n - s dimensions.
 
     Above 512 workers the number of distinct columns decides, without elimination: a code is then at worst taken to need
     n - s replies.
     """
-    columns = _distinct(code).reshape(code.n, -1)
+    columns = code.once(_distinct).reshape(code.n, -1)
     least = code.n - code.s
     if columns.shape[1] < least:
         return True

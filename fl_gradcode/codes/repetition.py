@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidCode
+from ._linalg import condition
 from ._validation import check_count, check_tolerance
 from .gradient_code import GradientCode
 
@@ -95,5 +96,5 @@ def _well_conditioned(size: int, m: int, rng: np.random.Generator) -> NDArray[np
     for _ in range(_TRIES):
         G = np.linalg.qr(rng.standard_normal((size, m)))[0]
         G /= np.linalg.norm(G, axis=1, keepdims=True)
-        candidates.append((float(np.linalg.cond(G[subsets]).max()), G))
+        candidates.append((float(condition(G[subsets]).max()), G))
     return min(candidates, key=lambda candidate: candidate[0])[1]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import linalg
 
-from ..codes import P, PrimeField, Reals, as_float, check_workers, lift, matmul, solve
+from ..codes import P, PrimeField, Reals, as_float, check_workers, condition, lift, lstsq, matmul, solve
 from ..errors import InvalidCode, NotDecodable
 from .blocks import as_operand, check_range, combine_blocks, join, multiply, split
 
@@ -82,7 +82,7 @@ def worst_condition(
     # A few at a time: a hundred 100 x 100 matrices are 8 MB.
     if not np.isfinite(D).all():
         return float("inf"), tried[0]
-    found = np.concatenate([np.linalg.cond(D[rows]) for rows in np.array_split(tried, -(-len(tried) // 100))])
+    found = np.concatenate([condition(D[rows]) for rows in np.array_split(tried, -(-len(tried) // 100))])
     found = np.nan_to_num(found, nan=np.inf, posinf=np.inf)
     worst = int(np.argmax(found))
     return float(found[worst]), tried[worst]
@@ -296,7 +296,7 @@ class ProductCode:
         if D.dtype.kind == "i":
             found = solve(D.T, target)
         elif len(rows) > self.k:
-            found = np.linalg.lstsq(D.T, target, rcond=None)[0]
+            found = lstsq(D.T, target)
         else:
             found = _solve(D.T, target)
         if found is None:
@@ -308,7 +308,7 @@ class ProductCode:
         rows = check_workers(workers, self.n)
         if len(rows) < self.k:
             return float("inf")
-        return float(np.linalg.cond(self.evaluation.D[rows])) if isinstance(self.numbers, Reals) else 1.0
+        return float(condition(self.evaluation.D[rows])) if isinstance(self.numbers, Reals) else 1.0
 
     def worst_condition(self, sets: int = 200, *, rng: np.random.Generator | None = None) -> float:
         """The largest condition number among `sets` random sets of k answers, and up to as many consecutive ones."""
