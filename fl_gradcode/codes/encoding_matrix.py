@@ -197,7 +197,7 @@ def by_group(code: EncodingMatrix, replies: Sequence[Sequence[int]]) -> NDArray[
 
 
 def whole_groups(code: EncodingMatrix, workers: Sequence[int]) -> list[int]:
-    """Returns those of `workers` whose group has m replies, if there are groups: with m > 1, fewer mix up the blocks."""
+    """Returns the workers whose group has m replies, if there are groups: with m > 1, fewer mix up the blocks."""
     if code.groups is None:
         return list(workers)
     return [i for inside in _grouped(code, workers) if len(inside) >= code.m for i in inside]
