@@ -100,7 +100,7 @@ def _clipping_mods_inside(call: Any) -> list[str]:
     return found
 
 
-def caller_among(kinds: tuple[type[Any], ...]) -> object | None:
+def caller_among(kinds: tuple[type[object], ...]) -> object | None:
     """Returns the innermost caller that is a method of an instance of one of these classes; None: there is none.
 
     A wrapper around a strategy calls the strategy's `configure_train` from its own, so it is on the stack. Nothing in
@@ -110,7 +110,7 @@ def caller_among(kinds: tuple[type[Any], ...]) -> object | None:
         kinds: Classes to look for, subclasses included.
     """
     for frame in _callers():
-        caller = frame.f_locals.get("self")
+        caller: object = frame.f_locals.get("self")
         if isinstance(caller, kinds):
             return caller
     return None

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
+from .._text import listed
 from ..codes import as_pattern, check_count, check_tolerance
 from ..errors import InvalidCode
 
@@ -216,7 +217,7 @@ def _short_of_room(may: _Held, fixed: _Held, room: _Counts, holders: int) -> _Co
 
 
 def _list(numbers: NDArray[Any]) -> str:
-    return ", ".join(str(int(i)) for i in numbers[:10]) + (", ..." if len(numbers) > 10 else "")
+    return listed(numbers.tolist(), 11)
 
 
 def _count(number: int, noun: str) -> str:

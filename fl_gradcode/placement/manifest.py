@@ -16,6 +16,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from .._files import replace_file
+from .._text import listed
 from ..errors import InvalidSetting, ShardMismatch
 from .shard_files import Stamp, check_names, find, hash_shard, stamp_of
 
@@ -28,7 +30,6 @@ __all__ = [
     "checked_path",
     "held_digests",
     "remember",
-    "write_atomically",
 ]
 
 #: Name of the manifest in a node's folder, and of the whole one.
@@ -158,7 +159,7 @@ class Manifest:
         told: dict[str, Any] = {"format": f"{_NAME} {_VERSION}", "k": self.k, "worker": self.worker}
         if self.held is not None:
             told |= {"n": len(self.held), "held": self.held}
-        write_atomically(Path(path), json.dumps({**told, "code": self.code, "shards": listed}, indent=1) + "\n")
+        replace_file(Path(path), json.dumps({**told, "code": self.code, "shards": listed}, indent=1) + "\n")
 
     @cached_property
     def digests(self) -> dict[int, str]:
@@ -174,9 +175,8 @@ class Manifest:
         for one in self.shards:
             if one.number == number:
                 return one
-        numbers = [str(one.number) for one in self.shards]
-        listed = ", ".join(numbers[:10]) + (", ..." if len(numbers) > 10 else "")
-        raise ShardMismatch(f"Shard {number} is not listed; shards {listed or '(none)'} of {self.k} are.")
+        numbers = listed((one.number for one in self.shards), 11)
+        raise ShardMismatch(f"Shard {number} is not listed; shards {numbers or '(none)'} of {self.k} are.")
 
 
 @lru_cache(maxsize=8)
@@ -240,22 +240,7 @@ def remember(folder: Path, found: Mapping[str, tuple[Stamp, str]]) -> None:
     settled = {name: _entry(*one) for name, one in found.items() if one[0].newest < now - _RECENT}
     if settled:
         with contextlib.suppress(OSError):
-            write_atomically(folder / _VERIFIED, json.dumps({**_verified(folder), **settled}))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    draft = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.new")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise
+            replace_file(folder / _VERIFIED, json.dumps({**_verified(folder), **settled}))
 
 
 def _verified(folder: Path) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from .._files import lock
+from .._files import lock, replace_file, sync_folder
 from ..errors import FlGradcodeError, InvalidSetting
-from .manifest import MANIFEST, SHARDS_FILE, Manifest, Shard, write_atomically
+from .manifest import MANIFEST, SHARDS_FILE, Manifest, Shard
 from .shard_files import check_names, copy_shard, find, hash_shard, link_shard, same_mode, sizes, visible
 from .splitting import count_examples
 
@@ -157,7 +157,7 @@ def write_folders(
     whole = Manifest(len(found), tuple(found.values()), held=assigned, code=code)
     if sum(found[number].bytes for one in assigned for number in one) != total:
         raise InvalidSetting("The shards changed while they were copied: place them again once nobody writes to them.")
-    write_atomically(draft / ASSIGNMENT, json.dumps(assigned) + "\n")
+    replace_file(draft / ASSIGNMENT, json.dumps(assigned) + "\n")
     whole.write(draft / MANIFEST)
     # From here on nothing is written, only moved. An earlier placement is no longer there as a whole, and must not
     # seem to be.
@@ -168,6 +168,7 @@ def write_folders(
         _bring(node, out / node.name)
     for name in (ASSIGNMENT, MANIFEST):
         os.replace(draft / name, out / name)
+    sync_folder(out)
     return whole
 
 

@@ -1,6 +1,6 @@
 """Placed shards, for apps: where a shard lies on this node, verified.
 
-    from fl_gradcode.shards import shard_path
+    from fl_gradcode.placement import shard_path
 
     @app.train()
     def train(message, context):
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .._files import absolute_path
 from ..errors import FlGradcodeError, InvalidSetting, ShardMismatch
 from .manifest import SHARDS_FILE, Manifest, Shard, checked_path, held_digests, remember
 from .shard_files import RESERVED, find, hash_shard, stamp_of, visible
@@ -52,9 +53,7 @@ def shard_path(node_config: Mapping[str, Any]) -> Path:
             f"This node does not say where its shards lie: start its SuperNode with --node-config '... {_SHARDS_DIR}="
             '"/path/to/node-0"\', the folder that fl-gradcode place wrote for it.'
         )
-    path = Path(str(folder))
-    if not path.is_absolute():
-        raise InvalidSetting(f"{_SHARDS_DIR}={str(folder)!r} is a relative path; give an absolute one.")
+    path = absolute_path(str(folder), _SHARDS_DIR)
     number = node_config.get(_PARTITION_ID)
     if isinstance(number, bool) or not isinstance(number, int):
         raise InvalidSetting(f"{_PARTITION_ID} in the node config is {number!r}; it has to be the number of a shard.")

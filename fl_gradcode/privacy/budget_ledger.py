@@ -1,7 +1,8 @@
-"""The ledger of spent privacy: one file a shard, which outlives rounds, runs and restarts.
+"""The privacy budget ledger: one file for each shard, which outlives rounds, runs and restarts.
 
-A charge is on disk before training begins, so that whatever crashes afterwards has been counted. The same request again
-is free, since it gets the same answer; a different one for a round that was answered is refused, since it would not.
+A charge is on disk before training begins, so a crash afterwards can only count too much. The same request again costs
+nothing, since it gets the same answer. A different request for a round that was answered is refused, since the two
+answers could be subtracted from each other.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .._files import lock
+from .._files import lock, make_folder, sync_folder
 from ..errors import InvalidSetting, PrivacyRefused
 from .accounting import Spend, epsilon_of
 
@@ -26,7 +27,15 @@ _MOST_MISSED = 10_000
 
 @dataclass(frozen=True)
 class Entry:
-    """What was spent on a shard in one round. `context` is empty where only other holders were asked."""
+    """One line of a shard's file: what one round spent.
+
+    Attributes:
+        run: Name of the run.
+        round: Server round.
+        context: Digest of all that the answer depended on; empty where only other holders were asked.
+        spend: The noisy steps.
+        data: Digest of what the shard's data are; empty: not known.
+    """
 
     run: str
     round: int
@@ -40,10 +49,12 @@ class Request:
     """What a server asks of a shard.
 
     Attributes:
-        shard, run, round: Which.
+        shard: Number of the shard.
+        run: Name of the run.
+        round: Server round.
         context: Digest of all that the answer depends on.
-        spend: What answering costs.
-        earlier: Rounds of this run in which holders of the shard, whichever, were asked before.
+        spend: The noisy steps that an answer takes.
+        earlier: Earlier rounds of this run in which any holder of the shard was asked.
         repeatable: Whether the same request gets the same answer. If not, each answer is a release of its own.
         data: Digest of what the shard's data are; empty: not known.
     """
@@ -60,7 +71,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Charge:
-    """What a shard has spent with this request. `new` is False where it was charged before."""
+    """What a shard has spent, this request included.
+
+    Attributes:
+        run_epsilon: In this run.
+        total_epsilon: In all runs.
+        new: False if the request was charged before.
+    """
 
     run_epsilon: float
     total_epsilon: float
@@ -68,21 +85,21 @@ class Charge:
 
 
 class SpentLedger:
-    """Charges requests.
+    """Charges requests to the budgets of shards, and refuses those that exceed them.
 
     Args:
-        folder: Where the files are; made if it is not there.
+        folder: Folder of the files; made if it is missing.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
 
     def path_of(self, shard: int) -> Path:
-        """The shard's file: one JSON line for each round."""
+        """Returns the path of the shard's file, which has one JSON line for each round."""
         return self.folder / f"shard-{shard}.jsonl"
 
     def entries(self, shard: int) -> list[Entry]:
-        """All that was spent on a shard.
+        """Returns all that was spent on a shard, in the order in which it was charged.
 
         Raises:
             InvalidSetting: The file is damaged.
@@ -99,19 +116,19 @@ class SpentLedger:
         budget: float = float("inf"),
         budget_delta: float | None = None,
     ) -> Charge:
-        """Charge a request, and those rounds of its run that only other holders answered.
+        """Charge a request before its training begins, and rounds of its run that only other holders were asked in.
 
         Args:
-            request: Before its training begins.
-            delta: Of the epsilons.
-            accountant: Of the epsilons.
-            run_budget: Largest epsilon of this run.
-            budget: Largest epsilon of all runs.
-            budget_delta: At this delta; by default `delta`.
+            request: What is asked.
+            delta: At which epsilons are computed.
+            accountant: By which epsilons are computed: "prv" or "rdp".
+            run_budget: Largest epsilon allowed for this run.
+            budget: Largest epsilon allowed for all runs together.
+            budget_delta: Delta at which `budget` is meant; by default `delta`.
 
         Raises:
-            PrivacyRefused: It would exceed a budget; or the round was answered to another request, is before one
-                that was answered, or costs other than earlier rounds of its run. Nothing is written then.
+            PrivacyRefused: It would exceed a budget. Or the round was answered to another request, comes before one
+                that was answered, or costs something else than earlier rounds of its run. Nothing is written then.
             InvalidSetting: The file is damaged, or cannot be written.
         """
         with self._locked():
@@ -141,17 +158,17 @@ class SpentLedger:
             return Charge(this_run, total, bool(new))
 
     def epsilon(self, shard: int, delta: float, *, accountant: str = "prv") -> float:
-        """What all runs together have spent on a shard."""
+        """Returns epsilon of all that was spent on a shard, over all runs."""
         return epsilon_of((one.spend for one in self.entries(shard)), delta, accountant=accountant)
 
     @property
     def shards(self) -> list[int]:
-        """Those that something was spent on."""
+        """Numbers of the shards that something was spent on, ascending."""
         found = (path.stem.removeprefix("shard-") for path in self.folder.glob("shard-*.jsonl"))
         return sorted(int(name) for name in found if name.isdigit())
 
     def _read(self, shard: int) -> tuple[list[Entry], int]:
-        """The entries, and where the last whole line ends."""
+        """Returns the entries, and the size in bytes up to the end of the last whole line."""
         path = self.path_of(shard)
         try:
             content = path.read_bytes()
@@ -200,15 +217,15 @@ class SpentLedger:
                 file.flush()
                 os.fsync(file.fileno())
             if first:
-                _sync_folder(self.folder)
+                sync_folder(self.folder)
         except OSError as error:
             raise InvalidSetting(f"The ledger of spent privacy {path} cannot be written: {error.strerror}.") from None
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One process at a time: two that read before either writes would both find room in the budget."""
+        """Let one process at a time charge: two that read before either writes would both find room in the budget."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_folder(self.folder, mode=0o700)
             file = open(self.folder / ".lock", "ab")  # noqa: SIM115 # closed below
         except OSError as error:
             raise InvalidSetting(
@@ -224,7 +241,11 @@ class SpentLedger:
 
 
 def _new_entries(request: Request, run: list[Entry]) -> list[Entry]:
-    """What the request adds to what its run has spent so far."""
+    """Returns what the request adds to the entries of its run.
+
+    Raises:
+        PrivacyRefused: The request contradicts what the run has spent so far.
+    """
     here = f"Shard {request.shard}, round {request.round}"
     other = next((one.spend for one in run if one.spend != request.spend), None)
     if other is not None:
@@ -253,7 +274,7 @@ def _new_entries(request: Request, run: list[Entry]) -> list[Entry]:
 
 
 def _refuse_other_data(request: Request, entries: list[Entry]) -> None:
-    """A budget is of records, and a shard's number comes from the server: it has to be the same records."""
+    """Refuse a request on other records: a budget belongs to records, and the shard's number comes from the server."""
     if any(one.data and request.data and one.data != request.data for one in entries):
         raise PrivacyRefused(
             f"Shard {request.shard} has other data than the ledger's: its records may have been charged as another "
@@ -263,13 +284,3 @@ def _refuse_other_data(request: Request, entries: list[Entry]) -> None:
 
 def _told(spend: Spend) -> str:
     return f"{spend.steps} steps at noise multiplier {spend.noise_multiplier:g}, sample rate {spend.sample_rate:g}"
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new file is there after a power cut only if its folder was written too."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -1,4 +1,4 @@
-"""Keys of a shard's noise: derived from its secret and from everything that the server decides."""
+"""Key derivation (HKDF) from a shard's secret and everything that the server decides, and a key's random numbers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from flwr.app import ArrayRecord, Context, Message
 from numpy.typing import NDArray
 
+from .._files import absolute_path
 from ..errors import InvalidSetting
 from ..protocol import NUM_PARTITIONS, view
 from .records import BUDGET, FOLDER, Asked
@@ -26,7 +27,7 @@ from .settings import privacy_to_json
 
 __all__ = ["SECRET_BYTES", "KeyContext", "KeyedStream", "folder_of", "key_context", "needed"]
 
-#: Of a shard's secret.
+#: Length of a shard's secret.
 SECRET_BYTES = 32
 
 _SALT = b"fl-gradcode/dp/v1"
@@ -37,12 +38,12 @@ _BLOCK = 1 << 14
 
 @dataclass(frozen=True)
 class KeyContext:
-    """What a key is bound to.
+    """What a key is bound to: the context that HKDF takes as its `info`.
 
     Attributes:
-        run: Our own name of the run, kept over a resume.
-        round: The server round.
-        shard: The shard.
+        run: The library's name of the run, kept when the run is resumed.
+        round: Server round.
+        shard: Number of the shard.
         weights: SHA-256 of the arrays that training starts from, 32 bytes.
         config: SHA-256 of all else that the server decides, 32 bytes.
         manifest: SHA-256 of what the shard's data are, 32 bytes.
@@ -56,16 +57,20 @@ class KeyContext:
     manifest: bytes
 
     def key(self, secret: bytes, purpose: Literal["noise", "sample", "generators", "digest"]) -> bytes:
-        """The 32 bytes for one purpose: HKDF-SHA256 of the shard's secret (RFC 5869).
+        """Returns the key for one purpose, 32 bytes, by HKDF-SHA256 (RFC 5869).
 
-        Fields are prefixed by their lengths, so that no two contexts share an `info`.
+        Each field is prefixed by its length, so that no two contexts share an `info`.
+
+        Args:
+            secret: The shard's.
+            purpose: What the key is used for, and nothing else.
         """
         info = _prefixed(purpose.encode()) + self._fields
         return HKDF(algorithm=SHA256(), length=32, salt=_SALT, info=info).derive(secret)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the context, in hex: tells two requests apart. For holders only: it can be guessed at."""
+        """SHA-256 of the context in hex, which tells two requests apart. It stays on the node: it can be guessed at."""
         return hashlib.sha256(self._fields).hexdigest()
 
     @property
@@ -82,12 +87,12 @@ class KeyContext:
 
 
 class KeyedStream:
-    """Uniform and normal numbers from a key: AES-256 in counter mode, 64-bit little-endian words.
+    """Random numbers from a key by a pseudorandom function (PRF): AES-256 in counter mode.
 
-    One stream has one use: each call goes on where the last one ended.
+    The output is read as 64-bit little-endian words. Each call continues where the last one ended.
 
     Args:
-        key: 32 bytes, used for nothing else.
+        key: 32 bytes, used for this stream only.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -96,11 +101,11 @@ class KeyedStream:
         self._next: Callable[[bytes], bytes] = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update
 
     def uniform(self, n: int) -> NDArray[np.float64]:
-        """Uniform on [0, 1), shape (n,), multiples of 2^-53."""
+        """Returns numbers uniform on [0, 1), float64, shape (n,), multiples of 2^-53."""
         return np.asarray(self._integers(n) * _UNIT, np.float64)
 
     def normal(self, n: int) -> NDArray[np.float64]:
-        """Standard normal, shape (n,), float64, at most 8.66 in size (beyond lie 5e-18 of the law).
+        """Returns standard normal numbers, float64, shape (n,), at most 8.66 in size (5e-18 of the law lie beyond).
 
         References:
             Box, Muller, "A note on the generation of random normal deviates", Ann. Math. Stat. 29, 1958.
@@ -118,7 +123,7 @@ class KeyedStream:
         return pairs.reshape(-1)[:n]
 
     def _integers(self, n: int) -> NDArray[np.uint64]:
-        """Of 53 bits: what float64 holds exactly."""
+        """Returns uniform whole numbers of 53 bits, which float64 holds exactly, shape (n,)."""
         words: NDArray[Any] = np.frombuffer(self._next(bytes(8 * n)), "<u8")
         return words >> np.uint64(11)
 
@@ -136,10 +141,18 @@ def key_context(
     manifest: str,
     others: Mapping[str, Any],
 ) -> KeyContext:
-    """Everything that the server decides and a shard's update depends on.
+    """Returns the key context of a request: everything that the server decides and a shard's update depends on.
 
-    Two requests with one key would be two answers with the same noise: their difference has none. So the weights, the
-    rest of the message, the run config, the seed and what is trained all go in.
+    If two requests had one key, their answers would have the same noise, and their difference none. So the weights, the
+    rest of the message, the run config, the seed and the model all go in.
+
+    Args:
+        asked: What the shard's training is asked to promise.
+        message: As `train()` got it.
+        context: As `train()` got it.
+        model: As training starts from it.
+        manifest: What the shard's data are.
+        others: Further values that somebody else decides, as JSON holds them.
     """
     weights = hashlib.sha256()
     records: dict[str, Any] = {}
@@ -182,10 +195,10 @@ def key_context(
 
 
 def folder_of(context: Context, worker: int) -> Path | None:
-    """The node's folder with its keys and its ledger, or None.
+    """Returns the node's folder with its keys and its ledger; None if none is configured.
 
     Raises:
-        InvalidSetting: It is no absolute path.
+        InvalidSetting: The path is relative, or only the server names one although the node has a budget.
     """
     own, common = context.node_config.get(FOLDER), context.run_config.get(FOLDER)
     if BUDGET in context.node_config and not own:
@@ -194,15 +207,21 @@ def folder_of(context: Context, worker: int) -> Path | None:
             "ledger each time. Add it there."
         )
     if own or common:
-        path = Path(str(own)) if own else Path(str(common)) / f"node-{worker}"
-        if not path.is_absolute():
-            raise InvalidSetting(f"{FOLDER}={str(own or common)!r} is a relative path; give an absolute one.")
-        return path
+        path = absolute_path(str(own or common), FOLDER)
+        return path if own else path / f"node-{worker}"
     return None
 
 
 def needed(folder: Path | None, what: str) -> Path:
-    """The folder, or a sentence that says how to get one."""
+    """Returns the folder.
+
+    Args:
+        folder: What `folder_of` returned.
+        what: What would be in it, for the error.
+
+    Raises:
+        InvalidSetting: There is none; says how to get one.
+    """
     if folder is None:
         raise InvalidSetting(
             f"This node has no {FOLDER}, where {what} would be. Make keys with fl-gradcode keys make, bring the node "

@@ -1,4 +1,4 @@
-"""Shards' secrets on disk: one file a node, with the secrets of the shards that it holds and no others."""
+"""Key files: one for each node, with the secrets of the shards that it holds and no others."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .._files import make_folder, replace_file
 from ..errors import InvalidSetting
 
 __all__ = ["KEYS_FILE", "NodeKeys", "check_private", "read_keys", "rotate_keys", "write_keys"]
@@ -25,13 +26,13 @@ _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 @dataclass(frozen=True)
 class NodeKeys:
-    """What a node may use.
+    """The content of a node's key file.
 
     Attributes:
-        worker: Whose file it is.
+        worker: Number of the worker that the file was made for.
         generation: 1 for the first keys, one more with each rotation.
-        secrets: Shard -> 32 bytes.
-        holders: Shard -> how many workers have its key.
+        secrets: Shard -> its secret, 32 bytes.
+        holders: Shard -> number of workers that have its secret.
     """
 
     worker: int
@@ -40,14 +41,14 @@ class NodeKeys:
     holders: Mapping[int, int] = field(default_factory=dict)
 
     def holders_of(self, shard: int) -> int:
-        """How many workers have the shard's key, whatever a server says; at least 1."""
+        """Returns the number of workers that have the shard's secret, whatever a server says; at least 1."""
         return max(1, self.holders.get(shard, 1))
 
     def secret(self, shard: int) -> bytes:
-        """The shard's secret.
+        """Returns the shard's secret, 32 bytes.
 
         Raises:
-            InvalidSetting: This node has none.
+            InvalidSetting: This file does not have it.
         """
         if shard not in self.secrets:
             raise InvalidSetting(
@@ -60,15 +61,15 @@ class NodeKeys:
 def write_keys(
     folder: str | os.PathLike[str], shards_of: Sequence[Sequence[int]], *, generation: int = 1
 ) -> list[Path]:
-    """New secrets, one a shard, from the operating system's generator; a folder for each worker.
+    """Draw a new secret for each shard from the operating system's generator, and write a key file for each worker.
 
     Args:
-        folder: Where; made if it is not there. `node-3/keys.json` goes to worker 3, with its data.
+        folder: Made if it is missing. `node-3/keys.json` in it goes to worker 3, with its data.
         shards_of: For each worker the shards that it holds.
         generation: Written into the files.
 
     Returns:
-        The files, readable by their owner alone.
+        Paths of the files, which only their owner can read.
 
     Raises:
         InvalidSetting: The folder has keys already: overwriting them would lock their owners out.
@@ -84,7 +85,7 @@ def _write(root: Path, shards_of: Sequence[Sequence[int]], generation: int) -> l
     paths = [root / f"node-{worker}" / KEYS_FILE for worker in range(len(shards_of))]
     made = {shard: secrets.token_bytes(_BYTES) for shard in sorted({j for held in shards_of for j in held})}
     for worker, (path, held) in enumerate(zip(paths, shards_of, strict=True)):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         path.parent.chmod(0o700)
         content = {
             "format": _FORMAT,
@@ -93,17 +94,24 @@ def _write(root: Path, shards_of: Sequence[Sequence[int]], generation: int) -> l
             "secrets": {str(shard): made[shard].hex() for shard in sorted(held)},
             "holders": {str(shard): sum(shard in one for one in shards_of) for shard in sorted(held)},
         }
-        _write_private(path, json.dumps(content, indent=1) + "\n")
+        replace_file(path, json.dumps(content, indent=1) + "\n", mode=0o600)  # never open to others, not for a moment
     return paths
 
 
 def rotate_keys(folder: str | os.PathLike[str]) -> list[Path]:
-    """New secrets for the same holders, one generation on. All nodes of a shard change together, between two runs.
+    """Draw new secrets for the same holders, one generation later.
 
-    What was spent stays spent: it is the data's, not the key's.
+    All holders of a shard have to get their new files together, between two runs. What was spent stays spent: budgets
+    belong to the data, not to the key.
+
+    Args:
+        folder: With the key files of all workers, as `write_keys` made them.
+
+    Returns:
+        Paths of the files, which are replaced.
 
     Raises:
-        InvalidSetting: There are no keys, or they do not belong together.
+        InvalidSetting: There are no key files, or they do not belong together.
     """
     root = Path(folder)
     found = sorted(root.glob(f"node-*/{KEYS_FILE}"))
@@ -125,7 +133,7 @@ def rotate_keys(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def read_keys(folder: str | os.PathLike[str]) -> NodeKeys:
-    """The keys of a node's folder.
+    """Returns the content of the key file in a node's folder.
 
     Raises:
         InvalidSetting: The file is missing, unreadable, short, of another format, or readable by others.
@@ -161,11 +169,11 @@ def read_keys(folder: str | os.PathLike[str]) -> NodeKeys:
 
 
 def check_private(path: Path) -> None:
-    """Refuse a file that others than its owner can read or change.
+    """Check that only its owner can read or change a file.
 
     Raises:
-        InvalidSetting: With the mode, and the command that mends it.
-        OSError: It is not there, or out of reach.
+        InvalidSetting: Others can; names the mode and the command that corrects it.
+        OSError: The file is missing, or cannot be looked at.
     """
     mode, folder = path.stat().st_mode, path.parent.stat().st_mode
     if os.name == "posix" and mode & _OTHERS:
@@ -174,14 +182,3 @@ def check_private(path: Path) -> None:
         raise InvalidSetting(
             f"Others may exchange the files in {path.parent} (mode {stat.S_IMODE(folder):04o}): chmod 700 {path.parent}"
         )
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Whole or not at all, never open to others, not even for a moment."""
-    draft = path.with_suffix(".new")
-    draft.unlink(missing_ok=True)
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)

@@ -1,4 +1,4 @@
-"""What the mod does not let out of a client: updates without noise, numbers but the weight, texts of exceptions."""
+"""Checks what leaves a client under privacy: no update without noise, no metric but the weight, no exception text."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _Call = Callable[[Message, Context], Message]
 
 
 def refuse_unprotected(message: Message, context: Context, privacy: Privacy | None) -> None:
-    """A node with a budget trains privately or not at all, whatever the server asks.
+    """Refuse to train without noise on a node that has a budget, whatever the server asks for.
 
     Args:
-        message: Any; only training is refused.
-        context: Of the node.
+        message: Of any type; only training is refused.
+        context: The node's.
         privacy: What the message asks for.
 
     Raises:
-        PrivacyRefused: It asks a node with a budget for an update without noise of its own.
+        PrivacyRefused: The node has a budget, and the message asks for an update without noise from the client.
     """
     training = message.metadata.message_type.split(".")[0] == MessageType.TRAIN
     if training and BUDGET in context.node_config and not isinstance(privacy, DPSGD):
@@ -38,12 +38,13 @@ def refuse_unprotected(message: Message, context: Context, privacy: Privacy | No
 
 
 def call_silently(call: _Call, message: Message, context: Context, *, private: bool) -> Message:
-    """The function's reply; of what it raises, where training is private, only the kind leaves the node.
+    """Returns the reply of the app's function, and hides the text of an exception where training is private.
 
     Flower sends the text of an exception to the server, and a text may quote data.
 
     Raises:
-        UnsuitableApp: It raised. The whole of it is in this node's log.
+        UnsuitableApp: Training is private and the function raised. Only the exception's type is named; the rest is in
+            this node's log.
     """
     try:
         return call(message, context)
@@ -59,10 +60,17 @@ def call_silently(call: _Call, message: Message, context: Context, *, private: b
 
 
 def spent_by(content: RecordDict, shard: int, server_round: int, weight_key: str) -> Spent:
-    """What private training says of the update in `content`.
+    """Returns the record of private training that belongs to the update in `content`.
+
+    Args:
+        content: A shard's reply.
+        shard: The shard that was asked for.
+        server_round: The round that was asked for.
+        weight_key: Name of the metric that weighs the update.
 
     Raises:
-        ValueError: It says nothing, or of another shard or round, or the weight is not its number of records.
+        ValueError: There is none, or it is of another shard or round, or the weight is not the number of records that
+            it names.
     """
     try:
         spent = Spent.find_in(content)
@@ -83,10 +91,16 @@ def spent_by(content: RecordDict, shard: int, server_round: int, weight_key: str
 
 
 def guarded_reply(asked: Asked | None, message: Message, context: Context, call: _Call) -> Message:
-    """The reply to a plain strategy's message: where it asks for privacy, held to the same as a coded one.
+    """Returns the reply to a message of a plain strategy; under privacy it is checked and filtered as a coded one is.
+
+    Args:
+        asked: What the message asks for; None: no privacy.
+        message: The message.
+        context: The node's.
+        call: The app's function.
 
     Raises:
-        UnsuitableApp: It lacks the record of private training.
+        UnsuitableApp: The reply lacks the record of private training.
     """
     private = asked is not None and isinstance(asked.privacy, DPSGD)
     if asked is None or not private or message.metadata.message_type.split(".")[0] != MessageType.TRAIN:

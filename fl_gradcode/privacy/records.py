@@ -1,4 +1,4 @@
-"""What travels for privacy: what a shard's training is asked to promise, and what it says that it spent."""
+"""Records about privacy in messages: what a shard's training is asked to promise, and what it reports as spent."""
 
 from __future__ import annotations
 
@@ -16,29 +16,31 @@ from .settings import DPSGD, Privacy, privacy_from_json, privacy_to_json
 
 __all__ = ["BUDGET", "FOLDER", "Asked", "Spent", "asked_of", "budget_of", "in_config", "max_delta_of", "trusts_server"]
 
-#: Keys of the node config: the data owner's own limits, and whether the server is taken at its word.
+#: Keys of the node config: the data owner's own limits, and whether the server is trusted to treat holders alike.
 BUDGET, MAX_DELTA, HONEST_SERVER = "max-epsilon", "max-delta", "honest-server"
-#: Key of the node config, and of the run config where all nodes are on one machine: where keys and ledger are.
+#: Key of the node config, and of the run config where all nodes are on one machine: folder with keys and ledger.
 FOLDER = "privacy-dir"
 
-#: Key of what is asked and of what was spent, in records of whatever name; ours to a shard has this name too.
+#: Key of both in a `ConfigRecord` of any name. The record that the mod adds to a shard's message has this name too.
 _NAME = "fl-gradcode.privacy"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What one shard's training is asked.
+    """What the training of one shard is asked to promise.
 
     Attributes:
         privacy: What the run promises.
-        run, round, shard: Which.
-        worker: Whose keys.
-        holders: Of the shard.
-        earlier: Ranges (first, last) of rounds in which its holders were asked before.
-        seed: From which the server has generators seeded.
+        run: Name of the run.
+        round: Server round.
+        shard: Number of the shard.
+        worker: Number of the worker whose keys are used.
+        holders: Number of workers that hold the shard.
+        earlier: Ranges (first, last) of earlier rounds in which holders of the shard were asked.
+        seed: The run's seed, from which the mod seeds the generators.
 
     Raises:
-        InvalidSetting: Something is of another type: a shard 1.0 would find the key of shard 1 and another ledger.
+        InvalidSetting: A value has another type: a shard 1.0 would find the key of shard 1 and the ledger of another.
     """
 
     privacy: Privacy
@@ -61,27 +63,28 @@ class Asked:
                 )
 
     def add_to(self, content: RecordDict) -> None:
-        """Into a shard's message."""
+        """Add this to the content of a shard's message."""
         values = {**vars(self), "privacy": privacy_to_json(self.privacy)}
         content[_NAME] = ConfigRecord({_NAME: json.dumps(values)})
 
     @property
     def earlier_rounds(self) -> Iterator[int]:
-        """Each of them, one by one: the server may name any number."""
+        """The earlier rounds one by one; an iterator, since a server may name any number of them."""
         return (number for first, last in self.earlier for number in range(first, last + 1))
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What one shard's training says.
+    """What the training of one shard reports as spent.
 
     Attributes:
-        shard, round: Which.
-        context: Digest of what the key was bound to; the same for all holders.
-        epsilon: Of this run, at `delta`.
-        total_epsilon: Of all runs that this holder knows of.
-        delta: The other half.
-        weight: Of the update: public, and what the reply has to say.
+        shard: Number of the shard.
+        round: Server round.
+        context: Digest of what the key was bound to, in hex; the same for all holders. Empty with independent noise.
+        epsilon: Spent in this run so far, at `delta`.
+        total_epsilon: Spent in all runs that this holder knows of, at `delta`.
+        delta: Probability that the bound on epsilon does not cover.
+        weight: Weight of the update; public, and the reply has to state the same.
     """
 
     shard: int
@@ -93,12 +96,12 @@ class Spent:
     weight: float = 0.0
 
     def to_record(self) -> ConfigRecord:
-        """For the reply."""
+        """Returns the record for the reply."""
         return ConfigRecord({_NAME: json.dumps(asdict(self))})
 
     @classmethod
     def find_in(cls, content: RecordDict) -> Spent | None:
-        """That of a shard's reply, under whichever name; None if there is none.
+        """Returns the report in a shard's reply, in a record of any name; None if there is none.
 
         Raises:
             ValueError: It cannot be read.
@@ -113,14 +116,14 @@ class Spent:
 
 
 def in_config(privacy: Privacy) -> dict[str, Any]:
-    """For a plain strategy's `train_config`, where no `GradientCoding` asks: `ConfigRecord(in_config(DPSGD(...)))`."""
+    """Returns entries for the `train_config` of a plain strategy: `ConfigRecord(in_config(DPSGD(...)))`."""
     return {_NAME: privacy_to_json(privacy)}
 
 
 def asked_of(message: Message, context: Context) -> Asked | None:
-    """What this message asks of the shard that `context` names; None if it asks for no privacy.
+    """Returns what a message asks of the shard that `context` names; None if it asks for no privacy.
 
-    From the mod, which knows the round's plan; or from a plain strategy's config, where run and round are Flower's.
+    It is in a record that the mod added, or in the config of a plain strategy; then run and round are Flower's.
 
     Raises:
         InvalidSetting: It cannot be read, or lacks what a key is bound to.
@@ -151,7 +154,7 @@ def asked_of(message: Message, context: Context) -> Asked | None:
 
 
 def budget_of(context: Context) -> float:
-    """The data owner's own limit, over all runs."""
+    """Returns the data owner's own limit of epsilon over all runs; infinity if there is none."""
     value = context.node_config.get(BUDGET, float("inf"))
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise InvalidSetting(f"{BUDGET}={value!r} in the node config must be a number greater than 0.")
@@ -159,7 +162,7 @@ def budget_of(context: Context) -> float:
 
 
 def max_delta_of(context: Context) -> float:
-    """The delta at which the data owner's limit is meant, if the server asks for a larger one."""
+    """Returns the largest delta at which the data owner's limit is counted, whatever the server asks for."""
     value = context.node_config.get(MAX_DELTA, 1e-5)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
         raise InvalidSetting(f"{MAX_DELTA}={value!r} in the node config must be a number between 0 and 1.")
@@ -167,7 +170,7 @@ def max_delta_of(context: Context) -> float:
 
 
 def trusts_server(context: Context) -> bool:
-    """Whether holders of a shard are believed to be sent the same; if not, each round counts once for each of them."""
+    """Returns whether the server is trusted to send all holders of a shard the same; else a round counts for each."""
     value = context.node_config.get(HONEST_SERVER, True)
     if not isinstance(value, bool):
         raise InvalidSetting(f"{HONEST_SERVER}={value!r} in the node config must be true or false.")
@@ -175,6 +178,6 @@ def trusts_server(context: Context) -> bool:
 
 
 def asks_for_privacy(message: Message, context: Context) -> bool:
-    """Whether `train()` has to train by `private_training`."""
+    """Returns whether `train()` has to use `private_training` for this message."""
     asked = asked_of(message, context)
     return asked is not None and isinstance(asked.privacy, DPSGD)

@@ -1,13 +1,13 @@
-"""Which privacy a run promises: `DPSGD` (records, against the server) or `CentralNoise` (shards, by the server)."""
+"""Privacy settings of a run: `DPSGD` protects records against the server; `CentralNoise` protects whole shards."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
+from .._files import absolute_path
 from ..errors import InvalidSetting
 from .accounting import ACCOUNTANTS, Spend, epsilon_of, noise_multiplier_for
 
@@ -28,7 +28,7 @@ class DPSGD:
         steps: Steps that a shard is trained a round.
         noise: "shared": all holders of a shard add the same noise, from a key that the server never has; one release a
             round. "independent": each holder adds its own: r holders are r releases, and decoding amplifies the noise.
-        delta: The other half of the guarantee; below 1 over the number of records.
+        delta: Probability that the bound on epsilon does not cover; below 1 over the number of records.
         max_epsilon: The run does not start if it would spend more.
         grad_sample_mode: Opacus' way to clip single records: "hooks", or "ghost", which wide linear layers gain by, and
             which refuses a round in which a record's gradient is not finite ("hooks" counts it as zero).
@@ -81,10 +81,13 @@ class DPSGD:
         accountant: Literal["prv", "rdp"] = "prv",
         **others: Any,
     ) -> DPSGD:
-        """The least noise with which `rounds` rounds spend at most `epsilon`.
+        """Returns the setting with the least noise that spends at most `epsilon` in `rounds` rounds.
 
         Args:
-            holders: Of a shard: what independent noise, or a server that is not trusted, multiplies releases by.
+            epsilon: Bound for the whole run; it becomes `max_epsilon`.
+            rounds: Number of rounds.
+            holders: Number of workers that hold a shard. With independent noise, or a server that is not trusted, each
+                of them is a release of its own.
             **others: Further attributes.
         """
         fields: dict[str, Any] = {
@@ -104,15 +107,15 @@ class DPSGD:
         return cls(noise_multiplier=found, **fields)
 
     def releases(self, holders: int) -> int:
-        """How often a shard's update is released a round, with so many holders."""
+        """Returns how often one round releases a shard's update, if it has so many holders."""
         return 1 if self.noise == "shared" and self.honest_server else max(1, holders)
 
     def spend(self, rounds: int, *, holders: int = 1) -> Spend:
-        """What so many rounds cost one shard."""
+        """Returns the noisy steps that so many rounds take on one shard."""
         return Spend(self.noise_multiplier, self.sample_rate, rounds * self.steps * self.releases(holders))
 
     def epsilon(self, rounds: int, *, holders: int = 1) -> float:
-        """Epsilon of a shard after so many rounds."""
+        """Returns epsilon, at `delta`, of one shard after so many rounds."""
         return epsilon_of([self.spend(rounds, holders=holders)], self.delta, accountant=self.accountant)
 
 
@@ -126,7 +129,7 @@ class CentralNoise:
     Attributes:
         noise_multiplier: Standard deviation of the noise on the sum, over `clipping_norm`.
         clipping_norm: Bound of the norm of one shard's update.
-        delta: The other half of the guarantee; below 1 over the number of shards.
+        delta: Probability that the bound on epsilon does not cover; below 1 over the number of shards.
         max_epsilon: The run does not start if it would spend more.
         accountant: "prv", or the faster and looser "rdp".
         folder: Absolute path of a folder on the server for the ledger of spent privacy, which then covers all runs on
@@ -148,15 +151,15 @@ class CentralNoise:
     def __post_init__(self) -> None:
         _positive("clipping_norm", self.clipping_norm)
         _check_common(self)
-        if self.folder and not os.path.isabs(self.folder):
-            raise InvalidSetting(f"folder={self.folder!r} is a relative path; give an absolute one.")
+        if self.folder:
+            absolute_path(self.folder, "folder")
 
     def spend(self, rounds: int, *, holders: int = 1) -> Spend:
-        """What so many rounds cost one shard: one Gaussian release each, however many hold it; no subsampling."""
+        """Returns what so many rounds release of one shard: one Gaussian release each, whatever `holders` is."""
         return Spend(self.noise_multiplier, 1.0, rounds)
 
     def epsilon(self, rounds: int, *, holders: int = 1) -> float:
-        """Epsilon of a shard after so many rounds."""
+        """Returns epsilon, at `delta`, of one shard after so many rounds."""
         return epsilon_of([self.spend(rounds)], self.delta, accountant=self.accountant)
 
 
@@ -164,7 +167,12 @@ Privacy = DPSGD | CentralNoise
 
 
 def privacy_to_json(privacy: Privacy, *, promise_only: bool = False) -> str:
-    """For a message: one text, the same for equal values; or only of what noise is added to what."""
+    """Returns settings as JSON text, the same text for equal settings.
+
+    Args:
+        privacy: The settings.
+        promise_only: Leave out what does not change the noise: budget, accountant and folder.
+    """
     kind = "dp-sgd" if isinstance(privacy, DPSGD) else "central"
     values = {"kind": kind, **asdict(privacy)}
     if promise_only:
@@ -173,10 +181,10 @@ def privacy_to_json(privacy: Privacy, *, promise_only: bool = False) -> str:
 
 
 def privacy_from_json(text: str) -> Privacy:
-    """From a message.
+    """Returns the settings that `privacy_to_json` wrote.
 
     Raises:
-        InvalidSetting: It is not such a text.
+        InvalidSetting: The text is of something else.
     """
     try:
         values = json.loads(text)
@@ -189,7 +197,7 @@ def privacy_from_json(text: str) -> Privacy:
 
 
 def _check_common(privacy: Privacy) -> None:
-    """Before anything is spent."""
+    """Check what both kinds of settings have in common."""
     _positive("noise_multiplier", privacy.noise_multiplier)
     _number("delta", privacy.delta)
     _number("max_epsilon", privacy.max_epsilon)

@@ -1,4 +1,4 @@
-"""Private training of one shard inside a user's `train()`, as a `with` block: it charges, and draws batches and noise."""
+"""Private training of one shard inside a user's `train()`: a `with` block that charges, and draws batches and noise."""
 
 from __future__ import annotations
 

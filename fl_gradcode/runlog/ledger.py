@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .._files import followed, replace_file
+from .._files import absolute_path, followed, make_folder, replace_file, sync_folder
 from ..errors import InvalidSetting
 from .rows import PHASES, Late, PhaseKind, RoundRow
 
@@ -34,19 +34,15 @@ class Ledger:
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         #: The rows as typed values, oldest first.
         self.rounds: list[RoundRow] = []
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else absolute_path(path, "ledger")
         if self.path is not None:
-            if not self.path.is_absolute():
-                raise InvalidSetting(
-                    f"The ledger's path {str(path)!r} is relative; inside an app the working folder is the "
-                    "engine's, not yours. Give an absolute path."
-                )
             if self.path.is_dir():
                 raise InvalidSetting(f"The ledger's path {str(path)!r} is a folder; name a file in it.")
             with self._writing():
                 self.path = followed(self.path)
-                self.path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(self.path.parent)
                 self.path.open("a").close()
+                sync_folder(self.path.parent)
                 self._mend()
 
     @property

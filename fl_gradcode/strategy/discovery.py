@@ -13,6 +13,7 @@ import numpy as np
 from flwr.app import Message
 from numpy.typing import NDArray
 
+from .._text import listed, numbered
 from ..codes import GradientCode, check_count, for_assignment
 from ..errors import InvalidSetting, RoundFailed, UnsuitableApp, VersionMismatch
 from ..grid import Arrival, EarlyStopGrid, StopRule, Wait
@@ -120,11 +121,9 @@ class Holdings:
         least = self.wish.s + self.wish.m
         wanted = f"s={self.wish.s}" + (f" at m={self.wish.m}" if self.wish.m > 1 else "")
         named = [
-            f"shard {shard} has {len(who)} ({', '.join(map(str, who)) or 'nobody'})"
-            for shard, who in [*lacking.items()][:5]
+            f"shard {shard} has {len(who)} ({', '.join(map(str, who)) or 'nobody'})" for shard, who in lacking.items()
         ]
-        more = f", and {len(lacking) - 5} more" if len(lacking) > 5 else ""
-        return f"{wanted} needs {least} holders of each shard: {'; '.join(named)}{more}. Place them on further nodes."
+        return f"{wanted} needs {least} holders of each shard: {listed(named, 6)}. Place them on further nodes."
 
     def _counts(self, shard: int, digest: str, right: str) -> bool:
         return digest in (WITHHELD, right) or (not digest and shard not in (self.required or {}))
@@ -204,9 +203,9 @@ def discover(grid: EarlyStopGrid, holdings: Holdings, registry: WorkerRegistry, 
         if not holdings.told and reasons:
             raise UnsuitableApp(f"No client can take part: {reasons}")
         orphans = [shard for shard, who in holdings.holders().items() if not who]
-        listed = ", ".join(map(str, orphans[:10])) + (", ..." if len(orphans) > 10 else "")
+        without = numbered("shard", orphans, 11)
         raise RoundFailed(
-            f"Nobody holds shards {listed}: {len(holdings.told)} nodes told what they hold within {timeout:g} s. Start "
+            f"Nobody holds {without}: {len(holdings.told)} nodes told what they hold within {timeout:g} s. Start "
             f"the nodes that hold them, or lower k={holdings.wish.k}.{' ' + reasons if reasons else ''}"
         )
 

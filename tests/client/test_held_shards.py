@@ -41,7 +41,7 @@ def test_a_node_that_does_not_hold_what_an_assigned_code_asks_for_is_told_what_t
         grid = VirtualGrid(inner, Latency(compute=scaled(lognormal(), {0: 50.0})))
         strategy.start(grid, initial_arrays(), num_rounds=1)
     (one,) = strategy.ledger.rows[0]["train"]["rejected"]
-    assert one["worker"] == 2 and "is asked for shard 2 and holds shards 0: bring it the folder node-2" in one["reason"]
+    assert one["worker"] == 2 and "is asked for shard 2 and holds shard 0: bring it the folder node-2" in one["reason"]
     assert strategy.ledger.rows[0]["train"]["outcome"] == "exact"
 
 
@@ -65,7 +65,7 @@ def test_shards_that_do_not_count_are_named_with_what_to_do(caplog: pytest.LogCa
             if digests is None:
                 strategy.start(grid, initial_arrays(), num_rounds=1)
             else:
-                with pytest.raises(RoundFailed, match="Nobody holds shards 0, 1"):
+                with pytest.raises(RoundFailed, match="Nobody holds shards 0 and 1"):
                     strategy.start(grid, initial_arrays(), num_rounds=1)
         assert "Worker 0's shards" in caplog.text and told in caplog.text
 

@@ -127,9 +127,9 @@ def test_domains_to_spare_agrees_with_brute_force(rows: list[list[bool]], names:
 
 # What is in the way.
 
-TOO_FEW = re.compile(r"Shard (\d+) may be held by (\d+) workers? \(([\d, ]+|none)\)")
+TOO_FEW = re.compile(r"Shard (\d+) may be held by (\d+) workers? \(([\d, and]+|none)\)")
 TOO_SMALL = re.compile(r"\D+(?:\d+ workers have room for )?(\d+)\D.*; .* needs? (\d+)\. Raise")
-IN_THE_WAY = re.compile(r"Shards? ([\d, ]+) with .* needs? (\d+) places; .* hold \w+ \(([\d, ]+)\) have (\d+)")
+IN_THE_WAY = re.compile(r"Shards? ([\d, and]+) with .* needs? (\d+) places; .* hold \w+ \(([\d, and]+)\) have (\d+)")
 
 
 @thorough
@@ -145,11 +145,11 @@ def test_what_is_said_to_be_in_the_way_is(problem: Problem) -> None:
     assert "\n" not in sentence and sentence.endswith("ask for fewer.") and f" {problem.holders} holder" in sentence
     may, room = problem.may, np.minimum(problem.capacities, problem.may.shape[1])
     if match := TOO_FEW.match(sentence):
-        named = [int(i) for i in match[3].replace("none", "").split(", ") if i]
+        named = [int(i) for i in re.findall(r"\d+", match[3])]
         assert named == np.flatnonzero(may[:, int(match[1])]).tolist()
         assert len(named) == int(match[2]) < problem.holders
     elif match := IN_THE_WAY.match(sentence):
-        shards, workers = ([int(i) for i in match[group].split(", ")] for group in (1, 3))
+        shards, workers = ([int(i) for i in re.findall(r"\d+", match[group])] for group in (1, 3))
         assert workers == np.flatnonzero(may[:, shards].any(axis=1)).tolist()
         elsewhere = problem.fixed.sum(axis=1) - problem.fixed[:, shards].sum(axis=1)
         assert int(match[4]) == np.minimum(room - elsewhere, may[:, shards].sum(axis=1)).sum()

@@ -192,7 +192,7 @@ def test_a_shard_that_is_not_there_is_told_apart_from_one_that_was_never_meant_t
     (folder / "a.csv").unlink()
     with pytest.raises(ShardMismatch, match=r"Shard 0 \(a.csv\) is missing in .*node-3: fetch the folder node-3 anew"):
         checked_path(folder, 0)
-    with pytest.raises(ShardMismatch, match=r"shard 5 is not listed; shards 0, 2 of 12 are. Bring this node"):
+    with pytest.raises(ShardMismatch, match=r"shard 5 is not listed; shards 0 and 2 of 12 are. Bring this node"):
         checked_path(folder, 5)
 
 

@@ -132,8 +132,8 @@ def test_nothing_is_written_once_an_earlier_placement_is_taken_away(
     real = node_folders._clear
 
     def clear(*arguments: Any) -> None:
-        monkeypatch.setattr(node_folders, "write_atomically", None)
-        monkeypatch.setattr("fl_gradcode.placement.manifest.write_atomically", None)
+        monkeypatch.setattr(node_folders, "replace_file", None)
+        monkeypatch.setattr("fl_gradcode.placement.manifest.replace_file", None)
         real(*arguments)
 
     monkeypatch.setattr(node_folders, "_clear", clear)
@@ -188,7 +188,8 @@ def test_other_data_are_not_overwritten(source: Path, tmp_path: Path) -> None:
 
 KILLED = """
 import os, sys
-from fl_gradcode import cli, node_folders, manifest
+from fl_gradcode.cli.app import app
+from fl_gradcode.placement import node_folders
 real, left = node_folders.{function}, [{after}]
 def dying(*args, **kwargs):
     if left[0] == 0:
@@ -196,13 +197,13 @@ def dying(*args, **kwargs):
     left[0] -= 1
     return real(*args, **kwargs)
 node_folders.{function} = dying
-cli.app(sys.argv[1:])
+app(sys.argv[1:])
 """
 
 
 @pytest.mark.parametrize(
     ("function", "after"),
-    [("copy_shard", 3), ("_clear", 0), ("_clear", 1), ("_bring", 0), ("_bring", 2), ("write_atomically", 0)],
+    [("copy_shard", 3), ("_clear", 0), ("_clear", 1), ("_bring", 0), ("_bring", 2), ("replace_file", 0)],
 )
 def test_a_placement_that_is_killed_leaves_nothing_that_seems_whole(
     function: str, after: int, source: Path, tmp_path: Path
@@ -213,7 +214,7 @@ def test_a_placement_that_is_killed_leaves_nothing_that_seems_whole(
     program = KILLED.format(function=function, after=after)
     line = [sys.executable, "-c", program, "place", str(source), str(out), "-n", "3", "--force"]
     assert subprocess.run(line, check=False).returncode == 9
-    if function in ("copy_shard", "write_atomically"):  # nothing was taken away yet
+    if function in ("copy_shard", "replace_file"):  # nothing was taken away yet
         assert Manifest.read(out) == Manifest.read(first["manifest"])
     else:
         with pytest.raises(InvalidSetting):
@@ -228,7 +229,7 @@ def test_a_placement_that_is_killed_leaves_nothing_that_seems_whole(
 
 KILLED_MOVING = """
 import os, sys
-from fl_gradcode import cli
+from fl_gradcode.cli.app import app
 real, left = os.replace, [{after}]
 def dying(*args, **kwargs):
     if left[0] == 0:
@@ -236,7 +237,7 @@ def dying(*args, **kwargs):
     left[0] -= 1
     return real(*args, **kwargs)
 os.replace = dying
-cli.app(sys.argv[1:])
+app(sys.argv[1:])
 """
 
 

@@ -150,7 +150,7 @@ def test_evaluation_can_be_left_out_and_training_too() -> None:
     [
         ({"on_undecodable": "ignore"}, "must be one of skip, approximate, raise"),
         ({"node_timeout": 0.0}, "node_timeout=0.0 must be"),
-        ({"ledger": "out/ledger.jsonl"}, "is relative.*Give an absolute path"),
+        ({"ledger": "out/ledger.jsonl"}, "is a relative path.*Give an absolute path"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(kwargs: Any, sentence: str) -> None:
