@@ -8,9 +8,8 @@ from typing import Literal
 
 from ..codes import GradientCode
 from ..runlog import ModeLine, RoundRow
-from .options import Adaptive, Options, Shards
 
-__all__ = ["FixedMode", "ModeChooser", "RoundMode", "mode_chooser"]
+__all__ = ["FixedMode", "ModeChooser", "RoundMode"]
 
 
 @dataclass(frozen=True)
@@ -58,15 +57,3 @@ class FixedMode(ModeChooser):
     def choose(self, *, complete: bool) -> RoundMode:
         """Returns the one mode."""
         return self._mode
-
-
-def mode_chooser(options: Options, code: GradientCode) -> ModeChooser:
-    """Returns what chooses the modes of a run with these options."""
-    if isinstance(options.send, Adaptive):
-        # Replaying rounds takes the planner and scipy.stats, which no other run needs.
-        from .adaptive import AdaptiveModes
-
-        return AdaptiveModes(code, smaller=options.policy != "raise")
-    if isinstance(options.send, Shards):
-        return FixedMode(RoundMode(code, "shards", options.send.patience))
-    return FixedMode(RoundMode(code, "coded"))

@@ -25,16 +25,16 @@ from .app_checks import broken_promises, refuse_unsuitable
 from .checkpoint import Saved
 from .discovery import Holdings
 from .dispatch import open_phase
-from .options import Coded, Options
+from .options import Adaptive, Coded, Options, Shards
 from .phase import Phase
 from .plan_messages import MessageFactory, make_plan, time_to_live
 from .replies import Noise, StaleUpdates
 from .resume import RunKeeper
-from .round_mode import RoundMode, mode_chooser
+from .round_mode import FixedMode, ModeChooser, RoundMode
 from .workers import WorkerRegistry
 from .wrapped import ShardGrid, aggregate, arrays_key_of, common_content, has_custom_metrics
 
-__all__ = ["Run"]
+__all__ = ["Run", "mode_chooser"]
 
 _log = logging.getLogger(__name__)
 
@@ -369,3 +369,15 @@ class Run:
         if key not in self._warned:
             self._warned.add(key)
             _log.warning("%s", text)
+
+
+def mode_chooser(options: Options, code: GradientCode) -> ModeChooser:
+    """Returns what chooses the modes of a run with these options."""
+    if isinstance(options.send, Adaptive):
+        # Replaying rounds takes the planner and scipy.stats, which no other run needs.
+        from .adaptive import AdaptiveModes
+
+        return AdaptiveModes(code, smaller=options.policy != "raise")
+    if isinstance(options.send, Shards):
+        return FixedMode(RoundMode(code, "shards", options.send.patience))
+    return FixedMode(RoundMode(code, "coded"))

@@ -19,7 +19,7 @@ from fl_gradcode.strategy.dispatch import open_phase
 from fl_gradcode.strategy.options import Options, send_of
 from fl_gradcode.strategy.phase import Phase
 from fl_gradcode.strategy.plan_messages import MessageFactory, make_plan
-from fl_gradcode.strategy.round_mode import mode_chooser
+from fl_gradcode.strategy.run import mode_chooser
 from fl_gradcode.strategy.workers import WorkerRegistry
 from fl_gradcode.testing import inside_a_run
 from tests.conftest import initial_arrays, toy_app
