@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .._text import seconds_text
 from ..codes import check_count, fractional_repetition
 from ..errors import InvalidSetting
 from ..latency import Latency, Parts
@@ -275,19 +276,15 @@ def _recommend(lines: Sequence[Line]) -> tuple[Line, str]:
             else "as long"
         )
         return plain, (
-            f"do not code: waiting for all takes {_seconds(plain.steady)} a round, and with the best code "
+            f"do not code: waiting for all takes {seconds_text(plain.steady)} a round, and with the best code "
             f"({fastest.scheme.name}) a round is {how}."
         )
     longest = min((1 + _CLOSE) * fastest.steady, (1 - GAIN) * plain.steady)
     close = [line for line in coded if line.steady <= longest]
     best = min(close, key=lambda line: (line.storage, line.computed, line.steady))
     gain = f"{plain.steady / best.steady:.2f}x faster than" if np.isfinite(plain.steady) else "where nothing else ends:"
-    against = f"waiting for all ({_seconds(plain.steady)})" if np.isfinite(plain.steady) else "some never answer"
+    against = f"waiting for all ({seconds_text(plain.steady)})" if np.isfinite(plain.steady) else "some never answer"
     return best, (
-        f"code: {best.scheme.name} takes {_seconds(best.steady)} a round, {gain} {against}; each worker stores "
+        f"code: {best.scheme.name} takes {seconds_text(best.steady)} a round, {gain} {against}; each worker stores "
         f"{best.storage} shards, and {best.computed:.2f} times as much is computed."
     )
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.3g} s"

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .._text import seconds_text
 from ..codes import check_count
 from ..errors import InvalidSetting
 from ..latency import Latency, Law, Parts, scaled
@@ -172,13 +173,13 @@ def _recommend(lines: tuple[ProductLine, ...]) -> tuple[ProductLine, str]:
         return plain, "do not code: fewer workers answer than any k that was compared needs."
     if fastest is plain or (np.isfinite(plain.steady) and fastest.steady > (1 - _GAIN) * plain.steady):
         gain = "" if fastest is plain else f" (k = {fastest.k} is {1 - fastest.steady / plain.steady:.1%} faster)"
-        return plain, f"do not code: k = n = {plain.k} is best, {plain.steady:.3g} s a product{gain}."
+        return plain, f"do not code: k = n = {plain.k} is best, {seconds_text(plain.steady)} a product{gain}."
     against = (
-        f"{plain.steady / fastest.steady:.2f}x faster than uncoded ({plain.steady:.3g} s)"
+        f"{plain.steady / fastest.steady:.2f}x faster than uncoded ({seconds_text(plain.steady)})"
         if np.isfinite(plain.steady)
         else "where an uncoded one never ends"
     )
     return fastest, (
-        f"code: any k = {fastest.k} of {plain.k} answers take {fastest.steady:.3g} s a product, {against}; each worker "
-        f"has {plain.k / fastest.k:.2f} times as much to compute."
+        f"code: any k = {fastest.k} of {plain.k} answers take {seconds_text(fastest.steady)} a product, {against}; "
+        f"each worker has {plain.k / fastest.k:.2f} times as much to compute."
     )

@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import FedAvg
 import fl_gradcode
 import fl_gradcode.codes as codes
 from fl_gradcode import Coded, EarlyStopGrid, GradientCoding, Shards
+from fl_gradcode._text import seconds_text
 from fl_gradcode.codes import fractional_repetition
 from fl_gradcode.errors import FlGradcodeError
 from fl_gradcode.latency import Latency, exponential, lognormal, pareto, scaled, trace
@@ -59,7 +60,7 @@ def test_heavy_tails_are_coded(name: str) -> None:
     best = found.recommended
     assert found.codes and best.scheme.exact
     assert found.speedup(best) > 1 / (1 - GAIN)
-    assert found.verdict.startswith(f"code: {best.scheme.name} takes {best.steady:.3g} s a round, ")
+    assert found.verdict.startswith(f"code: {best.scheme.name} takes {seconds_text(best.steady)} a round, ")
     assert f"{found.speedup(best):.2f}x faster than waiting for all ({found.lines[0].steady:.3g} s)" in found.verdict
     assert f"each worker stores {best.storage} shards, and {best.computed:.2f} times as much is" in found.verdict
 
