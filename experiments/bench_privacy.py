@@ -27,7 +27,7 @@ from clients.models import build_model
 from experiments.compare.synchronous import quiet
 from experiments.privacy.tasks import PROBLEMS
 from fl_gradcode import GradientCoding, fractional_repetition, uncoded
-from fl_gradcode.privacy import DPSGD, KeyedStream, wrap, write_keys
+from fl_gradcode.privacy import DPSGD, PRFStream, wrap, write_keys
 from fl_gradcode.testing import InProcessGrid
 
 __all__ = ["private_encoding", "private_step"]
@@ -110,7 +110,7 @@ def _steps(make: Callable[[], nn.Module], mode: Mode, repeats: int) -> tuple[lis
 
 
 def _keyed(model: nn.Module, mode: Mode, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
-    wrapped = wrap(model, KeyedStream(bytes(range(32))), mode=mode, noise_multiplier=_NOISE, max_grad_norm=_CLIP)
+    wrapped = wrap(model, PRFStream(bytes(range(32))), mode=mode, noise_multiplier=_NOISE, max_grad_norm=_CLIP)
     optimizer = wrapped.optimizer(torch.optim.SGD(model.parameters(), lr=0.01), expected_batch_size=_BATCH)
     step = _step(wrapped.model, optimizer, wrapped.criterion(nn.CrossEntropyLoss()), x, y)
 

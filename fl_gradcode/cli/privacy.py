@@ -17,7 +17,7 @@ from rich.table import Table
 
 from ..codes import GradientCode, cyclic_repetition, fractional_repetition, uncoded
 from ..errors import FlGradcodeError
-from ..privacy import DPSGD, SpentLedger, epsilon_of, noise_multiplier_for, read_keys, rotate_keys, write_keys
+from ..privacy import DPSGD, BudgetLedger, epsilon_of, noise_multiplier_for, read_keys, rotate_keys, write_keys
 from ._assignment_file import read_assignment
 from ._errors import one_sentence
 
@@ -146,7 +146,7 @@ def check(
     """A node's keys and what its shards have spent so far; prints no secret."""
     with one_sentence():
         node = read_keys(folder)
-        ledger = SpentLedger(folder / "spent")
+        ledger = BudgetLedger(folder / "spent")
         table = Table(title=f"worker {node.worker}, keys of generation {node.generation}", box=box.SIMPLE_HEAD)
         for column in ("shard", "key", "runs", "rounds", "epsilon"):
             table.add_column(column, justify="right")

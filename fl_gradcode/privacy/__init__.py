@@ -6,14 +6,14 @@ from .._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .accounting import Spend, epsilon_of, noise_multiplier_for
-    from .budget_ledger import SpentLedger
+    from .budget_ledger import BudgetLedger
     from .clipping import clip, clipping_mod_named_in, refuse_clipping_mods
     from .dp_optimizer import wrap
-    from .key_derivation import KeyedStream
+    from .key_derivation import PRFStream
     from .keys import read_keys, rotate_keys, write_keys
     from .output_guard import call_silently, guarded_reply, refuse_unprotected, spent_by
     from .records import BUDGET, FOLDER, Asked, Spent, asked_of, asks_for_privacy, in_config
-    from .run_account import CentralGaussian, RunAccount, amplification
+    from .run_account import Releases, RunAccount, amplification
     from .settings import DPSGD, CentralNoise, Privacy, privacy_from_json, privacy_to_json
     from .training import PrivateTraining, private_training
 
@@ -22,15 +22,15 @@ __all__ = [
     "DPSGD",
     "FOLDER",
     "Asked",
-    "CentralGaussian",
+    "BudgetLedger",
     "CentralNoise",
-    "KeyedStream",
+    "PRFStream",
     "Privacy",
     "PrivateTraining",
+    "Releases",
     "RunAccount",
     "Spend",
     "Spent",
-    "SpentLedger",
     "amplification",
     "asked_of",
     "asks_for_privacy",
@@ -62,7 +62,7 @@ __getattr__, __dir__ = lazy_names(
             "noise_multiplier_for",
         ],
         "budget_ledger": [
-            "SpentLedger",
+            "BudgetLedger",
         ],
         "clipping": [
             "clip",
@@ -73,7 +73,7 @@ __getattr__, __dir__ = lazy_names(
             "wrap",
         ],
         "key_derivation": [
-            "KeyedStream",
+            "PRFStream",
         ],
         "keys": [
             "read_keys",
@@ -96,7 +96,7 @@ __getattr__, __dir__ = lazy_names(
             "in_config",
         ],
         "run_account": [
-            "CentralGaussian",
+            "Releases",
             "RunAccount",
             "amplification",
         ],

@@ -19,7 +19,7 @@ from .._files import lock, make_folder, sync_folder
 from ..errors import InvalidSetting, PrivacyRefused
 from .accounting import Spend, epsilon_of
 
-__all__ = ["Charge", "Entry", "Request", "SpentLedger"]
+__all__ = ["BudgetLedger", "Charge", "Entry", "Request"]
 
 # A server that claims more than so many rounds without this node is wrong, and would fill its disk.
 _MOST_MISSED = 10_000
@@ -84,7 +84,7 @@ class Charge:
     new: bool
 
 
-class SpentLedger:
+class BudgetLedger:
     """Charges requests to the budgets of shards, and refuses those that exceed them.
 
     Args:

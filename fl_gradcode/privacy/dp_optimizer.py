@@ -24,7 +24,7 @@ from ._opacus import (
     check_processed_flag,
     mark_as_processed,
 )
-from .key_derivation import KeyedStream
+from .key_derivation import PRFStream
 
 __all__ = [
     "KeyedDPOptimizer",
@@ -160,7 +160,7 @@ class KeyedNoise:
         multiplier: Standard deviation of the noise over the clipping norm.
     """
 
-    def __init__(self, stream: KeyedStream, multiplier: float) -> None:
+    def __init__(self, stream: PRFStream, multiplier: float) -> None:
         self.stream, self.multiplier = stream, multiplier
 
     def of_a_step(self, parameters: Sequence[Tensor], max_grad_norm: float) -> Iterator[Tensor]:
@@ -494,7 +494,7 @@ def _norm_of_sum(parameters: Sequence[Any]) -> float:
 
 def wrap(
     model: nn.Module,
-    stream: KeyedStream,
+    stream: PRFStream,
     *,
     mode: Literal["hooks", "ghost"],
     noise_multiplier: float,

@@ -25,7 +25,7 @@ from ..protocol import NUM_PARTITIONS, view
 from .records import BUDGET, FOLDER, Asked
 from .settings import privacy_to_json
 
-__all__ = ["SECRET_BYTES", "KeyContext", "KeyedStream", "folder_of", "key_context", "needed"]
+__all__ = ["SECRET_BYTES", "KeyContext", "PRFStream", "folder_of", "key_context", "needed"]
 
 #: Length of a shard's secret.
 SECRET_BYTES = 32
@@ -56,7 +56,7 @@ class KeyContext:
     config: bytes
     manifest: bytes
 
-    def key(self, secret: bytes, purpose: Literal["noise", "sample", "generators", "digest"]) -> bytes:
+    def derive(self, secret: bytes, purpose: Literal["noise", "sample", "generators", "digest"]) -> bytes:
         """Returns the key for one purpose, 32 bytes, by HKDF-SHA256 (RFC 5869).
 
         Each field is prefixed by its length, so that no two contexts share an `info`.
@@ -86,7 +86,7 @@ class KeyContext:
         return b"".join(map(_prefixed, fields))
 
 
-class KeyedStream:
+class PRFStream:
     """Random numbers from a key by a pseudorandom function (PRF): AES-256 in counter mode.
 
     The output is read as 64-bit little-endian words. Each call continues where the last one ended.

@@ -15,7 +15,7 @@ from ..codes import GradientCode, PrimeField
 from ..errors import InvalidSetting
 from ..runlog import PrivacyLine, RoundRow
 from .accounting import Spend, composed, epsilon_of
-from .budget_ledger import Request, SpentLedger
+from .budget_ledger import BudgetLedger, Request
 from .settings import DPSGD, CentralNoise, Privacy, privacy_to_json
 
 __all__ = ["Account", "CentralGaussian", "Releases", "RunAccount", "amplification"]
@@ -131,10 +131,10 @@ class CentralGaussian:
 
     def add_to(self, total: NDArray[np.floating]) -> NDArray[np.float64]:
         """Returns the sum with one Gaussian draw, shape (d,), keyed by the operating system's generator."""
-        from .key_derivation import KeyedStream
+        from .key_derivation import PRFStream
 
         sensitivity = self._privacy.clipping_norm + self._rounding * np.sqrt(total.size)
-        noise = KeyedStream(os.urandom(32)).normal(total.size)
+        noise = PRFStream(os.urandom(32)).normal(total.size)
         return np.asarray(total + self._privacy.noise_multiplier * sensitivity * noise, np.float64)
 
 
@@ -170,7 +170,7 @@ class RunAccount:
         self.request = ""
         self._lost = 0  # draws of rounds that a restart has lost, and that are drawn again
         folder = privacy.folder if isinstance(privacy, CentralNoise) else ""
-        self._ledger = SpentLedger(folder) if folder else None
+        self._ledger = BudgetLedger(folder) if folder else None
         #: What earlier starts spent, of this run too, each different history once.
         self._before: set[tuple[Spend, ...]] = {()}
         if self._ledger is not None:

@@ -17,8 +17,8 @@ from flwr.app import ConfigRecord, Context, Message
 from .._seeding import generators_restored, seed_with
 from ..errors import InvalidSetting, PrivacyRefused
 from ..protocol import PARTITION_ID
-from .budget_ledger import Charge, Request, SpentLedger
-from .key_derivation import SECRET_BYTES, KeyContext, KeyedStream, folder_of, key_context, needed
+from .budget_ledger import BudgetLedger, Charge, Request
+from .key_derivation import SECRET_BYTES, KeyContext, PRFStream, folder_of, key_context, needed
 from .keys import read_keys
 from .records import Asked, Spent, asked_of, budget_of, max_delta_of, trusts_server
 from .settings import DPSGD
@@ -112,7 +112,7 @@ class PrivateTraining:
         self._asked, self._privacy, self._message, self._context = asked, privacy, message, context
         self._plain, self._examples, self._manifest, self._binding = model, examples, manifest, binding
         self._open = ExitStack()
-        self._sampling: KeyedStream
+        self._sampling: PRFStream
         self._wrapped: PrivateModel
         self._steps = 0
         self._record: ConfigRecord | None = None
@@ -128,10 +128,10 @@ class PrivateTraining:
         bound = self._bound_to(keys.generation if keys else 0)
         # Without keys of shards: keys of this one answer.
         secret = os.urandom(SECRET_BYTES) if keys is None else keys.secret(self._asked.shard)
-        noise_key, batch_key = bound.key(secret, "noise"), bound.key(secret, "sample")
+        noise_key, batch_key = bound.derive(secret, "noise"), bound.derive(secret, "sample")
         wrapped = wrap(
             self._plain,
-            KeyedStream(noise_key),
+            PRFStream(noise_key),
             mode=self._privacy.grad_sample_mode,
             noise_multiplier=self._privacy.noise_multiplier,
             max_grad_norm=self._privacy.max_grad_norm,
@@ -145,16 +145,16 @@ class PrivateTraining:
             raise
         # The server knows the seed of the mod's generators: dropout and the like are drawn from the key instead.
         self._open.enter_context(generators_restored())
-        seed_with(int.from_bytes(bound.key(secret, "generators")[:8], "little"))
+        seed_with(int.from_bytes(bound.derive(secret, "generators")[:8], "little"))
         self._open.enter_context(_without_hook_warnings())
-        self._sampling = KeyedStream(batch_key)
+        self._sampling = PRFStream(batch_key)
         self._wrapped, self.model = wrapped, wrapped.model
         self.epsilon = charge.run_epsilon
         self.record = Spent(
             self._asked.shard,
             self._asked.round,
             # Keyed: a plain digest would tell whoever guesses the manifest whether the guess is right.
-            bound.key(secret, "digest").hex() if shared else "",
+            bound.derive(secret, "digest").hex() if shared else "",
             charge.run_epsilon,
             charge.total_epsilon,
             self._privacy.delta,
@@ -270,7 +270,7 @@ class PrivateTraining:
                     f"{epsilon:.3g} (delta {self._privacy.delta:g}), above the budget of {self._privacy.max_epsilon:g}."
                 )
             return Charge(epsilon, epsilon, True)
-        ledger = SpentLedger(needed(folder, "a ledger of what it spends") / _SPENT)
+        ledger = BudgetLedger(needed(folder, "a ledger of what it spends") / _SPENT)
         request = Request(
             self._asked.shard,
             self._asked.run,

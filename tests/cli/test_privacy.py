@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from fl_gradcode import fractional_repetition
 from fl_gradcode.cli.app import app
-from fl_gradcode.privacy import DPSGD, CentralNoise, Spend, SpentLedger, read_keys
+from fl_gradcode.privacy import DPSGD, BudgetLedger, CentralNoise, Spend, read_keys
 from fl_gradcode.privacy.budget_ledger import Request
 
 
@@ -119,7 +119,7 @@ def test_keys_for_an_assignment_and_their_rotation(tmp_path: Path) -> None:
 def test_check_shows_what_was_spent_and_no_secret(tmp_path: Path) -> None:
     call("keys", "make", str(tmp_path), "--workers", "2", "--stragglers", "1")
     node = tmp_path / "node-0"
-    ledger = SpentLedger(node / "spent")
+    ledger = BudgetLedger(node / "spent")
     ledger.charge(Request(0, "r", 1, "c", Spend(1.0, 0.05, 200)), delta=1e-5)
     code, out, _ = call("keys", "check", str(node))
     assert code == 0

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.engine import Engine
 from fl_gradcode import Ledger, fractional_repetition
-from fl_gradcode.privacy import DPSGD, SpentLedger, write_keys
+from fl_gradcode.privacy import DPSGD, BudgetLedger, write_keys
 from tests.end_to_end.conftest import ROOT, with_the_library_on_its_path
 
 pytestmark = pytest.mark.slow
@@ -88,7 +88,7 @@ def test_a_holder_without_budget_is_a_straggler_with_a_reason(rows: list[dict[st
 
 def test_ledgers_of_all_holders_count_each_round_once(rows: list[dict[str, Any]], folder: Path) -> None:
     for worker in range(CODE.n):
-        ledger = SpentLedger(folder / "keys" / f"node-{worker}" / "spent")
+        ledger = BudgetLedger(folder / "keys" / f"node-{worker}" / "spent")
         for shard in CODE.shards_of(worker):
             rounds = [entry.round for entry in ledger.entries(shard)]
             assert len(rounds) == len(set(rounds))

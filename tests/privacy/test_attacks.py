@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fl_gradcode import GradientCoding, cyclic_repetition
 from fl_gradcode.errors import PrivacyRefused
-from fl_gradcode.privacy import Spend, SpentLedger, epsilon_of, read_keys
-from fl_gradcode.privacy.key_derivation import KeyContext, KeyedStream
+from fl_gradcode.privacy import BudgetLedger, Spend, epsilon_of, read_keys
+from fl_gradcode.privacy.key_derivation import KeyContext, PRFStream
 from fl_gradcode.testing import InProcessGrid, inside_a_run
 from tests.privacy.direct import Node, linear, move, records
 from tests.privacy.private_app import initial, keys_for, private_app, settings
@@ -134,7 +134,7 @@ def test_a_key_that_is_not_bound_to_the_weights_would_give_a_difference_without_
 
     def answer(weights: float, *, bound: bool) -> Tensor:
         digest = hashlib.sha256(str(weights).encode()).digest() if bound else bytes(32)
-        stream = KeyedStream(KeyContext("r", 1, 0, digest, bytes(32), bytes(32)).key(secret, "noise"))
+        stream = PRFStream(KeyContext("r", 1, 0, digest, bytes(32), bytes(32)).derive(secret, "noise"))
         return clipped(linear(SIZE, weights), x, y) + torch.from_numpy(stream.normal(SIZE)) / len(x)
 
     exact = clipped(linear(SIZE, 0.01), x, y) - clipped(linear(SIZE, 0.0), x, y)
@@ -279,7 +279,7 @@ def test_a_server_that_is_not_trusted_is_charged_for_an_answer_by_each_holder(
     twice = epsilon_of([Spend(1.0, 0.2, 2 * 3)], 1e-5, accountant="rdp")
     assert entry["epsilon"] == pytest.approx(twice)
     for worker in range(2):
-        ledger = SpentLedger(tmp_path / f"node-{worker}" / "spent")
+        ledger = BudgetLedger(tmp_path / f"node-{worker}" / "spent")
         assert {ledger.epsilon(shard, 1e-5, accountant="rdp") for shard in ledger.shards} == {twice}
 
 
@@ -296,7 +296,7 @@ def test_all_but_the_key_does_not_give_the_noise(node: Node) -> None:
     update = net.weight.detach().double().flatten()
     # It knows all records but the last, whose part of the update is small beside the noise.
     seen = clipped(linear(SIZE), x[:40], y[:40]) * 40 - update * 41
-    real = KeyedStream(bound.key(read_keys(node.folder).secret(0), "noise")).normal(SIZE)
+    real = PRFStream(bound.derive(read_keys(node.folder).secret(0), "noise")).normal(SIZE)
     assert correlation(seen, real) > 0.99
     digest = bytes.fromhex(bound.digest)
     guesses = [
@@ -311,8 +311,8 @@ def test_all_but_the_key_does_not_give_the_noise(node: Node) -> None:
         *(np.random.default_rng(seed).bytes(32) for seed in range(200)),
         read_keys(node.folder).secret(1),  # a holder of another shard that helps
     ]
-    streams = [bound.key(guess, purpose) for guess in guesses for purpose in PURPOSES]
-    best = max(abs(correlation(seen, KeyedStream(key).normal(SIZE))) for key in [*streams, *guesses])
+    streams = [bound.derive(guess, purpose) for guess in guesses for purpose in PURPOSES]
+    best = max(abs(correlation(seen, PRFStream(key).normal(SIZE))) for key in [*streams, *guesses])
     assert best < 5.2 / np.sqrt(SIZE)  # of 3000 that are independent, one is above in 2000 tries
     torch_guesses = (torch.randn(SIZE, generator=torch.Generator().manual_seed(seed)) for seed in range(500))
     assert max(abs(correlation(seen, guess)) for guess in torch_guesses) < 5.2 / np.sqrt(SIZE)

@@ -20,7 +20,7 @@ from torch import nn
 
 from fl_gradcode.privacy import Spend, epsilon_of
 from fl_gradcode.privacy.dp_optimizer import wrap
-from fl_gradcode.privacy.key_derivation import KeyContext, KeyedStream
+from fl_gradcode.privacy.key_derivation import KeyContext, PRFStream
 from tests.privacy.direct import linear
 
 DELTA = 1e-5
@@ -75,7 +75,7 @@ def key(repetition: int, weight: float, purpose: str = "noise", *, bound: bool =
     """Of a secret of its own for each repetition."""
     weights = hashlib.sha256(f"{weight if bound else 0.0}".encode()).digest()
     context = KeyContext("r", 1, 0, weights, bytes(32), bytes(32))
-    return context.key(hashlib.sha256(f"secret {repetition}".encode()).digest(), purpose)  # type: ignore[arg-type]
+    return context.derive(hashlib.sha256(f"secret {repetition}".encode()).digest(), purpose)  # type: ignore[arg-type]
 
 
 def released(
@@ -92,7 +92,7 @@ def released(
     """The update that leaves: of the sum of gradients, in units of the clipping norm."""
     x, y = data(present)
     net = linear(SIZE, weight)
-    noise, sampling = (KeyedStream(key(repetition, weight, purpose, bound=bound)) for purpose in ("noise", "sample"))
+    noise, sampling = (PRFStream(key(repetition, weight, purpose, bound=bound)) for purpose in ("noise", "sample"))
     wrapped = wrap(net, noise, mode="hooks", noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm)
     optimizer = wrapped.optimizer(torch.optim.SGD(net.parameters(), lr=1e-6), expected_batch_size=1.0)
     criterion = wrapped.criterion(nn.MSELoss())

@@ -16,7 +16,7 @@ import pytest
 
 from fl_gradcode.errors import InvalidSetting, PrivacyRefused
 from fl_gradcode.privacy import Spend, epsilon_of
-from fl_gradcode.privacy.budget_ledger import Charge, Request, SpentLedger
+from fl_gradcode.privacy.budget_ledger import BudgetLedger, Charge, Request
 from fl_gradcode.testing import inside_a_run
 from tests.privacy.direct import Node, linear, move, records
 
@@ -25,7 +25,7 @@ SPEND = Spend(1.0, 0.2, 5)
 FORK = multiprocessing.get_context("fork")  # a real process, without the seconds of importing torch
 
 
-def ask(ledger: SpentLedger, number: int, context: str = "", earlier: Iterable[int] = (), **settings: Any) -> Charge:
+def ask(ledger: BudgetLedger, number: int, context: str = "", earlier: Iterable[int] = (), **settings: Any) -> Charge:
     request: dict[str, Any] = {
         key: settings.pop(key) for key in ("shard", "run", "spend", "repeatable") if key in settings
     }
@@ -39,11 +39,11 @@ def cost(rounds: int, spend: Spend = SPEND) -> float:
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> SpentLedger:
-    return SpentLedger(tmp_path / "spent")
+def ledger(tmp_path: Path) -> BudgetLedger:
+    return BudgetLedger(tmp_path / "spent")
 
 
-def test_each_round_is_charged_once_and_a_repeated_request_is_free(ledger: SpentLedger) -> None:
+def test_each_round_is_charged_once_and_a_repeated_request_is_free(ledger: BudgetLedger) -> None:
     for number in (1, 2, 3):
         first = ask(ledger, number)
         content = ledger.path_of(0).read_bytes()
@@ -56,7 +56,7 @@ def test_each_round_is_charged_once_and_a_repeated_request_is_free(ledger: Spent
     assert [one.round for one in ledger.entries(0)] == [1, 2, 3] and ledger.shards == [0]
 
 
-def test_another_request_for_an_answered_round_is_refused(ledger: SpentLedger) -> None:
+def test_another_request_for_an_answered_round_is_refused(ledger: BudgetLedger) -> None:
     ask(ledger, 1)
     ask(ledger, 2)
     content = ledger.path_of(0).read_bytes()
@@ -68,7 +68,7 @@ def test_another_request_for_an_answered_round_is_refused(ledger: SpentLedger) -
     assert ask(ledger, 2, "other weights", run="another").new  # charged on top
 
 
-def test_rounds_do_not_go_backwards(ledger: SpentLedger) -> None:
+def test_rounds_do_not_go_backwards(ledger: BudgetLedger) -> None:
     ask(ledger, 4)
     with pytest.raises(PrivacyRefused, match="Shard 0, round 3: round 4 was answered before"):
         ask(ledger, 3)
@@ -79,14 +79,14 @@ def test_rounds_do_not_go_backwards(ledger: SpentLedger) -> None:
 
 
 @pytest.mark.parametrize("spend", [Spend(1.1, 0.2, 5), Spend(1.0, 0.3, 5), Spend(1.0, 0.2, 4)])
-def test_a_run_keeps_its_settings(ledger: SpentLedger, spend: Spend) -> None:
+def test_a_run_keeps_its_settings(ledger: BudgetLedger, spend: Spend) -> None:
     ask(ledger, 1)
     with pytest.raises(PrivacyRefused, match=r"5 steps at noise multiplier 1, sample rate 0\.2 a round so far, and"):
         ask(ledger, 2, spend=spend)
     assert ask(ledger, 2, spend=spend, run="another").total_epsilon > cost(1)
 
 
-def test_over_budget_is_refused_before_anything_is_written(ledger: SpentLedger) -> None:
+def test_over_budget_is_refused_before_anything_is_written(ledger: BudgetLedger) -> None:
     with pytest.raises(PrivacyRefused, match="above the budget of 0.1"):
         ask(ledger, 1, budget=0.1)
     assert not ledger.path_of(0).exists()
@@ -103,13 +103,13 @@ def test_over_budget_is_refused_before_anything_is_written(ledger: SpentLedger) 
     assert ask(ledger, 1, run="another", run_budget=cost(1), budget=cost(3)) == Charge(cost(1), cost(3), new=True)
 
 
-def test_epsilon_that_is_infinite_is_above_every_budget(ledger: SpentLedger) -> None:
+def test_epsilon_that_is_infinite_is_above_every_budget(ledger: BudgetLedger) -> None:
     with pytest.raises(PrivacyRefused, match="to epsilon inf"):
         ask(ledger, 1, spend=Spend(1e-300, 0.2, 1), budget=1e300)
     assert not ledger.path_of(0).exists()
 
 
-def test_rounds_that_only_others_answered_are_charged(ledger: SpentLedger) -> None:
+def test_rounds_that_only_others_answered_are_charged(ledger: BudgetLedger) -> None:
     assert ask(ledger, 4, earlier=iter([1, 2, 3])).run_epsilon == cost(4)
     assert [(one.round, bool(one.context)) for one in ledger.entries(0)] == [
         (1, False),
@@ -125,7 +125,7 @@ def test_rounds_that_only_others_answered_are_charged(ledger: SpentLedger) -> No
 
 def test_holders_that_answer_different_rounds_end_with_equal_ledgers(tmp_path: Path) -> None:
     answers = {1: [0, 1], 2: [2], 3: [1], 4: [0, 2], 5: [0], 6: [0, 1, 2]}
-    holders = [SpentLedger(tmp_path / str(holder)) for holder in range(3)]
+    holders = [BudgetLedger(tmp_path / str(holder)) for holder in range(3)]
     for number, who in answers.items():
         for holder in who:
             told = ask(holders[holder], number, earlier=range(1, number))
@@ -134,12 +134,12 @@ def test_holders_that_answer_different_rounds_end_with_equal_ledgers(tmp_path: P
     assert spent[0] == spent[1] == spent[2] == [(number, SPEND) for number in answers]
 
 
-def test_without_repeatable_answers_each_one_is_charged(ledger: SpentLedger) -> None:
+def test_without_repeatable_answers_each_one_is_charged(ledger: BudgetLedger) -> None:
     for count in (1, 2, 3):
         assert ask(ledger, 1, repeatable=False) == Charge(cost(count), cost(count), new=True)
 
 
-def test_files_are_the_owners_alone(ledger: SpentLedger) -> None:
+def test_files_are_the_owners_alone(ledger: BudgetLedger) -> None:
     ask(ledger, 1)
     assert stat.S_IMODE(ledger.path_of(0).stat().st_mode) == 0o600
     assert stat.S_IMODE(ledger.folder.stat().st_mode) == 0o700
@@ -174,7 +174,7 @@ def test_a_process_killed_before_it_answers_has_charged(tmp_path: Path) -> None:
         for one in (node, unharmed):
             _, spent = one.update(linear(), round=4, earlier=((1, 3),))
         assert node.ledger.read_bytes() == unharmed.ledger.read_bytes()
-        total = SpentLedger(node.folder / "spent").epsilon(0, DELTA, accountant="rdp")
+        total = BudgetLedger(node.folder / "spent").epsilon(0, DELTA, accountant="rdp")
         assert total == spent.epsilon == epsilon_of([Spend(1.0, 0.2, 12)], DELTA, accountant="rdp")
 
 
@@ -192,7 +192,7 @@ def test_nothing_is_written_when_training_is_refused(tmp_path: Path) -> None:
             assert len(move(dp, net, x, y)) == 3
 
 
-def test_a_last_line_cut_anywhere_is_as_if_it_had_not_been_written(ledger: SpentLedger) -> None:
+def test_a_last_line_cut_anywhere_is_as_if_it_had_not_been_written(ledger: BudgetLedger) -> None:
     for number in (1, 2, 3):
         ask(ledger, number)
     path = ledger.path_of(0)
@@ -207,7 +207,7 @@ def test_a_last_line_cut_anywhere_is_as_if_it_had_not_been_written(ledger: Spent
         assert whole.startswith(lines) and lines.count(b"\n") == known + 1
 
 
-def test_a_torn_line_longer_than_the_next_leaves_nothing(ledger: SpentLedger) -> None:
+def test_a_torn_line_longer_than_the_next_leaves_nothing(ledger: BudgetLedger) -> None:
     ask(ledger, 1)
     whole = ledger.path_of(0).read_bytes()
     ledger.path_of(0).write_bytes(whole + b"{" * 5000)
@@ -221,7 +221,7 @@ def test_a_torn_line_longer_than_the_next_leaves_nothing(ledger: SpentLedger) ->
     [b"", b"{", b"7", b"[]", b"{}", b"\xff\xfe", b'{"run": "r", "round": 2}', b"null", None],
     ids=["empty", "half", "number", "list", "no keys", "no text", "lacks keys", "null", "round a word"],
 )
-def test_a_damaged_line_is_refused_with_its_number_and_kept(ledger: SpentLedger, line: bytes | None) -> None:
+def test_a_damaged_line_is_refused_with_its_number_and_kept(ledger: BudgetLedger, line: bytes | None) -> None:
     for number in (1, 2, 3):
         ask(ledger, number)
     path = ledger.path_of(0)
@@ -236,7 +236,7 @@ def test_a_damaged_line_is_refused_with_its_number_and_kept(ledger: SpentLedger,
 
 
 def charge_many(folder: Path, name: str, start: Any, admitted: Any) -> None:
-    mine, count = SpentLedger(folder), 0
+    mine, count = BudgetLedger(folder), 0
     start.wait()
     for number in range(1, 41):
         try:
@@ -259,7 +259,7 @@ def test_processes_that_charge_at_once_lose_nothing_and_share_one_budget(tmp_pat
     counts = [admitted.get(timeout=60) for _ in processes]
     for process in processes:
         process.join()
-    ledger = SpentLedger(tmp_path)
+    ledger = BudgetLedger(tmp_path)
     entries = ledger.entries(0)
     assert sum(counts) == len(entries) == ROOM  # neither lost nor more than there was room for
     assert len({(one.run, one.round, one.context) for one in entries}) == ROOM
@@ -269,9 +269,9 @@ def test_processes_that_charge_at_once_lose_nothing_and_share_one_budget(tmp_pat
 def test_a_folder_that_cannot_be_written_is_told_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidSetting, match=r"^The folder for spent privacy \S+ cannot be written: [A-Z][a-z ]+\.$"):
-        ask(SpentLedger(tmp_path / "file"), 1)
+        ask(BudgetLedger(tmp_path / "file"), 1)
     with pytest.raises(InvalidSetting, match=r"^The folder for spent privacy \S+ cannot be written: [A-Z][a-z ]+\.$"):
-        ask(SpentLedger(tmp_path / "file" / "below"), 1)
+        ask(BudgetLedger(tmp_path / "file" / "below"), 1)
     (tmp_path / "spent" / "shard-0.jsonl").mkdir(parents=True)
     with pytest.raises(InvalidSetting, match=r"^The ledger of spent privacy \S+ cannot be read: Is a directory\.$"):
-        ask(SpentLedger(tmp_path / "spent"), 1)
+        ask(BudgetLedger(tmp_path / "spent"), 1)

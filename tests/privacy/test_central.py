@@ -26,7 +26,7 @@ from fl_gradcode import (
 from fl_gradcode.codes import bernoulli, for_assignment, reed_solomon
 from fl_gradcode.errors import InvalidSetting, PrivacyRefused
 from fl_gradcode.latency import Latency, lognormal, scaled
-from fl_gradcode.privacy import CentralNoise, SpentLedger
+from fl_gradcode.privacy import BudgetLedger, CentralNoise
 from fl_gradcode.protocol import packing as pack
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import flat
@@ -194,7 +194,7 @@ def test_sampled_shards_alone_are_charged_and_weigh_the_same(tmp_path: Path) -> 
     inner = FedAvg(fraction_train=0.5, fraction_evaluate=0.0)
     privacy = settings(folder=str(tmp_path))
     _, rows = run(CODES["fractional"], updates(5), rounds=4, inner=inner, privacy=privacy)
-    ledger = SpentLedger(tmp_path)
+    ledger = BudgetLedger(tmp_path)
     asked = [row["train"]["shards"] for row in rows]
     for shard in range(6):
         assert [e.round for e in ledger.entries(shard)] == [r for r in range(1, 5) if shard in asked[r - 1]]
@@ -206,7 +206,7 @@ def test_a_skipped_round_releases_and_charges_nothing(tmp_path: Path) -> None:
     privacy = settings(folder=str(tmp_path))
     result, rows = run(CODES["fractional"], updates(5), (0, 1, 2, 3, 4, 5), privacy=privacy)
     assert rows[0]["train"]["outcome"] == "skipped" and rows[0]["train"]["privacy"]["epsilon"] == 0
-    assert SpentLedger(tmp_path).shards == [] and flat(result.arrays).tolist() == [0.0] * 5
+    assert BudgetLedger(tmp_path).shards == [] and flat(result.arrays).tolist() == [0.0] * 5
 
 
 @pytest.mark.parametrize("same_name", [True, False])
@@ -222,7 +222,7 @@ def test_the_ledger_outlives_the_server_and_its_budget_ends_the_run(same_name: b
         run(code, updates(5), rounds=3, privacy=privacy, run=again)
     _, rows = run(code, updates(5), rounds=2, privacy=privacy, run=again)
     assert rows[-1]["train"]["privacy"]["epsilon"] == pytest.approx(budget)
-    assert [len(SpentLedger(tmp_path / "spent").entries(j)) for j in range(6)] == [5] * 6
+    assert [len(BudgetLedger(tmp_path / "spent").entries(j)) for j in range(6)] == [5] * 6
 
 
 def test_a_release_over_budget_does_not_happen(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_a_release_over_budget_does_not_happen(tmp_path: Path) -> None:
     with pytest.raises(PrivacyRefused, match="above the budget"):
         run(code, updates(5), rounds=3, privacy=privacy, run="mine", on_round_end=another)
     assert len(seen) == 2
-    assert [len(SpentLedger(tmp_path).entries(j)) for j in range(6)] == [3] * 6
+    assert [len(BudgetLedger(tmp_path).entries(j)) for j in range(6)] == [3] * 6
 
 
 @pytest.mark.parametrize("policy", ["approximate", Approximation(ridge=0.1)])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fl_gradcode.errors import PrivacyRefused
 from fl_gradcode.privacy import PrivateTraining
 from fl_gradcode.privacy.dp_optimizer import wrap
-from fl_gradcode.privacy.key_derivation import KeyedStream
+from fl_gradcode.privacy.key_derivation import PRFStream
 from fl_gradcode.testing import inside_a_run
 from tests.privacy.direct import Node, linear, move, records
 from tests.privacy.private_app import settings
@@ -53,7 +53,7 @@ def summed(
 ) -> Tensor:
     """The sum of clipped gradients in one step without noise, flat."""
     start = torch.cat([p.detach().flatten() for p in net.parameters()])
-    wrapped = wrap(net, KeyedStream(bytes(32)), mode=mode, noise_multiplier=1e-12, max_grad_norm=clip)
+    wrapped = wrap(net, PRFStream(bytes(32)), mode=mode, noise_multiplier=1e-12, max_grad_norm=clip)
     optimizer = wrapped.optimizer(torch.optim.SGD(net.parameters(), lr=1.0), expected_batch_size=1.0)
     criterion = wrapped.criterion(loss or nn.MSELoss())
     wrapped.batch_drawn(len(x))
@@ -209,7 +209,7 @@ def test_a_weight_that_is_used_past_its_layer_does_not_escape() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_parameters_of_half_precision_are_refused(node: Node, dtype: torch.dtype) -> None:
     with pytest.raises(PrivacyRefused, match=r"must be float32 or float64: .*model\.float\(\) first"):
-        wrap(linear().to(dtype), KeyedStream(bytes(32)), mode="hooks", noise_multiplier=1.0, max_grad_norm=1.0)
+        wrap(linear().to(dtype), PRFStream(bytes(32)), mode="hooks", noise_multiplier=1.0, max_grad_norm=1.0)
     x, y = records(COUNT)
     found = summed(net_of(1).double(), x.double(), y.double(), "hooks")
     assert found.dtype == torch.float64

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fl_gradcode.errors import InvalidSetting, PrivacyRefused
 from fl_gradcode.privacy import PrivateTraining
 from fl_gradcode.privacy.dp_optimizer import wrap
-from fl_gradcode.privacy.key_derivation import KeyContext, KeyedStream
+from fl_gradcode.privacy.key_derivation import KeyContext, PRFStream
 from fl_gradcode.testing import inside_a_run
 from tests.privacy.direct import Node, linear, move, records
 from tests.privacy.private_app import model, settings
@@ -85,7 +85,7 @@ def test_ghost_clipping_and_hooks_agree(tmp_path: Path) -> None:
     (x, y), updates = classes(), []
     for mode in MODES:
         net = model()
-        wrapped = wrap(net, KeyedStream(bytes(32)), mode=mode, noise_multiplier=0.7, max_grad_norm=1.0)
+        wrapped = wrap(net, PRFStream(bytes(32)), mode=mode, noise_multiplier=0.7, max_grad_norm=1.0)
         optimizer = wrapped.optimizer(torch.optim.SGD(net.parameters(), lr=1.0), expected_batch_size=8.0)
         criterion = wrapped.criterion(nn.CrossEntropyLoss())
         with warnings.catch_warnings():
@@ -353,7 +353,7 @@ def test_noise_of_a_release_has_the_variance_of_theory(mode: Any) -> None:
     context = KeyContext("r", 1, 0, bytes(32), bytes(32), bytes(32))
     for i in range(keys):
         net = linear(size)
-        stream = KeyedStream(context.key(i.to_bytes(32, "big"), "noise"))
+        stream = PRFStream(context.derive(i.to_bytes(32, "big"), "noise"))
         wrapped = wrap(net, stream, mode=mode, noise_multiplier=sigma, max_grad_norm=clip)
         optimizer = wrapped.optimizer(torch.optim.SGD(net.parameters(), lr=lr), expected_batch_size=expected)
         criterion = wrapped.criterion(nn.MSELoss())

@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from scipy import stats
 
-from fl_gradcode.privacy.key_derivation import KeyContext, KeyedStream
+from fl_gradcode.privacy.key_derivation import KeyContext, PRFStream
 
 SECRET = bytes(range(32))
 CONTEXT = KeyContext("run-1", 3, 2, bytes([0]) * 32, bytes([1]) * 32, bytes([2]) * 32)
@@ -43,14 +43,14 @@ def normals_by_hand(key: bytes, n: int, first: int = 0) -> list[float]:
 
 
 def test_gives_the_stream_vector_of_the_design() -> None:
-    noise, sample = CONTEXT.key(SECRET, "noise"), CONTEXT.key(SECRET, "sample")
+    noise, sample = CONTEXT.derive(SECRET, "noise"), CONTEXT.derive(SECRET, "sample")
     assert noise.hex() == "72c17777078ec9d529c608606be25a07a92d0e4c226690eaf0a9bfe4c623c734"
     assert sample.hex() == "32b09aeba14be5eaa233942d0366875ac719dbe7c58b4a10436ae0b68e0b584e"
     normals = [0.4608001096515249, 1.5802349760863719, 0.3422055557997995, -0.20605857148606269]
-    np.testing.assert_allclose(KeyedStream(noise).normal(4), normals, rtol=1e-14)
+    np.testing.assert_allclose(PRFStream(noise).normal(4), normals, rtol=1e-14)
     words = np.frombuffer(bytes.fromhex("df7f89b99d151fd98ed8a676ca3ce847"), "<u8") >> np.uint64(11)
-    assert np.array_equal(KeyedStream(noise).uniform(2), words * 2.0**-53)
-    assert np.flatnonzero(KeyedStream(sample).uniform(40) < 0.1).tolist() == [1, 3, 22, 24, 30]
+    assert np.array_equal(PRFStream(noise).uniform(2), words * 2.0**-53)
+    assert np.flatnonzero(PRFStream(sample).uniform(40) < 0.1).tolist() == [1, 3, 22, 24, 30]
 
 
 def test_keys_and_numbers_are_those_of_hmac_aes_and_box_muller_by_hand() -> None:
@@ -61,16 +61,16 @@ def test_keys_and_numbers_are_those_of_hmac_aes_and_box_muller_by_hand() -> None
         )
         secret = rng.bytes(32)
         for purpose in ("noise", "sample"):
-            key = context.key(secret, purpose)
+            key = context.derive(secret, purpose)
             assert key == key_by_hand(context, secret, purpose)
             n = int(rng.integers(1, 40))
-            assert np.array_equal(KeyedStream(key).uniform(n), np.array(words_by_hand(key, 0, n)) * 2.0**-53)
-            np.testing.assert_allclose(KeyedStream(key).normal(n), normals_by_hand(key, n), rtol=1e-12, atol=1e-15)
+            assert np.array_equal(PRFStream(key).uniform(n), np.array(words_by_hand(key, 0, n)) * 2.0**-53)
+            np.testing.assert_allclose(PRFStream(key).normal(n), normals_by_hand(key, n), rtol=1e-12, atol=1e-15)
 
 
 def test_a_long_draw_is_made_of_the_same_numbers_as_the_oracle_makes() -> None:
-    key, n = CONTEXT.key(SECRET, "noise"), 70_001  # several blocks, and an odd size
-    np.testing.assert_allclose(KeyedStream(key).normal(n), normals_by_hand(key, n), rtol=1e-12, atol=1e-14)
+    key, n = CONTEXT.derive(SECRET, "noise"), 70_001  # several blocks, and an odd size
+    np.testing.assert_allclose(PRFStream(key).normal(n), normals_by_hand(key, n), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("purpose", ["noise", "sample"])
@@ -93,14 +93,14 @@ def test_any_other_field_makes_another_key_and_another_digest(purpose: str) -> N
         {"config": bytes([1]) * 31, "manifest": b"\x01" + bytes([2]) * 32},
     ]
     contexts = [CONTEXT, *(replace(CONTEXT, **change) for change in changes)]  # type: ignore[arg-type]
-    assert len({one.key(SECRET, purpose) for one in contexts}) == len(contexts)  # type: ignore[arg-type]
+    assert len({one.derive(SECRET, purpose) for one in contexts}) == len(contexts)  # type: ignore[arg-type]
     assert len({one.digest for one in contexts}) == len(contexts)
-    assert CONTEXT.key(SECRET, "noise") != CONTEXT.key(SECRET, "sample")
-    assert CONTEXT.key(SECRET, "noise") != CONTEXT.key(SECRET[::-1], "noise")
+    assert CONTEXT.derive(SECRET, "noise") != CONTEXT.derive(SECRET, "sample")
+    assert CONTEXT.derive(SECRET, "noise") != CONTEXT.derive(SECRET[::-1], "noise")
 
 
 def test_a_million_normals_follow_the_normal_law() -> None:
-    z = KeyedStream(CONTEXT.key(SECRET, "noise")).normal(1_000_000)
+    z = PRFStream(CONTEXT.derive(SECRET, "noise")).normal(1_000_000)
     assert z.mean() == pytest.approx(-0.00077, abs=1e-5)  # privacy.md, section 13
     assert z.std() == pytest.approx(1.00062, abs=1e-5)
     assert stats.kstest(z, "norm").pvalue > 0.01
@@ -111,7 +111,7 @@ def test_a_million_normals_follow_the_normal_law() -> None:
 
 
 def test_uniform_numbers_are_uniform_and_below_one() -> None:
-    u = KeyedStream(CONTEXT.key(SECRET, "sample")).uniform(1_000_000)
+    u = PRFStream(CONTEXT.derive(SECRET, "sample")).uniform(1_000_000)
     assert u.min() >= 0 and u.max() < 1
     assert stats.kstest(u, "uniform").pvalue > 0.01
     assert np.array_equal(u * 2**53, np.rint(u * 2**53))
@@ -119,17 +119,17 @@ def test_uniform_numbers_are_uniform_and_below_one() -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 7, 64, 32_767, 32_769])
 def test_any_size_is_drawn_and_the_next_call_goes_on(size: int) -> None:
-    key = CONTEXT.key(SECRET, "noise")
-    stream = KeyedStream(key)
+    key = CONTEXT.derive(SECRET, "noise")
+    stream = PRFStream(key)
     first, then = stream.normal(size), stream.normal(5)
     assert first.shape == (size,) and first.dtype == np.float64
     np.testing.assert_allclose(then, normals_by_hand(key, 5, first=size + size % 2), rtol=1e-12)
-    again = KeyedStream(key)
+    again = PRFStream(key)
     pieces = np.concatenate([again.uniform(size), again.uniform(0), again.uniform(3)])
-    assert np.array_equal(pieces, KeyedStream(key).uniform(size + 3))
+    assert np.array_equal(pieces, PRFStream(key).uniform(size + 3))
 
 
 def test_a_key_of_another_length_is_refused() -> None:
     for length in (0, 16, 31, 33):
         with pytest.raises(ValueError, match=f"has {length} bytes; AES-256 takes 32"):
-            KeyedStream(bytes(length))
+            PRFStream(bytes(length))

@@ -15,7 +15,15 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from fl_gradcode import fractional_repetition, gradient_coding_mod
-from fl_gradcode.privacy import DPSGD, SpentLedger, asks_for_privacy, in_config, private_training, read_keys, write_keys
+from fl_gradcode.privacy import (
+    DPSGD,
+    BudgetLedger,
+    asks_for_privacy,
+    in_config,
+    private_training,
+    read_keys,
+    write_keys,
+)
 from fl_gradcode.privacy.settings import privacy_to_json
 from fl_gradcode.protocol.records import Plan, Reply, Row
 from fl_gradcode.testing import inside_a_run
@@ -152,7 +160,7 @@ def test_the_digest_that_is_sent_tells_nobody_whether_a_guess_of_the_data_is_rig
     again = spent(ask(tmp_path / "a", app_of(shard_data(0), manifest="Mallory:+")))[1]
     guessed = spent(ask(tmp_path / "b", app_of(shard_data(0), manifest="Mallory:+")))[1]  # the same, with other keys
     assert told == again != guessed
-    entry = SpentLedger(tmp_path / "a" / "node-0" / "spent").entries(0)[0]
+    entry = BudgetLedger(tmp_path / "a" / "node-0" / "spent").entries(0)[0]
     assert entry.context != told
 
 

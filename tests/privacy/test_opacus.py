@@ -28,10 +28,8 @@ def test_the_installed_opacus_has_every_name() -> None:
     check_relied_on(opacus)
 
 
-@pytest.mark.parametrize("path", RELIED_ON)
+@pytest.mark.parametrize("path", [path for path in RELIED_ON if not path.endswith(".__init__")])
 def test_a_name_that_is_missing_is_told_with_version_and_remedy(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if path.endswith("__init__"):
-        pytest.skip("every class has one")
     owner, name = owner_of(path)
     monkeypatch.delattr(owner, name)
     with pytest.raises(ImportError) as caught:

@@ -28,7 +28,7 @@ from fl_gradcode import (
 )
 from fl_gradcode.errors import InvalidSetting, UnsuitableApp
 from fl_gradcode.latency import Latency, Law
-from fl_gradcode.privacy import CentralNoise, Spent, SpentLedger, read_keys
+from fl_gradcode.privacy import BudgetLedger, CentralNoise, Spent, read_keys
 from fl_gradcode.privacy.run_account import RunAccount
 from fl_gradcode.testing import InProcessGrid
 from tests.privacy.private_app import initial, keys_for, private_app, settings, train_privately
@@ -69,7 +69,7 @@ def start(strategy: GradientCoding, grid: InProcessGrid, rounds: int, latency: L
 
 
 def rounds_of(folder: Path, worker: int, shard: int) -> list[int]:
-    return sorted(e.round for e in SpentLedger(folder / f"node-{worker}" / "spent").entries(shard))
+    return sorted(e.round for e in BudgetLedger(folder / f"node-{worker}" / "spent").entries(shard))
 
 
 # What travels
@@ -236,7 +236,7 @@ def test_rounds_in_which_a_shard_was_not_asked_cost_it_nothing(name: str, tmp_pa
         for worker in code.holders_of(shard):
             found = rounds_of(tmp_path, worker, shard)
             assert found == [r for r in mine if r <= max(found, default=0)], (worker, shard)
-            entries = SpentLedger(tmp_path / f"node-{worker}" / "spent").entries(shard)
+            entries = BudgetLedger(tmp_path / f"node-{worker}" / "spent").entries(shard)
             caught_up += sum(not entry.context for entry in entries)
     assert caught_up or name == "fractional", "nobody learnt of what it missed"
 
@@ -250,7 +250,7 @@ def test_holders_that_missed_rounds_charge_them_when_they_are_back(tmp_path: Pat
     assert [row["train"]["outcome"] for row in strategy.ledger.rows] == ["exact"] * 4
     for worker in (0, 1):
         for shard in code.shards_of(worker):
-            entries = SpentLedger(tmp_path / f"node-{worker}" / "spent").entries(shard)
+            entries = BudgetLedger(tmp_path / f"node-{worker}" / "spent").entries(shard)
             assert [e.round for e in entries] == [1, 2, 3, 4]
             assert [bool(e.context) for e in entries] == [False, False, False, True]
     assert strategy.ledger.rows[3]["train"]["privacy"]["epsilon-told"] == pytest.approx(hand_computed(4), rel=1e-9)

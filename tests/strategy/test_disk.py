@@ -12,7 +12,7 @@ import pytest
 from fl_gradcode import Ledger
 from fl_gradcode.errors import InvalidSetting
 from fl_gradcode.privacy import Spend
-from fl_gradcode.privacy.budget_ledger import Request, SpentLedger
+from fl_gradcode.privacy.budget_ledger import BudgetLedger, Request
 from fl_gradcode.runlog.rows import RoundRow
 from fl_gradcode.strategy.checkpoint import Checkpoint
 from tests.strategy.test_resume import Killed, rounds_of, start
@@ -89,5 +89,5 @@ def test_a_ledger_of_spent_privacy_that_cannot_be_locked_is_not_written(
     monkeypatch.setattr("fl_gradcode._files.fcntl.flock", unable)
     request = Request(0, "r", 1, "", Spend(1.0, 0.1, 3))
     with pytest.raises(InvalidSetting, match=r"cannot be locked \(No locks available\): it must be on a file system"):
-        SpentLedger(tmp_path).charge(request, delta=1e-5)
-    assert not SpentLedger(tmp_path).path_of(0).exists()
+        BudgetLedger(tmp_path).charge(request, delta=1e-5)
+    assert not BudgetLedger(tmp_path).path_of(0).exists()
