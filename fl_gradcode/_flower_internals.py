@@ -106,6 +106,9 @@ def caller_among(kinds: tuple[type[object], ...]) -> object | None:
     A wrapper around a strategy calls the strategy's `configure_train` from its own, so it is on the stack. Nothing in
     the arguments tells of it: Flower's privacy wrappers change replies only after `configure_train` has returned.
 
+    A strategy that runs Flower's loop itself has nobody between the loop and its methods, and need not ask. In somebody
+    else's loop it has to ask in each round, since such a loop says neither when a run begins nor whose run it is.
+
     Args:
         kinds: Classes to look for, subclasses included.
     """

@@ -127,6 +127,7 @@ class GradientCoding(Strategy):
         self._arrays = ArrayRecord()
         self._central = False  # whether a central evaluation is the last of a round
         self._run: Run | None = None
+        self._in_start = False
 
     @property
     def code(self) -> GradientCode:
@@ -197,6 +198,7 @@ class GradientCoding(Strategy):
             evaluate = rounds.evaluating(None if evaluate_fn is None else self._kept(evaluate_fn))
             limit: Any = timeout  # Flower's grids take None for "no limit"
             rest = (num_rounds - run.done, limit, train_config, evaluate_config, evaluate)
+            self._in_start = True  # nobody is between Flower's loop and us
             try:
                 result = (
                     rounds.start(early_stop, self._arrays, *rest)
@@ -208,6 +210,7 @@ class GradientCoding(Strategy):
                     self._close_row(f"{type(error).__name__}: {error}")
                 raise
             finally:
+                self._in_start = False
                 if early_stop is not grid:
                     early_stop.close()
             result.arrays = result.arrays or self._arrays
@@ -217,7 +220,8 @@ class GradientCoding(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Returns the wrapped strategy's training messages, one plan for each worker."""
-        refuse_wrappers()
+        if not self._in_start:
+            refuse_wrappers()
         self._arrays = arrays
         return self._current_run().configure("train", server_round, arrays, config, grid)
 

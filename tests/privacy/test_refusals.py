@@ -114,6 +114,17 @@ def test_flower_s_privacy_wrappers_do_not_go_around_coding(name: str) -> None:
         assert sum(grid.calls) == 0
 
 
+def test_a_wrapper_is_refused_around_a_strategy_that_has_run_without_it() -> None:
+    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), CODE)
+    with InProcessGrid(toy_app(), 6) as grid:
+        strategy.start(grid, initial_arrays(), num_rounds=1)
+        outer = flower.DifferentialPrivacyServerSideFixedClipping(strategy, 1.0, 1.0, 6)
+        with pytest.raises(IncompatibleStrategy, match="cannot be put around"):
+            outer.start(grid, initial_arrays(), num_rounds=1)
+        with pytest.raises(IncompatibleStrategy, match="cannot be put around"):
+            outer.configure_train(5, initial_arrays(), ConfigRecord(), grid)
+
+
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_flower_s_privacy_wrappers_do_not_go_inside(name: str) -> None:
     with pytest.raises(IncompatibleStrategy, match=rf"^{name} cannot be wrapped: .*privacy=CentralNoise"):
