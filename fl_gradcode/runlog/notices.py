@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .._text import numbered
+from .._text import listed, numbered
 from .reader import RoundLine
 from .rows import RoundRow
 from .workers import WorkerLine, gone_of
@@ -93,8 +93,7 @@ def _undecoded(failed: Sequence[RoundRow], last: RoundLine, holders_of: Sequence
         blocks = [
             f"{numbered('shard', shards)} (held by {numbered('worker', holders)})" for holders, shards in lost.items()
         ]
-        more = f" and {len(blocks) - _BLOCKS} more such blocks" if len(blocks) > _BLOCKS else ""
-        why = f"nobody answered in time for {', '.join(blocks[:_BLOCKS])}{more}"
+        why = f"nobody answered in time for {listed(blocks, _BLOCKS + 1)}"
     elif silent:
         why = f"{numbered('worker', sorted(silent))} not in time, and the code covers any {last.code.s}"
     else:

@@ -7,6 +7,7 @@ the field names in kebab-case. `docs/ledger.md` explains every field for users.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
@@ -421,7 +422,9 @@ def _encoded(value: Any) -> Any:
         return [_encoded(one) for one in value]
     if isinstance(value, _Line):
         return value.to_json()
-    return {str(key): _encoded(one) for key, one in value.items()}
+    if isinstance(value, Mapping):
+        return {str(key): _encoded(one) for key, one in value.items()}
+    return operator.index(value)  # a whole number of NumPy
 
 
 _Decoder = Callable[[Any], Any]

@@ -149,7 +149,8 @@ def test_a_number_that_is_not_finite_becomes_null() -> None:
 
 
 def test_numbers_of_numpy_are_written_and_read() -> None:
-    counted = a_row(train=a_phase(coverage=tuple(np.array([0.5, 1.0]).tolist()), kappa=float(np.float32(1.5))))
+    numbers: Any = tuple(np.array([1, 0]))
+    counted = a_row(train=a_phase(coverage=tuple(np.array([0.5, 1.0])), kappa=np.float64(1.5), used=numbers))
     assert RoundRow.from_json(through_json(counted.to_json())) == counted
 
 
