@@ -13,7 +13,7 @@ __all__ = ["finite_or_none", "plain_table", "print_lines"]
 
 
 def plain_table(*, title: str | None = None, caption: str | None = None, header: bool = True) -> Table:
-    """Returns an empty table in the look that all commands share: left-aligned texts, narrow columns, and a free line before a caption."""
+    """Returns an empty table in the look that all commands share. A free line separates it from a caption."""
     return Table(
         title=title, caption=caption, title_justify="left", caption_justify="left", title_style="",
         box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_header=header, show_edge=caption is not None,
