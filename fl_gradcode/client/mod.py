@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from ..privacy import (
     DPSGD,
     Asked,
     CentralNoise,
+    Privacy,
     Spent,
     asked_of,
     call_silently,
@@ -171,7 +173,6 @@ class _CodedCall:
         self.plan, self.content, self.message = plan, content, message
         self.context, self.call_next = context, call_next
         self.worker = _worker_of(context)
-        self.encoding = payload_encoding(plan.fraction_bits, plan.k)
         if self.worker not in plan.rows and not plan.open:
             raise UnsuitableApp(
                 f"This node reports partition-id {self.worker}, but the code has workers 0..{plan.n - 1}. Start "
@@ -179,21 +180,16 @@ class _CodedCall:
                 if self.worker >= plan.n or self.worker < 0
                 else f"This node reports partition-id {self.worker}, but the server took it for another worker."
             )
-        self.layout: Layout | None = None
-        self.metrics_layout: MetricsLayout | None = None
-        self.names = ("", "")
-        self.update: NDArray[Any] | None = None
-        self.metrics: NDArray[Any] | None = None
-        self.sketches: list[tuple[float, ...]] = []
+        self.privacy = privacy_from_json(plan.privacy) if plan.privacy and plan.arrays_key else None
+        self.encoder = _Encoder(plan, self.privacy)
         self.seconds: list[float] = []
         self.arrays: dict[str, dict[str, Array]] = {}  # as they came
         self.given: dict[str, ArrayRecord] = {}  # what the user's function gets
         self.stateful = False
         self.fixed_data = False
-        self.privacy = privacy_from_json(plan.privacy) if plan.privacy and plan.arrays_key else None
-        self.spent: list[tuple[int, str, float, float]] = []
 
     def run(self) -> Message:
+        """Returns the reply: the coded sum over the shards of this worker's row, or why there is none."""
         row = self.plan.rows.get(self.worker)
         if row is None or not row.shards or self._holds_others(row):
             return self._answer("idle")
@@ -212,7 +208,9 @@ class _CodedCall:
             content = RecordDict({**reply.content})  # ours, to be emptied: nothing is there twice for long
             del reply
             try:
-                self._add(shard, content, coefficients)
+                before = self.arrays[self.plan.arrays_key] if self.plan.arrays_key else None
+                result = _read_reply(content, self.plan, shard, before, self.privacy)
+                self.encoder.add(_protected(result, self.plan, self.privacy), coefficients)
             except (ValueError, Overflow) as error:
                 raise UnsuitableApp(f"Shard {shard}, {self.plan.label}: {str(error).rstrip('.')}.") from error
         return self._answer("coded", row.shards)
@@ -259,64 +257,8 @@ class _CodedCall:
             mine = self.given[key] = ArrayRecord(arrays)
         return mine
 
-    def _add(self, shard: int, content: RecordDict, coefficients: tuple[float, ...]) -> None:
-        spent = self._spent_by(shard, content)
-        array_records = [name for name, record in content.items() if isinstance(record, ArrayRecord)]
-        metric_records = [(name, r) for name, r in content.items() if isinstance(r, MetricRecord)]
-        if len(metric_records) != 1:
-            raise ValueError(f"a reply needs exactly one MetricRecord, not {len(metric_records)}")
-        if len(content) > len(array_records) + len(metric_records) + (spent is not None):
-            _log.warning("ConfigRecords in a reply cannot be coded; they are dropped.")
-        metrics_name, metrics = metric_records[0]
-        if self.privacy is not None:  # nothing that is not accounted leaves: metrics of training tell of the data
-            metrics = MetricRecord({key: value for key, value in metrics.items() if key == self.plan.weight_key})
-        if isinstance(self.privacy, CentralNoise):
-            metrics = MetricRecord({self.plan.weight_key: 1})
-        metrics_layout, metrics_vector = flatten_metrics(metrics, self.plan.weight_key)
-        layout: Layout = ()
-        update: NDArray[np.floating] = np.zeros(0, np.float32)
-        arrays_name = ""
-        sketch: tuple[float, ...] | None = None
-        if self.plan.arrays_key:
-            if len(array_records) != 1:
-                raise ValueError(f"a reply needs exactly one ArrayRecord, not {len(array_records)}")
-            arrays_name = array_records[0]
-            returned: Any = content.pop(arrays_name)
-            arrays = {**returned}
-            del returned
-            layout, update = flatten_update(self.arrays[self.plan.arrays_key], arrays)
-            if isinstance(self.privacy, CentralNoise):
-                clip(update, self.privacy.clipping_norm)
-        if self.layout is None:
-            self.layout, self.metrics_layout = layout, metrics_layout
-            self.names = (arrays_name, metrics_name)
-        else:
-            assert self.metrics_layout is not None
-            if layout != self.layout or [m[:2] for m in metrics_layout] != [m[:2] for m in self.metrics_layout]:
-                raise ValueError("its arrays or metrics differ in name, dtype, shape or length from another shard's")
-            if not metrics_layout[0][2]:  # one weight that is no whole number makes the sum one
-                self.metrics_layout = metrics_layout
-        if self.plan.arrays_key:
-            with np.errstate(all="ignore"):  # the server rejects what is not finite, and says so
-                update *= update.dtype.type(metrics_vector[0])
-            self.update, sketch = self.encoding.add_update(self.update, update, coefficients)
-        # All in the first of the m blocks: they are few, and one that differs between holders (seconds, say) or is NaN
-        # must not get into the weight, which would share an entry with it.
-        self.metrics = self.encoding.add_metrics(self.metrics, metrics_vector, coefficients[:1])
-        whole = self.encoding.with_metrics(sketch, metrics_vector)
-        if whole is not None and not (isinstance(self.privacy, DPSGD) and self.privacy.noise == "independent"):
-            self.sketches.append(whole)
-
-    def _spent_by(self, shard: int, content: RecordDict) -> Spent | None:
-        """What private training says; without it no update leaves that was to be private."""
-        if not isinstance(self.privacy, DPSGD):
-            return None
-        spent = spent_by(content, shard, self.plan.round, self.plan.weight_key)
-        self.spent.append((shard, spent.context, spent.epsilon, spent.total_epsilon))
-        return spent
-
     def _answer(self, outcome: str, shards: tuple[int, ...] = ()) -> Message:
-        coded = outcome == "coded"
+        encoder, coded = self.encoder, outcome == "coded"
         reply = Reply(
             run=self.plan.run,
             round=self.plan.round,
@@ -324,25 +266,157 @@ class _CodedCall:
             worker=self.worker,
             outcome=outcome,
             shards=shards,
-            layout=self.layout or () if coded else (),
-            metrics_layout=self.metrics_layout or () if coded else (),
-            arrays_name=self.names[0],
-            metrics_name=self.names[1],
-            sketches=tuple(self.sketches) if coded else (),
+            layout=encoder.layout or () if coded else (),
+            metrics_layout=encoder.metrics_layout or () if coded else (),
+            arrays_name=encoder.names[0],
+            metrics_name=encoder.names[1],
+            sketches=tuple(encoder.sketches) if coded else (),
             seconds=tuple(self.seconds),
             stateful=self.stateful,
             fixed_data=self.fixed_data,
-            spent=tuple(self.spent) if coded else (),
+            spent=tuple(encoder.spent) if coded else (),
             holds=told_by(self.context.node_config) if self.plan.open else (),
         )
-        records: dict[str, Any] = {}
-        if coded:
-            assert self.metrics is not None
-            arrays = {METRICS: as_array(self.encoding.sent(self.metrics))}
-            if self.update is not None:
-                arrays[ARRAYS] = as_array(self.encoding.sent(self.update))
-            records[UPDATE] = ArrayRecord(arrays)
+        records = {UPDATE: encoder.record()} if coded else {}
         return Message(reply.content(**records), reply_to=self.message)
+
+
+@dataclass(frozen=True)
+class _ShardResult:
+    """What `train()` or `evaluate()` made of one shard.
+
+    Attributes:
+        shard: Its number.
+        names: The user's names of the ArrayRecord (empty when evaluating) and the MetricRecord.
+        layout: Names, dtypes and shapes of the arrays.
+        update: What training added to the arrays, shape (d,); empty when evaluating.
+        metrics: All of them, as returned.
+        spent: What private training says of it; None without.
+    """
+
+    shard: int
+    names: tuple[str, str]
+    layout: Layout
+    update: NDArray[np.floating]
+    metrics: MetricRecord
+    spent: Spent | None
+
+
+def _read_reply(
+    content: RecordDict, plan: Plan, shard: int, before: dict[str, Array] | None, privacy: Privacy | None
+) -> _ShardResult:
+    """Returns what the app's reply says; its content is emptied, so that nothing large is there twice.
+
+    Args:
+        content: Of the reply.
+        plan: What was asked.
+        shard: Which shard it is about.
+        before: The arrays that training started from; None when evaluating.
+        privacy: What training has to promise. Without the record of private training no update leaves.
+
+    Raises:
+        ValueError: The reply cannot be coded.
+    """
+    spent = spent_by(content, shard, plan.round, plan.weight_key) if isinstance(privacy, DPSGD) else None
+    array_records = [name for name, record in content.items() if isinstance(record, ArrayRecord)]
+    metric_records = [(name, r) for name, r in content.items() if isinstance(r, MetricRecord)]
+    if len(metric_records) != 1:
+        raise ValueError(f"a reply needs exactly one MetricRecord, not {len(metric_records)}")
+    if len(content) > len(array_records) + len(metric_records) + (spent is not None):
+        _log.warning("ConfigRecords in a reply cannot be coded; they are dropped.")
+    metrics_name, metrics = metric_records[0]
+    if before is None:
+        return _ShardResult(shard, ("", metrics_name), (), np.zeros(0, np.float32), metrics, spent)
+    if len(array_records) != 1:
+        raise ValueError(f"a reply needs exactly one ArrayRecord, not {len(array_records)}")
+    returned: Any = content.pop(array_records[0])
+    arrays = {**returned}
+    del returned
+    layout, update = flatten_update(before, arrays)
+    return _ShardResult(shard, (array_records[0], metrics_name), layout, update, metrics, spent)
+
+
+def _protected(result: _ShardResult, plan: Plan, privacy: Privacy | None) -> _ShardResult:
+    """Returns what may leave of a result: under a privacy promise no metric but the weight, and updates clipped.
+
+    Metrics of training tell of the data. Under `CentralNoise` each shard weighs the same, which is public.
+    """
+    if privacy is None:
+        return result
+    if isinstance(privacy, CentralNoise):
+        clip(result.update, privacy.clipping_norm)
+        return replace(result, metrics=MetricRecord({plan.weight_key: 1}))
+    kept = {key: value for key, value in result.metrics.items() if key == plan.weight_key}
+    return replace(result, metrics=MetricRecord(kept))
+
+
+class _Encoder:
+    """The coded sum of shards' results, which all have the same layout.
+
+    Args:
+        plan: What was asked.
+        privacy: What training has to promise.
+
+    Attributes:
+        layout, metrics_layout, names: Of the results; None, and empty, before the first.
+        sketches: A few numbers for each shard in which holders that disagree differ.
+        spent: With privacy, for each shard what was spent on it.
+    """
+
+    def __init__(self, plan: Plan, privacy: Privacy | None) -> None:
+        self._plan = plan
+        self._encoding = payload_encoding(plan.fraction_bits, plan.k)
+        # Noise that each holder draws for itself makes their updates differ: there is nothing to compare.
+        self._compares = not (isinstance(privacy, DPSGD) and privacy.noise == "independent")
+        self.layout: Layout | None = None
+        self.metrics_layout: MetricsLayout | None = None
+        self.names = ("", "")
+        self.sketches: list[tuple[float, ...]] = []
+        self.spent: list[tuple[int, str, float, float]] = []
+        self._update: NDArray[Any] | None = None
+        self._metrics: NDArray[Any] | None = None
+
+    def add(self, result: _ShardResult, coefficients: tuple[float, ...]) -> None:
+        """Add one shard's weighted update, weight and weighted metrics. The update may be overwritten.
+
+        Raises:
+            ValueError: Its layout is another than that of the shards before.
+            Overflow: It does not fit the fixed point.
+        """
+        if result.spent is not None:
+            spent = result.spent
+            self.spent.append((result.shard, spent.context, spent.epsilon, spent.total_epsilon))
+        metrics_layout, metrics = flatten_metrics(result.metrics, self._plan.weight_key)
+        self._check_layout(result, metrics_layout)
+        sketch: tuple[float, ...] | None = None
+        if self._plan.arrays_key:
+            update = result.update
+            with np.errstate(all="ignore"):  # the server rejects what is not finite, and says so
+                update *= update.dtype.type(metrics[0])
+            self._update, sketch = self._encoding.add_update(self._update, update, coefficients)
+        # All in the first of the m blocks: they are few, and one that differs between holders (seconds, say) or is NaN
+        # must not get into the weight, which would share an entry with it.
+        self._metrics = self._encoding.add_metrics(self._metrics, metrics, coefficients[:1])
+        whole = self._encoding.with_metrics(sketch, metrics)
+        if whole is not None and self._compares:
+            self.sketches.append(whole)
+
+    def _check_layout(self, result: _ShardResult, metrics_layout: MetricsLayout) -> None:
+        if self.layout is None or self.metrics_layout is None:
+            self.layout, self.metrics_layout, self.names = result.layout, metrics_layout, result.names
+            return
+        if result.layout != self.layout or [m[:2] for m in metrics_layout] != [m[:2] for m in self.metrics_layout]:
+            raise ValueError("its arrays or metrics differ in name, dtype, shape or length from another shard's")
+        if not metrics_layout[0][2]:  # one weight that is no whole number makes the sum one
+            self.metrics_layout = metrics_layout
+
+    def record(self) -> ArrayRecord:
+        """Returns the coded vectors as they are sent."""
+        assert self._metrics is not None
+        arrays = {METRICS: as_array(self._encoding.sent(self._metrics))}
+        if self._update is not None:
+            arrays[ARRAYS] = as_array(self._encoding.sent(self._update))
+        return ArrayRecord(arrays)
 
 
 def _worker_of(context: Context) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = ROOT / "tests" / "programs" / "memory_use.py"
+PROGRAM = ROOT / "tests" / "strategy" / "memory_use.py"
 
 pytestmark = [
     pytest.mark.slow,
