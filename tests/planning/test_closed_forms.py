@@ -52,7 +52,7 @@ from fl_gradcode.planning.schemes import (
 )
 from fl_gradcode.planning.simulation import idle_rounds
 
-N, ROUNDS = 8, 20_000
+N, ROUNDS = 8, 5_000
 SCHEMES = {
     "wait for all": wait_for_all(N),
     "any n - 1": any_code(N, 1),
@@ -65,7 +65,7 @@ SCHEMES = {
     "repetition, m = 2, uneven": repetition(N, 1, m=2),
 }
 MEASURED = [0.7, 0.8, 0.9, 1.0, 1.0, 1.1, 1.3, 2.0, 9.0]
-# What is drawn for 20,000 rounds: by worker and tick, or (device classes: one draw for good, a burst: one state at a
+# What is drawn for 5,000 rounds: by worker and tick, or (device classes: one draw for good, a burst: one state at a
 # time) by worker and seed. A law's own `draw` is all that is used of it.
 BY_TICK: dict[str, Law] = {
     "exponential": exponential(2.0),
@@ -94,8 +94,8 @@ def draws(name: str) -> NDArray[np.float64]:
         return np.array([[draw(11, worker, t) for worker in range(N)] for t in range(ROUNDS)])
     draw = BY_SEED[name].draw
     if name == "in the middle of bursts":  # drawing its states is slow
-        return np.array([[draw(seed, i, 3) for i in range(N)] for seed in range(ROUNDS // 10)])
-    return np.array([[draw(seed, worker, 0) for worker in range(N)] for seed in range(ROUNDS)])
+        return np.array([[draw(seed, i, 3) for i in range(N)] for seed in range(2_000)])
+    return np.array([[draw(seed, worker, 0) for worker in range(N)] for seed in range(4 * ROUNDS)])
 
 
 def by_hand(scheme: Scheme, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -121,7 +121,7 @@ def test_mean_from_an_idle_start_is_that_of_drawn_rounds(name: str, scheme: Sche
     assert noise < (0.06 if name in BY_SEED else 0.025) * actual  # so that the line above says something
 
 
-@pytest.mark.parametrize("name", ["exponential", "shifted exponential", "Pareto 3", "one column", "device classes"])
+@pytest.mark.parametrize("name", ["shifted exponential", "device classes"])
 def test_most_comparisons_with_drawn_rounds_are_sharp(name: str) -> None:
     for scheme in SCHEMES.values():
         rounds = by_hand(scheme, draws(name))
