@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
-from fl_gradcode import GradientCode, GradientCoding, VirtualGrid, gradient_coding_mod
+from fl_gradcode import GradientCode, GradientCoding, Shards, VirtualGrid, gradient_coding_mod
 from fl_gradcode.codes import cyclic_repetition, fractional_repetition, uncoded
 from fl_gradcode.errors import InvalidSetting
 from fl_gradcode.latency import Latency, Law, constant, exponential, lognormal, scaled
@@ -83,10 +83,10 @@ CODES: dict[str, tuple[GradientCode, dict[str, Any], Scheme]] = {
     "m = 2": (fractional_repetition(N, 2, m=2), {}, repetition(N, 2, m=2)),
     "partial work": (
         fractional_repetition(N, 3),
-        {"send": "shards", "patience": 0.0},
+        {"send": Shards(patience=0.0)},
         partial_work(N, 3, patience=0.0),
     ),
-    "patient": (fractional_repetition(N, 3), {"send": "shards", "patience": 2.0}, partial_work(N, 3)),
+    "patient": (fractional_repetition(N, 3), {"send": "shards"}, partial_work(N, 3)),
 }
 MEMORYLESS = ("exponential", "bimodal", "serverless")
 
