@@ -416,6 +416,33 @@ def test_the_worker_refuses_what_is_no_product() -> None:
         coded_matmul(grid, A, B, polynomial(4, 2, 2))
 
 
+def test_a_node_of_another_version_refuses_a_product_with_what_to_install() -> None:
+    app = ClientApp()
+
+    @app.query("matmul")
+    def matmul(message: Message, context: Context) -> Message:
+        record: Any = message.content["fl-gradcode.product"]
+        record["protocol"] = 1
+        return coded_matmul_worker(message, context)
+
+    with InProcessGrid(app, 4) as grid, pytest.raises(RoundFailed, match="Install the same one on the node"):
+        coded_matmul(grid, A, B, polynomial(4, 2, 2))
+
+
+def test_an_answer_of_another_version_is_not_used() -> None:
+    def older(worker: int, message: Message, reply: Message) -> Message:
+        if worker == 0:
+            record: Any = reply.content["fl-gradcode.product"]
+            record["protocol"] = 1
+        return reply
+
+    with grid_of(6, older) as grid:
+        matrix = CodedMatrix(grid, A, polynomial(6, 2, 2), extra=1)
+        assert np.abs(matrix.multiply(B) - A @ B).max() < 1e-10
+    ((worker, reason),) = matrix.reports[0].rejected
+    assert worker == 0 and "protocol 1" in reason
+
+
 def test_a_task_travels_as_it_is() -> None:
     task = Task("m", 3, 2, keep=False, round=9)
     assert Task.find_in(task.content(right=as_array(B))) == task

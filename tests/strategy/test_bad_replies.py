@@ -71,26 +71,27 @@ def unreadable(reply: Message) -> Message:
     return reply
 
 
-CASES: dict[str, tuple[Tamper, str]] = {
-    "NaN": (with_update(put(3, np.nan)), "not finite"),
-    "infinity": (with_update(put(-1, -np.inf)), "not finite"),
-    "too short": (with_update(lambda x: x[:-1]), r"shape \(10,\), expected \(11,\)"),
-    "too long": (with_update(lambda x: np.append(x, x[:1])), "shape"),
-    "two-dimensional": (with_update(lambda x: x.reshape(1, -1)), "shape"),
-    "float64 for float32": (with_update(lambda x: x.astype(np.float64)), "float64, expected float32"),
-    "whole numbers": (with_update(lambda x: x.astype(np.int64)), "int64"),
-    "without vectors": (without("fl-gradcode.update"), "missing"),
-    "without a reply record": (without("fl-gradcode.reply"), "is gradient_coding_mod among"),
-    "unreadable": (unreadable, "unreadable"),
-    "earlier round": (with_reply(round=0), "wrong round: it answers train 0"),
-    "other phase": (with_reply(kind="evaluate"), "wrong round"),
-    "other run": (with_reply(run="somebody else's"), "run \"?'?somebody"),
-    "unknown worker": (with_reply(worker=17), r"worker 17 is not in the code \(workers 0..5\)"),
-    "other shards": (with_reply(shards=[0]), "combines shards"),
-    "other shape": (with_reply(layout=[["0", "float32", [11]]]), "does not match what was sent"),
-    "unknown array": (with_reply(layout=[["x", "float32", [11]]]), "does not match what was sent"),
-    "no metrics": (with_reply(metrics_layout=[]), "num-examples"),
-    "error reply": (as_error, "error 2: ValueError: out of disk"),
+# What is done to the reply; what its reason says; its kind.
+CASES: dict[str, tuple[Tamper, str, str]] = {
+    "NaN": (with_update(put(3, np.nan)), "not finite", "not-finite"),
+    "infinity": (with_update(put(-1, -np.inf)), "not finite", "not-finite"),
+    "too short": (with_update(lambda x: x[:-1]), r"shape \(10,\), expected \(11,\)", "layout"),
+    "too long": (with_update(lambda x: np.append(x, x[:1])), "shape", "layout"),
+    "two-dimensional": (with_update(lambda x: x.reshape(1, -1)), "shape", "layout"),
+    "float64 for float32": (with_update(lambda x: x.astype(np.float64)), "float64, expected float32", "layout"),
+    "whole numbers": (with_update(lambda x: x.astype(np.int64)), "int64", "layout"),
+    "without vectors": (without("fl-gradcode.update"), "missing", "layout"),
+    "without a reply record": (without("fl-gradcode.reply"), "is gradient_coding_mod among", "no-mod"),
+    "unreadable": (unreadable, "unreadable", "unreadable"),
+    "earlier round": (with_reply(round=0), "wrong round: it answers train 0", "wrong-round"),
+    "other phase": (with_reply(kind="evaluate"), "wrong round", "wrong-round"),
+    "other run": (with_reply(run="somebody else's"), "run \"?'?somebody", "wrong-round"),
+    "unknown worker": (with_reply(worker=17), r"worker 17 is not in the code \(workers 0..5\)", "wrong-worker"),
+    "other shards": (with_reply(shards=[0]), "combines shards", "wrong-shards"),
+    "other shape": (with_reply(layout=[["0", "float32", [11]]]), "does not match what was sent", "layout"),
+    "unknown array": (with_reply(layout=[["x", "float32", [11]]]), "does not match what was sent", "layout"),
+    "no metrics": (with_reply(metrics_layout=[]), "num-examples", "layout"),
+    "error reply": (as_error, "error 2: ValueError: out of disk", "error"),
 }
 
 
@@ -106,13 +107,14 @@ def run(code: GradientCode, tamper: Any, rounds: int = 3, **kwargs: Any) -> tupl
 def test_counts_as_a_straggler_with_its_reason(case: str, number: int) -> None:
     import re
 
-    change, reason = CASES[case]
+    change, reason, kind = CASES[case]
     expected = run_plain(toy_app(), 6, FedAvg(fraction_evaluate=0.0))
     result, rows = run(all_codes(6, 2)[number], lambda w, m, r: change(r) if w == BAD else r)
     assert relative(result.arrays, expected.arrays) < 1e-6
     rejected = [one for row in rows for one in row["train"]["rejected"]]
     assert rejected, "the bad worker was never read"
     assert all(re.search(reason, one["reason"]) for one in rejected), rejected
+    assert {one["kind"] for one in rejected} == {kind}
     assert all(BAD not in row["train"]["used"] for row in rows)
 
 

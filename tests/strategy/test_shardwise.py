@@ -254,7 +254,8 @@ def test_a_node_whose_copy_does_not_count_is_not_asked_for_it_again(deployed: bo
     latency = table({3: float("inf")})
     _, (row,), _ = run(fractional_repetition(6, 1), latency, tamper=lie, deployed=deployed)
     assert row["train"]["outcome"] == "skipped"
-    assert row["train"]["asked"].count(0) + row["train"]["asked"].count(None) <= 6 + 2
+    assert row["train"]["asked"].count(0) <= 2
+    assert row["train"]["asked"].count(None) == (1 if deployed else 0)  # worker 3 has never said who it is
 
 
 @BOTH
