@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from .._text import listed
 from ..errors import InvalidSetting
 from ..latency import POPULATIONS, Fit, Latency, checked_times, fit, named, read_table, read_trace, replay, trace
 from ..runlog import History, Ledger, Timing
@@ -143,9 +144,8 @@ def _jobs(
     numbers = {worker: i for i, worker in enumerate(sorted(seen))}
     history = History(len(numbers))
     history.add(replace(one, worker=numbers[one.worker]) for one in jobs)
-    names = ", ".join(map(str, list(numbers)[:3])) + (", ..." if len(numbers) > 3 else "")
     told = f"{name}: {len(rows)} jobs of {history.n} workers"
-    return history, told if max(seen) < len(seen) else f"{told} ({names} are 0, 1, ... here)"
+    return history, told if max(seen) < len(seen) else f"{told} ({listed(numbers, 4)} are 0, 1, ... here)"
 
 
 def _number(name: str, number: int, column: str, row: list[str], at: int) -> float:

@@ -194,7 +194,7 @@ def test_workers_are_renumbered_from_0_and_none_is_invented(tmp_path: Path) -> N
     times = np.random.default_rng(3).lognormal(0, 0.3, (20, 10))
     lines = [f"{t},{i + 1},{seconds}" for t, row in enumerate(times) for i, seconds in enumerate(row)]
     told = as_json(write(tmp_path / "one.csv", "\n".join(["round,worker,seconds", *lines]) + "\n"), "--s", "1")
-    assert told["workers"] == 10 and "1, 2, 3, ... are 0, 1, ... here" in told["source"]
+    assert told["workers"] == 10 and "1, 2, 3 and 7 more are 0, 1, ... here" in told["source"]
 
 
 def test_times_that_cannot_contain_the_transfer_are_refused_or_have_it_added(tmp_path: Path) -> None:
