@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.house import PLACES, with_house
+
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = "fl_gradcode"
 MOST_FILES, MOST_LINES = 18, 600
@@ -21,29 +23,6 @@ def names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# From the ground up: a module may import what stands before its own place, and its own folder. Single files of the
-# package are places of their own.
-PLACES = (
-    "errors",
-    "_lazy",
-    "_text",
-    "_files",
-    "_flower_internals",
-    "_seeding",
-    "codes",
-    "latency",
-    "placement",
-    "planning",
-    "protocol",
-    "runlog",
-    "grid",
-    "privacy",
-    "client",
-    "strategy",
-    "matmul",
-    "testing",
-    "cli",
-)
 #: Standing before is not enough for these: they never meet but in `protocol`, or must run without the other.
 NEVER = {
     ("strategy", "client"),
@@ -253,6 +232,47 @@ def test_a_long_file_says_why(file: str) -> None:
 
 def test_every_place_exists() -> None:
     assert {place_of(file) for file in library_files()} == {*PLACES, "__init__"}
+
+
+def test_the_design_page_has_the_table_of_todays_folders() -> None:
+    page = (ROOT / "docs" / "design.md").read_text()
+    assert with_house(page) == page, "run: python -m experiments.house"
+
+
+def face_of(folder: str) -> dict[str, str]:
+    """Name in the folder's face -> the file that has it."""
+    tree = ast.parse(text_of(f"{folder}/__init__.py"))
+    return {
+        alias.name: f"{folder}/{node.module}.py"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level == 1
+        for alias in node.names
+    }
+
+
+def reached_from(file: str) -> set[str]:
+    """The library's files that a file imports something from, through faces too."""
+    found = set(siblings(file)) if "/" in file else set()
+    for one in imports(text_of(file), file):
+        parts = one.module.split(".")
+        if parts[0] == LIBRARY and len(parts) == 2 and (ROOT / LIBRARY / parts[1]).is_dir():
+            found.add(face_of(parts[1]).get(one.name or "", ""))
+        elif parts[0] == LIBRARY and len(parts) == 2:
+            found.add(f"{parts[1]}.py")
+    return found - {""}
+
+
+@pytest.mark.parametrize(("path", "most"), [("path of a round", 12), ("path of a message", 6)])
+def test_the_path_of_a_round_is_short_and_each_file_is_reached_from_those_before_it(path: str, most: int) -> None:
+    page = (ROOT / "docs" / "design.md").read_text()
+    listed = re.findall(
+        r"^\d+\. `([\w/]+\.py)`", page.split(f"<!-- {path} -->")[1].split("<!-- end of path -->")[0], re.M
+    )
+    assert 0 < len(listed) <= most
+    known: set[str] = {listed[0]}
+    for file in listed:
+        assert file in known, f"no file before {file} in the {path} imports it"
+        known |= reached_from(file)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "clients").rglob("*.py")), ids=lambda path: path.name)
