@@ -1,4 +1,4 @@
-"""The command line for privacy: `fl-gradcode privacy` says what noise costs, `fl-gradcode keys` makes shards' keys."""
+"""The command line for privacy: `fl-gradcode privacy` prints what noise costs, `fl-gradcode keys` makes key files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from ._errors import one_sentence
 
 __all__ = ["keys", "privacy"]
 
-keys = typer.Typer(help="Keys of the shards, from which their holders draw the same noise.", no_args_is_help=True)
+keys = typer.Typer(
+    help="Make, replace and check the keys from which all holders of a shard draw the same noise.", no_args_is_help=True
+)
 
 _CODES: dict[str, Callable[[int, int], GradientCode]] = {
     "fractional": fractional_repetition,
@@ -33,21 +35,29 @@ _CODES: dict[str, Callable[[int, int], GradientCode]] = {
 
 
 def privacy(
-    rounds: Annotated[int, typer.Option(help="Rounds of the run.")],
-    sample_rate: Annotated[float | None, typer.Option(help="Chance of each record to be in a step's batch.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps that a shard is trained a round.")] = 1,
-    epsilon: Annotated[float | None, typer.Option(help="Wished for: says how much noise it takes.")] = None,
-    noise_multiplier: Annotated[float | None, typer.Option(help="Given: says what it costs.")] = None,
-    delta: Annotated[float, typer.Option(help="The other half of the guarantee.")] = 1e-5,
-    holders: Annotated[int, typer.Option(help="Of a shard, mostly s + 1: what independent noise pays for.")] = 1,
-    max_grad_norm: Annotated[float, typer.Option(help="Bound of one record's gradient, for the line to paste.")] = 1.0,
-    accountant: Annotated[str, typer.Option(help="prv, or the faster and looser rdp.")] = "prv",
+    rounds: Annotated[int, typer.Option(help="Number of rounds of the run.")],
+    sample_rate: Annotated[
+        float | None, typer.Option(help="Probability of each record to be in a step's batch.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Training steps on a shard in each round.")] = 1,
+    epsilon: Annotated[float | None, typer.Option(help="The epsilon you want; prints the noise that it takes.")] = None,
+    noise_multiplier: Annotated[
+        float | None, typer.Option(help="The noise you have; prints the epsilon that it costs.")
+    ] = None,
+    delta: Annotated[float, typer.Option(help="Probability that the bound on epsilon does not cover.")] = 1e-5,
+    holders: Annotated[
+        int, typer.Option(help="Workers that hold a shard, usually s + 1; independent noise pays for each.")
+    ] = 1,
+    max_grad_norm: Annotated[
+        float, typer.Option(help="Clipping norm of a record's gradient, for the line to paste.")
+    ] = 1.0,
+    accountant: Annotated[str, typer.Option(help="prv, or rdp, which is faster and less tight.")] = "prv",
     central: Annotated[
-        bool, typer.Option("--central", help="For CentralNoise: one release of a shard's update a round.")
+        bool, typer.Option("--central", help="Compute for CentralNoise: one release of each shard's update a round.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Noise for an epsilon, or epsilon of a noise, with shared and with independent noise."""
+    """Print the noise for an epsilon, or the epsilon of a noise, for shared and for independent noise."""
     with one_sentence():
         if (epsilon is None) == (noise_multiplier is None):
             raise FlGradcodeError("Say either --epsilon, to learn the noise, or --noise-multiplier, to learn epsilon.")
@@ -107,15 +117,19 @@ def privacy(
 
 @keys.command("make")
 def make(
-    folder: Annotated[Path, typer.Argument(help="Where; node-0, node-1, ... in it go to the nodes, with their data.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder to make; its folders node-0, node-1, ... go to the nodes, with their data.")
+    ],
     workers: Annotated[int | None, typer.Option("--workers", "-n", help="Number of workers.")] = None,
-    stragglers: Annotated[int, typer.Option("--stragglers", "-s", help="s of the code.")] = 0,
-    code: Annotated[str, typer.Option(help=f"Who holds what: {', '.join(_CODES)}.")] = "fractional",
+    stragglers: Annotated[int, typer.Option("--stragglers", "-s", help="Straggler tolerance s of the code.")] = 0,
+    code: Annotated[
+        str, typer.Option(help=f"Code that says who holds which shards: {', '.join(_CODES)}.")
+    ] = "fractional",
     assignment: Annotated[
-        Path | None, typer.Option(help="Instead: a JSON file, for each worker the list of its shards.")
+        Path | None, typer.Option(help="In place of a code: a JSON file with the list of shards of each worker.")
     ] = None,
 ) -> None:
-    """New keys: for each worker a folder with the keys of the shards that it holds, and no others."""
+    """Make new keys: for each worker a folder with the keys of the shards that it holds, and no others."""
     with one_sentence():
         held = read_assignment(assignment) if assignment is not None else _of_code(code, workers, stragglers)
         paths = write_keys(folder, held)
@@ -124,12 +138,14 @@ def make(
         f"Keys of {shards} shards for {len(paths)} workers in {folder}. Bring each node its own, and start it with"
     )
     typer.echo("    --node-config 'partition-id=0 num-partitions=... privacy-dir=\"/path/to/node-0\" max-epsilon=3.0'")
-    typer.echo("Never bring one to the server: who has a shard's key can take its noise off.")
+    typer.echo("Never bring one to the server: anyone who has a shard's key can remove its noise.")
 
 
 @keys.command("rotate")
-def rotate(folder: Annotated[Path, typer.Argument(help="As made: with the folders of all workers.")]) -> None:
-    """New keys for the same holders, between two runs. What was spent stays spent."""
+def rotate(
+    folder: Annotated[Path, typer.Argument(help="Folder as `keys make` made it, with the folders of all workers.")],
+) -> None:
+    """Make new keys for the same holders, between two runs. What was spent stays spent."""
     with one_sentence():
         paths = rotate_keys(folder)
         generation = read_keys(paths[0].parent).generation
@@ -141,9 +157,9 @@ def rotate(folder: Annotated[Path, typer.Argument(help="As made: with the folder
 @keys.command("check")
 def check(
     folder: Annotated[Path, typer.Argument(help="A node's folder.")],
-    delta: Annotated[float, typer.Option(help="Of the epsilons.")] = 1e-5,
+    delta: Annotated[float, typer.Option(help="Delta at which epsilons are computed.")] = 1e-5,
 ) -> None:
-    """A node's keys and what its shards have spent so far; prints no secret."""
+    """Print which keys a node has and what its shards have spent so far; no secrets."""
     with one_sentence():
         node = read_keys(folder)
         ledger = BudgetLedger(folder / "spent")
