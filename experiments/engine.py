@@ -185,6 +185,29 @@ class Engine:
         """End the SuperNode with this partition-id by SIGTERM, as an operator does: it says goodbye."""
         self._processes.stop(self._nodes.pop(number))
 
+    def keep_nodes(self, count: int) -> None:
+        """Have exactly the SuperNodes 0 to count - 1 running: stop the others, and start those that have ended."""
+        for number, process in list(self._nodes.items()):
+            if number >= count or process.poll() is not None:
+                self.stop_node(number)
+        for number in range(count):
+            if number not in self._nodes:
+                self.start_node(number)
+
+    def wait_for_nodes(self, count: int, *, timeout: float = 150.0) -> None:
+        """Wait until the SuperLink counts so many nodes as online.
+
+        One that starts needs seconds; one that was killed is counted for up to a minute.
+
+        Raises:
+            EngineError: It still counts others after `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while (online := sum(node["status"] == "online" for node in self.listed_nodes())) != count:
+            if time.monotonic() > deadline:
+                raise EngineError(f"{online} nodes are online after {timeout:g} s, not {count}.")
+            self._processes.stopping.wait(2.0)
+
     def restart_node(self, number: int, *, timeout: float = 150.0, pause: float = 5.0) -> None:
         """Start a killed or stopped SuperNode again, as a supervisor does: until the SuperLink takes it.
 
@@ -229,16 +252,22 @@ class Engine:
         *,
         timeout: float,
         while_waiting: Callable[[], None] | None = None,
+        nodes: int | None = None,
+        cpus: int | None = None,
     ) -> Outcome:
         """Run a Flower app and wait for its end: `submit` and `wait`."""
-        return self.wait(self.submit(app, run_config), timeout, while_waiting)
+        return self.wait(self.submit(app, run_config, nodes=nodes, cpus=cpus), timeout, while_waiting)
 
-    def submit(self, app: Path, run_config: Mapping[str, Any]) -> str:
+    def submit(
+        self, app: Path, run_config: Mapping[str, Any], *, nodes: int | None = None, cpus: int | None = None
+    ) -> str:
         """Submit a Flower app to the SuperLink.
 
         Args:
             app: Folder of the app.
             run_config: Values that differ from the app's pyproject.toml; paths are made absolute.
+            nodes: Simulated nodes of this run; the engine's by default.
+            cpus: Actors of this run; the engine's by default.
 
         Returns:
             Flower's number of the run.
@@ -246,7 +275,9 @@ class Engine:
         Raises:
             EngineError: The app could not be submitted; Flower's own words.
         """
-        federation = f"num-supernodes={self.nodes} client-resources-num-cpus=1 init-args-num-cpus={self.cpus}"
+        federation = (
+            f"num-supernodes={nodes or self.nodes} client-resources-num-cpus=1 init-args-num-cpus={cpus or self.cpus}"
+        )
         return self.flwr.submit(app, run_config, "" if self.deployed else federation)
 
     def wait(self, run_id: str, timeout: float, while_waiting: Callable[[], None] | None = None) -> Outcome:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from tests.end_to_end.apps.straggling.straggling import client
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(__file__).resolve().parent / "apps" / "straggling"
+#: Seconds of a sleep that the test ends: so many that whoever waits for the sleeper is stopped by a timeout instead.
+UNTIL_WOKEN = 1000.0
 QUIET = {"folder": "", "sleeper": -1, "raiser": -1, "sleeps-from": 1}
 
 
@@ -66,6 +68,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("engines"))
 
 
+_KINDS: dict[str, Callable[[Path], Engine]] = {
+    "simulation": lambda folder: Engine(6, folder=folder),
+    "fleet": lambda folder: Engine(6, deployed=True, folder=folder),
+}
+
+
+def on_engine(*kinds: str) -> pytest.MarkDecorator:
+    """Run a test on the engine of each of these kinds, which it shares with all other tests that name it."""
+    return pytest.mark.parametrize("engine", kinds, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """The engine that a test names by `on_engine`.
+
+    pytest brings tests with the same parameter of a session's fixture together and ends the fixture after the last of
+    them: only one engine runs at a time.
+    """
+    with with_the_library_on_its_path(_KINDS[request.param](tmp_path_factory.mktemp(request.param))) as engine:
+        yield engine
+
+
 def with_the_library_on_its_path(engine: Engine) -> Engine:
     """The apps import fl_gradcode: this checkout's, installed or not."""
     engine.environment["PYTHONPATH"] = str(ROOT)
@@ -78,13 +102,15 @@ def run_straggling(
     config: dict[str, Any],
     *,
     while_waiting: Callable[[Callable[[], list[dict[str, Any]]]], None],
-    timeout: float = 300.0,
+    timeout: float = 500.0,
 ) -> Run:
     """Copy the app to `folder`, run it there, and wake up whoever still sleeps at its end.
 
-    `while_waiting` is called a few times a second, with a function that reads the events so far.
+    `while_waiting` is called a few times a second, with a function that reads the events so far. A simulation gets two
+    actors more than nodes: a sleeping client occupies one.
     """
     app = copy_of_the_app(folder)
+    nodes = config.get("nodes", 4)
 
     def events() -> list[dict[str, Any]]:
         return client.read_notes(folder)
@@ -96,7 +122,14 @@ def run_straggling(
             (folder / "wake-up").touch()
 
     try:
-        outcome = engine.run(app, {**config, "folder": str(folder)}, timeout=timeout, while_waiting=look)
+        outcome = engine.run(
+            app,
+            {**config, "folder": str(folder)},
+            timeout=timeout,
+            while_waiting=look,
+            nodes=nodes,
+            cpus=nodes + 2,
+        )
     finally:
         (folder / "wake-up").touch()
     ledger = folder / "ledger.jsonl"

@@ -34,7 +34,7 @@ def test_the_commands_of_the_guide(tmp_path: Path) -> None:
     processes = Processes(tmp_path, {**os.environ, "PYTHONPATH": str(ROOT)})
     try:
         shell = processes.start(["bash", str(tmp_path / "commands.sh")], "guide")
-        assert shell.wait(timeout=240) == 0, processes.log("guide")
+        assert shell.wait(timeout=540) == 0, processes.log("guide")
     finally:
         processes.stop_all(patience=0.5)
     rows = Ledger.read(tmp_path / "lab" / "ledger.jsonl")

@@ -11,19 +11,20 @@ import numpy as np
 import pytest
 
 from experiments.engine import Engine, Outcome
-from tests.end_to_end.conftest import with_the_library_on_its_path
+from tests.end_to_end.conftest import UNTIL_WOKEN, on_engine
 
 pytestmark = pytest.mark.slow
 
 TEMPLATE = Path(__file__).resolve().parent / "apps" / "products"
-NODES, SECONDS, COUNT = 3, 60.0, 2
+NODES, COUNT = 4, 2
 
 
 def run(engine: Engine, folder: Path, **trouble: Any) -> tuple[Outcome, dict[str, np.ndarray], dict[str, Any]]:
     app = folder / "app"
     shutil.copytree(TEMPLATE, app, ignore=shutil.ignore_patterns("__pycache__"))
     try:
-        outcome = engine.run(app, {"folder": str(folder), "nodes": NODES, "count": COUNT, **trouble}, timeout=200.0)
+        config = {"folder": str(folder), "nodes": NODES, "count": COUNT, **trouble}
+        outcome = engine.run(app, config, timeout=500.0, nodes=NODES, cpus=NODES + 2)
     finally:
         (folder / "wake-up").touch()
     assert outcome.completed, outcome.log
@@ -38,29 +39,27 @@ def check(products: dict[str, np.ndarray], told: dict[str, Any]) -> None:
     for number in range(COUNT):
         assert np.abs(products[f"product-{number}"] - A @ rng.standard_normal((40, 30))).max() < 1e-11
     assert np.abs(products["other"] - A.T @ A).max() < 1e-11
-    assert told["seconds"] < SECONDS  # nobody waited for the sleeper
-    # Each node was sent its half of A, 8 kB, once; all but one have said so when the second product begins.
+    assert told["seconds"] < UNTIL_WOKEN  # nobody waited for the sleeper
+    # Each node was sent its part of A once; all but one have said so when the second product begins.
     downs = [report["bytes_down"] for report in told["reports"]]
-    assert max(downs[1:]) <= downs[0] - (NODES - 1) * 8_000
+    assert max(downs[1:]) <= downs[0] - (NODES - 1) * (A.nbytes // (NODES - 1))
     for report in told["reports"]:
         assert len(set(report["used"])) == NODES - 1
         assert len(report["stragglers"]) + len(report["rejected"]) == 1
 
 
-def test_in_the_simulation_engine_nobody_waits_for_the_sleeper(tmp_path: Path) -> None:
-    # More actors than nodes: a sleeping client occupies one.
-    with with_the_library_on_its_path(Engine(NODES, cpus=NODES + 2)) as engine:
-        _, products, told = run(engine, tmp_path, sleeper=1, **{"sleep-seconds": SECONDS})
+@on_engine("simulation")
+def test_in_the_simulation_engine_nobody_waits_for_the_sleeper(engine: Engine, tmp_path: Path) -> None:
+    _, products, told = run(engine, tmp_path, sleeper=1, **{"sleep-seconds": UNTIL_WOKEN})
     check(products, told)
     stragglers = [report["stragglers"] for report in told["reports"]]
     assert stragglers == [stragglers[0]] * COUNT
 
 
-def test_against_supernodes_an_error_is_a_straggler(tmp_path: Path) -> None:
-    with with_the_library_on_its_path(Engine(NODES, deployed=True, folder=tmp_path / "engine")) as engine:
-        folder = tmp_path / "run"
-        folder.mkdir()
-        _, products, told = run(engine, folder, raiser=2)
+@on_engine("fleet")
+def test_against_supernodes_an_error_is_a_straggler(engine: Engine, tmp_path: Path) -> None:
+    engine.keep_nodes(NODES)
+    _, products, told = run(engine, tmp_path, raiser=2)
     check(products, told)
     reasons = [reason for report in told["reports"] for _, reason in report["rejected"]]
     assert all("error 2: " in reason and "out of disk" in reason for reason in reasons)

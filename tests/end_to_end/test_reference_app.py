@@ -21,16 +21,10 @@ from fl_gradcode.cli.plan_source import read_source
 from fl_gradcode.planning.planner import make_plan
 from fl_gradcode.testing import InProcessGrid
 from server.app import main
-from tests.end_to_end.conftest import ROOT
+from tests.end_to_end.conftest import ROOT, on_engine
 
 NODES = 6
 SHORT = {"num-server-rounds": 3, "dataset": "digits"}
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with Engine(NODES) as engine:
-        yield engine
 
 
 def results(file: Path) -> list[dict[str, Any]]:
@@ -38,6 +32,7 @@ def results(file: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@on_engine("simulation")
 def test_coded_rounds_test_as_plain_ones(engine: Engine, tmp_path: Path) -> None:
     plain = {**SHORT, "strategy": "fedavg", "results": str(tmp_path / "plain.jsonl")}
     coded = {
@@ -48,7 +43,7 @@ def test_coded_rounds_test_as_plain_ones(engine: Engine, tmp_path: Path) -> None
         "ledger": str(tmp_path / "ledger.jsonl"),
     }
     for config in (plain, coded):
-        outcome = engine.run(ROOT, config, timeout=240)
+        outcome = engine.run(ROOT, config, timeout=500)
         assert outcome.completed, outcome.log
     expected, actual = results(tmp_path / "plain.jsonl"), results(tmp_path / "coded.jsonl")
     assert [row["round"] for row in actual] == [row["round"] for row in expected] == [0, 1, 2, 3]
@@ -61,10 +56,11 @@ def test_coded_rounds_test_as_plain_ones(engine: Engine, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@on_engine("simulation")
 def test_a_run_in_the_engine_chooses_its_way_and_leaves_times_to_plan_with(engine: Engine, tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.jsonl"
     config = {**SHORT, "num-server-rounds": 5, "fraction-evaluate": 0.0, "code": "fractional", "stragglers": 2}
-    outcome = engine.run(ROOT, {**config, "send": "adaptive", "ledger": str(ledger)}, timeout=240)
+    outcome = engine.run(ROOT, {**config, "send": "adaptive", "ledger": str(ledger)}, timeout=500)
     assert outcome.completed, outcome.log
     rows = Ledger.read(ledger)
     assert [row["train"]["outcome"] for row in rows] == ["exact"] * 5
@@ -79,6 +75,7 @@ def test_a_run_in_the_engine_chooses_its_way_and_leaves_times_to_plan_with(engin
 
 
 @pytest.mark.slow
+@on_engine("simulation")
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
@@ -86,14 +83,14 @@ def test_a_run_in_the_engine_chooses_its_way_and_leaves_times_to_plan_with(engin
             {"code": "bogus"},
             "code='bogus' is not known; choose one of none, uncoded, fractional, cyclic, universal, reed-solomon.",
         ),
-        ({"code": "fractional", "num-clients": 9}, "6 nodes are online"),
+        ({"code": "fractional", "num-clients": 9}, "2 nodes are online"),
     ],
     ids=["unknown code", "more clients than nodes"],
 )
 def test_a_setting_that_cannot_work_is_told_in_one_sentence(
     engine: Engine, wrong: dict[str, Any], sentence: str
 ) -> None:
-    outcome = engine.run(ROOT, {**SHORT, **wrong}, timeout=120)
+    outcome = engine.run(ROOT, {**SHORT, **wrong}, timeout=400, nodes=2, cpus=1)
     assert outcome.status == "finished:failed"
     assert outcome.log.count(sentence) == 1, outcome.log
     assert "Traceback" not in outcome.log

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from experiments.engine import Engine
 from fl_gradcode import fractional_repetition
 from fl_gradcode.cli.app import app as command_line
+from fl_gradcode.protocol import records
 from fl_gradcode.protocol.records import PROTOCOL, library_version
 from tests.end_to_end.conftest import ROOT, Run, distance, plain_fedavg, run_straggling, with_the_library_on_its_path
 
@@ -44,7 +45,7 @@ def placed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def older_version(folder: Path) -> Path:
     """A path on which the library is of the protocol before today's."""
     shutil.copytree(ROOT / "fl_gradcode", folder / "fl_gradcode", ignore=shutil.ignore_patterns("__pycache__"))
-    file = folder / "fl_gradcode" / "versions.py"
+    file = folder / Path(records.__file__).relative_to(ROOT)
     text = file.read_text()
     assert f"\nPROTOCOL = {PROTOCOL}\n" in text
     file.write_text(text.replace(f"\nPROTOCOL = {PROTOCOL}\n", f"\nPROTOCOL = {PROTOCOL - 1}\n"))

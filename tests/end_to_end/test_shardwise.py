@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from experiments.engine import Engine
-from tests.end_to_end.conftest import Run, distance, plain_fedavg, run_straggling, with_the_library_on_its_path
+from tests.end_to_end.conftest import UNTIL_WOKEN, Run, distance, on_engine, plain_fedavg, run_straggling
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, on_engine("simulation", "fleet")]
 
 # The groups of fractional_repetition(4, 1) are (0, 2) and (1, 3): worker 3 has to do shards 1 and 3.
 SLEEPER, PARTNER, ROUNDS = 1, 3, 3
 
 
-@pytest.fixture(scope="module", params=["simulation", "deployment"])
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    deployed = request.param == "deployment"
-    folder = tmp_path_factory.mktemp("shardwise")
+@pytest.fixture(scope="module")
+def run(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    if engine.deployed:
+        engine.keep_nodes(4)
     config = {
         "num-server-rounds": ROUNDS,
-        "fraction-evaluate": 0.0 if deployed else 1.0,
+        "fraction-evaluate": 0.0 if engine.deployed else 1.0,
         "send": "shards",
         "sleeper": SLEEPER,
-        "sleep-seconds": 60.0,
+        "sleep-seconds": UNTIL_WOKEN,
     }
 
-    def nothing_to_do(events: Callable[[], list[dict[str, Any]]]) -> None:
-        pass
-
-    engine = Engine(4, deployed=True, folder=folder / "engine") if deployed else Engine(4, cpus=6)
-    with with_the_library_on_its_path(engine) as running:
-        return run_straggling(running, folder / "run", config, while_waiting=nothing_to_do)
+    return run_straggling(
+        engine, tmp_path_factory.mktemp("shardwise") / "run", config, while_waiting=lambda events: None
+    )
 
 
 def test_every_round_ends_without_the_sleeper(run: Run) -> None:

@@ -76,7 +76,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     engine = UnequalEngine(4, deployed=True, folder=folder / "engine")
     with SlowLink(engine.address, up=RATE) as engine.link, with_the_library_on_its_path(engine):
         config = {"folder": str(folder), "num-server-rounds": ROUNDS, "slow": SLOW, "pause": PAUSE}
-        outcome = engine.run(folder / "app", config, timeout=240.0)
+        outcome = engine.run(folder / "app", config, timeout=500.0)
         passed, _ = engine.link.passed
     assert outcome.completed, outcome.log
     return Run(outcome, folder, passed)

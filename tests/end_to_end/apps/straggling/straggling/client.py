@@ -92,8 +92,9 @@ def _make_trouble(config: Any, worker: int, server_round: int, asked: Any) -> No
     if worker == config["sleeper"] and server_round >= config["sleeps-from"] and asked.get("asleep", True):
         note(folder, what="asleep", worker=worker, round=server_round, **more)
         until = time.monotonic() + float(config["sleep-seconds"])
-        # the file comes when the run is over: nobody need wait for what is left of the sleep
-        files = [Path(folder) / "wake-up", *(Path(folder) / f"wake-up-{block}" for block in more.values())]
+        # a file comes when the sleep has lasted long enough for the test: nobody need wait for what is left of it
+        names = ["wake-up", f"wake-up-round-{server_round}", *(f"wake-up-block-{block}" for block in more.values())]
+        files = [Path(folder) / name for name in names]
         while time.monotonic() < until and not any(file.exists() for file in files):
             time.sleep(0.2)
         note(folder, what="awake", worker=worker, round=server_round, **more)

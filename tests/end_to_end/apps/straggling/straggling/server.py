@@ -86,7 +86,7 @@ def _take_turns(grid: Grid, config: Any, folder: Path) -> None:
 
 def _wake_up(folder: Path, block: int) -> None:
     """The next block begins with everybody free."""
-    (folder / f"wake-up-{block}").touch()
+    (folder / f"wake-up-block-{block}").touch()
     deadline = time.monotonic() + _PATIENCE
 
     def times(what: str) -> int:

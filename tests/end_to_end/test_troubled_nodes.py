@@ -3,41 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from experiments.engine import Engine
-from tests.end_to_end.conftest import Run, distance, plain_fedavg, run_straggling, with_the_library_on_its_path
+from tests.end_to_end.conftest import UNTIL_WOKEN, Run, distance, on_engine, plain_fedavg, run_straggling
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, on_engine("fleet")]
 
 Events = Callable[[], list[dict[str, Any]]]
 
 # The groups of fractional_repetition(4, 1) are (0, 2) and (1, 3): killed and raising workers have a partner each.
-SLEEPER, SECONDS = 1, 30.0
-KILLED, RAISER = 2, 3
+SLEEPER, KILLED, RAISER = 1, 2, 3
 ROUNDS, PAUSE = 5, 3
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("deployment")
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Iterator[Engine]:
-    with with_the_library_on_its_path(Engine(4, deployed=True, folder=folder / "engine")) as engine:
-        yield engine
+    return tmp_path_factory.mktemp("trouble")
 
 
 @pytest.fixture(scope="module")
 def slept(engine: Engine, folder: Path) -> Run:
-    """Worker 1 sleeps whenever it trains. Three rounds pass; when it has woken, the other two begin."""
+    """Worker 1 sleeps whenever it trains. It is woken after three rounds; then the other two begin."""
+    engine.keep_nodes(4)
+    engine.wait_for_nodes(4)
 
-    def go_on_when_the_sleeper_wakes(events: Events) -> None:
+    def wake_the_sleeper_after_the_third_round(events: Events) -> None:
+        if any((event["what"], event["round"]) == ("ended", PAUSE) for event in events()):
+            (folder / "slept" / "wake-up-round-1").touch()
         if any(event["what"] == "awake" for event in events()):
             (folder / "slept" / f"go-{PAUSE}").touch()
 
@@ -46,9 +43,9 @@ def slept(engine: Engine, folder: Path) -> Run:
         "fraction-evaluate": 0.0,
         "pauses": str(PAUSE),
         "sleeper": SLEEPER,
-        "sleep-seconds": SECONDS,
+        "sleep-seconds": UNTIL_WOKEN,
     }
-    return run_straggling(engine, folder / "slept", config, while_waiting=go_on_when_the_sleeper_wakes)
+    return run_straggling(engine, folder / "slept", config, while_waiting=wake_the_sleeper_after_the_third_round)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +65,7 @@ def broken(engine: Engine, folder: Path, slept: Run) -> Run:
         "pauses": "2",
         "sleeper": KILLED,  # so that the kill finds it at work
         "sleeps-from": 2,
-        "sleep-seconds": 120.0,
+        "sleep-seconds": UNTIL_WOKEN,
         "raiser": RAISER,
     }
     return run_straggling(engine, folder / "broken", config, while_waiting=kill_in_round_two)
@@ -81,9 +78,10 @@ def test_every_round_ends_without_the_sleeper(slept: Run) -> None:
         assert row["train"]["outcome"] == "exact"
         assert SLEEPER not in row["train"]["used"]
         assert SLEEPER in row["train"]["stragglers"]
-        assert row["train"]["seconds"]["waiting"] < SECONDS
-    woke = slept.times("awake", SLEEPER)
-    assert woke[1] - slept.times("began", SLEEPER)[1] >= SECONDS * 0.99
+    ended, woke = slept.times("ended"), slept.times("awake", SLEEPER)
+    assert ended[PAUSE] < woke[1]
+    # It slept again in one of the last two rounds, until the run was over.
+    assert len(woke) == 2 and slept.times("went on")[ROUNDS] < woke[max(woke)]
 
 
 def test_the_sleeper_is_asked_for_the_current_round_once_its_late_reply_is_in(slept: Run) -> None:
@@ -108,10 +106,10 @@ def test_the_ledger_says_where_the_time_went(slept: Run) -> None:
         elapsed = ended[row["round"]] - began[row["round"] - 1]
         told = sum(seconds.values())
         assert told <= elapsed + 0.1
-        assert elapsed - told < SECONDS / 5  # finding the nodes, making and sending messages
+        assert told > elapsed / 2  # the rest is for finding the nodes, making and sending messages
         assert seconds["decoding"] + seconds["aggregating"] < 0.1 * seconds["waiting"]
         # The round ended with the reply that completed it.
-        assert 0 <= seconds["waiting"] - row["train"]["decodable-after-seconds"] < SECONDS / 5
+        assert 0 <= seconds["waiting"] - row["train"]["decodable-after-seconds"] < seconds["waiting"] / 2
 
 
 def test_a_node_that_is_killed_does_not_stop_the_run(broken: Run) -> None:
