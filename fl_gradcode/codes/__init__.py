@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .encoding_matrix import EXACT, whole_groups
     from .field_codes import reed_solomon
     from .gradient_code import GradientCode
-    from .prime_field import P, PrimeField, combine_mod, lift, matmul, solve
+    from .prime_field import P, PrimeField, combine_mod, lift_mod, matmul_mod, solve_mod
     from .reals import REALS, Reals, combine
     from .repetition import fractional_repetition, uncoded
     from .universal import for_assignment
@@ -38,11 +38,11 @@ __all__ = [
     "cyclic_repetition",
     "for_assignment",
     "fractional_repetition",
-    "lift",
+    "lift_mod",
     "lstsq",
-    "matmul",
+    "matmul_mod",
     "reed_solomon",
-    "solve",
+    "solve_mod",
     "stochastic",
     "uncoded",
     "vandermonde",
@@ -87,9 +87,9 @@ __getattr__, __dir__ = lazy_names(
             "P",
             "PrimeField",
             "combine_mod",
-            "lift",
-            "matmul",
-            "solve",
+            "lift_mod",
+            "matmul_mod",
+            "solve_mod",
         ],
         "reals": [
             "REALS",

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ._linalg import lstsq, svd
 from .encoding_matrix import EXACT, EncodingMatrix, by_group
-from .prime_field import P, PrimeField, matmul, solve
+from .prime_field import P, PrimeField, matmul_mod, solve_mod
 
 __all__ = ["FieldRule", "IncrementalDecoder", "check_matrix"]
 
@@ -329,7 +329,7 @@ class FieldRule:
     def _eliminate(self) -> NDArray[np.int64] | None:
         code = self._code
         columns = code.once(_distinct)
-        x = solve(columns[self._live].reshape(int(self._live.sum()), -1).T, _target(columns.shape[1], code.m))
+        x = solve_mod(columns[self._live].reshape(int(self._live.sum()), -1).T, _target(columns.shape[1], code.m))
         if x is None:
             return None
         a = np.zeros((code.n, code.m), np.int64)
@@ -359,7 +359,7 @@ class _Span:
         if done == self._rows.shape[1]:
             return
         rows = self._rows[:done]
-        row = (row - matmul(row[None, self._pivots], rows)[0]) % P
+        row = (row - matmul_mod(row[None, self._pivots], rows)[0]) % P
         nonzero = np.flatnonzero(row)
         if not nonzero.size:
             return
@@ -377,7 +377,7 @@ class _Span:
 def _has_closed_form(code: EncodingMatrix) -> bool:
     """Whether C B = [blocks of ones, then zeros] with C the powers of 1..n."""
     C = check_matrix(code.n, code.s + code.m)
-    found = matmul(C, code.blocks.reshape(code.n, -1))
+    found = matmul_mod(C, code.blocks.reshape(code.n, -1))
     expected = np.zeros_like(found)
     expected[: code.m] = _target(code.k, code.m).T
     return bool((found == expected).all())

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..errors import InvalidCode, Overflow
 from .reals import blocks_of
 
-__all__ = ["P", "PrimeField", "combine_mod", "fold", "inverse", "lift", "matmul", "solve"]
+__all__ = ["P", "PrimeField", "combine_mod", "fold", "inverse", "lift_mod", "matmul_mod", "solve_mod"]
 
 #: The field's size, a Mersenne prime; an element takes 31 bits, as much as float32 on the wire.
 P = 2**31 - 1
@@ -134,7 +134,7 @@ class PrimeField:
         if dtype == np.int64 and any(len(x) and not 0 <= x.min() <= x.max() < P for x in replies):
             raise InvalidCode(f"Replies over the {self.name} lie in 0..{P - 1}.")
         total = combine_mod(replies, a.reshape(len(replies), -1))
-        total -= (total >> 30) * P  # as `lift` does: what is above half has bit 30
+        total -= (total >> 30) * P  # as `lift_mod` does: what is above half has bit 30
         return total if dtype == np.int64 else total * 2.0**-self.fraction_bits
 
     def decode_in_pieces(self, replies: Sequence[NDArray[Any]], a: NDArray[Any]) -> Iterator[NDArray[Any]]:
@@ -148,7 +148,7 @@ class PrimeField:
     def shares(self, a: NDArray[np.int64], B: NDArray[np.int64]) -> NDArray[np.float64]:
         """1 where a shard is in the sum as it should be, else 0: there is no "almost" in a field. Shape (k, m, m)."""
         n, k, m = B.shape
-        found = matmul(B.reshape(n, k * m).T, np.asarray(a, np.int64).reshape(n, m)).reshape(k, m, m)
+        found = matmul_mod(B.reshape(n, k * m).T, np.asarray(a, np.int64).reshape(n, m)).reshape(k, m, m)
         right = (found == np.eye(m, dtype=np.int64)).all(axis=(1, 2))
         return np.asarray(right[:, None, None] * np.eye(m))
 
@@ -157,7 +157,7 @@ class PrimeField:
         return 1.0
 
 
-def lift(values: NDArray[np.int64]) -> NDArray[np.int64]:
+def lift_mod(values: NDArray[np.int64]) -> NDArray[np.int64]:
     """0..p-1 as the signed numbers that they stand for."""
     return np.where(values > _HALF, values - P, values)
 
@@ -175,7 +175,7 @@ def inverse(values: NDArray[np.int64]) -> NDArray[np.int64]:
     return result
 
 
-def matmul(left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int64]:
+def matmul_mod(left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int64]:
     """`left @ right` modulo p, through float64 products of 16-bit halves; inner dimension below 2^20."""
     halves = [(part >> 16, part & 0xFFFF) for part in (left % P, right % P)]
     (lh, ll), (rh, rl) = [(high.astype(np.float64), low.astype(np.float64)) for high, low in halves]
@@ -243,7 +243,7 @@ def fold(values: NDArray[np.int64]) -> None:
     values += high
 
 
-def solve(A: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int64] | None:
+def solve_mod(A: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int64] | None:
     """One solution x of `A x = right` modulo p, columns of `right` together; None if there is none."""
     rows, unknowns = A.shape
     work = np.concatenate([A, right], axis=1) % P

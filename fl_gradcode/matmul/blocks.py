@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..codes import P, combine_mod, lift, matmul
+from ..codes import P, combine_mod, lift_mod, matmul_mod
 from ..errors import InvalidCode, Overflow
 
 __all__ = ["as_operand", "check_range", "combine_blocks", "join", "multiply", "split"]
@@ -93,7 +93,7 @@ def multiply(left: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
     total = np.zeros((left.shape[0], right.shape[1]), np.int64)
     for start in range(0, left.shape[1], _INNER):
         part = slice(start, start + _INNER)
-        total += matmul(left[:, part].astype(np.int64), right[part].astype(np.int64))
+        total += matmul_mod(left[:, part].astype(np.int64), right[part].astype(np.int64))
     return (total % P).astype(np.uint32)
 
 
@@ -107,7 +107,7 @@ def join(answers: Sequence[NDArray[Any]], coefficients: NDArray[Any]) -> NDArray
     height, width = answers[0].shape
     if coefficients.dtype.kind == "i":
         flat = combine_mod([x.reshape(-1) for x in answers], coefficients.reshape(count, -1))
-        blocks = lift(flat).reshape(p, q, height, width)
+        blocks = lift_mod(flat).reshape(p, q, height, width)
         return np.ascontiguousarray(blocks.transpose(0, 2, 1, 3)).reshape(p * height, q * width)
     if coefficients.dtype.kind == "c":
         # Re(a y) = Re a Re y - Im a Im y: the real and the imaginary parts are answers of their own.

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import linalg
 
-from ..codes import P, PrimeField, Reals, as_float, check_workers, condition, lift, lstsq, matmul, solve
+from ..codes import P, PrimeField, Reals, as_float, check_workers, condition, lift_mod, lstsq, matmul_mod, solve_mod
 from ..errors import InvalidCode, NotDecodable
 from .blocks import as_operand, check_range, combine_blocks, join, multiply, split
 
@@ -294,7 +294,7 @@ class ProductCode:
         target = np.zeros((self.k, p * q), D.dtype)
         target[self.evaluation.wanted.ravel(), np.arange(p * q)] = 1
         if D.dtype.kind == "i":
-            found = solve(D.T, target)
+            found = solve_mod(D.T, target)
         elif len(rows) > self.k:
             found = lstsq(D.T, target)
         else:
@@ -325,7 +325,7 @@ class ProductCode:
         terms = (made.left[rows][:, :, :, None, None] * made.right[rows][:, None, None]).reshape(len(rows), -1)
         flat = coefficients.reshape(len(rows), -1).T
         if made.D.dtype.kind == "i":
-            found = lift(matmul(flat, terms % P))
+            found = lift_mod(matmul_mod(flat, terms % P))
         else:
             found = flat @ terms
         i, j = np.eye(p), np.eye(m)

@@ -9,7 +9,7 @@ import numpy as np
 from flwr.app import Message
 from numpy.typing import NDArray
 
-from ..codes import P, matmul, solve
+from ..codes import P, matmul_mod, solve_mod
 from ..errors import InvalidCode
 from ..grid import Arrival, StopRule, Wait
 from ..protocol import rejection_of, view
@@ -27,7 +27,7 @@ def project(answers: Sequence[NDArray[Any]], rng: np.random.Generator) -> NDArra
     height, width = answers[0].shape
     if answers[0].dtype == np.uint32:
         a, b = (rng.integers(1, P, shape) for shape in ((_PROJECTIONS, height), (width, _PROJECTIONS)))
-        rows = [matmul(matmul(a, x.astype(np.int64)), b).diagonal() for x in answers]
+        rows = [matmul_mod(matmul_mod(a, x.astype(np.int64)), b).diagonal() for x in answers]
         return np.array(rows)
     u, v = rng.standard_normal((_PROJECTIONS, height)), rng.standard_normal((_PROJECTIONS, width))
     return np.array([np.einsum("tj,tj->t", u.astype(x.dtype) @ x, v) for x in answers])
@@ -51,7 +51,7 @@ def disagreement(code: ProductCode, numbers: NDArray[Any], workers: Sequence[int
         raise InvalidCode(f"{len(workers)} answers cannot be checked against each other; more than k={code.k} can.")
     D = code.evaluation.D[list(workers)]
     if D.dtype.kind == "i":
-        return float(solve(D, np.asarray(numbers, np.int64)) is None)
+        return float(solve_mod(D, np.asarray(numbers, np.int64)) is None)
     outside = np.linalg.qr(D, mode="complete")[0][:, code.k :].conj().T  # what no product can reach
     size = float(np.linalg.norm(numbers))
     return float(np.linalg.norm(outside @ numbers)) / size if size else 0.0

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fl_gradcode.codes import GradientCode, reed_solomon
-from fl_gradcode.codes.prime_field import PrimeField, combine_mod, fold, inverse, lift, matmul, solve
+from fl_gradcode.codes.prime_field import PrimeField, combine_mod, fold, inverse, lift_mod, matmul_mod, solve_mod
 from fl_gradcode.errors import FlGradcodeError, InvalidCode, NotDecodable, Overflow
 
 P = 2147483647
@@ -240,16 +240,16 @@ def test_products_are_those_of_python(inner: int, values: list[int]) -> None:
     rng = np.random.default_rng(inner)
     left, right = rng.choice(values, (3, inner)), rng.choice(values, (inner, 2))
     expected = integers(left) @ integers(right) % P
-    assert matmul(left, right).tolist() == expected.tolist()
-    assert matmul(-left, right).tolist() == (-expected % P).tolist()
+    assert matmul_mod(left, right).tolist() == expected.tolist()
+    assert matmul_mod(-left, right).tolist() == (-expected % P).tolist()
     long = np.repeat(right, 4097, axis=1)  # several pieces of 8192 entries
     for vectors, sign in ((long, 1), (long.astype(np.uint32), 1), (list(long), 1), (-long, -1)):
         found = combine_mod(vectors, left.T).reshape(3, -1)
         assert np.array_equal(found, np.repeat((sign * expected % P).astype(int), 4097, axis=1))
     most = np.full((1, 2**20 - 1), P - 1)
-    assert matmul(most, most.T).tolist() == [[2**20 - 1]]
+    assert matmul_mod(most, most.T).tolist() == [[2**20 - 1]]
     assert inverse(np.array([*EXTREME[1:], -7])).tolist() == [pow(v % P, -1, P) for v in [*EXTREME[1:], -7]]
-    assert lift(np.array(EXTREME)).tolist() == [v if v <= ROOM else v - P for v in EXTREME]
+    assert lift_mod(np.array(EXTREME)).tolist() == [v if v <= ROOM else v - P for v in EXTREME]
 
 
 def test_folding_changes_nothing_modulo_p_and_leaves_little() -> None:
@@ -267,7 +267,7 @@ def test_solve_finds_a_solution_exactly_if_there_is_one() -> None:
         rows, unknowns, sides = rng.integers(1, 5, 3).tolist()
         A = rng.choice(EXTREME if trial % 2 else [0, 1, P - 1], (rows, unknowns))
         right = rng.choice([0, 1, P - 1], (rows, sides))
-        x = solve(A, right)
+        x = solve_mod(A, right)
         assert (x is not None) == solvable(A, right)
         assert x is None or (integers(A) @ integers(x) % P).tolist() == right.tolist()
 
