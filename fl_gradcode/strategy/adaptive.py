@@ -1,7 +1,8 @@
-"""The mode of each round, chosen from what past rounds took.
+"""Chooses the mode of each round from the durations of past rounds.
 
-What is stored never changes in a run; what is *computed* of it may. `AdaptiveModes` replays the job times of the last
-rounds in each mode that the stored shards allow, and takes the one whose rounds would have been shortest.
+The shards that a worker stores never change in a run, but the shards that it *computes* may. `AdaptiveModes` replays
+the job times of recent rounds in each mode that the stored shards allow, and picks the mode whose rounds would have
+been shortest.
 """
 
 from __future__ import annotations
@@ -23,50 +24,51 @@ __all__ = ["AdaptiveModes", "regrouped"]
 _log = logging.getLogger(__name__)
 
 _PATIENCES = (0.0, 1.0, 2.0, 4.0)
-_WINDOW = 16  # rounds that are replayed
-_LEAST = 3  # rounds that are needed to choose
-_SETTLE = 6  # of a replay: its first rounds begin idle
-_RECENT = 5  # rounds within which all must have answered before fewer holders compute a shard
-_BETTER = 0.95  # change only for a mode whose rounds would have been so much shorter
-_TRIAL = 8  # rounds of a mode that are remembered to compare it with the next
-_WORSE, _FAR_WORSE = 1.2, 3.0  # times what the mode before took: of three rounds' mean, and of one round
+_WINDOW = 16  # number of rounds that a replay covers
+_LEAST = 3  # number of rounds needed before the first choice
+_SETTLE = 6  # leading rounds of a replay that are ignored, because they start with idle nodes
+_RECENT = 5  # all workers must have answered within this many rounds before fewer holders compute a shard
+_BETTER = 0.95  # a new mode must shorten the rounds to at most this fraction
+_TRIAL = 8  # rounds of the present mode that are remembered to compare it with the next mode
+# A mode fails its trial if its mean round, or its last round, takes this many times as long as before.
+_WORSE, _FAR_WORSE = 1.2, 3.0
 
 
 class AdaptiveModes(ModeChooser):
-    """Chooses by replaying the last rounds, and takes a choice back that turns out worse than what it replaced.
+    """Chooses a mode by replaying recent rounds, and reverts a choice that turns out slower than the mode before it.
 
-    It begins with one shard a message and patience 2, which costs next to nothing where all are alike. From then on it
-    considers every patience, and coded vectors over as many holders of each shard as are stored, or fewer. Fewer
-    tolerate fewer: if all holders of a shard that compute it are lost at once, the round is. They are considered only
-    while all nodes are there and every worker has answered within the last rounds, and for some time no longer after a
-    round that was not exact.
+    The first rounds send one shard a message with patience 2, which costs almost nothing when all workers are equally
+    fast. After that, the candidates are several values of patience, and coded vectors in which all or only some of a
+    shard's holders compute it. With fewer holders at work, fewer stragglers are tolerated: a round is lost if all
+    holders that compute a shard fail at once. These modes are therefore candidates only while all nodes are connected
+    and every worker has answered recently. They are suspended for some rounds after a round that was not exact.
 
-    Where the latency is not as assumed (shards that cost more together than one by one, nodes that share a machine), a
-    replay is wrong. So each change is on trial: a mode whose rounds take longer than those of the mode before it is
-    left at once, and not tried again for a time that doubles.
+    A replay is wrong where latency does not behave as the model assumes, for example where nodes share a machine. Each
+    change is therefore on trial. A mode whose rounds take longer than those of the previous mode is abandoned at once.
+    It is excluded for a number of rounds that doubles with each failure.
 
     Args:
-        code: What is stored; m = 1, over the reals.
-        smaller: Whether fewer holders than are stored may compute a shard.
-        every: Rounds between two decisions.
+        code: The code whose shards the workers store, with m = 1, over the reals.
+        smaller: Whether a shard may be computed by fewer workers than hold it.
+        every: Number of rounds between two decisions.
     """
 
     def __init__(self, code: GradientCode, *, smaller: bool = True, every: int = 3) -> None:
         self.code, self.smaller, self.every = code, smaller, every
         self.mode = self._safe = RoundMode(code, "shards", 2.0)
-        #: What each mode's rounds would have lasted, in seconds, at the last decision.
+        #: Mode -> mean duration of a round in seconds, as predicted at the last decision.
         self.predicted: dict[str, float] = {}
         self._history = History(code.n, _WINDOW)
         self._heard: dict[int, int] = {}
         self._failed = -_WINDOW
         self._round = 0
         self._decided = 0
-        self._took: deque[float] = deque(maxlen=_TRIAL)  # seconds of the present mode's rounds
-        self._before: tuple[RoundMode, float] | None = None  # the mode before it, and what that one's rounds took
-        self._banned: dict[str, tuple[int, int]] = {}  # until which round, for how long
+        self._took: deque[float] = deque(maxlen=_TRIAL)  # seconds that rounds in the present mode took
+        self._before: tuple[RoundMode, float] | None = None  # the previous mode and the mean seconds of its rounds
+        self._banned: dict[str, tuple[int, int]] = {}  # kind of mode -> (excluded until round, length in rounds)
 
     def choose(self, *, complete: bool) -> RoundMode:
-        """The one that would have been fastest; the same as before unless another is clearly better."""
+        """Returns the mode that would have been fastest, or the present mode unless another is clearly better."""
         if self._worse():
             assert self._before is not None
             key, length = _kind(self.mode), self._banned.get(_kind(self.mode), (0, _WINDOW // 2))[1] * 2
@@ -84,7 +86,7 @@ class AdaptiveModes(ModeChooser):
         return self.mode
 
     def learn(self, row: RoundRow) -> None:
-        """Learn the job times of a round, and who was heard in it."""
+        """Record the job times of a round and the workers that answered in it."""
         if row.train is None:
             return
         self._round = row.round
@@ -95,17 +97,17 @@ class AdaptiveModes(ModeChooser):
                     self._heard[job.worker] = self._round
         if row.train.outcome != "exact":
             self._failed = self._round
-        elif row.way == self.mode.line:  # not the safe mode of a round in which somebody was missing
+        elif row.way == self.mode.line:  # false for a round that fell back to the safe mode because nodes were missing
             self._took.append(float(row.train.seconds.waiting or 0.0))
 
     def _worse(self) -> bool:
-        """Whether the present mode is on trial and has failed it."""
+        """Returns whether the present mode is on trial and has failed it."""
         if self._before is None or not self._took:
             return False
         reference = self._before[1]
         if self._took[-1] > _FAR_WORSE * reference:
             return True
-        # The first round of a mode still meets nodes that are busy with the last one's.
+        # In the first round of a mode, some nodes are still busy with work from the previous mode.
         return len(self._took) > 3 and float(np.mean([*self._took][1:])) > _WORSE * reference
 
     def _change(self, mode: RoundMode, *, on_trial: bool) -> None:
@@ -130,7 +132,7 @@ class AdaptiveModes(ModeChooser):
                 _log.info("From round %d on: %s (%.3g s expected).", self._round + 1, best, seconds[best])
             self._change(modes[best], on_trial=now in seconds)
         else:
-            self._change(modes[now], on_trial=True)  # regrouped by the newest speeds
+            self._change(modes[now], on_trial=True)  # the same mode, regrouped by the latest speeds
 
     def _modes(self, speeds: NDArray[np.float64]) -> dict[str, RoundMode]:
         modes = [RoundMode(self.code, "shards", patience) for patience in _PATIENCES]
@@ -146,14 +148,14 @@ class AdaptiveModes(ModeChooser):
 
 
 def regrouped(code: GradientCode, size: int, seconds: Sequence[float] | NDArray[np.float64]) -> GradientCode:
-    """The same stored shards, of which each is computed by about `size` of its holders only.
+    """Returns a code in which each shard is computed by only about `size` of the workers that hold it.
 
-    Each group is split into groups of `size` workers (the rest is dealt to them), slow ones spread evenly.
+    Each group of the code is split into groups of at least `size` workers, with slow workers spread evenly.
 
     Args:
-        code: Fractional repetition, m = 1.
-        size: Workers of a new group, at least 1.
-        seconds: How slow each worker is, shape (n,).
+        code: A fractional repetition code with m = 1.
+        size: Number of workers in a new group, at least 1.
+        seconds: Time that each worker takes, in seconds, shape (n,).
     """
     assert code.groups is not None and code.m == 1
     B = np.zeros((code.n, code.k))
@@ -188,5 +190,5 @@ def _name(mode: RoundMode) -> str:
 
 
 def _kind(mode: RoundMode) -> str:
-    """What fails a trial together: coded vectors, however long."""
+    """Returns the key under which a mode is excluded after a failed trial; all coded modes share one."""
     return _name(mode) if mode.send == "shards" else "coded"

@@ -1,6 +1,6 @@
-"""What coding asks of the clients' app, and how the server notices that it is not so.
+"""Checks that the clients' app meets the contract of gradient coding.
 
-The contract: an update depends on the message, the shard and the seeded generators, on nothing else.
+The contract is that an update depends on the message, the shard and the seeded generators, and on nothing else.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ __all__ = ["broken_promises", "refuse_unsuitable", "refuse_wrappers"]
 
 
 def refuse_wrappers() -> None:
-    """Refuse Flower's privacy wrappers around a coded strategy: they would clip and count coded sums.
+    """Refuse to run inside one of Flower's privacy wrappers, which would clip coded sums.
 
     Raises:
-        IncompatibleStrategy: One of them is among the callers; with what to do instead.
+        IncompatibleStrategy: A privacy wrapper is among the callers. The message says what to do instead.
     """
     outer = caller_among(PRIVACY_WRAPPERS)
     if outer is not None:
@@ -33,20 +33,20 @@ def refuse_wrappers() -> None:
         )
 
 
-#: A node that refuses in one of these ways will refuse each time, until somebody sets it up in another way.
+#: A node that refuses with one of these kinds keeps refusing until its configuration changes.
 _FINAL: frozenset[RejectionKind] = frozenset({"unsuitable-app", "invalid-setting", "version", "shard-mismatch"})
 
 
 def refuse_unsuitable(replies: ReplyCollector, *, ever_decoded: bool) -> None:
-    """End the run where no round can become right.
+    """End the run if its clients can never answer correctly.
 
     Raises:
-        UnsuitableApp: The app does not choose its data by `partition-id`, or no client has the mod, or all are set up
-            in a way that gives no reply.
+        UnsuitableApp: The app does not choose its data by `partition-id`, or no client has the mod, or the
+            configuration of every client rules out a reply.
     """
     if ever_decoded:
-        return  # the app is right; a client that is not counts as a straggler
-    rejections = sorted({one.rejection for one in replies.rejected}, key=lambda rejection: rejection.reason)
+        return  # the app works: a client that fails from now on counts as a straggler
+    rejections = sorted({rejected.rejection for rejected in replies.rejected}, key=lambda rejection: rejection.reason)
     kinds = {rejection.kind for rejection in rejections}
     if "fixed-data" in kinds:
         raise UnsuitableApp(
@@ -66,7 +66,7 @@ def refuse_unsuitable(replies: ReplyCollector, *, ever_decoded: bool) -> None:
 
 
 def broken_promises(replies: ReplyCollector) -> Iterator[tuple[str, str]]:
-    """(key, sentence) of what should be warned about, each key once a run."""
+    """Yields (key, warning) for each part of the contract that the replies break; warn of each key once a run."""
     if replies.stateful:
         yield (
             "state",

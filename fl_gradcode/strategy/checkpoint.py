@@ -1,6 +1,6 @@
-"""A checkpoint: what a run needs to go on after its server was killed, in one file that is whole or not there.
+"""Stores everything that a run needs to continue after its server was killed, in one file that is replaced atomically.
 
-A zip archive without compression: `state.json`, and a member for each array. Nothing in it is code.
+The file is a zip archive without compression. It contains `state.json` and one member for each array, and no code.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _STATE = "state.json"
 
 @dataclass
 class Saved:
-    """A run after one of its rounds.
+    """The state of a run after one of its rounds.
 
     Attributes:
-        run: Its name.
-        round: The last round that is done; 0: none.
-        arrays: The model.
-        fingerprint: What must be the same when it goes on: code, seed, strategy.
-        strategy: What the wrapped strategy has changed, by attribute.
-        randomness: States of the global generators of `random` and NumPy, which sampling draws from.
-        metrics: Kind -> round -> metrics, as Flower's `Result` has them.
-        privacy: The run's account, or None.
+        run: Name of the run.
+        round: The last completed round; 0 if there is none.
+        arrays: The model after that round.
+        fingerprint: Settings that must be the same when the run is resumed, such as code, seed and strategy.
+        strategy: Attributes of the wrapped strategy that have changed since it was made.
+        randomness: States of the global generators of `random` and NumPy, from which strategies sample.
+        metrics: Kind -> round -> metrics, as in Flower's `Result`.
+        privacy: State of the privacy account; None if the run promises no privacy.
     """
 
     run: str
@@ -55,11 +55,11 @@ class Saved:
 
 
 class Checkpoint:
-    """The file of a run.
+    """Reads and writes the checkpoint file of one run.
 
     Args:
-        path: Absolute; its folder is made. Beside it stand `PATH.lock`, and under a privacy promise `PATH.privacy`:
-            what was asked, the round that is under way included.
+        path: Absolute path of the file; its folder is created. Beside it lie `PATH.lock` and, under a privacy promise,
+            `PATH.privacy`, which records the requests so far, including those of the current round.
 
     Raises:
         InvalidSetting: The path is relative, or a folder, or cannot be written.
@@ -78,10 +78,10 @@ class Checkpoint:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """One run at a time; a process that dies lets go.
+        """Hold the lock of the checkpoint, which the operating system releases if the process dies.
 
         Raises:
-            InvalidSetting: Another run has it.
+            InvalidSetting: Another run holds the lock.
         """
         with self._beside("lock").open("a") as file:
             error = lock(file)
@@ -98,10 +98,10 @@ class Checkpoint:
             yield
 
     def load(self) -> Saved | None:
-        """What was saved last; None: nothing yet.
+        """Returns the state that was saved last, or None if there is no file yet.
 
         Raises:
-            InvalidSetting: The file is damaged, or of another version.
+            InvalidSetting: The file is damaged or has another format.
         """
         if not self.path.exists():
             return None
@@ -111,7 +111,7 @@ class Checkpoint:
                 if state["format"] != _FORMAT:
                     raise InvalidSetting(
                         f"The checkpoint {self.path} has format {state['format']}; this version reads {_FORMAT}. Go on "
-                        "with the version that wrote it, or name another file to begin anew."
+                        "with the version that wrote it, or name another file to start over."
                     )
                 blobs = [archive.read(str(number)) for number in range(state["blobs"])]
             return Saved(**{one.name: decode(state["saved"][one.name], blobs) for one in fields(Saved)})
@@ -119,17 +119,17 @@ class Checkpoint:
             raise
         except OSError as error:
             raise InvalidSetting(f"The checkpoint {self.path} cannot be read: {error.strerror}.") from error
-        except Exception as error:  # whatever a damaged file may lead to
+        except Exception as error:  # a damaged file can raise almost anything
             raise InvalidSetting(
                 f"The checkpoint {self.path} is damaged ({type(error).__name__}: {error}). Restore the file, or "
-                "remove it to begin anew."
+                "remove it to start over."
             ) from error
 
     def save(self, saved: Saved) -> None:
-        """Replace what was saved before; a kill or a power cut leaves the one or the other.
+        """Replace the saved state; a crash or a power cut leaves either the old or the new file.
 
         Raises:
-            InvalidSetting: It cannot be written.
+            InvalidSetting: The file cannot be written.
         """
         blobs: list[bytes] = []
         values = {one.name: encode(getattr(saved, one.name), blobs) for one in fields(Saved)}
@@ -149,10 +149,10 @@ class Checkpoint:
             ) from error
 
     def save_privacy(self, run: str, account: dict[str, Any]) -> None:
-        """What has been asked, before the messages leave.
+        """Save the privacy account, which already charges for messages that have not been sent.
 
         Raises:
-            InvalidSetting: It cannot be written; then nothing may leave.
+            InvalidSetting: The file cannot be written; then no message may be sent.
         """
         path = self._beside("privacy")
         try:
@@ -163,7 +163,7 @@ class Checkpoint:
             ) from error
 
     def load_privacy(self, run: str) -> dict[str, Any] | None:
-        """What was asked last in this run; None: it is not known."""
+        """Returns the privacy account that was saved last for this run, or None if there is none."""
         try:
             values = json.loads(self._beside("privacy").read_text())
             return dict(values["account"]) if values["run"] == run else None

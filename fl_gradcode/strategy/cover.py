@@ -1,4 +1,4 @@
-"""Whether a few of many sets may cover what is wanted: could those that are missing still bring all shards?"""
+"""Decides whether a few of many sets may cover a wanted set, such as the shards that missing workers could deliver."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Set as AbstractSet
 
 __all__ = ["may_cover"]
 
-_WORK, _DEEP = 20_000, 100  # sets that are looked at for a cover, and how many it may have
+_WORK, _DEEP = 20_000, 100  # most sets that the exact search visits, and most sets of a cover that it looks for
 
 
 def may_cover(wanted: AbstractSet[int], sets: Sequence[AbstractSet[int]], count: int) -> bool:
-    """Whether `count` of the sets may cover all that is wanted; True too where it would take long to tell."""
-    inside = [*{frozenset(one & wanted) for one in sets} - {frozenset()}]
+    """Returns whether `count` of the sets may cover `wanted`; also True if deciding it would take too long."""
+    inside = [*{frozenset(candidate & wanted) for candidate in sets} - {frozenset()}]
     if not wanted <= frozenset().union(*inside):
         return False
-    if count >= len(inside) or _greedy_cover(wanted, inside) <= count:  # mostly, and soon told
+    if count >= len(inside) or _greedy_cover(wanted, inside) <= count:  # cheap, and enough in most cases
         return True
     if count * max(map(len, inside), default=0) < len(wanted):
         return False
@@ -23,15 +23,15 @@ def may_cover(wanted: AbstractSet[int], sets: Sequence[AbstractSet[int]], count:
 
 
 def _greedy_cover(wanted: AbstractSet[int], sets: Sequence[AbstractSet[int]]) -> int:
-    """How many sets it takes if for each element in turn the one is taken that has most of the rest."""
-    having: dict[int, list[AbstractSet[int]]] = {}
-    for one in sets:
-        for element in one:
-            having.setdefault(element, []).append(one)
+    """Returns the size of a greedy cover: for each element in turn, the set that covers most of the rest."""
+    containing: dict[int, list[AbstractSet[int]]] = {}
+    for candidate in sets:
+        for element in candidate:
+            containing.setdefault(element, []).append(candidate)
     left, taken = set(wanted), 0
     for element in sorted(wanted):
         if element in left:
-            left -= max(having[element], key=lambda one: len(one & left))
+            left -= max(containing[element], key=lambda candidate: len(candidate & left))
             taken += 1
     return taken
 
@@ -40,8 +40,8 @@ def _covers(wanted: AbstractSet[int], sets: Sequence[AbstractSet[int]], count: i
     left[0] -= len(sets)
     if not wanted or left[0] < 0:
         return True
-    inside = [one & wanted for one in sets]
+    inside = [candidate & wanted for candidate in sets]
     if count * max(map(len, inside), default=0) < len(wanted):
         return False
-    rarest = min(wanted, key=lambda j: sum(j in one for one in inside))
-    return any(_covers(wanted - one, inside, count - 1, left) for one in inside if rarest in one)
+    rarest = min(wanted, key=lambda j: sum(j in candidate for candidate in inside))
+    return any(_covers(wanted - candidate, inside, count - 1, left) for candidate in inside if rarest in candidate)

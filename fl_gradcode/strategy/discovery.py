@@ -1,4 +1,4 @@
-"""Codes for data as they lie: nodes are asked what they hold, and the code is built for that."""
+"""Asks the nodes which shards they hold, and builds a code for that assignment."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ __all__ = ["Discovered", "Holdings", "discover"]
 
 @dataclass(frozen=True)
 class Discovered:
-    """Instead of a code: make it for the shards that nodes report to hold.
+    """A request for a code that is built for the shards that nodes report to hold; takes the place of a code.
 
         strategy = GradientCoding(FedAvg(), Discovered(k=12, s=1))
 
-    Each SuperNode says what it holds in its node config: `shards-dir`, a folder that `fl-gradcode place` wrote, or
-    `shards="0,3,7"`. Nodes may join, leave and return between rounds; the code is made anew for whoever is there, the
-    same one for the same holdings.
+    Each SuperNode states its shards in its node config, either as `shards-dir`, a folder that `fl-gradcode place`
+    wrote, or as `shards="0,3,7"`. Nodes may join, leave and return between rounds. The code is then rebuilt for the
+    nodes that are connected; equal holdings always give the same code.
 
     Attributes:
         k: Number of shards, numbered from 0.
-        s: Straggler tolerance that is wished for. Where a shard has fewer than s + m holders, the code tolerates as
-            many as it can, and a warning names the shards that lack holders.
-        m: Upload reduction that is wished for; 1 where holders do not suffice.
+        s: Desired straggler tolerance. If a shard has fewer than s + m holders, the code tolerates as many stragglers
+            as it can, and a warning names the shards that lack holders.
+        m: Desired upload reduction; 1 is used if there are too few holders.
     """
 
     k: int
@@ -53,26 +53,26 @@ class Discovered:
 
 
 class Holdings:
-    """Who holds what, as nodes have told.
+    """Collects which worker holds which shards, as the nodes report it.
 
     Args:
-        wish: What code is wanted.
-        digests: Shard -> SHA-256 that its data must have, where that is known.
+        wish: The desired code.
+        digests: Shard -> SHA-256 that its data must have, as far as known.
     """
 
     def __init__(self, wish: Discovered, digests: Mapping[int, str] | None = None) -> None:
         self.wish = wish
-        #: Shard -> the SHA-256 that its data must have; None: none is known.
+        #: Shard -> the SHA-256 that its data must have; None if no digests are known.
         self.required = dict(digests) if digests else None
-        #: Worker -> shard -> SHA-256 of its data; empty: not told.
+        #: Worker -> shard -> SHA-256 of its data; an empty string if the worker did not report one.
         self.told: dict[int, dict[int, str]] = {}
 
     def learn(self, worker: int, shards: Mapping[int, str]) -> None:
-        """A worker says what it holds, now."""
+        """Record the shards that a worker reports; they replace its previous report."""
         self.told[worker] = dict(shards)
 
     def held(self, workers: Collection[int] | None = None) -> dict[int, tuple[int, ...]]:
-        """Worker -> what counts of what it holds: shards of other data than the other holders' do not."""
+        """Returns worker -> its shards that count; a shard whose data differ from the other holders' does not."""
         right = self._right()
         return {
             worker: tuple(sorted(j for j, digest in shards.items() if j in right and self._counts(j, digest, right[j])))
@@ -81,29 +81,29 @@ class Holdings:
         }
 
     def wrong(self) -> dict[int, list[int]]:
-        """Worker -> shards that do not count, since they are of other data, or do not exist."""
+        """Returns worker -> its shards that do not count, because their data differ or the shard does not exist."""
         counted = self.held()
-        found = {worker: sorted({*shards} - {*counted[worker]}) for worker, shards in self.told.items()}
-        return {worker: shards for worker, shards in sorted(found.items()) if shards}
+        rest = {worker: sorted({*shards} - {*counted[worker]}) for worker, shards in self.told.items()}
+        return {worker: shards for worker, shards in sorted(rest.items()) if shards}
 
     def holders(self, workers: Collection[int] | None = None) -> dict[int, list[int]]:
-        """Shard -> who holds it."""
-        found: dict[int, list[int]] = {shard: [] for shard in range(self.wish.k)}
+        """Returns shard -> the workers that hold it, ascending."""
+        holders: dict[int, list[int]] = {shard: [] for shard in range(self.wish.k)}
         for worker, shards in self.held(workers).items():
             for shard in shards:
-                found[shard].append(worker)
-        return found
+                holders[shard].append(worker)
+        return holders
 
     def lacking(self, workers: Collection[int] | None = None) -> dict[int, list[int]]:
-        """Shards with fewer holders than wished for, and who these are."""
+        """Returns shard -> its holders, for each shard with fewer holders than desired."""
         least = self.wish.s + self.wish.m
         return {shard: who for shard, who in self.holders(workers).items() if len(who) < least}
 
     def code(self, workers: Collection[int] | None = None) -> GradientCode | None:
-        """The code for these workers (all by default); None: some shard has no holder.
+        """Returns the code for these workers (all by default), or None if some shard has no holder.
 
-        The same holdings give the same code, whatever was before. Its rows are numbered as the workers; whoever does
-        not hold anything, or is not there, has an empty one.
+        Equal holdings give the same code, regardless of earlier reports. Its rows are numbered as the workers; a worker
+        that is absent or holds nothing has an empty row.
         """
         held = {worker: shards for worker, shards in self.held(workers).items() if shards}
         fewest = min(map(len, self.holders(workers).values()))
@@ -114,7 +114,7 @@ class Holdings:
         return _code(held, self.wish.k, s, m)
 
     def told_lacking(self, workers: Collection[int] | None = None) -> str:
-        """For people: which shards lack holders, who has them, and what to do; empty: none does."""
+        """Returns a sentence that names the shards that lack holders, or an empty string if none does."""
         lacking = self.lacking(workers)
         if not lacking:
             return ""
@@ -129,7 +129,7 @@ class Holdings:
         return digest in (WITHHELD, right) or (not digest and shard not in (self.required or {}))
 
     def _right(self) -> dict[int, str]:
-        """Shard -> the digest that counts: the required one, else most holders', of equals the first worker's."""
+        """Returns shard -> the digest that counts: the required one, else the most frequent one, ties to the first."""
         right = {}
         for shard in range(self.wish.k):
             digests = [d for _, shards in sorted(self.told.items()) if (d := shards.get(shard)) and d != WITHHELD]
@@ -139,7 +139,7 @@ class Holdings:
 
 
 def _code(held: Mapping[int, tuple[int, ...]], k: int, s: int, m: int) -> GradientCode:
-    """Groups where workers hold the same or nothing in common; else the universal construction."""
+    """Returns fractional repetition if any two workers hold equal or disjoint shards, else a universal code."""
     workers = sorted(held)
     pattern = np.zeros((workers[-1] + 1, k), bool)
     for worker, shards in held.items():
@@ -156,22 +156,24 @@ def _code(held: Mapping[int, tuple[int, ...]], k: int, s: int, m: int) -> Gradie
 
 
 def _generator(pattern: NDArray[np.bool_], s: int, m: int) -> np.random.Generator:
-    """The same for the same holdings."""
+    """Returns a random generator that depends on the holdings alone."""
     digest = hashlib.sha256(repr((pattern.shape, s, m)).encode() + np.packbits(pattern).tobytes()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "little"))
 
 
 _log = logging.getLogger(__name__)
-_GRACE = 3.0  # seconds that further answers are waited for once every shard has its holders
+_GRACE = 3.0  # seconds to wait for further answers once every shard has enough holders
 _LEAST_TTL = 600.0
 
 
 def discover(grid: EarlyStopGrid, holdings: Holdings, registry: WorkerRegistry, timeout: float) -> None:
-    """Ask all nodes, those that come meanwhile too, until every shard has the holders wished for, or `timeout` seconds.
+    """Ask all nodes for their shards until every shard has enough holders, for at most `timeout` seconds.
+
+    Nodes that connect in the meantime are asked too.
 
     Raises:
-        UnsuitableApp: No node can take part; with the reason.
-        RoundFailed: Some shard has no holder; or two nodes say that they are the same worker.
+        UnsuitableApp: No node can take part. The message says why.
+        RoundFailed: Some shard has no holder, or two nodes report the same worker number.
     """
     deadline = grid.source.now() + timeout
     rule = _ProbeRule(holdings, registry, grid)
@@ -211,33 +213,33 @@ def discover(grid: EarlyStopGrid, holdings: Holdings, registry: WorkerRegistry, 
 
 
 class _ProbeRule(StopRule):
-    """Wait for what nodes say that they hold."""
+    """Waits for the nodes' reports of the shards that they hold."""
 
     label = "probe 0"
 
     def __init__(self, holdings: Holdings, registry: WorkerRegistry, grid: EarlyStopGrid) -> None:
         self._holdings, self._registry, self._source = holdings, registry, grid.source
         self._node_of: dict[int, int] = {}
-        #: Nodes that came while others were waited for.
+        #: Nodes that connected during the wait.
         self.joined: set[int] = set()
         self.reasons: list[str] = []
 
     def probe(self, node: int) -> Message:
-        """Returns the question."""
+        """Returns the message that asks a node which shards it holds."""
         return Message(probe_content(), dst_node_id=node, message_type="train", ttl=_LEAST_TTL, group_id="0")
 
     @property
     def decided(self) -> bool:
-        """Whether every shard has its holders, and others had a moment more."""
+        """Whether every shard has enough holders and the grace period is over."""
         return self.wake_at is not None and self._source.now() >= self.wake_at
 
     def join(self, node: int) -> Message | None:
-        """Returns the same question."""
+        """Returns the probe for a node that connected during the wait."""
         self.joined.add(node)
         return self.probe(node)
 
     def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
-        """Note who it is, and what it holds."""
+        """Record the worker number and the shards that a reply reports."""
         if reply is None or reply.has_error():
             self.reasons.append(arrival.failure if reply is None else rejection_of(reply).reason)
             return
@@ -268,5 +270,5 @@ class _ProbeRule(StopRule):
             self.wake_at = self._source.now() + _GRACE
 
     def finish(self, wait: Wait) -> list[Message]:
-        """Nothing is left to do."""
+        """Returns no messages, because `offer` has recorded everything."""
         return []

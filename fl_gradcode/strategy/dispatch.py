@@ -1,4 +1,4 @@
-"""The two ways a phase sends its work: a coded vector a worker (`CodedPhase`) or one shard a message (`ShardPhase`)."""
+"""The two modes of dispatch: one coded vector per worker (`CodedPhase`), or one shard per message (`ShardPhase`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .workers import WorkerRegistry
 
 __all__ = ["CodedPhase", "ShardPhase", "open_phase"]
 
-#: Sets of missing workers that are tried, to tell whether all is lost; where there are more, it is not.
+#: Most sets of missing workers that are tried to prove a phase hopeless. If there are more, it counts as not hopeless.
 _TRIED = 200
 
 
@@ -34,16 +34,16 @@ def open_phase(
     *,
     kappa_max: float,
 ) -> Phase:
-    """Returns a phase that sends in the round's mode.
+    """Returns a phase that dispatches its work in the round's mode.
 
     Args:
-        mode: How the round is run.
+        mode: Mode of the round.
         factory: Makes the messages of the phase's plan.
         code: The mode's code, restricted to the sampled shards.
         shards: The sampled shards, ascending.
         before: The arrays that are sent; None when evaluating.
         registry: Which node is which worker.
-        kappa_max: See `Coded`.
+        kappa_max: Noise amplification above which to wait for further replies; see `Coded`.
     """
     if mode.send == "shards":
         return ShardPhase(factory, shards, before, registry, patience=mode.patience)
@@ -51,7 +51,7 @@ def open_phase(
 
 
 class CodedPhase(Phase):
-    """One message a worker, one coded vector back.
+    """A phase in which each worker gets one message and returns one coded vector.
 
     Args:
         factory: Makes the messages; its plan holds every worker's row.
@@ -59,7 +59,7 @@ class CodedPhase(Phase):
         shards: The sampled shards, ascending.
         before: The arrays that were sent; None when evaluating.
         registry: Which node is which worker.
-        kappa_max: Replies beyond those that decode are waited for while noise is amplified more than so.
+        kappa_max: Wait for further replies while decoding would amplify noise by more than this factor.
     """
 
     def __init__(
@@ -81,7 +81,10 @@ class CodedPhase(Phase):
         self._trial: IncrementalDecoder | None = None
 
     def enough(self, decoder: IncrementalDecoder) -> bool:
-        """Whether it decodes without too much noise; or n - s replies are in, if the code promises no more."""
+        """Returns whether the replies decode without too much noise.
+
+        For a code that promises no exact sum, n - s replies are also enough.
+        """
         if decoder.decodable:
             if self._kappa_max == float("inf"):
                 return True
@@ -93,7 +96,7 @@ class CodedPhase(Phase):
         """Returns the replies that complete the sum."""
         worker_of = {arrival.token: self.registry.worker_of(arrival.node) for arrival in arrivals}
         if None in worker_of.values():
-            return list(arrivals)  # it cannot be told without reading
+            return list(arrivals)  # only reading a reply from an unknown node tells which worker sent it
         best = self.replies.best
         survivors = best.decoder.survivors if best else []
         groups = self.code.groups
@@ -102,7 +105,7 @@ class CodedPhase(Phase):
         new = [i for i in worker_of.values() if i is not None and self.replies.sender_of(i) is None]
         needed = {*survivors, *new}
         decoder = self._decoder_of([*survivors, *new])
-        if groups is not None:  # the first m replies of a group suffice; with m > 1, more may lower the noise
+        if groups is not None:  # the first m replies of a group suffice, but for m > 1 further ones may lower the noise
             few = _first([*survivors, *new], groups, self.code.m)
             trial = self.code.incremental()
             trial.update(few)
@@ -113,7 +116,7 @@ class CodedPhase(Phase):
         return [arrival for arrival in arrivals if worker_of[arrival.token] in needed]
 
     def _decoder_of(self, workers: Sequence[int]) -> IncrementalDecoder:
-        """Returns a decoder that has these workers' replies; the last one, if there are only more of them."""
+        """Returns a decoder that holds these workers' replies; the last one is reused if it only has to grow."""
         trial = self._trial
         if trial is None or list(workers[: len(trial.survivors)]) != trial.survivors:
             trial = self._trial = self.code.incremental()
@@ -121,10 +124,10 @@ class CodedPhase(Phase):
         return trial
 
     def hopeless(self, nodes: Sequence[int]) -> bool:
-        """Whether it stays undecodable even with all of `nodes`."""
+        """Returns whether the phase stays undecodable even if all of `nodes` answer."""
         replies = self.replies
         if replies.best is not None and replies.best.decoder.decodable:
-            return False  # only the noise is still waited for
+            return False  # further replies would only lower the noise
         answered = {i for group in replies.groups.values() for i in group.senders}
         known, strangers = _known_of(nodes, self.registry)
         known = (known & self._participants) - answered
@@ -133,13 +136,13 @@ class CodedPhase(Phase):
         for decoder in decoders:
             silent = len(self._participants - known - set(decoder.survivors)) - min(strangers, len(missing))
             if silent <= self.code.s:
-                return False  # what the code guarantees
+                return False  # the code guarantees to decode
         if not self.code.exact:
             return True
         return all(self._is_lost(decoder, known, missing, strangers) for decoder in decoders)
 
     def _is_lost(self, decoder: IncrementalDecoder, known: set[int], missing: set[int], strangers: int) -> bool:
-        """Whether nothing that so many of the missing workers send completes what is known."""
+        """Returns whether the sum stays incomplete whichever `strangers` of the missing workers answer."""
         lost = decoder.hopeless(known | missing)
         if lost or strangers >= len(missing):
             return lost
@@ -153,14 +156,16 @@ class CodedPhase(Phase):
 
 
 class ShardPhase(Phase):
-    """One shard a message, one message outstanding a node; the first copy of each shard counts.
+    """A phase in which each message asks for one shard, and the first copy of each shard counts.
+
+    A node has at most one message outstanding.
 
     Args:
         factory: Makes the messages; its plan holds every worker's shards.
         shards: The sampled shards, ascending.
         before: The arrays that were sent; None when evaluating.
         registry: Which node is which worker.
-        patience: See `Shards`.
+        patience: Relative time until a second copy of a shard is requested; see `Shards`.
     """
 
     def __init__(
@@ -193,31 +198,32 @@ class ShardPhase(Phase):
 
     @property
     def wake_at(self) -> float | None:  # type: ignore[override]
-        """When a second copy is due."""
+        """Time at which a second copy is due, in seconds on the grid's clock; None if none is due."""
         return self._queue.wake_at
 
     def enough(self, decoder: IncrementalDecoder) -> bool:
-        """Whether every shard has a copy."""
+        """Returns whether every shard has a copy."""
         return decoder.decodable
 
     def arrived(self, arrival: Arrival) -> None:
-        """Its shard counts as covered until it is read."""
+        """Count the reply's shard as covered until the reply is read."""
         shard = self._queue.finish(arrival.node, arrival.at)
         if shard is not None:
             self._unread[arrival.token] = shard
             self._sent.setdefault(arrival.node, set()).add(shard)
 
     def next_message(self, node: int, held: Message | None, now: float) -> Message | None:
-        """Returns the message for the next shard of the node's own, by the rule of `ShardQueue`; none is asked twice.
+        """Returns the message for the node's next shard by the rule of `ShardQueue`, or None if it has nothing to do.
 
-        A node that is not known yet gets what was made for all: its client finds its first shard in it.
+        A node is never asked for the same shard twice. A node whose worker is not known yet gets the message that holds
+        the whole plan, in which its client finds its first shard.
         """
         worker = self.registry.worker_of(node)
         if worker is None:
             return held
         if node in self._failed or worker not in self._turns:
             return None
-        # A copy that does not count, because others agree on another layout, would not count the second time either.
+        # A copy whose layout differs from the other replies' does not count, and a second one would not count either.
         closed = self._covered() | self._sent.get(node, set())
         shard = self._queue.start(node, worker, closed, now)
         return None if shard is None else self.factory.one_shard(node, worker, shard)
@@ -225,7 +231,7 @@ class ShardPhase(Phase):
     def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
         """Returns the first copy of each shard, once all have one."""
         if any(arrival.token not in self._unread for arrival in arrivals):
-            return list(arrivals)  # what they are cannot be told without reading
+            return list(arrivals)  # only reading these replies tells which shards they hold
         done = self._done()
         first: dict[int, Arrival] = {}
         for arrival in arrivals:
@@ -235,7 +241,7 @@ class ShardPhase(Phase):
         return list(first.values()) if final or len(done) + len(first) == len(self._row) else []
 
     def hopeless(self, nodes: Sequence[int]) -> bool:
-        """Whether some shard has no copy and no holder among `nodes`."""
+        """Returns whether some shard has neither a copy nor a holder among `nodes`."""
         able = [node for node in nodes if node not in self._failed]
         _, strangers = _known_of(able, self.registry)
         possible = self._covered()
@@ -247,26 +253,27 @@ class ShardPhase(Phase):
         return not may_cover(set(self._row) - possible, missing, min(strangers, len(missing)))
 
     def was_read(self, arrival: Arrival, *, good: bool) -> None:
-        """A node that failed gets no more work in this phase."""
+        """Give no more work in this phase to a node whose reply does not count."""
         worker = self.registry.worker_of(arrival.node)
         shard = self._unread.pop(arrival.token, None)
         if shard is not None and not good:
-            self._sent[arrival.node].discard(shard)  # it may be asked again, if it comes back
+            self._sent[arrival.node].discard(shard)  # the node may be asked again if it restarts
         if shard is None and good and worker in self._turns:
-            self._sent.setdefault(arrival.node, set()).add(self._turns[worker][0])  # asked before it was known
+            # The node was asked for its first shard before its worker was known.
+            self._sent.setdefault(arrival.node, set()).add(self._turns[worker][0])
         if not good:
             self._failed.add(arrival.node)
-            if not arrival.token:  # the message was refused: it never arrives
+            if not arrival.token:  # the message could not be sent, so no reply will arrive
                 self._queue.drop(arrival.node)
 
     def restarted(self, node: int) -> None:
-        """Nobody works on its shard any more, and it may be asked again."""
+        """Release the shard that a restarted node was working on, and allow new work for the node."""
         super().restarted(node)
         self._queue.drop(node)
         self._failed.discard(node)
 
     def _done(self) -> set[int]:
-        """Shards whose update is in the group of replies that counts."""
+        """Returns the shards whose update is in the group of replies that counts."""
         best = self.replies.best
         rows = best.senders if best else {}
         return {shard for shard, row in self._row.items() if row in rows}
@@ -276,7 +283,7 @@ class ShardPhase(Phase):
 
 
 def _coded_row(plan: Plan) -> Callable[[Reply], int | Rejection]:
-    """Returns what tells a coded reply's row: its worker's."""
+    """Returns a function that maps a coded reply to its row of the code, which is its worker's."""
 
     def row_of(reply: Reply) -> int | Rejection:
         asked = plan.rows[reply.worker].shards
@@ -289,7 +296,7 @@ def _coded_row(plan: Plan) -> Callable[[Reply], int | Rejection]:
 
 
 def _shard_row(plan: Plan, shards: Sequence[int]) -> Callable[[Reply], int | Rejection]:
-    """Returns what tells a single shard's row: its place among the sampled shards."""
+    """Returns a function that maps a reply for one shard to its row, the shard's place among the sampled ones."""
     row = {shard: place for place, shard in enumerate(shards)}
 
     def row_of(reply: Reply) -> int | Rejection:
@@ -303,10 +310,10 @@ def _shard_row(plan: Plan, shards: Sequence[int]) -> Callable[[Reply], int | Rej
 
 
 def _known_of(nodes: Iterable[int], registry: WorkerRegistry) -> tuple[set[int], int]:
-    """Returns which workers they are, and how many more there may be among them.
+    """Returns the workers that the nodes are known to be, and how many further workers may be among them.
 
-    More are nodes that are not known, or that say that they are the same worker: where two do, at least one, until both
-    were heard.
+    A node may be a further worker if it is not known. If two nodes claim the same worker number, at least one of them
+    counts as unknown until both have answered.
     """
     workers = [registry.worker_of(node) for node in nodes]
     known = {i for i in workers if i is not None}

@@ -1,4 +1,4 @@
-"""GradientCoding: a Flower strategy around a Flower strategy, which waits for decodable instead of for everyone."""
+"""GradientCoding, a Flower strategy that wraps another one and waits until the round is decodable, not for all."""
 
 from __future__ import annotations
 
@@ -35,43 +35,47 @@ _log = logging.getLogger(__name__)
 
 
 class GradientCoding(Strategy):
-    """Run a Flower strategy so that stragglers neither delay a round nor lose their data.
+    """Runs a Flower strategy so that stragglers neither delay a round nor lose their data.
 
-    Every shard of the training data lies on a few clients; each client answers with one coded update over its
-    shards; the round ends as soon as the replies that are in determine the update of *all* shards. The wrapped
-    strategy sees one reply: the exact weighted mean, as if everybody had answered in time.
+    Every shard of the training data is stored on several clients. Each client answers with one coded update over its
+    shards. A round ends as soon as the received replies determine the update of *all* shards. The wrapped strategy
+    sees one reply, the exact weighted mean, as if every client had answered in time.
 
         strategy = GradientCoding(FedAvg(), fractional_repetition(n=12, s=2))
         result = strategy.start(grid, initial_arrays, num_rounds=10)
 
-    The clients add `gradient_coding_mod`. To the wrapped strategy the k shards are its nodes:
-    `fraction_train=0.5` samples half the shards, and the code still protects them.
+    The clients add `gradient_coding_mod`. The wrapped strategy sees the k shards as its nodes, so `fraction_train=0.5`
+    samples half the shards, and the code still protects them.
 
     Args:
         strategy: An averaging strategy: FedAvg, FedAvgM, FedAdam, FedYogi, FedAdagrad, FedProx or one of your own.
-        code: Who holds which shards; worker i is the node whose client reports `partition-id` i. Or `Discovered`: the
-            code is built for what nodes report to hold.
-        send: What a message asks for, as a value or a word. `Coded(...)` or "coded": one coded vector a worker and
-            round, the least upload. `Shards(...)` or "shards": one shard a message, best where computing takes most of
-            the time. `Adaptive()` or "adaptive": whichever of the two was faster over the last rounds.
-        on_undecodable: When a round ends undecodable, at the timeout or as soon as it is hopeless: "skip" leaves
-            the model as it is, "approximate" (or an `Approximation`) uses the least-squares estimate and reports
-            its error and coverage, "raise" ends the run.
-        seed: What the holders of a shard derive their common random seeds from.
-        ledger: A `Ledger`, or the absolute path of a file for one JSON line a round.
-        node_timeout: Seconds to wait for n nodes before the first round; it starts without if n - s are there.
+        code: The code, which says which worker holds which shards. Worker i is the node whose client reports
+            `partition-id` i. Pass `Discovered` to have a code built for the shards that the nodes report to hold.
+        send: What a message asks for, as a value or a word. `Coded(...)` or "coded" asks each worker for one coded
+            vector a round, which needs the least upload. `Shards(...)` or "shards" asks for one shard a message, which
+            is best if computing takes most of the time. `Adaptive()` or "adaptive" takes the mode that was faster over
+            recent rounds.
+        on_undecodable: What to do if a round ends undecodable, at the timeout or as soon as it is hopeless. "skip"
+            leaves the model as it is. "approximate" (or an `Approximation`) uses the least-squares estimate and reports
+            its error and coverage. "raise" ends the run.
+        seed: Seed from which the holders of a shard derive their common random numbers.
+        ledger: A `Ledger`, or the absolute path of a file that gets one JSON line a round.
+        node_timeout: Seconds to wait for n nodes before the first round, which then starts if n - s are connected.
         allow_fixed_data: Accept an app that does not choose its data by `partition-id`.
-        on_round_end: Called with (round, current arrays, ledger row) after each round; a second time for a round that
-            was lost in a kill right after it.
-        checkpoint: Absolute path of a file that the run is kept in after each round. If it is there already, `start`
-            goes on where it ended: same run name, next round, same model, state of the wrapped strategy, ledger and
-            account of privacy (docs/deployment.md).
-        run: Name of the run, which plans, keys and the ledger carry; made up at each start if None.
-        manifest: Of the shards, as `fl-gradcode place` wrote it (path or value): nodes refuse to train on other data.
-        privacy: `DPSGD` or `CentralNoise`: what the run promises (`fl_gradcode.privacy`, docs/privacy.md).
+        on_round_end: Called with (round, current arrays, ledger row) after each round. It is called again for a round
+            that is repeated because the server was killed right after it.
+        checkpoint: Absolute path of a file that stores the run after each round. If the file exists, `start` resumes
+            from it with the same run name, model, state of the wrapped strategy, ledger and privacy account
+            (docs/deployment.md).
+        run: Name of the run, used in plans, keys and the ledger; generated at each start if None.
+        manifest: Manifest of the shards that `fl-gradcode place` wrote, as a path or value. Nodes refuse to train on
+            data that differ from it.
+        privacy: The privacy promise of the run, a `DPSGD` or a `CentralNoise` (`fl_gradcode.privacy`,
+            docs/privacy.md).
 
     Raises:
-        IncompatibleStrategy: A strategy that cannot work on one decoded reply, with what to do instead.
+        IncompatibleStrategy: The strategy cannot work on one decoded reply. The message says what to do instead.
+        InvalidSetting: A setting is invalid, or does not fit the code.
 
     References:
         Tandon, Lei, Dimakis, Karampatziakis, "Gradient coding: avoiding stragglers in distributed learning", 2017.
@@ -125,16 +129,16 @@ class GradientCoding(Strategy):
         self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint)
         self._state = StrategyState(strategy, warn=checkpoint is not None)
         self._arrays = ArrayRecord()
-        self._central = False  # whether a central evaluation is the last of a round
+        self._central = False  # whether each round ends with a central evaluation
         self._run: Run | None = None
         self._in_start = False
 
     @property
     def code(self) -> GradientCode:
-        """The code; under `Discovered` that of the last round.
+        """The code; with `Discovered`, the code of the last round.
 
         Raises:
-            InvalidSetting: Nodes have not told yet what they hold.
+            InvalidSetting: The nodes have not reported their shards yet.
         """
         if self._run is not None:
             return self._run.code
@@ -147,7 +151,7 @@ class GradientCoding(Strategy):
         """Name of the run.
 
         Raises:
-            InvalidSetting: It has none yet: `start` makes one up.
+            InvalidSetting: The run has no name yet, because `start` generates it.
         """
         name = self._name if self._run is None else self._run.name
         if name is None:
@@ -174,11 +178,12 @@ class GradientCoding(Strategy):
     ) -> Result:
         """Run all rounds, as `Strategy.start` does, through an `EarlyStopGrid`.
 
-        `Result.arrays` is the last model even if rounds were skipped; the result's metrics carry figures of the
-        code under `fl-gradcode.`.
+        `Result.arrays` is the last model even if rounds were skipped. The result's metrics include figures of the code,
+        whose names start with `fl-gradcode.`.
 
         Raises:
-            RoundFailed: Too few or too many nodes; or an undecodable round under `on_undecodable="raise"`.
+            RoundFailed: Too few or too many nodes are connected, or a round was undecodable under
+                `on_undecodable="raise"`.
             UnsuitableApp: The clients lack the mod, or do not choose their data by `partition-id`.
         """
         early_stop = grid if isinstance(grid, EarlyStopGrid) else EarlyStopGrid(grid)
@@ -190,15 +195,15 @@ class GradientCoding(Strategy):
                 return self._finished(saved, keeper, timeout)
             run = self._run = self._new_run(keeper, timeout, early_stop)
             self._begin_or_resume(run, initial_arrays, request_of(grid, self.options, train_config))
-            if num_rounds <= run.done:  # the last number is spent
+            if num_rounds <= run.done:  # resuming may use up the last round number
                 return keeper.complete(Result(arrays=self._arrays), run.done)
             run.begin(early_stop, num_rounds)
             rounds = ResumedRounds(self, run.done)
             self._central = evaluate_fn is not None
             evaluate = rounds.evaluating(None if evaluate_fn is None else self._kept(evaluate_fn))
-            limit: Any = timeout  # Flower's grids take None for "no limit"
+            limit: Any = timeout  # Any, since Flower's type excludes None, which its grids take for "no limit"
             rest = (num_rounds - run.done, limit, train_config, evaluate_config, evaluate)
-            self._in_start = True  # nobody is between Flower's loop and us
+            self._in_start = True  # no wrapper can stand between Flower's loop and this strategy
             try:
                 result = (
                     rounds.start(early_stop, self._arrays, *rest)
@@ -234,7 +239,7 @@ class GradientCoding(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Decode, and let the wrapped strategy aggregate the one decoded reply."""
+        """Returns the arrays and metrics that the wrapped strategy makes of the one decoded reply."""
         run = self._current_run()
         arrays, metrics = run.aggregate(server_round, replies)
         if arrays is not None:
@@ -243,7 +248,7 @@ class GradientCoding(Strategy):
         return arrays, metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Decode the metrics, and let the wrapped strategy aggregate the one decoded reply."""
+        """Returns the metrics that the wrapped strategy makes of the one decoded reply."""
         run = self._current_run()
         _, metrics = run.aggregate(server_round, replies)
         row = self._close_row()
@@ -257,7 +262,7 @@ class GradientCoding(Strategy):
     def _kept(
         self, evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None]
     ) -> Callable[[int, ArrayRecord], MetricRecord | None]:
-        """Returns the central evaluation, after which the run is kept: it is the last of a round."""
+        """Returns a central evaluation that also saves the run, because it is the last step of a round."""
 
         def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             run = self._current_run()
@@ -276,7 +281,7 @@ class GradientCoding(Strategy):
         return RunKeeper(self._checkpoint, self._state, fingerprint, self._name)
 
     def _new_run(self, keeper: RunKeeper, timeout: float | None, grid: EarlyStopGrid | None) -> Run:
-        """Returns a run; under `Discovered` its code is built for what the grid's nodes say that they hold."""
+        """Returns a run; with `Discovered`, its code is built for the shards that the grid's nodes report to hold."""
         code, registry, holdings = self._asked_code, WorkerRegistry(), None
         if isinstance(code, Discovered):
             if grid is None:
@@ -299,13 +304,13 @@ class GradientCoding(Strategy):
         )
 
     def _current_run(self) -> Run:
-        """Returns the run; one is made where somebody else's loop calls a strategy that was not started."""
+        """Returns the run, which is made here if another loop calls the strategy without its `start`."""
         if self._run is None:
             self._run = self._new_run(self._new_keeper(), None, None)
         return self._run
 
     def _begin_or_resume(self, run: Run, initial: ArrayRecord, request: str) -> None:
-        """Set everything as it was after the last round that is done; `_arrays` is the model to go on from."""
+        """Begin a new run or restore the saved one; afterwards `_arrays` is the model to continue from."""
         saved = run.keeper.saved
         if saved is None:
             self._arrays = initial
@@ -321,7 +326,7 @@ class GradientCoding(Strategy):
         _log.info("Going on after round %d of run %s (checkpoint %s).", saved.round, run.name, run.keeper.path)
 
     def _finished(self, saved: Saved, keeper: RunKeeper, timeout: float | None) -> Result:
-        """Returns the result of a run whose rounds are all done: no node has to be there, and nothing is written."""
+        """Returns the result of a run whose rounds are all done, without nodes and without writing anything."""
         keeper.restore(saved)
         self._arrays = saved.arrays
         self.ledger.recall(saved.run, saved.round)

@@ -1,4 +1,4 @@
-"""What a user may set on `GradientCoding`, checked in one place."""
+"""The settings of `GradientCoding`, and their checks."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ _POLICIES = ("skip", "approximate", "raise")
 
 @dataclass(frozen=True)
 class Approximation:
-    """How to estimate the mean of a round that cannot be decoded: `GradientCoding(...,
-    on_undecodable=Approximation())`.
+    """Settings of the estimate that replaces the mean of an undecodable round.
+
+        strategy = GradientCoding(FedAvg(), code, on_undecodable=Approximation(fill_in=True))
 
     Attributes:
-        ridge: Weight of the replies' noise against the shards' coverage, see `GradientCode.least_squares_vector`; of
-            use for codes with coefficients of both signs.
-        fill_in: Put the last known update of a missing group (fractional repetition) or shard (`send="shards"`) in its
-            place. Costs the server one vector of the model's size for each of them.
+        ridge: Weight of the replies' noise against the shards' coverage, see `GradientCode.least_squares_vector`. It
+            helps with codes that have coefficients of both signs.
+        fill_in: Replace a missing group (fractional repetition) or shard (`send="shards"`) by its last known update.
+            The server then stores one vector of the model's size for each group or shard.
     """
 
     ridge: float = 0.0
@@ -37,11 +38,14 @@ class Approximation:
 
 @dataclass(frozen=True)
 class Coded:
-    """One coded vector a worker and round, the least upload: `GradientCoding(..., send=Coded(kappa_max=2))`.
+    """The mode in which each worker sends one coded vector a round, which needs the least upload.
+
+        strategy = GradientCoding(FedAvg(), code, send=Coded(kappa_max=2))
 
     Attributes:
-        kappa_max: Wait for further replies, up to the timeout, while decoding amplifies noise more than this.
-        give_up_after: Seconds after which a client stops between two shards and is free again; None: never.
+        kappa_max: Wait for further replies, up to the timeout, while decoding would amplify noise by more than this
+            factor.
+        give_up_after: Seconds after which a client gives up before its next shard and is free again; None for never.
     """
 
     kappa_max: float = float("inf")
@@ -59,13 +63,15 @@ class Coded:
 
 @dataclass(frozen=True)
 class Shards:
-    """One shard a message; a free node gets the uncovered shard of its own that fewest are working on.
+    """The mode in which each message asks for one shard; it is best if computing takes most of the time.
 
-    The first copy of each shard counts. Best where computing takes most of the time.
+    A free node gets the uncovered shard that it holds and that the fewest nodes are working on. The first copy of each
+    shard counts.
 
     Attributes:
-        patience: Begin a second copy only when the first has taken so many times as long as the free node took for its
-            last shard. 2 keeps nodes free for the next round where all are alike; 0 begins second copies at once.
+        patience: Start a second copy of a shard only when the first has taken this many times as long as the free node
+            took for its last shard. With 2, equally fast nodes stay free for the next round. With 0, second copies
+            start at once.
     """
 
     patience: float = 2.0
@@ -80,11 +86,11 @@ class Shards:
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Whichever of the two would have been faster over the last rounds, which are replayed every few rounds.
+    """The mode that changes between `Coded` and `Shards`, by replaying recent rounds every few rounds.
 
-    How much of what is stored is computed is chosen too. A choice that turns out slower than what it replaced is taken
-    back. Where fewer holders compute a shard than store it, losing them all at once costs a round (never with
-    `on_undecodable="raise"`).
+    It also chooses how many of a shard's holders compute it. A choice that turns out slower than the previous one is
+    reverted. If only some holders compute a shard and all of them fail at once, the round is lost. This cannot happen
+    with `on_undecodable="raise"`, where all holders take part.
     """
 
     def __str__(self) -> str:
@@ -96,10 +102,10 @@ _BY_WORD: dict[str, Send] = {"coded": Coded(), "shards": Shards(), "adaptive": A
 
 
 def send_of(send: Send | str) -> Send:
-    """Returns how to send, given as a value or as one of the words "coded", "shards" and "adaptive".
+    """Returns the mode for a value or for one of the words "coded", "shards" and "adaptive".
 
     Raises:
-        InvalidSetting: It is neither.
+        InvalidSetting: `send` is neither.
     """
     if isinstance(send, Coded | Shards | Adaptive):
         return send
@@ -111,16 +117,16 @@ def send_of(send: Send | str) -> Send:
 
 
 def can_fill_in(code: GradientCode, *, shardwise: bool) -> bool:
-    """Whether the server learns what missing workers last sent: single updates, not mixtures of them."""
+    """Returns whether replies hold updates of single groups or shards, which can fill in for missing ones later."""
     return shardwise or (code.groups is not None and code.m == 1)
 
 
 @dataclass(frozen=True)
 class Options:
-    """The settings of one `GradientCoding`, which its docstring explains; checked when they are made.
+    """The checked settings of one `GradientCoding`, whose docstring explains them.
 
     Raises:
-        InvalidSetting: A setting makes no sense, with its value and what would be right.
+        InvalidSetting: A setting is invalid. The message names the value and what would be right.
     """
 
     on_undecodable: Literal["skip", "approximate", "raise"] | Approximation = "skip"
@@ -142,14 +148,14 @@ class Options:
 
     @property
     def shardwise(self) -> bool:
-        """Whether a message may ask for one shard, whose update travels as it is."""
+        """Whether a message may ask for one shard, whose update is sent without coding."""
         return not isinstance(self.send, Coded)
 
     def check_code(self, code: GradientCode) -> None:
-        """Refuse a code that these settings cannot be used with.
+        """Refuse a code that does not fit these settings.
 
         Raises:
-            InvalidSetting: With what would be right.
+            InvalidSetting: The code and a setting exclude each other. The message says what would be right.
         """
         send, field = str(self.send), isinstance(code.numbers, PrimeField)
         if self.shardwise and code.m > 1:
@@ -199,17 +205,17 @@ class Options:
 
     @property
     def approximation(self) -> Approximation | None:
-        """How to estimate an undecodable round; None: not at all."""
+        """Settings of the estimate for undecodable rounds; None if they are not estimated."""
         if isinstance(self.on_undecodable, Approximation):
             return self.on_undecodable
         return Approximation() if self.on_undecodable == "approximate" else None
 
     @property
     def fills_in(self) -> bool:
-        """Whether missing updates are taken from an earlier round."""
+        """Whether the last known updates fill in for missing ones."""
         return self.approximation is not None and self.approximation.fill_in
 
     @property
     def policy(self) -> str:
-        """The policy's word: "skip", "approximate" or "raise"."""
+        """The policy for undecodable rounds as a word: "skip", "approximate" or "raise"."""
         return "approximate" if isinstance(self.on_undecodable, Approximation) else self.on_undecodable

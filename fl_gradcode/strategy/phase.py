@@ -1,7 +1,7 @@
-"""One phase, training or evaluation, as the server sees it: a stop rule while replies come in, then the decoded mean.
+"""One phase, training or evaluation, on the server: it collects replies as a stop rule, and then decodes their mean.
 
-`Phase` has what both ways of sending share. `dispatch` has the two ways: what a free node is asked, which replies are
-read, and when all is lost.
+`Phase` contains what both modes of dispatch share. The module `dispatch` contains the two modes. They decide what a
+free node is asked, which replies are read, and when a phase is hopeless.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from .workers import WorkerRegistry
 
 __all__ = ["Phase"]
 
-#: Relative difference of two holders of a shard, times kappa, above which a decoder that mixes the copies would return
-#: garbage: such a phase counts as undecodable.
+#: Largest relative difference between two holders of a shard, times kappa, at which mixing their copies makes sense. A
+#: phase above it counts as undecodable.
 _GARBAGE = 1e-2
 
 
 class Phase(StopRule):
-    """Collects the replies to one plan; a `StopRule` for `EarlyStopGrid`.
+    """Collects and decodes the replies to one plan; the stop rule that `EarlyStopGrid` waits with.
 
     Args:
         factory: Makes the messages; its plan holds every worker's row.
-        code: How replies add up: one reply for each of its rows.
+        code: The code by which replies add up, with one reply for each of its rows.
         shards: The sampled shards, ascending.
         before: The arrays that were sent; None when evaluating.
-        registry: Which node is which worker; the phase learns from replies in it.
-        row_of: Returns which row of the code a reply stands for, or why none.
-        first_rows: Worker -> what it is asked for first.
+        registry: Which node is which worker; the phase updates it from the replies.
+        row_of: Returns the row of the code that a reply stands for, or a rejection.
+        first_rows: Worker -> the row that it is asked for first.
         spare: Whether several replies for one row are normal.
 
     Attributes:
-        replies: What came in.
-        collected: Whether waiting is over.
-        wait: What happened while replies were waited for.
-        asked: Worker of each entry of `wait.asked`, as it was known when the message was sent; None: not known.
-        failure: Why nothing could be decoded, if there is more to say than that too little came.
-        decodable_after: Number of good replies, and seconds, after which the phase was decodable; None: never.
+        replies: The collected replies.
+        collected: Whether the wait is over.
+        wait: Record of the wait for replies.
+        asked: (node, worker) of each message, in the order of sending; the worker is None if it was not known then.
+        failure: Reason why nothing could be decoded, or empty if there were simply too few replies.
+        decodable_after: Number of good replies and seconds after which the phase was decodable; None if it never was.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class Phase(StopRule):
         self.decodable_after: tuple[int, float] | None = None
         self._first_rows = first_rows
 
-    # What a way of sending decides
+    # Decisions of the mode of dispatch
 
     @abstractmethod
     def enough(self, decoder: IncrementalDecoder) -> bool:
-        """Whether nothing more is to be waited for."""
+        """Returns whether the replies in `decoder` suffice, so that waiting can end."""
 
     @abstractmethod
     def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
@@ -86,13 +86,13 @@ class Phase(StopRule):
 
     @abstractmethod
     def hopeless(self, nodes: Sequence[int]) -> bool:
-        """Whether it stays undecodable with replies of all these nodes.
+        """Returns whether the phase stays undecodable even if all these nodes answer.
 
-        Each node that is not known may be any one of the missing workers.
+        A node that is not known may be any one of the missing workers.
         """
 
     def was_read(self, arrival: Arrival, *, good: bool) -> None:
-        """A reply was read, and counts or does not."""
+        """Note that a reply was read, and whether it counts; does nothing by default."""
 
     # The stop rule
 
@@ -103,27 +103,27 @@ class Phase(StopRule):
         return best is not None and self.enough(best.decoder)
 
     def messages(self, nodes: Iterable[int]) -> list[Message]:
-        """Returns what each node is asked first."""
+        """Returns the first message for each node."""
         return self.factory.messages(nodes, self.registry, self._first_rows)
 
     def sent(self, node: int) -> None:
-        """Note who the node is, as far as known."""
+        """Note which worker the node is, as far as known."""
         self.asked.append((node, self.registry.worker_of(node)))
 
     def join(self, node: int) -> Message | None:
-        """Returns what a node gets that has come since the phase began: the whole plan, if it is not known."""
+        """Returns the message for a node that connected during the phase; it holds the whole plan if needed."""
         return next(iter(self.messages([node])), None)
 
     def restarted(self, node: int) -> None:
-        """Ask the node who it is again."""
+        """Forget which worker a restarted node was, so that its next message asks again."""
         self.registry.forget(node)
 
     def arrived_late(self, late: Late, reply: Message | None) -> None:
-        """Learn from a reply to an earlier phase who its node is."""
+        """Learn from a reply to an earlier phase which worker its node is."""
         self.registry.learn_from(late.node, reply, run=self.plan.run)
 
     def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
-        """Read one reply: it counts, or is rejected with a reason."""
+        """Read one reply, which either counts or is rejected with a reason."""
         good = self.replies.read(arrival.node, reply, arrival.failure) is None
         self.was_read(arrival, good=good)
         best = self.replies.best
@@ -131,7 +131,7 @@ class Phase(StopRule):
             self.decodable_after = (len(self.replies.answered), at)
 
     def finish(self, wait: Wait) -> list[Message]:
-        """Waiting is over. The replies stay here: Flower's loop would keep its list of them for a whole round."""
+        """End the wait and return no messages, because Flower's loop would hold them in memory for a whole round."""
         self.wait = wait
         self.collected = True
         return []
@@ -144,12 +144,12 @@ class Phase(StopRule):
         stale_updates: StaleUpdates | None = None,
         noise: Noise | None = None,
     ) -> Decoded | None:
-        """Returns the decoded mean, or an estimate of it if wanted; None leaves the reason in `failure`.
+        """Returns the decoded mean, or an estimate of it; returns None and may set `failure` if there is neither.
 
         Args:
-            approximation: How to estimate what cannot be decoded; None: not at all.
-            stale_updates: What single groups or shards sent last, which fills in for those that are missing.
-            noise: What is added to the sum before anybody sees it.
+            approximation: Settings of the estimate for an undecodable phase; None for no estimate.
+            stale_updates: Last updates of single groups or shards, which fill in for missing ones.
+            noise: Noise that is added to the sum before it is used.
         """
         best = self.replies.best
         if best is None:
@@ -177,9 +177,9 @@ class Phase(StopRule):
         return decoded
 
     def mixes_garbage(self, vector: NDArray[Any] | None) -> bool:
-        """Whether holders of a shard are so far apart that combining their replies would mean nothing.
+        """Returns whether holders of a shard disagree so much that combining their replies makes no sense.
 
-        Over a field one bit is; over the reals decoding amplifies the difference by kappa.
+        Over a prime field, a difference of one bit is too much. Over the reals, decoding amplifies it by kappa.
         """
         if self.code.groups is not None and self.code.m == 1:
             return False
@@ -190,7 +190,7 @@ class Phase(StopRule):
 
     @property
     def survivors(self) -> list[int]:
-        """Workers with good replies, whether or not somebody else's was first."""
+        """Workers with good replies, including replies that repeat another worker's row."""
         best = self.replies.best
         senders = best.senders.values() if best else ()
         return list(dict.fromkeys([*(worker for _, worker in senders), *sorted(self.replies.spare_from)]))

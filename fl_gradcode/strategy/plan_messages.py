@@ -1,4 +1,4 @@
-"""What the nodes are asked: the plan of a phase, which is a value, and the messages that carry it."""
+"""Makes the plan of a phase, which is a value, and the messages that carry it to the nodes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .workers import WorkerRegistry
 
 __all__ = ["MessageFactory", "make_plan", "time_to_live", "whole_shard"]
 
-_OBSERVED = 20.0  # times the slowest reply so far that a message stays valid
+_OBSERVED = 20.0  # a message stays valid this many times as long as the slowest reply so far took
 _LEAST_TTL = 600.0  # seconds
-_LEAST_TTL_UNBOUNDED = 3600.0  # where rounds have no timeout
+_LEAST_TTL_UNBOUNDED = 3600.0  # seconds, for rounds without a timeout
 
 
 def make_plan(
@@ -35,21 +35,21 @@ def make_plan(
     releases: Releases | None = None,
     is_open: bool = False,
 ) -> Plan:
-    """Returns the plan of a phase, with every worker's row. Nothing is changed or charged by making one.
+    """Returns the plan of a phase, with every worker's row; making a plan changes and charges nothing.
 
     Args:
         code: The code over the sampled shards, which are its columns.
         shards: The sampled shards, ascending, out of k.
-        options: As the user set them.
+        options: Settings of the run.
         k: Number of shards of the whole code.
         run: Name of the run.
         server_round: The round, from 1.
         kind: "train" or "evaluate".
         weight_key: The metric that holds the number of examples.
         arrays_key: The ArrayRecord that training starts from; empty when evaluating.
-        privacy: What training has to promise, as JSON; empty: nothing.
-        releases: For each shard its number of holders, and when they were asked before.
-        is_open: Whether the code is made for what nodes hold.
+        privacy: The privacy promise that training has to keep, as JSON; empty for none.
+        releases: For each shard, its number of holders and the earlier rounds in which they were asked.
+        is_open: Whether the code is built for the shards that nodes report to hold.
     """
     sampled = set(shards)
     return Plan(
@@ -76,20 +76,20 @@ class MessageFactory:
     """Makes the messages of one phase.
 
     Args:
-        plan: With every worker's row.
+        plan: The plan of the phase, with every worker's row.
         content: The wrapped strategy's records, which all messages share.
-        message_type: As the wrapped strategy chose it.
-        ttl: Seconds for which the messages and their replies are valid; None: Flower's 12 hours.
+        message_type: Message type that the wrapped strategy chose.
+        ttl: Seconds for which the messages and their replies are valid; None for Flower's 12 hours.
     """
 
     def __init__(self, plan: Plan, content: RecordDict, *, message_type: str, ttl: float | None) -> None:
         self.plan, self._content, self._type, self._ttl = plan, content, message_type, ttl
 
     def messages(self, nodes: Iterable[int], registry: WorkerRegistry, rows: Mapping[int, Row]) -> list[Message]:
-        """One message for each node whose worker has shards to work on, or is not known yet.
+        """Returns one message for each node that has shards to work on or whose worker is not known yet.
 
-        A known node gets its own row, an unknown one the whole plan: only its client can tell who it is. `rows`
-        replaces the plan's.
+        A known node gets its own row. An unknown one gets the whole plan, because only its client knows which worker it
+        is. `rows` replaces the rows of the plan.
         """
         plan = replace(self.plan, rows=dict(rows))
         whole = plan.add_to(self._content)
@@ -100,12 +100,12 @@ class MessageFactory:
                 messages.append(self._message(RecordDict(dict(whole.items())), node))
             elif plan.rows[worker].shards:
                 messages.append(self._message(plan.for_worker(worker).add_to(self._content), node))
-            elif plan.open:  # it tells what it holds by now, and needs no model for that
+            elif plan.open:  # the node reports which shards it holds by now, and needs no model for that
                 messages.append(self._message(plan.for_worker(worker).add_to(without_arrays(self._content)), node))
         return messages
 
     def one_shard(self, node: int, worker: int, shard: int) -> Message:
-        """Ask a node for one shard, as it is."""
+        """Returns a message that asks a node for the update of one shard, without coding."""
         plan = replace(self.plan, rows={worker: whole_shard(shard)}).for_worker(worker)
         return self._message(plan.add_to(self._content), node)
 
@@ -115,15 +115,15 @@ class MessageFactory:
 
 
 def time_to_live(timeout: float | None, slowest: float | None) -> float | None:
-    """How long a message is to be valid, in seconds.
+    """Returns how long a message is valid, in seconds, or None for Flower's default.
 
-    It bounds how long the SuperLink stores what nobody fetches, and spares a node that comes back work that is out of
-    date. A message must never expire while its round may still use the reply, so it lasts longer than the timeout,
-    whatever has been seen.
+    The limit bounds how long the SuperLink stores messages that nobody fetches. It also spares a returning node work
+    that is out of date. A message must not expire while its round can still use the reply, so it always lasts longer
+    than the timeout.
 
     Args:
-        timeout: Of the phase; None: there is none.
-        slowest: The longest that a reply has taken so far; None: none has come.
+        timeout: Timeout of the phase in seconds; None if there is none.
+        slowest: Longest latency of a reply so far, in seconds; None if there was no reply.
     """
     if timeout is None:
         return None if slowest is None else max(_LEAST_TTL_UNBOUNDED, _OBSERVED * slowest)
@@ -133,7 +133,7 @@ def time_to_live(timeout: float | None, slowest: float | None) -> float | None:
 
 
 def whole_shard(shard: int) -> Row:
-    """A row that asks for one shard's update with coefficient 1."""
+    """Returns a row that asks for one shard's update with coefficient 1."""
     return Row((shard,), ((1.0,),))
 
 

@@ -1,4 +1,4 @@
-"""Replies of one phase: read, checked, grouped by layout, and added up."""
+"""Reads, checks, groups and adds up the replies of one phase."""
 
 from __future__ import annotations
 
@@ -49,22 +49,23 @@ __all__ = [
     "vectors_of",
 ]
 
-# An estimate that is not exact must still be close to a mean: a least-squares vector of a code with signs may
-# subtract shards, and dividing by the little weight that is left would throw the model far off.
+# An estimate must still be close to a mean. The least-squares vector of a code with signs may subtract shards, and
+# dividing by the small remaining weight would throw the model far off.
 _MEAN_ENOUGH = 0.8
-# For m > 1 an estimate may also put one block of the update where another belongs.
+# For m > 1, an estimate may also put one block of the update in the place of another.
 _MIX_UP = 0.1
 
 
 @dataclass(frozen=True)
 class StaleUpdate:
-    """What some shards added to an earlier round, to fill in for them.
+    """The contribution of some shards to an earlier round, which can fill in for them later.
 
     Attributes:
-        shards: Which, ascending.
-        round: When.
-        update, metrics: Their coded update and metrics.
-        key: Their layout.
+        shards: The shards, ascending.
+        round: The round that the update is from.
+        update: Coded update of the shards.
+        metrics: Coded metrics of the shards.
+        key: Layout of the arrays and metrics.
     """
 
     shards: tuple[int, ...]
@@ -76,11 +77,11 @@ class StaleUpdate:
 
 @dataclass(frozen=True)
 class Noise:
-    """Noise for a decoded sum.
+    """Noise that is added to a decoded sum on the server.
 
     Attributes:
-        weight: What to divide the sum by instead of the decoded weight, which would tell of the data.
-        add_to: Returns the sum with noise, shape (d,), float64; charges for it before noise is drawn.
+        weight: Divisor of the sum. It replaces the decoded weight, which would reveal something about the data.
+        add_to: Returns the sum with noise, shape (d,), float64. The privacy account is charged before noise is drawn.
     """
 
     weight: float
@@ -89,16 +90,16 @@ class Noise:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What the replies amount to.
+    """The decoded result of a phase.
 
     Attributes:
-        arrays: The mean of the clients' arrays; None when evaluating.
-        metrics: The total weight and the mean metrics.
-        layout: Names, dtypes and shapes as `train()` returned them.
+        arrays: Mean of the clients' arrays; None when evaluating.
+        metrics: Total weight and mean metrics.
+        layout: Names, dtypes and shapes of the arrays that `train()` returned.
         names: The user's names of the ArrayRecord and the MetricRecord.
-        vector: The decoding vector.
-        used: Workers whose replies entered, ascending.
-        stale: What was filled in.
+        vector: The decoding vector, shape (n,) or (n, m).
+        used: Workers whose replies were used, ascending.
+        stale: Earlier updates that filled in for missing shards.
     """
 
     arrays: ArrayRecord | None
@@ -112,13 +113,20 @@ class Decoded:
 
 @dataclass
 class ReplyGroup:
-    """Replies that can be added up."""
+    """Replies with the same layout, which can be added up.
+
+    Attributes:
+        decoder: Tracks whether the group is decodable.
+        reply: The first reply of the group.
+        key: Layout of the arrays and metrics.
+        encoding: Encoding of the payload.
+    """
 
     decoder: IncrementalDecoder
     reply: Reply
     key: object
     encoding: PayloadEncoding
-    #: By row of the code: (node, worker) that sent it, the coded update, the coded metrics.
+    #: Row of the code -> the (node, worker) that sent it; likewise for the coded updates and the coded metrics.
     senders: dict[int, tuple[int, int]] = field(default_factory=dict)
     updates: dict[int, NDArray[Any]] = field(default_factory=dict)
     metrics: dict[int, NDArray[Any]] = field(default_factory=dict)
@@ -126,7 +134,7 @@ class ReplyGroup:
     whole: bool = True
 
     def add(self, row: int, sender: tuple[int, int], reply: Reply, update: NDArray[Any], metrics: NDArray[Any]) -> bool:
-        """One more reply, unless there is one for this row; whether it was taken."""
+        """Add a reply unless the row has one already; returns whether it was added."""
         if row in self.senders:
             return False
         self.senders[row], self.updates[row], self.metrics[row] = sender, update, metrics
@@ -142,32 +150,33 @@ class ReplyGroup:
         stale: Sequence[StaleUpdate] = (),
         noise: Noise | None = None,
     ) -> Decoded | str:
-        """Returns the decoded mean, or why there is none.
+        """Returns the decoded mean, or a string that says why there is none.
 
         Args:
-            code: How the replies add up.
+            code: The code by which the replies add up.
             vector: The decoding vector, shape (n,) or (n, m).
             before: The arrays that training started from; None when evaluating.
-            stale: What fills in for missing groups.
-            noise: What is added to the sum before anybody sees it.
+            stale: Earlier updates that fill in for missing groups.
+            noise: Noise that is added to the sum before it is used.
         """
         rows = vector.reshape(code.n, -1)
         used = tuple(int(i) for i in np.flatnonzero(rows.any(axis=1)))
-        wrong = _no_mean(code, vector, sum(len(one.shards) for one in stale))
+        wrong = _no_mean(code, vector, sum(len(old.shards) for old in stale))
         if wrong or not used:
             return wrong or "nothing that could be added up came in"
-        # What is filled in comes last, so that an exact sum has the same bits with and without.
+        # Stale updates come last, so that an exact sum has the same bits with and without them.
         coefficients = np.concatenate([rows[list(used)], np.ones((len(stale), code.m), rows.dtype)])
         order = [*code.order_of(used), *range(code.n, code.n + len(stale))]
         (weight_key, _, _), *_ = self.reply.metrics_layout
-        vectors = [*(self.metrics[i] for i in used), *(one.metrics for one in stale)]
-        metrics = self.encoding.restored(code.numbers.decode(vectors, coefficients[:, :1], order=order))  # in one block
+        vectors = [*(self.metrics[i] for i in used), *(old.metrics for old in stale)]
+        # Metrics are never divided into m blocks: their first column of coefficients decodes them.
+        metrics = self.encoding.restored(code.numbers.decode(vectors, coefficients[:, :1], order=order))
         if not 0 < metrics[0] < np.inf:
             return f"the decoded {weight_key!r} is {metrics[0]:g}, and a mean needs a positive, finite one"
         weight, record = rebuild_metrics(self.reply.metrics_layout, metrics, whole=self.whole)
         arrays = None
         if before is not None:
-            vectors = [*(self.updates[i] for i in used), *(one.update for one in stale)]
+            vectors = [*(self.updates[i] for i in used), *(old.update for old in stale)]
             pieces: Iterable[NDArray[Any]]
             if noise is None and isinstance(code.numbers, PrimeField):
                 pieces = code.numbers.decode_in_pieces(vectors, coefficients)
@@ -187,7 +196,7 @@ class ReplyGroup:
 
 
 def _no_mean(code: GradientCode, vector: NDArray[Any], filled: int) -> str:
-    """Why an estimate is no mean of the shards, or an empty text."""
+    """Returns why an estimate is no mean of the shards, or an empty string if it is one."""
     coverage = code.coverage_of(vector)
     if coverage.sum() + filled < _MEAN_ENOUGH * (np.abs(coverage).sum() + filled):
         return f"the best estimate is no mean of the shards (coverage {coverage.min():.2f} to {coverage.max():.2f})"
@@ -202,10 +211,10 @@ def _no_mean(code: GradientCode, vector: NDArray[Any], filled: int) -> str:
 def vectors_of(
     reply: Reply, message: Message, before: ArrayRecord | None, m: int, encoding: PayloadEncoding
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The coded update and the coded metrics of a reply, checked against what was sent.
+    """Returns the coded update and the coded metrics of a reply, checked against the arrays that were sent.
 
     Raises:
-        ValueError: With the reason; something is missing, mis-shaped, mis-typed or not finite.
+        ValueError: Something is missing, not finite, or has the wrong shape or dtype. The message says what.
     """
     record = message.content.get(UPDATE)
     if not isinstance(record, ArrayRecord) or METRICS not in record:
@@ -252,7 +261,7 @@ class NotFinite(ValueError):
 
 
 def _check_finite(update: NDArray[np.floating], metrics: NDArray[np.floating]) -> None:
-    # A metric may be NaN (an accuracy over no examples), as under plain Flower; the weight may not.
+    # A metric may be NaN, as in plain Flower (an accuracy over no examples). The weight may not.
     if not all_finite(update):
         raise NotFinite("its weighted update is not finite (NaN or infinity)")
     if not math.isfinite(float(metrics[0])):
@@ -260,7 +269,7 @@ def _check_finite(update: NDArray[np.floating], metrics: NDArray[np.floating]) -
 
 
 class StaleUpdates:
-    """The last known update of each block of shards."""
+    """Remembers the last known update of each block of shards."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, ...], StaleUpdate] = {}
@@ -268,37 +277,37 @@ class StaleUpdates:
     def keep(
         self, code: GradientCode, shards: Sequence[int], server_round: int, group: ReplyGroup, vector: NDArray[Any]
     ) -> None:
-        """Remember what went into a sum."""
+        """Remember the updates that were used in a sum."""
         for worker in np.flatnonzero(vector):
             block = tuple(shards[j] for j in code.shards_of(int(worker)))
-            # Under sampling a group sends other shards each time: what overlaps is out of date.
-            self._known = {one: stale for one, stale in self._known.items() if not set(one) & set(block)}
+            # Under sampling, a group sends other shards each round. Older blocks that overlap are out of date.
+            self._known = {known: stale for known, stale in self._known.items() if not set(known) & set(block)}
             update, metrics = group.updates[int(worker)], group.metrics[int(worker)]
             self._known[block] = StaleUpdate(block, server_round, update, metrics, group.key)
 
     def for_missing(
         self, code: GradientCode, shards: Sequence[int], survivors: Sequence[int], key: object
     ) -> tuple[StaleUpdate, ...]:
-        """What is known of the groups without survivors; only where names, dtypes and shapes are the same."""
+        """Returns the known updates of groups without survivors, if their names, dtypes and shapes are the same."""
         there = set(survivors)
-        found = []
+        filling = []
         for group in code.groups or ():
             if not there.intersection(group):
                 stale = self._known.get(tuple(shards[j] for j in code.shards_of(group[0])))
                 if stale is not None and stale.key == key:
-                    found.append(stale)
-        return tuple(found)
+                    filling.append(stale)
+        return tuple(filling)
 
 
 NO_MOD = Rejection("no-mod", "no fl-gradcode reply: is gradient_coding_mod among the client's mods?")
 
-#: Relative difference between two holders of a shard above which the ledger and a warning say so: float
-#: arithmetic on different machines stays below.
+#: Relative difference between two holders of a shard above which the ledger and a warning report it. Differences
+#: between the float arithmetic of two machines stay below.
 DISAGREEMENT = 1e-5
 
 
 def _explained(rejection: Rejection) -> Rejection:
-    """The same, or the kind that an error of one of Flower's privacy mods stands for."""
+    """Returns the rejection with kind "clipping-mod" if one of Flower's privacy mods caused it, else unchanged."""
     clipping = clipping_mod_named_in(rejection.reason) if rejection.kind == "error" else None
     return rejection if clipping is None else Rejection("clipping-mod", rejection.reason)
 
@@ -308,9 +317,9 @@ class Rejected:
     """A reply that does not count.
 
     Attributes:
-        node: Who sent it.
-        worker: Which worker the node is; None: it has never said.
-        rejection: Why.
+        node: Node that sent it.
+        worker: Worker that the node is; None if the node has never reported it.
+        rejection: Why the reply does not count.
     """
 
     node: int
@@ -319,15 +328,15 @@ class Rejected:
 
 
 class ReplyCollector:
-    """Collects replies.
+    """Checks the replies of one phase and groups them by layout.
 
     Args:
-        plan: What was asked; `plan.rows` holds every worker's row.
-        code: How replies add up: one reply for each of its rows.
+        plan: Plan of the phase; `plan.rows` holds every worker's row.
+        code: The code by which replies add up, with one reply for each of its rows.
         before: The arrays that were sent; None when evaluating.
-        registry: Who is who; learns from the replies.
-        row_of: Returns which of the code's rows a reply stands for, or why none.
-        spare: Whether a second copy of a row is welcome, and merely not needed.
+        registry: Which node is which worker; updated from the replies.
+        row_of: Returns the row of the code that a reply stands for, or a rejection.
+        spare: Whether a second copy of a row is normal, and only not needed; if False, it is rejected.
     """
 
     def __init__(
@@ -343,9 +352,9 @@ class ReplyCollector:
         self.plan, self.code, self.before, self.registry = plan, code, before, registry
         self._row_of, self._spare = row_of, spare
         self._encoding = payload_encoding(plan.fraction_bits, plan.k)
-        #: Workers whose replies count, in order of arrival; under `spare`, each as often as it answered.
+        #: Workers whose replies count, in order of arrival; with `spare`, a worker is listed once for each reply.
         self.answered: list[int] = []
-        #: Workers with a good reply for which there was one before.
+        #: Workers with a good reply for a row that had one already.
         self.spare_from: set[int] = set()
         self.rejected: list[Rejected] = []
         self.stateful = False
@@ -353,7 +362,7 @@ class ReplyCollector:
         self.disagreement = 0.0
         #: Shard -> two of its holders that disagree.
         self.disagreeing: dict[int, tuple[int, int]] = {}
-        #: Largest epsilon that a holder tells, of this run and of all runs; None without privacy.
+        #: Largest epsilon that a holder reports, for this run and for all runs; None without privacy.
         self.spent: tuple[float, float] | None = None
         #: Shard -> two of its holders whose keys were bound to different requests.
         self.other_requests: dict[int, tuple[int, int]] = {}
@@ -363,11 +372,11 @@ class ReplyCollector:
 
     @property
     def best(self) -> ReplyGroup | None:
-        """The group of replies that decodes, else the largest."""
+        """The group of replies that is decodable, else the largest one; None if there is no reply."""
         return max(self.groups.values(), key=lambda b: (b.decoder.decodable, len(b.decoder.survivors)), default=None)
 
     def read(self, node: int, reply: Message | None, failure: str) -> Rejection | None:
-        """Read one reply: it counts (None), or is rejected."""
+        """Read one reply; returns None if it counts, else the rejection."""
         rejection = Rejection("no-reply", failure or "no reply came") if reply is None else self._examine(node, reply)
         if rejection is not None:
             self.rejected.append(Rejected(node, self.registry.worker_of(node), rejection))
@@ -376,7 +385,7 @@ class ReplyCollector:
         return rejection
 
     def outvoted(self) -> list[Rejected]:
-        """Returns the replies that were left out because others agree on other names, dtypes or shapes."""
+        """Returns the replies that are not used because most others have different names, dtypes or shapes."""
         best = self.best
         why = Rejection("outvoted", "its arrays or metrics differ in name, dtype or shape from the other replies'")
         return [
@@ -387,8 +396,8 @@ class ReplyCollector:
         ]
 
     def sender_of(self, row: int) -> tuple[int, int] | None:
-        """(node, worker) of a reply for this row that counts, or None."""
-        return next((b.senders[row] for b in self.groups.values() if row in b.senders), None)
+        """Returns the (node, worker) that sent a reply for this row, or None."""
+        return next((group.senders[row] for group in self.groups.values() if row in group.senders), None)
 
     def _examine(self, node: int, message: Message) -> Rejection | None:
         if message.has_error():
@@ -409,7 +418,7 @@ class ReplyCollector:
             self.registry.holdings[reply.worker] = dict(reply.holds)
         if reply.worker not in plan.rows and plan.open:
             self.registry.answered(node, reply.worker, plan.round)
-            return None  # it is new: the next round's code has a row for it
+            return None  # the worker is new, and the next round's code will have a row for it
         if reply.worker not in plan.rows:
             return Rejection("wrong-worker", f"worker {reply.worker} is not in the code (workers 0..{plan.n - 1})")
         self.registry.answered(node, reply.worker, plan.round)
@@ -442,7 +451,7 @@ class ReplyCollector:
             return Rejection("layout", wrong)
         try:
             update, metrics = vectors_of(reply, message, self.before, self.code.m, self._encoding)
-        except Exception as error:  # a reply holds whatever somebody put there: it must not end the run
+        except Exception as error:  # a reply is untrusted input, and must not end the run
             kind: RejectionKind = "not-finite" if isinstance(error, NotFinite) else "layout"
             return Rejection(kind, f"unusable vectors: {last_line(str(error))}")
         self._compare(reply)
@@ -456,7 +465,7 @@ class ReplyCollector:
         return None
 
     def _misnamed(self, reply: Reply) -> str:
-        """Returns what is wrong with the names of a reply's records and metrics, or an empty text."""
+        """Returns what is wrong with the names of a reply's records and metrics, or an empty string."""
         key = self.plan.weight_key
         if not reply.metrics_layout or reply.metrics_layout[0][0] != key:
             return f"its metrics do not begin with {key!r}"
@@ -467,7 +476,7 @@ class ReplyCollector:
         return ""
 
     def _note_spent(self, reply: Reply) -> None:
-        """Remember what privacy cost, and whether holders of a shard were asked the same."""
+        """Remember the privacy cost, and whether holders of a shard bound their noise to the same request."""
         for shard, bound, epsilon, total in reply.spent:
             most, most_total = self.spent or (0.0, 0.0)
             self.spent = (max(most, epsilon), max(most_total, total))
@@ -476,7 +485,7 @@ class ReplyCollector:
                 self.other_requests[shard] = (holder, reply.worker)
 
     def _compare(self, reply: Reply) -> None:
-        """Remember how far holders of one shard are apart."""
+        """Remember how much the holders of one shard disagree."""
         for shard, sketch in zip(reply.shards, reply.sketches, strict=False):
             holder, first = self._sketches.setdefault(shard, (reply.worker, sketch))
             scale = max(abs(first[0]), abs(sketch[0]), 1e-30)

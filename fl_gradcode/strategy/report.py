@@ -1,4 +1,4 @@
-"""What a phase leaves behind: its entry in the ledger row, and the figures among Flower's result metrics."""
+"""Builds the ledger row of a round, the entries of its phases, and the figures in Flower's result metrics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["figures", "new_row", "phase_row", "why_undecodable"]
 def new_row(
     run: str, grid: Grid, server_round: int, code: GradientCode, *, is_new: bool, resumed: bool = False
 ) -> RoundRow:
-    """Returns a ledger row at the beginning of a round; with each shard's holders if the code is new."""
+    """Returns the ledger row of a round that begins; it lists each shard's holders if the code is new."""
     return RoundRow(
         run=run,
         flower_run_id=str(getattr(getattr(grid, "run", None), "run_id", "")),
@@ -35,7 +35,7 @@ def new_row(
 
 
 def phase_row(phase: Phase, decoded: Decoded | None, account: RunAccount | None, *, decoding: float) -> PhaseRow:
-    """Returns what happened in one phase; `docs/ledger.md` explains every field."""
+    """Returns the ledger entry of one phase; `docs/ledger.md` explains every field."""
     wait, replies, code = phase.wait, phase.replies, phase.code
 
     def named(nodes: Iterable[int]) -> tuple[int | None, ...]:
@@ -54,7 +54,7 @@ def phase_row(phase: Phase, decoded: Decoded | None, account: RunAccount | None,
         ended=wait.ended,
         workers=len(phase.participants),
         shards=tuple(phase.shards),
-        # As it was known when the message was sent, or else as the node has said since.
+        # The worker as known when the message was sent, or else as the node has reported since.
         asked=tuple(phase.registry.named(node) if worker is None else worker for node, worker in phase.asked),
         held_back=named(wait.held_back),
         never_sent=named(wait.never_sent),
@@ -89,9 +89,9 @@ def phase_row(phase: Phase, decoded: Decoded | None, account: RunAccount | None,
 
 
 def why_undecodable(phase: Phase, entry: PhaseRow) -> str:
-    """Returns one sentence without its full stop: which round, why, and what was wrong with the replies."""
+    """Returns a sentence without its full stop that names the round, the reason, and what was wrong with replies."""
     what = phase.failure or f"undecodable ({entry.ended})"
-    reasons = "".join(f"; worker {one.worker}: {one.reason}" for one in entry.rejected[:5])
+    reasons = "".join(f"; worker {rejected.worker}: {rejected.reason}" for rejected in entry.rejected[:5])
     return (
         f"Round {phase.plan.round}, {phase.plan.kind}: {what}, from "
         f"{len(entry.answered)} of {len(phase.participants)} workers{reasons}"
@@ -99,7 +99,7 @@ def why_undecodable(phase: Phase, entry: PhaseRow) -> str:
 
 
 def figures(entry: PhaseRow) -> dict[str, Any]:
-    """Returns the numbers that go among Flower's result metrics, under `fl-gradcode.`."""
+    """Returns the figures for Flower's result metrics, whose names start with `fl-gradcode.`."""
     spent = {report_key("epsilon"): _number(entry.privacy.epsilon)} if entry.privacy else {}
     return {
         **spent,
@@ -112,7 +112,7 @@ def figures(entry: PhaseRow) -> dict[str, Any]:
 
 
 def _number(value: float | None) -> float:
-    """Returns a number of a row; it is None only in rows that were read from a file, if it was not finite."""
+    """Returns the number, or NaN for None, which stands for a number that was not finite in a row read from a file."""
     return float("nan") if value is None else float(value)
 
 
@@ -121,21 +121,21 @@ def _late(phase: Phase, late: LateReply) -> Late:
     return Late(worker, str(late.node), late.label, why.kind if why else None, why.reason if why else None)
 
 
-def _timed(phase: Phase, one: JobTime) -> JobLine:
-    worker = phase.registry.named(one.node)
-    kind, _, asked = one.label.partition(" ")
+def _timed(phase: Phase, job: JobTime) -> JobLine:
+    worker = phase.registry.named(job.node)
+    kind, _, asked = job.label.partition(" ")
     return JobLine(
         worker=worker,
         kind=kind,
         round=int(asked) if asked.isdigit() else None,
-        shards=one.loads.get(worker, 0) if worker is not None else 0,
-        seconds=one.seconds,
-        computing=one.computing,
+        shards=job.loads.get(worker, 0) if worker is not None else 0,
+        seconds=job.seconds,
+        computing=job.computing,
     )
 
 
 def _quantisation(phase: Phase, decoded: Decoded | None) -> float | None:
-    """Largest error that fixed point leaves in an entry of the mean; None where replies are floats."""
+    """Returns the largest error that fixed point causes in an entry of the mean, or None if replies are floats."""
     numbers = phase.code.numbers
     if decoded is None or not isinstance(numbers, PrimeField):
         return None
@@ -143,6 +143,6 @@ def _quantisation(phase: Phase, decoded: Decoded | None) -> float | None:
 
 
 def _unit_roundoff(decoded: Decoded) -> float:
-    """Relative rounding of one number on the wire."""
+    """Returns the relative rounding error of one number on the wire."""
     dtype = np.float64 if decoded.arrays is None else wire_dtype(decoded.layout)
     return float(np.finfo(dtype).eps) / 2

@@ -1,4 +1,4 @@
-"""A run that goes on after its server was killed: what is kept after each round, and taken up from there."""
+"""Saves a run after each round, and resumes it after its server was killed."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 def fingerprint_of(strategy: Strategy, code: GradientCode | None, k: int, options: Options) -> dict[str, Any]:
-    """Returns what a checkpoint and the run that goes on from it must have in common.
+    """Returns the settings that must be the same in a checkpoint and in the run that resumes it.
 
-    With other noise the rounds that are done would be priced by what was not added to them. `code` is None if nodes
-    decide it.
+    The privacy promise is part of them, because the completed rounds are priced by the noise that was added to them.
+    `code` is None if it is built for the shards that nodes report.
     """
     privacy = None if options.privacy is None else privacy_to_json(options.privacy, promise_only=True)
     return {
@@ -54,7 +54,7 @@ def fingerprint_of(strategy: Strategy, code: GradientCode | None, k: int, option
 
 
 def _sketch(code: GradientCode) -> list[Any]:
-    """Returns what two codes differ in, unless they are equal up to rounding: processors differ in last bits."""
+    """Returns a description of a code that differs between codes, but not by more than rounding between processors."""
     B = code.B.reshape(len(code.B), -1).astype(np.float64)
     support = hashlib.sha256(np.packbits(B != 0).tobytes()).hexdigest()
     columns = np.cos(np.outer(np.arange(1, B.shape[1] + 1), [0.7, 1.9, 3.1]))
@@ -63,16 +63,16 @@ def _sketch(code: GradientCode) -> list[Any]:
 
 
 def _alike(kept: Any, now: Any) -> bool:
-    """Whether two codes are the same."""
+    """Returns whether two sketches describe the same code, up to rounding."""
     if kept is None or now is None:
         return kept is now
     return [*kept[:-1]] == now[:-1] and np.allclose(kept[-1], now[-1], rtol=0, atol=1e-6)
 
 
 def request_of(grid: Grid, options: Options, train_config: ConfigRecord | None) -> str:
-    """Returns a digest of what a round's answers depend on besides the model, so far as the server knows it.
+    """Returns a digest of everything besides the model that a round's answers depend on, as far as the server knows.
 
-    That is the app (as its bundle's hash), the run config, the config of messages, the seed and the privacy promise.
+    It covers the app (by the hash of its bundle), the run config, the message config, the seed and the privacy promise.
     """
     run = grid.run
     known = {
@@ -88,16 +88,16 @@ def request_of(grid: Grid, options: Options, train_config: ConfigRecord | None) 
 
 
 class RunKeeper:
-    """Keeps a run in a checkpoint after each round, and reads it from there. Without a checkpoint it keeps nothing.
+    """Saves a run in a checkpoint after each round, and restores it; without a checkpoint, it saves nothing.
 
     Args:
-        checkpoint: The run's file; None: the run is not kept.
-        state: Of the wrapped strategy, as it was made; what it has changed is kept and set again.
-        fingerprint: See `fingerprint_of`.
-        name: Of the run, as the user set it, if at all.
+        checkpoint: Checkpoint of the run; None if the run is not saved.
+        state: State of the wrapped strategy since it was made.
+        fingerprint: Settings that must not change when the run is resumed; see `fingerprint_of`.
+        name: Name of the run that the user set, or None.
 
     Attributes:
-        saved: The run as the checkpoint has it, while this is locked; None: nothing yet.
+        saved: The run as read from the checkpoint inside `locked`; None if nothing was saved yet.
     """
 
     def __init__(
@@ -109,10 +109,10 @@ class RunKeeper:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Read the checkpoint, and keep any other run from it.
+        """Hold the lock of the checkpoint, and read it.
 
         Raises:
-            InvalidSetting: The checkpoint is damaged, in use, or of another run.
+            InvalidSetting: The checkpoint is damaged, in use, or belongs to another run.
         """
         with ExitStack() as stack:
             if self._checkpoint is not None:
@@ -128,41 +128,41 @@ class RunKeeper:
 
     @property
     def path(self) -> Path | None:
-        """The checkpoint's file, if there is one."""
+        """Path of the checkpoint's file; None without a checkpoint."""
         return None if self._checkpoint is None else self._checkpoint.path
 
     @property
     def name(self) -> str | None:
-        """Name of the run; None: it has none yet."""
+        """Name of the run; None if it has none yet."""
         return self.saved.run if self.saved else self._name
 
     def restore(self, saved: Saved) -> None:
-        """Set what is kept outside of the run: the wrapped strategy's state, the metrics of the result."""
+        """Restore the state of the wrapped strategy and the metrics of the result."""
         self._state.restore(saved.strategy)
         self._metrics = saved.metrics
 
     def check_arrays(self, initial: ArrayRecord) -> None:
-        """Refuse a model that is not the checkpoint's.
+        """Refuse a model whose arrays differ from the checkpoint's in name or shape.
 
         Raises:
-            InvalidSetting: It has other arrays.
+            InvalidSetting: An array is missing, new, or has another shape.
         """
         if self.saved is not None and self._checkpoint is not None:
             _check_arrays(self.saved.arrays, initial, self._checkpoint)
 
     def note(self, kind: MetricsKind, number: int, metrics: MetricRecord | None) -> None:
-        """Remember metrics of a round for the result."""
+        """Remember the metrics of a round for the result."""
         if metrics is not None and self._checkpoint is not None:
             self._metrics[kind][number] = dict(metrics.items())
 
     def save(self, run: str, number: int, arrays: ArrayRecord, account: dict[str, Any] | None) -> None:
-        """Keep the run as it is after a round.
+        """Save the run as it is after a round.
 
         Args:
-            run: Its name.
-            number: Of the round.
-            arrays: The model.
-            account: State of the privacy account; None: it promises nothing.
+            run: Name of the run.
+            number: Number of the round.
+            arrays: The model after the round.
+            account: State of the privacy account; None without a privacy promise.
         """
         if self._checkpoint is not None:
             state, metrics = self._state.changed(), self._metrics
@@ -171,20 +171,20 @@ class RunKeeper:
             )
 
     def save_account(self, run: str, account: dict[str, Any]) -> None:
-        """Put the state of the privacy account on disk, between two rounds and in them."""
+        """Write the state of the privacy account to disk; called during rounds as well as between them."""
         if self._checkpoint is not None:
             self._checkpoint.save_privacy(run, account)
 
     def load_account(self, run: str) -> dict[str, Any] | None:
-        """Returns the state of the run's privacy account as last saved; None: it is not known."""
+        """Returns the state of the run's privacy account that was saved last, or None if there is none."""
         return None if self._checkpoint is None else self._checkpoint.load_privacy(run)
 
     def complete(self, result: Result, done: int) -> Result:
-        """Returns the result of all rounds.
+        """Returns the result with the metrics of all rounds.
 
         Args:
-            result: Of the rounds since the start.
-            done: Rounds that were done before it.
+            result: Result of the rounds since `start` was called.
+            done: Number of rounds that were done before.
         """
         if done:
             for kind in _KINDS:
@@ -204,19 +204,19 @@ class RunKeeper:
             if not same(saved.fingerprint.get(what), value):
                 told = "" if what in (_CODE, _PROMISE) else f" ({saved.fingerprint.get(what)!r}, now {value!r})"
                 raise InvalidSetting(
-                    f"{where} a run with another {what}{told}. Go on with the same one, or name another file to begin "
-                    "anew."
+                    f"{where} a run with another {what}{told}. Go on with the same one, or name another file to start "
+                    "over."
                 )
 
 
 class ResumedRounds(Strategy):
-    """Shows a strategy to Flower's loop, which counts rounds from 1, while rounds of the run are done already.
+    """Adapts a resumed strategy to Flower's loop, which always counts rounds from 1.
 
-    Here alone the numbers of Flower's loop become those of the run.
+    This class is the only place that converts the loop's round numbers into the run's.
 
     Args:
-        strategy: The strategy, which counts as the run does.
-        done: Rounds that are done.
+        strategy: The strategy, which takes the run's round numbers.
+        done: Number of rounds that are already done.
     """
 
     def __init__(self, strategy: Strategy, done: int) -> None:
@@ -241,26 +241,26 @@ class ResumedRounds(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Returns what the strategy makes of the replies."""
+        """Returns the arrays and metrics that the strategy makes of the replies."""
         return self._strategy.aggregate_train(server_round + self._done, replies)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Returns what the strategy makes of the replies."""
+        """Returns the metrics that the strategy makes of the replies."""
         return self._strategy.aggregate_evaluate(server_round + self._done, replies)
 
     def evaluating(self, evaluate_fn: Evaluate | None) -> Evaluate | None:
-        """Returns the central evaluation with the rounds of the run; not again before the first."""
+        """Returns the central evaluation with the run's round numbers; it skips the evaluation before the first."""
         if evaluate_fn is None or not self._done:
             return evaluate_fn
         return lambda server_round, arrays: evaluate_fn(server_round + self._done, arrays) if server_round else None
 
 
 def _check_arrays(saved: ArrayRecord, given: ArrayRecord, checkpoint: Checkpoint) -> None:
-    """A round may change dtypes, never names and shapes."""
+    """Refuse a model whose names or shapes differ from the saved ones; dtypes may differ."""
     shapes = [{name: tuple(array.shape) for name, array in record.items()} for record in (saved, given)]
     if shapes[0] != shapes[1]:
         other = sorted(name for name in {*shapes[0], *shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
         raise InvalidSetting(
             f"The checkpoint {checkpoint.path} is of a run with another model: array {other[0]!r} differs. Go on with "
-            "the same one, or name another file to begin anew."
+            "the same one, or name another file to start over."
         )

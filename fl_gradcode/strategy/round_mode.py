@@ -1,4 +1,4 @@
-"""How one round is run: over which code, and what a message asks for."""
+"""The mode of a round: its code, and what each message asks for."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["FixedMode", "ModeChooser", "RoundMode"]
 
 @dataclass(frozen=True)
 class RoundMode:
-    """How one round is run.
+    """The mode of one round.
 
     Attributes:
-        code: Who computes which shards.
-        send: One coded vector a worker, or one shard a message.
-        patience: Of second copies, with "shards".
+        code: The code that says which worker computes which shards.
+        send: "coded" for one coded vector a worker, "shards" for one shard a message.
+        patience: With "shards", relative time until a second copy of a shard is requested; see `Shards`.
     """
 
     code: GradientCode
@@ -28,12 +28,12 @@ class RoundMode:
 
     @property
     def load(self) -> int:
-        """The most shards of a message."""
+        """Largest number of shards that a message asks for."""
         return 1 if self.send == "shards" else max(len(self.code.shards_of(i)) for i in range(self.code.n))
 
     @property
     def line(self) -> ModeLine:
-        """Returns what the ledger row says of it."""
+        """The mode as it appears in the ledger row."""
         return ModeLine(self.send, self.patience if self.send == "shards" else None, self.load)
 
 
@@ -42,18 +42,18 @@ class ModeChooser(ABC):
 
     @abstractmethod
     def choose(self, *, complete: bool) -> RoundMode:
-        """Returns the mode of the round that begins; `complete` says whether all n nodes are there."""
+        """Returns the mode of the round that begins; `complete` says whether all n nodes are connected."""
 
     def learn(self, row: RoundRow) -> None:
-        """Learn from the ledger row of a round that has ended."""
+        """Learn from the ledger row of a round that has ended; does nothing by default."""
 
 
 class FixedMode(ModeChooser):
-    """Every round is run in the same mode."""
+    """Chooses the same mode for every round."""
 
     def __init__(self, mode: RoundMode) -> None:
         self._mode = mode
 
     def choose(self, *, complete: bool) -> RoundMode:
-        """Returns the one mode."""
+        """Returns the mode given to the constructor."""
         return self._mode

@@ -1,4 +1,4 @@
-"""One run of a wrapped strategy: what is kept from round to round, and how a phase is opened and closed."""
+"""One run of a wrapped strategy: its state from round to round, and the opening and closing of its phases."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ class Run:
 
     Args:
         strategy: The wrapped strategy.
-        options: As the user set them.
-        code: Who holds which shards.
-        keeper: Keeps the run on disk, if it has a checkpoint.
-        name: Name of the run; made up if None.
-        timeout: Seconds of a phase; None: no limit.
+        options: Settings of the run.
+        code: The code, which says which worker holds which shards.
+        keeper: Saves the run to disk, if it has a checkpoint.
+        name: Name of the run; generated if None.
+        timeout: Timeout of a phase in seconds; None for no limit.
         registry: Which node is which worker, as far as known.
-        holdings: What nodes have told that they hold, if the code is made for that.
+        holdings: Shards that the nodes have reported, if the code is built for them; else None.
 
     Attributes:
-        code: The code; under `Discovered` it changes between rounds.
-        done: Rounds that were done when the run began or went on.
+        code: The code; with `Discovered`, it changes between rounds.
+        done: Number of rounds that were done when the run began or was resumed.
         registry: Which node is which worker, as known between two phases.
-        row: The ledger row of the round that is under way; None between rounds.
-        phase: The phase that is under way; None between phases.
+        row: Ledger row of the current round; None between rounds.
+        phase: The current phase; None between phases.
     """
 
     def __init__(
@@ -77,32 +77,32 @@ class Run:
         self.strategy, self.options, self.code, self.keeper, self.timeout = strategy, options, code, keeper, timeout
         self.name = name or uuid.uuid4().hex
         self.done = 0
-        self.registry = registry or WorkerRegistry()  # another run may meet other nodes, and other clients
+        self.registry = registry or WorkerRegistry()  # not shared between runs, which may have other nodes and clients
         self.account = RunAccount(options.privacy, code, self.name, send=str(options.send)) if options.privacy else None
         self.modes = mode_chooser(options, code)
         self.mode: RoundMode | None = None
         self.row: RoundRow | None = None
         self.phase: Phase | None = None
-        #: Kind of phase -> what single groups or shards sent last, where that fills in for those that are missing.
+        #: Kind of phase -> last updates of single groups or shards; empty unless they fill in for missing ones.
         self.stale_updates = {"train": StaleUpdates(), "evaluate": StaleUpdates()} if options.fills_in else {}
         self._weight_key = str(getattr(strategy, "weighted_by_key", "num-examples"))
         self._holdings, self._told_lacking = holdings, ""
         self._drafts: list[Message] = []
-        self._outage_timeout = 0.0  # seconds that a phase waits for nodes while too few are there
+        self._outage_timeout = 0.0  # seconds that a phase waits for nodes while too few are connected
         self._ever_decoded = self._resumed = False
-        self._told: GradientCode | None = None  # whose holders the ledger has
-        self._slowest: float | None = None  # seconds of a reply
+        self._told: GradientCode | None = None  # the code whose holders the ledger lists
+        self._slowest: float | None = None  # largest latency of a reply, in seconds
         self._warned: set[str] = set()
         self._strangers: set[int] = set()  # nodes that were not known when the last round began
 
-    # The beginning
+    # Beginning and resuming
 
     def begin_anew(self, arrays: ArrayRecord, request: str) -> None:
-        """No round is done: keep the run's name, so that a kill in its first round does not lose it.
+        """Save a run that has no completed round, so that a kill in its first round does not lose its name.
 
         Args:
             arrays: The initial model.
-            request: See `request_of`.
+            request: Digest of what the answers depend on; see `request_of`.
 
         Raises:
             InvalidSetting: A run of this name was begun before, and its checkpoint is lost.
@@ -114,13 +114,13 @@ class Run:
         self.keep(arrays, 0)
 
     def resume(self, saved: Saved, rows: Iterable[RoundRow], request: str) -> None:
-        """Go on with a run that was kept.
+        """Resume a saved run.
 
         Args:
-            saved: The run after its last round that is done.
-            rows: Of the run, all that the ledger has. How the next round is run is chosen by what the rounds that are
-                done took; later rows tell what was asked since.
-            request: See `request_of`.
+            saved: The run after its last completed round.
+            rows: All ledger rows of the run. The mode of the next round is chosen by the durations of the completed
+                rounds. Later rows say what has been asked since.
+            request: Digest of what the answers depend on; see `request_of`.
         """
         self.done, self._resumed = saved.round, True
         rows = list(rows)
@@ -139,20 +139,20 @@ class Run:
                 self.keep(saved.arrays, self.done)
 
     def keep(self, arrays: ArrayRecord, number: int) -> None:
-        """Keep the run as it is after a round.
+        """Save the run as it is after a round.
 
         Args:
-            arrays: The model.
-            number: Of the round.
+            arrays: The model after the round.
+            number: Number of the round.
         """
         self.keeper.save(self.name, number, arrays, None if self.account is None else self.account.state)
 
     def begin(self, grid: EarlyStopGrid, num_rounds: int) -> None:
-        """Say what the run is going to cost, and wait for the nodes.
+        """Check and log the privacy cost of the run, and wait for the nodes.
 
         Raises:
-            InvalidSetting: It costs more privacy than it may.
-            RoundFailed: Too few or too many nodes.
+            InvalidSetting: The run would exceed its privacy budget.
+            RoundFailed: Too few or too many nodes are connected.
         """
         if self.account is not None:
             self.account.begin(num_rounds)
@@ -168,7 +168,7 @@ class Run:
     def configure(
         self, kind: Kind, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        """Returns the messages of a phase, one for each worker; none if the wrapped strategy has none."""
+        """Returns the messages of a phase, one for each worker, or none if the wrapped strategy sends none."""
         if kind == "train":
             self._follow_holdings(grid)
         if kind == "train" or self.row is None:
@@ -188,11 +188,11 @@ class Run:
         assert self.row is not None
         self.row = replace(self.row, way=self.mode.line)
 
-        # A value: making a phase with its plan changes nothing.
+        # The phase is a value: making it with its plan changes nothing.
         phase = self._new_phase(kind, server_round, self.mode)
         nodes = self._nodes_for(phase, grid)
         self.phase = phase
-        # Three effects, in this order: the request is charged, the charge is on disk, the messages leave.
+        # The order matters: the request is charged, the charge is written to disk, and only then messages are sent.
         account = self.account if phase.plan.privacy else None
         if account is not None and account.charge_request(server_round, phase.shards):
             self.keeper.save_account(self.name, account.state)
@@ -232,10 +232,10 @@ class Run:
         return open_phase(mode, factory, code, shards, before, self.registry.copy(), kappa_max=kappa_max)
 
     def _nodes_for(self, phase: Phase, grid: Grid) -> list[int]:
-        """Returns the nodes to ask; waits while too few are there."""
+        """Returns the nodes to ask, after waiting while too few of them are connected."""
 
         def hopeless(nodes: list[int]) -> bool:
-            # They are all that is there, and whoever is gone may be one of them again.
+            # `nodes` are all that are connected. A worker whose node is gone may have come back as one of them.
             phase.registry.keep(nodes)
             return phase.hopeless(nodes)
 
@@ -249,21 +249,21 @@ class Run:
     def aggregate(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Decode the phase, and let the wrapped strategy aggregate the one decoded reply."""
+        """Returns the arrays and metrics that the wrapped strategy makes of the one decoded reply."""
         phase, self.phase = self.phase, None
         if phase is None:
             return None, None
-        if not phase.collected:  # somebody else's loop brings the replies of a plain grid
+        if not phase.collected:  # another loop drives the strategy, on a grid without stop rules
             for reply in replies:
                 phase.offer(Arrival("", reply.metadata.src_node_id, 0.0), reply, 0.0)
-        self.registry = phase.registry  # what the phase has learnt is known from now on
+        self.registry = phase.registry  # the phase has updated its copy
         kind = phase.plan.kind
         began = time.perf_counter()
         stale_updates = self.stale_updates.get(kind)
         decoded = phase.decode(self.options.approximation, stale_updates, self._noise(server_round, phase))
         entry = report.phase_row(phase, decoded, self.account, decoding=time.perf_counter() - began)
-        self._note(kind, entry)  # whatever is raised from here on, the row tells what happened
-        taken = [self._slowest or 0.0, *(one.seconds for one in [*phase.wait.times, *phase.wait.owing])]
+        self._note(kind, entry)  # noted before anything below can raise, so that the row tells what happened
+        taken = [self._slowest or 0.0, *(job.seconds for job in [*phase.wait.times, *phase.wait.owing])]
         self._slowest = max(taken) or None
         refuse_unsuitable(phase.replies, ever_decoded=self._ever_decoded)
         for key, text in broken_promises(phase.replies):
@@ -280,14 +280,14 @@ class Run:
         return arrays, MetricRecord({**(metrics or {}), **report.figures(entry)})
 
     def _noise(self, server_round: int, phase: Phase) -> Noise | None:
-        """Returns the noise that is added after decoding; None if the clients have added it, or nobody does."""
+        """Returns the noise to add after decoding, or None if the clients add the noise or there is none."""
         account, shards = self.account, phase.shards
         gaussian = account.gaussian(len(shards)) if account is not None and phase.plan.privacy else None
         if account is None or gaussian is None:
             return None
 
         def add_to(total: NDArray[Any]) -> NDArray[np.float64]:
-            # As before sending: the draw is charged, the charge is on disk, the noise is drawn.
+            # The order matters: the draw is charged, the charge is written to disk, and only then noise is drawn.
             account.charge_draw(server_round, shards)
             self.keeper.save_account(self.name, account.state)
             return gaussian.add_to(total)
@@ -306,7 +306,7 @@ class Run:
         self.row = replace(self.row, train=entry) if kind == "train" else replace(self.row, evaluate=entry)
 
     def close_row(self, ended_by: str | None = None) -> RoundRow:
-        """Returns the row of the round that has ended; the next round's mode is chosen by what it says."""
+        """Returns the ledger row of the round that has ended, after the mode chooser has learnt from it."""
         assert self.row is not None
         row, self.row = replace(self.row, ended_at=time.time(), ended_by=ended_by), None
         self.modes.learn(row)
@@ -319,10 +319,10 @@ class Run:
             raise RoundFailed(f"{why}.")
         _log.warning("%s. The round is skipped: the model stays as it is.", why)
 
-    # Nodes that hold what they hold
+    # A code that follows the nodes' holdings
 
     def _follow_holdings(self, grid: Grid) -> None:
-        """Build the code again if other workers are there, or hold other shards, than it was built for."""
+        """Rebuild the code if the connected workers or their shards differ from those it was built for."""
         holdings = self._holdings
         if holdings is None:
             return
@@ -330,10 +330,10 @@ class Run:
             holdings.learn(worker, shards)
         worker_of = {node: self.registry.worker_of(node) for node in grid.get_node_ids()}
         unknown = {node for node, worker in worker_of.items() if worker is None}
-        # A node that was not known in the last round either has had its chance to say who it is.
+        # A node that was unknown in the last round too has had its chance to report its worker number.
         fresh, self._strangers = unknown - self._strangers, unknown
         there = [i for i in holdings.told if i in worker_of.values()]
-        if fresh:  # any of them may be one of those that are gone, who keep their rows if the others can do without
+        if fresh:  # a fresh node may be a worker that has gone; absent workers keep their rows if the rest can decode
             everybody = holdings.code()
             if everybody is not None and everybody.decodable([i for i in everybody.active if i in there]):
                 there = [*holdings.told]
@@ -347,7 +347,7 @@ class Run:
         self._tell_lacking(holdings, there)
 
     def _tell_lacking(self, holdings: Holdings, workers: list[int] | None) -> None:
-        """Warn of shards that lack holders, once for each state of affairs."""
+        """Warn of shards that lack holders, unless the last warning was the same."""
         text = holdings.told_lacking(workers)
         if text and text != self._told_lacking:
             _log.warning("%s The code tolerates s=%d until then.", text, self.code.s)
@@ -372,9 +372,9 @@ class Run:
 
 
 def mode_chooser(options: Options, code: GradientCode) -> ModeChooser:
-    """Returns what chooses the modes of a run with these options."""
+    """Returns the object that chooses the modes of a run with these options."""
     if isinstance(options.send, Adaptive):
-        # Replaying rounds takes the planner and scipy.stats, which no other run needs.
+        # Imported here because replaying rounds needs the planner and scipy.stats, which no other run needs.
         from .adaptive import AdaptiveModes
 
         return AdaptiveModes(code, smaller=options.policy != "raise")

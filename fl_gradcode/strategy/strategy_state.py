@@ -1,7 +1,7 @@
-"""What a strategy keeps between rounds (momentum, moments), as plain values that a file can hold.
+"""Converts the state that a strategy keeps between rounds, such as momentum, to plain values that a file can hold.
 
-Only what has changed since the strategy was made is kept: for the rest, what its constructor is given when the run goes
-on holds. A strategy that knows better has `state_dict()` and `load_state_dict()`.
+Only attributes that have changed since the strategy was made are kept. The constructor restores the others when the
+run is resumed. A strategy can take over by defining `state_dict()` and `load_state_dict()`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _TYPE, _VALUE = "type", "value"
 _RECORDS = {"ConfigRecord": ConfigRecord, "MetricRecord": MetricRecord}
 _LISTS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 _DICTS: dict[str, Any] = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
-#: What a defaultdict may make of a missing key.
-_FACTORIES: dict[str, Any] = {one.__name__: one for one in (int, float, bool, str, list, tuple, set, dict)}
-# What a strategy is given, and does not change: its constructor brings it again.
+#: Default factories that a stored defaultdict may have, by name.
+_FACTORIES: dict[str, Any] = {kind.__name__: kind for kind in (int, float, bool, str, list, tuple, set, dict)}
+# Types of attributes that a strategy is given and does not change, so that its constructor restores them.
 _GIVEN = (
     types.FunctionType,
     types.BuiltinFunctionType,
@@ -42,14 +42,14 @@ _GIVEN = (
 
 
 class Unstorable(ValueError):
-    """A value is of a kind that a checkpoint cannot hold; its text names the kind."""
+    """A value has a type that a checkpoint cannot hold; the message is the name of the type."""
 
 
 def encode(value: Any, blobs: list[bytes]) -> Any:
-    """A tree that JSON can hold; bytes and arrays are appended to `blobs`.
+    """Returns `value` as a tree that JSON can hold; bytes and arrays are appended to `blobs`.
 
     Raises:
-        Unstorable: It is, or contains, an object of another kind.
+        Unstorable: The value is, or contains, an object of an unsupported type.
     """
     if value is None or isinstance(value, bool | str) or type(value) in (int, float):
         return value
@@ -86,7 +86,7 @@ def encode(value: Any, blobs: list[bytes]) -> Any:
         if type(value) is not _DICTS.get(kind):
             raise Unstorable(kind)
         return {_TYPE: kind, _VALUE: pairs}
-    torch = sys.modules.get("torch")  # there if anything is of it
+    torch = sys.modules.get("torch")  # imported already if the value is a tensor
     if torch is not None and type(value) is torch.Tensor and value.layout == torch.strided:
         plain = value.detach().cpu().contiguous()
         data = plain.reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -108,7 +108,7 @@ def encode(value: Any, blobs: list[bytes]) -> Any:
 
 
 def decode(tree: Any, blobs: list[bytes]) -> Any:
-    """The value again."""
+    """Returns the value that `encode` turned into `tree` and `blobs`."""
     if not isinstance(tree, dict):
         return tree
     kind, value = tree[_TYPE], tree[_VALUE]
@@ -147,20 +147,20 @@ def decode(tree: Any, blobs: list[bytes]) -> Any:
 
 
 class StrategyState:
-    """What a strategy has changed since now.
+    """Tracks which attributes of a strategy change from now on.
 
     Args:
-        strategy: As it was made; strategies inside it are kept in the same way.
-        warn: Say what cannot be kept.
+        strategy: The strategy as it was made. Strategies that it wraps are tracked in the same way.
+        warn: Whether to warn of attributes that cannot be kept.
     """
 
     def __init__(self, strategy: Strategy, *, warn: bool = True) -> None:
         self.strategy, self._warn = strategy, warn
         self._own = hasattr(strategy, "state_dict") and hasattr(strategy, "load_state_dict")
         self._inside: dict[str, StrategyState] = {}
-        self._first: dict[str, tuple[str, list[bytes]] | None] = {}  # None: it cannot be held
+        self._first: dict[str, tuple[str, list[bytes]] | None] = {}  # None: a checkpoint cannot hold the value
         self._warned: set[str] = set()
-        self._ran = False  # whether it may have changed
+        self._ran = False  # whether the strategy may have changed
         if self._own:
             return
         for name, value in vars(strategy).items():
@@ -170,10 +170,10 @@ class StrategyState:
                 self._first[name] = self._plain(name, value)
 
     def changed(self) -> dict[str, Any]:
-        """Attribute -> value, of those that are other than at first; what `restore` takes.
+        """Returns attribute -> value for the attributes that have changed, in the form that `restore` takes.
 
         Raises:
-            InvalidSetting: Its `state_dict()` holds what a checkpoint cannot.
+            InvalidSetting: The strategy's `state_dict()` contains a value that a checkpoint cannot hold.
         """
         self._ran = True
         if self._own:
@@ -187,21 +187,21 @@ class StrategyState:
                     "numbers, texts, arrays and tensors, in lists and dicts."
                 ) from None
             return {"state_dict": state}
-        found: dict[str, Any] = {}
+        changed: dict[str, Any] = {}
         for name, value in vars(self.strategy).items():
             if name in self._inside:
                 inner = self._inside[name].changed()
                 if inner:
-                    found[name] = {"strategy": inner}
+                    changed[name] = {"strategy": inner}
             elif (now := self._plain(name, value)) is not None and now != self._first.get(name):
-                found[name] = {"value": value}
-        return found
+                changed[name] = {"value": value}
+        return changed
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Set what had changed.
+        """Set the attributes that had changed, as returned by `changed`.
 
         Raises:
-            InvalidSetting: One of the two has `state_dict()`, and the other has not.
+            InvalidSetting: Only one of the strategies that wrote and restore the state has `state_dict()`.
         """
         if self._own != ("state_dict" in state) and (state or self._own):
             raise InvalidSetting(
@@ -215,12 +215,12 @@ class StrategyState:
             self._take_back(state)
         for name, inside in self._inside.items():
             inside.restore(state.get(name, {}).get("strategy", {}))
-        for name, one in state.items():
-            if "value" in one:
-                setattr(self.strategy, name, one["value"])
+        for name, entry in state.items():
+            if "value" in entry:
+                setattr(self.strategy, name, entry["value"])
 
     def _take_back(self, state: dict[str, Any]) -> None:
-        """A round of this very object was lost: what is not in the state is as it was at first."""
+        """Reset the attributes that are not in `state`, because a round that changed this object was lost."""
         for name, value in [*vars(self.strategy).items()]:
             now = None if name in state or name in self._inside else self._plain(name, value)
             if now is None:

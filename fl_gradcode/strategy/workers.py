@@ -1,6 +1,6 @@
-"""Which node is which worker: learnt from replies, never from node ids, which change.
+"""The registry of which node is which worker, learnt from replies because node ids change.
 
-A phase works on a copy of the run's registry, and the run goes on with that copy when the phase is over.
+A phase works on a copy of the run's registry, and the run takes over that copy when the phase ends.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _log = logging.getLogger(__name__)
 
 
 class WorkerRegistry:
-    """Node -> worker, as far as known."""
+    """Maps each node to its worker, as far as known."""
 
     def __init__(self) -> None:
         self._named: dict[int, int] = {}
-        #: Worker -> shard -> SHA-256 of its data, as last told under an open plan or by a probe.
+        #: Worker -> shard -> SHA-256 of its data, as last reported under an open plan or to a probe.
         self.holdings: dict[int, dict[int, str]] = {}
         self._worker: dict[int, int] = {}
         self._answered: dict[int, dict[int, set[int]]] = {}  # worker -> round -> nodes
 
     def copy(self) -> WorkerRegistry:
-        """Returns a registry with the same knowledge, for a phase that begins."""
+        """Returns a registry with the same knowledge, for use in a new phase."""
         other = WorkerRegistry()
         other.holdings = {worker: dict(shards) for worker, shards in self.holdings.items()}
         other._worker = dict(self._worker)
@@ -42,36 +42,36 @@ class WorkerRegistry:
         return other
 
     def worker_of(self, node: int) -> int | None:
-        """Returns the worker that this node is, or None: it has to be told who it is."""
+        """Returns the worker that this node is, or None if it is not known."""
         return self._worker.get(node)
 
     def named(self, node: int) -> int | None:
-        """Returns the worker that this node was known as when the phase began, or else what it said in it, or None.
+        """Returns the worker that this node was when the phase began, or what it reported in the phase, or None.
 
-        Unlike `worker_of`, it still knows a node that has failed since.
+        Unlike `worker_of`, this method still knows nodes that have failed since.
         """
         return self._named.get(node)
 
     @property
     def contested(self) -> bool:
-        """Whether two of the nodes that are listed say that they are the same worker: hear both, to name them."""
+        """Whether two nodes claim to be the same worker; both must be heard before one can be blamed."""
         return len(set(self._worker.values())) < len(self._worker)
 
     def learn(self, node: int, worker: int) -> None:
-        """A node reported its worker number."""
+        """Record the worker number that a node reported."""
         self._worker[node] = worker
         self._named.setdefault(node, worker)
 
     def forget(self, node: int) -> None:
-        """The node failed: it may be another worker next time, so it gets the whole plan again."""
+        """Forget a node that failed: it may return as another worker, so its next message holds the whole plan."""
         self._worker.pop(node, None)
 
     def answered(self, node: int, worker: int, server_round: int) -> None:
-        """A node answered as `worker`.
+        """Record that a node answered as `worker`.
 
         Raises:
-            RoundFailed: In this round and the one before, the same two nodes answered as the same worker. Once
-                is normal (a restarted node has a new id); twice means that two nodes were given one number.
+            RoundFailed: The same two nodes answered as the same worker in this round and in the round before. Once is
+                normal, because a restarted node has a new id. Twice means that two nodes were given one number.
         """
         self.learn(node, worker)
         rounds = self._answered.setdefault(worker, {})
@@ -87,12 +87,12 @@ class WorkerRegistry:
             )
 
     def keep(self, nodes: Iterable[int]) -> None:
-        """Forget nodes that are gone: whoever was one of them may come back as another node."""
+        """Forget all nodes but these; a worker whose node is gone may come back as another node."""
         listed = set(nodes)
         self._worker = {node: worker for node, worker in self._worker.items() if node in listed}
 
     def learn_from(self, node: int, message: Message | None, *, run: str) -> None:
-        """Read who a node is off a reply that is not used; an error says only that it may have changed."""
+        """Learn which worker a node is from a reply that is not used; an error reply makes the node unknown."""
         if message is None:
             return
         if message.has_error():
@@ -109,6 +109,6 @@ class WorkerRegistry:
                     self.holdings[reply.worker] = dict(reply.holds)
 
     def missing(self, workers: Iterable[int]) -> list[int]:
-        """Those of `workers` whose node is not known."""
+        """Returns the workers whose node is not known."""
         known = set(self._worker.values())
         return [i for i in workers if i not in known]

@@ -1,7 +1,7 @@
-"""The wrapped strategy: what it is shown, and which ones cannot be wrapped.
+"""The interface to the wrapped strategy, and the checks of whether a strategy can be wrapped.
 
-The inner strategy sees a grid whose nodes are the k shards. Its messages are read for their content and never
-sent; later it gets one ordinary reply that carries the decoded mean.
+The wrapped strategy sees a grid whose nodes are the k shards. Its messages are never sent; only their content is used.
+Later the strategy gets one ordinary reply, which contains the decoded mean.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PRIVACY = (
     "GradientCoding(..., privacy=CentralNoise(...)) for the same under coding, or privacy=DPSGD(...) for noise in the "
     "clients"
 )
-#: Flower's.
+#: Flower's strategies that wrap another strategy to add differential privacy.
 PRIVACY_WRAPPERS = (
     flower.DifferentialPrivacyClientSideFixedClipping,
     flower.DifferentialPrivacyServerSideFixedClipping,
@@ -64,15 +64,15 @@ _REFUSED: dict[type[Strategy], str] = {
     **dict.fromkeys(PRIVACY_WRAPPERS, _PRIVACY),
 }
 
-# A strategy that waits for more nodes than there are polls get_node_ids for ever; an honest one asks a few times.
+# A strategy that waits for more nodes than there are polls get_node_ids forever. Other strategies call it a few times.
 _MAX_QUESTIONS = 20
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuse strategies that cannot work on one decoded reply.
+    """Refuse a strategy that cannot work on one decoded reply.
 
     Raises:
-        IncompatibleStrategy: By name, with what to do instead.
+        IncompatibleStrategy: The strategy cannot be wrapped. The message says what to do instead.
     """
     name = type(strategy).__name__
     if isinstance(strategy, type):
@@ -91,28 +91,28 @@ def check_strategy(strategy: Strategy) -> None:
 
 
 def check_bounds(strategy: Strategy, k: int) -> None:
-    """Refuse bounds that k shards can never meet: Flower would wait for ever.
+    """Refuse a strategy that requires more than k nodes, for which Flower would wait forever.
 
     Raises:
-        IncompatibleStrategy: Naming the bound.
+        IncompatibleStrategy: A bound is larger than k. The message names it.
     """
     for bound in ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes"):
         value = getattr(strategy, bound, 0)
         if isinstance(value, int) and value > k:
             raise IncompatibleStrategy(
-                f"{type(strategy).__name__}({bound}={value}) asks for {value} nodes; the inner strategy sees the "
+                f"{type(strategy).__name__}({bound}={value}) asks for {value} nodes; the wrapped strategy sees the "
                 f"code's k={k} shards as its nodes. Lower it to at most {k}, or use a code with more shards."
             )
 
 
 def has_custom_metrics(strategy: Strategy, kind: str) -> bool:
-    """Whether the user gave FedAvg (or a relative) a metric aggregation of their own."""
+    """Returns whether the user passed a custom metric aggregation to FedAvg or a strategy like it."""
     function = getattr(strategy, f"{kind}_metrics_aggr_fn", None)
     return function is not None and getattr(function, "__name__", "") != "aggregate_metricrecords"
 
 
 class ShardGrid(ForwardingGrid):
-    """What the inner strategy sees: k nodes, numbered as the shards. Nothing can be sent through it."""
+    """The grid that the wrapped strategy sees: its k nodes are the shards, and it refuses to send messages."""
 
     def __init__(self, k: int, grid: Grid) -> None:
         super().__init__(grid)
@@ -120,36 +120,40 @@ class ShardGrid(ForwardingGrid):
         self._questions = 0
 
     def get_node_ids(self) -> Iterable[int]:
-        """The shards."""
+        """Returns the k shard ids as node ids.
+
+        Raises:
+            IncompatibleStrategy: The strategy keeps asking, which means that it waits for more than k nodes.
+        """
         self._questions += 1
         if self._questions > _MAX_QUESTIONS:
             raise IncompatibleStrategy(
-                f"The inner strategy keeps waiting for more nodes than the k={self._k} shards that it sees. Lower its "
-                "bounds, or use a code with more shards."
+                f"The wrapped strategy keeps waiting for more nodes than the k={self._k} shards that it sees. Lower "
+                "its bounds, or use a code with more shards."
             )
         return list(range(self._k))
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Refuse."""
+        """Refuse to send messages."""
         raise IncompatibleStrategy(
-            "The inner strategy tried to send messages by itself. Under GradientCoding the wrapper sends; return "
+            "The wrapped strategy tried to send messages by itself. Under GradientCoding the wrapper sends; return "
             "them from configure_train() and configure_evaluate()."
         )
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Refuse."""
+        """Refuse to fetch messages."""
         return self.push_messages([])  # type: ignore[return-value]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Refuse."""
+        """Refuse to send messages."""
         return list(self.push_messages(messages))  # type: ignore[arg-type]
 
 
 def common_content(drafts: Sequence[Message]) -> RecordDict:
-    """The content that all of the inner strategy's messages share.
+    """Returns the content that all messages of the wrapped strategy share.
 
     Raises:
-        IncompatibleStrategy: Contents differ between shards: a worker trains several shards from one message.
+        IncompatibleStrategy: The contents differ between shards, but a worker trains several shards from one message.
     """
     first = drafts[0].content
     for draft in drafts[1:]:
@@ -158,7 +162,7 @@ def common_content(drafts: Sequence[Message]) -> RecordDict:
         )
         if not same:
             raise IncompatibleStrategy(
-                f"The inner strategy sends other content to shard {draft.metadata.dst_node_id} than to shard "
+                f"The wrapped strategy sends other content to shard {draft.metadata.dst_node_id} than to shard "
                 f"{drafts[0].metadata.dst_node_id}. A worker trains several shards from one message, so all must get "
                 "the same; let clients choose by server-round or partition-id instead."
             )
@@ -166,10 +170,10 @@ def common_content(drafts: Sequence[Message]) -> RecordDict:
 
 
 def arrays_key_of(strategy: Strategy, content: RecordDict) -> str:
-    """Name of the ArrayRecord that training starts from.
+    """Returns the name of the ArrayRecord that training starts from.
 
     Raises:
-        IncompatibleStrategy: There is none, or it cannot be told which.
+        IncompatibleStrategy: There is no ArrayRecord, or several and it is not clear which one is meant.
     """
     names = [key for key, record in content.items() if isinstance(record, ArrayRecord)]
     if len(names) == 1:
@@ -178,7 +182,7 @@ def arrays_key_of(strategy: Strategy, content: RecordDict) -> str:
     if preferred in names:
         return str(preferred)
     raise IncompatibleStrategy(
-        f"The inner strategy sends {len(names)} ArrayRecords ({', '.join(names) or 'none'}); an update is the "
+        f"The wrapped strategy sends {len(names)} ArrayRecords ({', '.join(names) or 'none'}); an update is the "
         "difference to exactly one."
     )
 
@@ -186,7 +190,7 @@ def arrays_key_of(strategy: Strategy, content: RecordDict) -> str:
 def aggregate(
     strategy: Strategy, draft: Message, server_round: int, decoded: Decoded
 ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-    """What the inner strategy makes of the decoded mean, given to it as one ordinary reply to `draft`."""
+    """Returns what the wrapped strategy makes of the decoded mean, given to it as one ordinary reply to `draft`."""
     arrays_name, metrics_name = decoded.names
     content = RecordDict({metrics_name: decoded.metrics})
     if decoded.arrays is None:
