@@ -7,7 +7,6 @@ each function names.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -26,9 +25,8 @@ from .laws import (
     pareto,
     shifted_exponential,
 )
-from .traces import read_table
 
-__all__ = ["POPULATIONS", "link_seconds", "named", "phone_scores", "phones", "serverless", "virtual_machines"]
+__all__ = ["POPULATIONS", "named", "phones", "serverless", "virtual_machines"]
 
 # Single-precision CPU score of 333 phones of AI-Benchmark, as FLASH (Yang et al., "Characterizing impacts of
 # heterogeneity in federated learning upon large-scale smartphone data", WWW 2021) publishes it: quantiles 0.05,
@@ -70,8 +68,8 @@ def phones(compute: float = 0.8, *, scores: ArrayLike | None = None, links: Arra
 
     Args:
         compute: Share of a median phone's second that is compute.
-        scores: CPU scores of devices, shape (devices,); by default quantiles of 333 phones. See `phone_scores`.
-        links: Seconds for a megabyte down and one up, shape (links,); by default quantiles of 19. See `link_seconds`.
+        scores: CPU scores of devices, shape (devices,); by default quantiles of 333 phones.
+        links: Seconds for a megabyte down and one up, shape (links,); by default quantiles of 19.
     """
     table = np.asarray(_PHONE_SCORES if scores is None else scores, dtype=np.float64)
     if not table.size or not (np.isfinite(table) & (table > 0)).all():
@@ -83,31 +81,6 @@ def phones(compute: float = 0.8, *, scores: ArrayLike | None = None, links: Arra
         np.asarray(_LINK_SECONDS if links is None else links, float) / 2, name="links"
     )  # of one megabyte, either way
     return Latency(fixed=1 - compute, compute=speed, transfer=link, slowdown=lognormal(1.0, 0.1))
-
-
-def phone_scores(path: str | Path) -> list[float]:
-    """The column CPU_F_AI_Score of FLASH's table of phones, a .csv file."""
-    return _column(path, "CPU_F_AI_Score")
-
-
-def link_seconds(path: str | Path) -> list[float]:
-    """Seconds for a megabyte down and one up, from down_mean_kBps and up_mean_kBps of FLASH's table of links."""
-    both = zip(_column(path, "down_mean_kBps"), _column(path, "up_mean_kBps"), strict=True)
-    return [1000 / down + 1000 / up for down, up in both]
-
-
-def _column(path: str | Path, name: str) -> list[float]:
-    header, rows = read_table(path)
-    file = Path(path).name
-    if name not in header:
-        raise InvalidSetting(f"{file} has no column {name}; it has {', '.join(header) or 'none'}.")
-    try:
-        values = [float(row[header.index(name)]) for row in rows]
-    except (ValueError, IndexError) as error:
-        raise InvalidSetting(f"{file}: a {name} is no number ({error}).") from error
-    if not all(0 < value < float("inf") for value in values):
-        raise InvalidSetting(f"{file}: every {name} must be above 0.")
-    return values
 
 
 def _split(law: Law, compute: float) -> Latency:

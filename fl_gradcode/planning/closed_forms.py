@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaln, lambertw
+from scipy.special import lambertw
 
 from ..errors import InvalidSetting
 from ..latency import Latency, Marginal
@@ -24,7 +24,6 @@ __all__ = [
     "harmonic",
     "idle_distribution",
     "idle_mean",
-    "pareto_seconds",
 ]
 
 _OCTAVES = 400
@@ -44,18 +43,6 @@ def exponential_seconds(n: int, v: int, *, mean: float = 1.0, shift: float = 0.0
     """
     _check(n, v)
     return shift + mean * (harmonic(n) - harmonic(n - v))
-
-
-def pareto_seconds(n: int, v: int, *, alpha: float, minimum: float = 1.0) -> float:
-    """Expected time of the v-th of n answers under a Pareto law; infinite if alpha (n - v + 1) <= 1.
-
-    x_m G(n+1) G(n-v+1-1/alpha) / (G(n-v+1) G(n+1-1/alpha)), G the gamma function.
-    """
-    _check(n, v)
-    if alpha * (n - v + 1) <= 1:
-        return float("inf")
-    logs = gammaln(n + 1) + gammaln(n - v + 1 - 1 / alpha) - gammaln(n - v + 1) - gammaln(n + 1 - 1 / alpha)
-    return float(minimum * np.exp(logs))
 
 
 def coded_matvec_seconds(n: int, k: int, *, mu: float = 1.0) -> float:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 import fl_gradcode
 from fl_gradcode.errors import InvalidSetting
 from fl_gradcode.latency import Latency, Law
-from fl_gradcode.latency.populations import POPULATIONS, named, phone_scores, phones, serverless, virtual_machines
+from fl_gradcode.latency.populations import POPULATIONS, named, phones, serverless, virtual_machines
 
 TRACES = Path(fl_gradcode.__file__).parents[2] / "shared" / "data" / "traces"
 real = pytest.mark.skipif(not TRACES.is_dir(), reason="the measured tables are not here")
@@ -123,9 +123,14 @@ def test_the_spread_of_phones_is_that_of_their_scores() -> None:
     assert np.quantile(pace, 0.07) < 1548 / 3414 < np.quantile(pace, 0.13)
 
 
+def published_scores() -> list[float]:
+    with (TRACES / "flash_ai_benchmark_phones.csv").open(newline="") as lines:
+        return [float(row["CPU_F_AI_Score"]) for row in csv.DictReader(lines)]
+
+
 @real
 def test_quantiles_of_phones_are_those_of_the_table() -> None:
-    scores = np.array(phone_scores(TRACES / "flash_ai_benchmark_phones.csv"))
+    scores = np.array(published_scores())
     assert len(scores) == 333 and scores.max() / scores.min() == pytest.approx(41, rel=0.02)
     assert np.quantile(scores, [0.1, 0.5, 0.9]) == pytest.approx([274, 1548, 3414], rel=0.01)
     ours = phones().compute, phones(scores=scores).compute
@@ -137,7 +142,7 @@ def test_quantiles_of_phones_are_those_of_the_table() -> None:
 
 @real
 def test_the_stored_scores_are_quantiles_of_the_table() -> None:
-    scores = phone_scores(TRACES / "flash_ai_benchmark_phones.csv")
+    scores = published_scores()
     law = phones(1.0).compute
     assert isinstance(law, Law) and law.marginal is not None
     stored = 1548 / np.array(law.marginal(0).atoms)[::-1]
@@ -162,25 +167,10 @@ def test_links_of_phones_are_those_of_the_table() -> None:
     assert stored == pytest.approx(np.quantile(measured, np.arange(0.05, 1.0, 0.1)), rel=0.02)
 
 
-def test_a_table_without_scores_is_refused_by_its_columns(tmp_path: Path) -> None:
-    (tmp_path / "speeds.csv").write_text("device,down_mean_kBps\nA,500\n")
-    with pytest.raises(
-        InvalidSetting, match=r"^speeds\.csv has no column CPU_F_AI_Score; it has device, down_mean_kBps\.$"
-    ):
-        phone_scores(tmp_path / "speeds.csv")
-
-
-def test_a_score_that_is_no_number_is_refused(tmp_path: Path) -> None:
-    for text in ("Model,CPU_F_AI_Score\nA,1500\nB,fast\n", "Model,CPU_F_AI_Score\nA,1500\nB\n"):
-        (tmp_path / "phones.csv").write_text(text)
-        with pytest.raises(InvalidSetting, match=r"^phones\.csv: a CPU_F_AI_Score is no number \("):
-            phone_scores(tmp_path / "phones.csv")
-    (tmp_path / "phones.csv").write_text("1,2\n")
-    with pytest.raises(InvalidSetting, match=r"^phones\.csv has no column CPU_F_AI_Score; it has none\.$"):
-        phone_scores(tmp_path / "phones.csv")
-    for wrong in ([], [1.0, 0.0], [1.0, np.nan], [-2.0]):
-        with pytest.raises(InvalidSetting, match=r"^Scores of devices must be finite numbers above 0\.$"):
-            phones(scores=wrong)
+@pytest.mark.parametrize("wrong", [[], [1.0, 0.0], [1.0, np.nan], [-2.0]])
+def test_scores_that_are_no_numbers_above_zero_are_refused(wrong: list[float]) -> None:
+    with pytest.raises(InvalidSetting, match=r"^Scores of devices must be finite numbers above 0\.$"):
+        phones(scores=wrong)
 
 
 # All of them.

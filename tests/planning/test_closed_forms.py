@@ -39,7 +39,6 @@ from fl_gradcode.planning.closed_forms import (
     harmonic,
     idle_distribution,
     idle_mean,
-    pareto_seconds,
 )
 from fl_gradcode.planning.schemes import (
     Scheme,
@@ -211,7 +210,6 @@ def test_repetition_under_exponentials_is_the_last_of_the_groups(n: int, s: int)
 def test_pareto_order_statistics_are_the_gamma_formula(alpha: float, v: int) -> None:
     gamma = math.gamma
     formula = 2 * gamma(N + 1) * gamma(N - v + 1 - 1 / alpha) / (gamma(N - v + 1) * gamma(N + 1 - 1 / alpha))
-    assert pareto_seconds(N, v, alpha=alpha, minimum=2.0) == pytest.approx(formula)
     # Another way: X_(v) = U_(n-v+1)^(-1/alpha), and a uniform order statistic is a Beta variable.
     beta = stats.beta(N - v + 1, v)
     assert 2 * beta.expect(lambda u: u ** (-1 / alpha)) == pytest.approx(formula, rel=1e-4)
@@ -232,7 +230,6 @@ def test_repetition_under_pareto_is_the_gamma_formula(alpha: float, s: int) -> N
 )
 def test_a_mean_that_is_infinite_is_said_to_be(scheme: Scheme, alpha: float) -> None:
     assert idle_mean(scheme, Latency(fixed=pareto(alpha))) == math.inf
-    assert pareto_seconds(N, N, alpha=min(alpha, 1.0)) == math.inf
 
 
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 1.0])
