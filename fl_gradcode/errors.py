@@ -1,4 +1,4 @@
-"""What can go wrong, as one small tree of exceptions.
+"""The exceptions of this library, as one small tree.
 
     FlGradcodeError
     ├── InvalidCode         (ValueError)    a code, worker or survivor set that makes no sense
@@ -6,13 +6,13 @@
     ├── Overflow            (OverflowError) numbers too large for a code's fixed point
     ├── IncompatibleStrategy (TypeError)    a Flower strategy that cannot work on a decoded reply
     ├── UnsuitableApp       (RuntimeError)  the clients' app breaks the contract, or lacks the mod
-    │   └── VersionMismatch (RuntimeError)  server and client have versions that do not understand each other
-    ├── ShardMismatch       (ValueError)    a node's data are not what a manifest says
+    │   └── VersionMismatch (RuntimeError)  server and client have incompatible versions
+    ├── ShardMismatch       (ValueError)    a node's data differ from a manifest
     ├── InvalidSetting      (ValueError)    an option or a path that cannot be used
     ├── PrivacyRefused      (RuntimeError)  a client's privacy rules forbid the answer
-    └── RoundFailed         (RuntimeError)  a round that must decode did not, or the nodes do not fit
+    └── RoundFailed         (RuntimeError)  a round that must decode did not, or the nodes do not fit the code
 
-Each is also the builtin type that a caller would expect.
+Each class also derives from the builtin exception that a caller would expect.
 """
 
 from typing import ClassVar
@@ -33,10 +33,10 @@ __all__ = [
 
 
 class FlGradcodeError(Exception):
-    """Any error that this library raises on purpose.
+    """Base class of all errors that this library raises on purpose.
 
     Attributes:
-        kind: What the server calls a reply that was refused by such an error; see `protocol.Rejection`.
+        kind: Kind of the rejection that the server records if a node answers with this error; see `protocol.Rejection`.
     """
 
     kind: ClassVar[str] = "error"
@@ -67,13 +67,13 @@ class UnsuitableApp(FlGradcodeError, RuntimeError):
 
 
 class VersionMismatch(UnsuitableApp):
-    """Server and client have versions of this library that do not understand each other."""
+    """Server and client have incompatible versions of this library."""
 
     kind = "version"
 
 
 class ShardMismatch(FlGradcodeError, ValueError):
-    """A node does not hold what it is asked for, or holds other data than a manifest says."""
+    """A node does not hold a requested shard, or its data differ from a manifest."""
 
     kind = "shard-mismatch"
 
@@ -91,4 +91,4 @@ class PrivacyRefused(FlGradcodeError, RuntimeError):
 
 
 class RoundFailed(FlGradcodeError, RuntimeError):
-    """A round that must decode did not, or the nodes that are there do not fit the code."""
+    """A round that must decode did not, or the connected nodes do not fit the code."""

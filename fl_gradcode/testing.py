@@ -1,9 +1,9 @@
-"""For tests and experiments: a grid that runs a ClientApp in this process, and a clock that is set by hand.
+"""Tools for tests and experiments: a grid that runs a ClientApp in this process, and a clock that is set by hand.
 
     with InProcessGrid(app, num_nodes=6) as grid:
         result = FedAvg().start(grid, arrays, num_rounds=3)
 
-`inside_a_run` makes it possible to build a `Message` outside of Flower's engines; the grid enters it by itself.
+`inside_a_run` allows a `Message` to be built outside of Flower's engines. The grid enters it by itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .grid import Arrival, ArrivalSource, ForwardingGrid
 
 __all__ = ["InProcessGrid", "ManualClock", "inside_a_run"]
 
-_RAISED = 2  # Flower's code of an exception in the ClientApp
+_RAISED = 2  # Flower's error code for an exception in the ClientApp
 
 
 class ManualClock:
@@ -34,27 +34,27 @@ class ManualClock:
         self._seconds = start
 
     def __call__(self) -> float:
-        """The time, in seconds."""
+        """Returns the time in seconds."""
         return self._seconds
 
     def advance(self, seconds: float) -> None:
-        """Let time pass."""
+        """Advance the clock by a number of seconds."""
         self._seconds += seconds
 
 
 class InProcessGrid(Grid, ArrivalSource):
     """A Flower grid whose nodes run in this process, one after another, when their replies are pulled.
 
-    No time passes in it: replies arrive in the order of the messages. Use it as a context manager. Each node keeps
-    its own `Context`, so `context.state` lasts over rounds.
+    Its clock always shows 0, and replies arrive in the order of the messages. Use the grid as a context manager. Each
+    node keeps its own `Context`, so `context.state` lasts over rounds.
 
     Args:
-        app: The ClientApp.
-        num_nodes: Number of nodes. Node ids are shuffled large numbers, as in the real engines.
-        run_config: What `context.run_config` holds.
-        node_config: partition-id -> `context.node_config`; by default partition-id and num-partitions.
-        tamper: (worker, message, reply) -> the reply that the server gets, for tests of bad replies.
-        seed: Of the node ids.
+        app: The ClientApp that all nodes run.
+        num_nodes: Number of nodes. Node ids are large numbers in random order, as in the real engines.
+        run_config: Contents of `context.run_config`.
+        node_config: Function partition-id -> `context.node_config`; by default partition-id and num-partitions.
+        tamper: Function (worker, message, reply) -> the reply that the server gets, for tests of bad replies.
+        seed: Seed of the node ids.
     """
 
     immediate = False
@@ -73,7 +73,7 @@ class InProcessGrid(Grid, ArrivalSource):
         super().__init__()
         self.app = app
         self.tamper = tamper
-        #: Number of messages that nodes have worked off, by worker.
+        #: Number of messages that each worker has handled.
         self.calls = [0] * num_nodes
         config = node_config or (lambda i: {"partition-id": i, "num-partitions": num_nodes})
         ids = np.random.default_rng(seed).choice(2**31, size=num_nodes, replace=False) + 2**32
@@ -88,7 +88,7 @@ class InProcessGrid(Grid, ArrivalSource):
         self._stack = ExitStack()
 
     def __enter__(self) -> InProcessGrid:
-        """Pretend to be inside a Flower run."""
+        """Enter the pretended Flower run in which messages can be built; returns the grid."""
         self._stack.enter_context(inside_a_run())
         return self
 
@@ -99,25 +99,25 @@ class InProcessGrid(Grid, ArrivalSource):
         self._stack.close()
 
     def known_workers(self) -> dict[int, int]:
-        """Node -> worker."""
+        """Returns node -> worker of all nodes."""
         return dict(self._worker)
 
     def set_run(self, run: object) -> None:
-        """There is one run only."""
+        """Do nothing, because the grid has one run only."""
 
     @property
     def run(self) -> Any:
-        """A stand-in with a `run_id`."""
+        """A stand-in for Flower's run, with a `run_id`."""
         return SimpleNamespace(run_id=1)
 
-    create_message = ForwardingGrid.create_message  # it looks at its arguments alone
+    create_message = ForwardingGrid.create_message  # uses nothing of `self`
 
     def get_node_ids(self) -> Iterable[int]:
-        """All nodes, in an order that says nothing."""
+        """Returns all nodes, sorted by id, which says nothing about their worker numbers."""
         return sorted(self._worker)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Store messages; nothing runs yet."""
+        """Store messages without running anything; returns their ids."""
         ids = []
         for message in messages:
             message_id = f"message-{next(self._ids)}"
@@ -127,24 +127,24 @@ class InProcessGrid(Grid, ArrivalSource):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Run the nodes that these messages were sent to; their replies."""
+        """Run the nodes that these messages were sent to, and return their replies."""
         messages = [self._pending.pop(i, None) for i in message_ids]
         return [self._answer(message) for message in messages if message is not None]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Run everybody at once; the timeout does not matter, since nobody waits."""
+        """Run all nodes at once and return their replies; the timeout is ignored, because nothing waits."""
         return list(self.pull_messages(self.push_messages(list(messages))))
 
     def now(self) -> float:
-        """Always 0."""
+        """Returns 0.0, because no time passes in this grid."""
         return 0.0
 
     def push(self, messages: Sequence[Message]) -> list[str | None]:
-        """Store messages; their ids are the tokens."""
+        """Store messages without running anything; returns their ids as tokens."""
         return [*self.push_messages(messages)]
 
     def next_arrival(self, deadline: float | None) -> Arrival | None:
-        """The oldest message that was not reported yet; None if there is none."""
+        """Returns an arrival for the oldest message that was not reported yet, or None if there is none."""
         for token, message in self._pending.items():
             if token not in self._reported:
                 self._reported.add(token)
@@ -152,11 +152,11 @@ class InProcessGrid(Grid, ArrivalSource):
         return None
 
     def fetch(self, arrivals: Sequence[Arrival]) -> list[Message | None]:
-        """Run the nodes."""
+        """Run the nodes behind these arrivals, and return their replies."""
         return list(self.pull_messages([arrival.token for arrival in arrivals]))
 
     def forget(self, token: str) -> None:
-        """Drop the message."""
+        """Drop the message, so that it never runs."""
         self._pending.pop(token, None)
 
     def _answer(self, message: Message) -> Message:
@@ -165,6 +165,6 @@ class InProcessGrid(Grid, ArrivalSource):
         self.calls[worker] += 1
         try:
             reply = self.app(message, self._contexts[node])
-        except Exception as error:  # as Flower's engines do: the reason travels in an error reply
+        except Exception as error:  # Flower's engines also turn an exception into an error reply
             reply = Message(Error(_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
         return reply if self.tamper is None else self.tamper(worker, message, reply)

@@ -1,4 +1,4 @@
-"""The client's side of placement: what this node holds, and whether it is what the server's manifest says."""
+"""Reads which shards a node holds from its node config, and checks them against the server's manifest."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ SHARDS_DIR, SHARDS = "shards-dir", "shards"
 
 
 def held_by(node_config: Mapping[str, Any]) -> dict[int, str] | None:
-    """Shard -> SHA-256 of its data (empty: not known) of what the node says it holds; None: it does not say.
+    """Returns shard -> SHA-256 of its data for the shards in the node config, or None if the config names none.
+
+    The SHA-256 is empty if it is not known.
 
     Raises:
-        InvalidSetting: It says it in a form that cannot be read.
+        InvalidSetting: The node config cannot be read.
     """
     folder, listed = node_config.get(SHARDS_DIR), node_config.get(SHARDS)
     if folder:
@@ -37,22 +39,24 @@ def held_by(node_config: Mapping[str, Any]) -> dict[int, str] | None:
 
 
 def told_by(node_config: Mapping[str, Any]) -> tuple[tuple[int, str], ...]:
-    """What a reply says of that; empty if the node does not say.
+    """Returns the (shard, SHA-256) pairs that a reply reports; empty if the node config names no shards.
 
-    A node with privacy tells no SHA-256 of its data: whoever knows all records but one could find that one by it.
+    A node with privacy settings withholds the SHA-256 of its data. Somebody who knows all records but one could
+    otherwise use it to find the last one.
     """
     held = held_by(node_config) or {}
     return tuple(sorted(dict.fromkeys(held, WITHHELD).items() if _is_private(node_config) else held.items()))
 
 
 def refuse_other_shards(plan: Plan, worker: int, node_config: Mapping[str, Any]) -> None:
-    """Refuse to train on data that are not what the server takes them for.
+    """Refuse to train on data that differ from what the server expects.
 
-    The bytes of a folder are compared with its manifest, and the manifest with the server's, where there is one; not
-    so by a node with privacy, whose refusal would tell the server whether it guessed the records right.
+    The files of a folder are compared with the folder's manifest, and that manifest with the server's if there is one.
+    A node with privacy settings skips the second check, because a refusal would tell the server whether it guessed the
+    records right.
 
     Raises:
-        ShardMismatch: The node does not hold what it is asked for, or holds something else under its number.
+        ShardMismatch: The node does not hold a requested shard, or holds other data under its number.
     """
     held, private = held_by(node_config), _is_private(node_config)
     for shard in plan.rows[worker].shards:
@@ -78,7 +82,7 @@ def refuse_other_shards(plan: Plan, worker: int, node_config: Mapping[str, Any])
         if wanted and held[shard] != wanted and not private:
             raise ShardMismatch(
                 f"Shard {shard} of this node has other data than the server's manifest says (SHA-256 "
-                f"{held[shard][:12]}..., not {wanted[:12]}...): fetch the folder node-{worker} anew, and verify it by "
+                f"{held[shard][:12]}..., not {wanted[:12]}...): fetch the folder node-{worker} again, and verify it by "
                 f"fl-gradcode place --check {folder}."
             )
         if folder:

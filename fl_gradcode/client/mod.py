@@ -1,4 +1,4 @@
-"""The client half of a coded round: one call of the app's `train()` for each shard, one coded reply."""
+"""The client half of a coded round: it calls the app's `train()` once for each shard and sends one coded reply."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ __all__ = ["RecordingConfig", "gradient_coding_mod"]
 
 
 class RecordingConfig(dict[str, Any]):
-    """A node_config that notices whether `partition-id` is read, one by one or all at once."""
+    """A node_config that records whether `partition-id` is read, by its key or with all other values."""
 
     was_read = False
 
@@ -64,7 +64,7 @@ class RecordingConfig(dict[str, Any]):
         return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """As dict.get."""
+        """Returns the same as `dict.get`."""
         self.was_read |= key == PARTITION_ID
         return super().get(key, default)
 
@@ -72,36 +72,36 @@ class RecordingConfig(dict[str, Any]):
         return super().__iter__()
 
     def keys(self) -> Any:
-        """As dict.keys; the values are read one by one."""
+        """Returns the same as `dict.keys`, which does not read values."""
         return super().keys()
 
     def values(self) -> Any:
-        """As dict.values."""
+        """Returns the same as `dict.values`."""
         self.was_read = True
         return super().values()
 
     def items(self) -> Any:
-        """As dict.items."""
+        """Returns the same as `dict.items`."""
         self.was_read = True
         return super().items()
 
     def copy(self) -> Any:
-        """A plain copy."""
+        """Returns a plain dict that records nothing."""
         self.was_read = True
         return super().copy()
 
     def pop(self, *args: Any) -> Any:
-        """As dict.pop."""
+        """Returns the same as `dict.pop`."""
         self.was_read = True
         return super().pop(*args)
 
     def setdefault(self, *args: Any) -> Any:
-        """As dict.setdefault."""
+        """Returns the same as `dict.setdefault`."""
         self.was_read = True
         return super().setdefault(*args)
 
     def popitem(self) -> Any:
-        """As dict.popitem."""
+        """Returns the same as `dict.popitem`."""
         self.was_read = True
         return super().popitem()
 
@@ -117,29 +117,29 @@ _Call = Callable[[Message, Context], Message]
 
 
 def gradient_coding_mod(message: Message, context: Context, call_next: _Call) -> Message:
-    """Flower mod for the clients of a `GradientCoding` strategy.
+    """Answers the messages of a `GradientCoding` strategy, as a Flower mod of the client's app.
 
     Add it to the app and leave `train()` and `evaluate()` as they are:
 
         app = ClientApp(mods=[gradient_coding_mod])
 
-    The functions are called once for each shard that this node holds. They choose their data by
-    `context.node_config["partition-id"]`, and their result may depend on nothing but the message, the shard
-    and the seeded generators, since all holders of a shard must compute the same update. `context.state` is
-    the shard's own. A message without a plan, as plain strategies send it, passes through unchanged.
+    The functions are called once for each shard that this node is asked for. They choose their data by
+    `context.node_config["partition-id"]`. All holders of a shard must compute the same update, so the result may depend
+    on nothing but the message, the shard and the seeded generators. Each shard has its own `context.state`. A message
+    without a plan, as plain strategies send it, passes through unchanged.
 
     Flower's privacy mods (`fixedclipping_mod`, `adaptiveclipping_mod`, `LocalDpMod`) are refused, before and after this
-    one: a coded reply has no model arrays to clip, and each holder of a shard would add other noise to it.
+    one. A coded reply has no model arrays to clip, and each holder of a shard would add different noise to it.
 
     Raises:
-        UnsuitableApp: This node has no `partition-id`, or one that the plan does not know, or the function's
-            reply cannot be coded, or lacks the privacy that the server promises. Flower sends it to the server as an
+        UnsuitableApp: This node has no `partition-id`, or one that the plan does not contain, or the function's reply
+            cannot be coded or lacks the privacy that the server promises. Flower sends the error to the server as an
             error reply.
         PrivacyRefused: This node has a `max-epsilon`, and is asked for an update without noise.
     """
     try:
         return _answered(message, context, call_next)
-    except (ShardMismatch, VersionMismatch) as error:  # the server cannot tell who it is that refuses
+    except (ShardMismatch, VersionMismatch) as error:  # an error reply does not name its worker, so the text does
         raise with_kind(error, f"Worker {context.node_config.get(PARTITION_ID)}: {error}") from None
     except FlGradcodeError as error:
         raise with_kind(error) from error
@@ -167,7 +167,7 @@ def _answered(message: Message, context: Context, call_next: _Call) -> Message:
 
 
 class _CodedCall:
-    """One message, worked off shard by shard."""
+    """Works on one message, shard by shard."""
 
     def __init__(self, plan: Plan, content: RecordDict, message: Message, context: Context, call_next: _Call) -> None:
         self.plan, self.content, self.message = plan, content, message
@@ -183,13 +183,13 @@ class _CodedCall:
         self.privacy = privacy_from_json(plan.privacy) if plan.privacy and plan.arrays_key else None
         self.encoder = _Encoder(plan, self.privacy)
         self.seconds: list[float] = []
-        self.arrays: dict[str, dict[str, Array]] = {}  # as they came
-        self.given: dict[str, ArrayRecord] = {}  # what the user's function gets
+        self.arrays: dict[str, dict[str, Array]] = {}  # record name -> arrays as received
+        self.given: dict[str, ArrayRecord] = {}  # record name -> the record passed to the user's function
         self.stateful = False
         self.fixed_data = False
 
     def run(self) -> Message:
-        """Returns the reply: the coded sum over the shards of this worker's row, or why there is none."""
+        """Returns the reply, which holds the coded sum over the shards of this worker's row or says why it does not."""
         row = self.plan.rows.get(self.worker)
         if row is None or not row.shards or self._holds_others(row):
             return self._answer("idle")
@@ -205,7 +205,7 @@ class _CodedCall:
                 if self.plan.arrays_key:
                     return self._answer("fixed-data")
                 self.fixed_data = True  # evaluating on one common test set is fine; the server warns
-            content = RecordDict({**reply.content})  # ours, to be emptied: nothing is there twice for long
+            content = RecordDict({**reply.content})  # a shallow copy that is emptied to free large arrays early
             del reply
             try:
                 before = self.arrays[self.plan.arrays_key] if self.plan.arrays_key else None
@@ -216,7 +216,10 @@ class _CodedCall:
         return self._answer("coded", row.shards)
 
     def _holds_others(self, row: Row) -> bool:
-        """Whether the node no longer holds what an open plan asks for: it says what it does, and the code follows."""
+        """Returns whether the node no longer holds a shard that an open plan asks for.
+
+        The reply then reports what the node holds, and the server rebuilds the code.
+        """
         held = held_by(self.context.node_config) if self.plan.open else None
         return held is not None and not held.keys() >= {*row.shards}
 
@@ -232,7 +235,7 @@ class _CodedCall:
             self.context.series_id,
         )
         message = copy(self.message)
-        # The user's function may change what it is given: the next shard needs it as it came.
+        # The user's function may change its message, but the next shard needs it as received.
         message.content = RecordDict({key: self._as_it_came(key, record) for key, record in self.content.items()})
         if isinstance(self.privacy, DPSGD):
             plan, (holders, earlier) = self.plan, self.plan.releases[shard]
@@ -247,7 +250,10 @@ class _CodedCall:
         return reply, node_config.was_read
 
     def _as_it_came(self, key: str, record: Any) -> Any:
-        """A copy; of arrays one for all shards, anew only if a call changed it: copying many arrays takes time."""
+        """Returns a copy of a record as received.
+
+        Copying many arrays takes time, so all shards share one copy of an ArrayRecord until a call changes it.
+        """
         if not isinstance(record, ArrayRecord):
             values = {name: list(value) if isinstance(value, list) else value for name, value in record.items()}
             return type(record)(values)
@@ -283,15 +289,15 @@ class _CodedCall:
 
 @dataclass(frozen=True)
 class _ShardResult:
-    """What `train()` or `evaluate()` made of one shard.
+    """The result of `train()` or `evaluate()` for one shard.
 
     Attributes:
-        shard: Its number.
+        shard: Number of the shard.
         names: The user's names of the ArrayRecord (empty when evaluating) and the MetricRecord.
         layout: Names, dtypes and shapes of the arrays.
-        update: What training added to the arrays, shape (d,); empty when evaluating.
-        metrics: All of them, as returned.
-        spent: What private training says of it; None without.
+        update: Difference of the arrays after and before training, shape (d,); empty when evaluating.
+        metrics: All metrics, as returned.
+        spent: Privacy that training has spent; None without private training.
     """
 
     shard: int
@@ -305,14 +311,15 @@ class _ShardResult:
 def _read_reply(
     content: RecordDict, plan: Plan, shard: int, before: dict[str, Array] | None, privacy: Privacy | None
 ) -> _ShardResult:
-    """Returns what the app's reply says; its content is emptied, so that nothing large is there twice.
+    """Returns the result in the app's reply, and removes its arrays from `content` to save memory.
 
     Args:
-        content: Of the reply.
-        plan: What was asked.
-        shard: Which shard it is about.
+        content: Content of the reply.
+        plan: Plan of the phase.
+        shard: Number of the shard.
         before: The arrays that training started from; None when evaluating.
-        privacy: What training has to promise. Without the record of private training no update leaves.
+        privacy: The privacy promise that training has to keep. Under `DPSGD`, a reply without the record of private
+            training is refused.
 
     Raises:
         ValueError: The reply cannot be coded.
@@ -337,9 +344,10 @@ def _read_reply(
 
 
 def _protected(result: _ShardResult, plan: Plan, privacy: Privacy | None) -> _ShardResult:
-    """Returns what may leave of a result: under a privacy promise no metric but the weight, and updates clipped.
+    """Returns the part of a result that may leave the node under the privacy promise.
 
-    Metrics of training tell of the data. Under `CentralNoise` each shard weighs the same, which is public.
+    Training metrics reveal something about the data, so only the weight is kept. Under `CentralNoise`, the update is
+    clipped and each shard has the same, public weight.
     """
     if privacy is None:
         return result
@@ -351,22 +359,24 @@ def _protected(result: _ShardResult, plan: Plan, privacy: Privacy | None) -> _Sh
 
 
 class _Encoder:
-    """The coded sum of shards' results, which all have the same layout.
+    """Computes the coded sum of the shards' results, which must all have the same layout.
 
     Args:
-        plan: What was asked.
-        privacy: What training has to promise.
+        plan: Plan of the phase.
+        privacy: The privacy promise that training has to keep.
 
     Attributes:
-        layout, metrics_layout, names: Of the results; None, and empty, before the first.
-        sketches: A few numbers for each shard in which holders that disagree differ.
-        spent: With privacy, for each shard what was spent on it.
+        layout: Layout of the arrays; None before the first result.
+        metrics_layout: Layout of the metrics; None before the first result.
+        names: The user's names of the two records; empty before the first result.
+        sketches: A few numbers for each shard, by which the server compares the holders of a shard.
+        spent: With private training, the privacy spent on each shard.
     """
 
     def __init__(self, plan: Plan, privacy: Privacy | None) -> None:
         self._plan = plan
         self._encoding = payload_encoding(plan.fraction_bits, plan.k)
-        # Noise that each holder draws for itself makes their updates differ: there is nothing to compare.
+        # With independent noise, the holders' updates differ by design, so there is nothing to compare.
         self._compares = not (isinstance(privacy, DPSGD) and privacy.noise == "independent")
         self.layout: Layout | None = None
         self.metrics_layout: MetricsLayout | None = None
@@ -377,11 +387,11 @@ class _Encoder:
         self._metrics: NDArray[Any] | None = None
 
     def add(self, result: _ShardResult, coefficients: tuple[float, ...]) -> None:
-        """Add one shard's weighted update, weight and weighted metrics. The update may be overwritten.
+        """Add one shard's weighted update, weight and weighted metrics; the update may be overwritten.
 
         Raises:
-            ValueError: Its layout is another than that of the shards before.
-            Overflow: It does not fit the fixed point.
+            ValueError: The layout differs from that of the shards before.
+            Overflow: The update or a metric does not fit the fixed point.
         """
         if result.spent is not None:
             spent = result.spent
@@ -391,11 +401,11 @@ class _Encoder:
         sketch: tuple[float, ...] | None = None
         if self._plan.arrays_key:
             update = result.update
-            with np.errstate(all="ignore"):  # the server rejects what is not finite, and says so
+            with np.errstate(all="ignore"):  # the server rejects an update that is not finite, and says why
                 update *= update.dtype.type(metrics[0])
             self._update, sketch = self._encoding.add_update(self._update, update, coefficients)
-        # All in the first of the m blocks: they are few, and one that differs between holders (seconds, say) or is NaN
-        # must not get into the weight, which would share an entry with it.
+        # All metrics go into the first of the m blocks, because there are few of them. In several blocks the weight
+        # would share an entry with a metric, which may be NaN or differ between holders (seconds, for example).
         self._metrics = self._encoding.add_metrics(self._metrics, metrics, coefficients[:1])
         whole = self._encoding.with_metrics(sketch, metrics)
         if whole is not None and self._compares:
@@ -407,7 +417,7 @@ class _Encoder:
             return
         if result.layout != self.layout or [m[:2] for m in metrics_layout] != [m[:2] for m in self.metrics_layout]:
             raise ValueError("its arrays or metrics differ in name, dtype, shape or length from another shard's")
-        if not metrics_layout[0][2]:  # one weight that is no whole number makes the sum one
+        if not metrics_layout[0][2]:  # one fractional weight makes the sum of weights fractional
             self.metrics_layout = metrics_layout
 
     def record(self) -> ArrayRecord:
