@@ -1,7 +1,7 @@
-"""Replies as they come in: the one seam between waiting and time.
+"""The interface through which replies arrive, in real or virtual time.
 
-`ArrivalSource.next_arrival(deadline)` has two implementations: `polling.PollingArrivals` (threads that pull from a
-real grid) and `fl_gradcode.virtual.VirtualGrid` (an event heap on a virtual clock).
+`ArrivalSource` has two main implementations: `polling.PollingArrivals`, whose threads pull from a real grid, and
+`virtual.VirtualGrid`, which keeps an event heap on a virtual clock.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ __all__ = ["Arrival", "ArrivalSource", "ForwardingGrid"]
 
 @dataclass(frozen=True)
 class Arrival:
-    """A reply is in.
+    """The arrival of a reply, or the news that none will come.
 
     Attributes:
-        token: What `push` returned for the message that it answers.
+        token: Token that `push` returned for the message.
         node: The node that was asked.
-        at: When, in the source's seconds.
-        reply: The reply where the source has it at hand; None: `fetch` computes it.
-        failure: Why there is no reply, and none will come.
-        computing: Seconds that the node spent on its shards, where the source knows; else the reply may say.
+        at: Time of the arrival in seconds on the source's clock.
+        reply: The reply if the source already has it; None if `fetch` computes it.
+        failure: Reason why no reply will come; empty if there is a reply.
+        computing: Seconds that the node spent on its shards; None if the source does not know.
     """
 
     token: str
@@ -40,65 +40,69 @@ class Arrival:
 class ArrivalSource(ABC):
     """Sends messages and reports when each is answered."""
 
-    #: Whether an arrival brings its reply; if not, whoever waits decides which replies are computed.
+    #: Whether an arrival contains its reply. If not, the stop rule chooses the replies that `fetch` computes.
     immediate: bool = True
-    #: Whether the set of nodes is given from the start, as in a simulation; deployed nodes come and go.
+    #: Whether the set of nodes never changes, as in a simulation. Deployed nodes connect and disconnect.
     fixed_nodes: bool = False
 
     @abstractmethod
     def now(self) -> float:
-        """The time, in seconds."""
+        """Returns the time in seconds."""
 
     @abstractmethod
     def push(self, messages: Sequence[Message]) -> list[str | None]:
-        """Send messages; a token for each, in order, None for one that was refused."""
+        """Send messages; returns a token for each, in order, or None for a message that was refused."""
 
     @abstractmethod
     def next_arrival(self, deadline: float | None) -> Arrival | None:
-        """The next reply to any message, or None at `deadline` (in the source's seconds; None: never)."""
+        """Wait for the next reply to any message; returns None once `deadline` has passed.
+
+        The deadline is in seconds on the source's clock; None means no deadline.
+        """
 
     @abstractmethod
     def fetch(self, arrivals: Sequence[Arrival]) -> list[Message | None]:
-        """The replies behind these arrivals, computed as one batch where they are not at hand."""
+        """Returns the replies of these arrivals, computed as one batch if the source does not have them yet."""
 
     def abandon(self, tokens: Iterable[str]) -> None:
-        """Nobody will read these replies; their arrival still matters, since it frees the node."""
+        """Declare that these replies will not be read; their arrival is still reported, because it frees the node."""
 
     def forget(self, token: str) -> None:
-        """Stop watching for this reply altogether."""
+        """Stop watching for this reply, so that its arrival is not reported."""
 
     def look_anew(self) -> None:
-        """Forget what was listed before."""
+        """Forget the nodes that `listed` knew, because they may be out of date."""
 
     def listed(self) -> dict[int, str]:
-        """The nodes that are online, as far as looked since `look_anew`, and since when each is active, as text.
+        """Returns node -> text that says since when it is active, for the nodes known to be online.
 
-        Does not block; empty until it is known, and where nodes are given from the start.
+        The method does not block. The result is empty until the first look after `look_anew` is complete, and always
+        empty if `fixed_nodes` is True.
         """
         return {}
 
     def known_workers(self) -> dict[int, int]:
-        """Node -> worker, where the source knows it; empty if the clients have to tell."""
+        """Returns node -> worker if the source knows it; empty if the clients have to report it."""
         return {}
 
     def close(self) -> None:
-        """Release threads."""
+        """End the source's threads, if it has any."""
 
 
 class ForwardingGrid(Grid):
-    """A grid around a grid: everything but sending is passed on."""
+    """A grid that wraps another one, and forwards everything to it except `send_and_receive`."""
 
     def __init__(self, grid: Grid) -> None:
         super().__init__()
         self.inner = grid
 
     def set_run(self, run: object) -> None:
-        """Pass on."""
+        """Set the run of the wrapped grid."""
         self.inner.set_run(run)  # type: ignore[arg-type]  # flwr's Run is not a public name
 
     @property
     def run(self) -> object:  # type: ignore[override]
-        """The inner grid's run."""
+        """The run of the wrapped grid."""
         return self.inner.run
 
     def create_message(
@@ -109,21 +113,21 @@ class ForwardingGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """Build a message (deprecated in Flower: use `Message`)."""
+        """Returns a new message (deprecated in Flower: use `Message`)."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Online nodes."""
+        """Returns the ids of the online nodes."""
         return self.inner.get_node_ids()
 
     def get_nodes(self) -> Iterable[object]:  # type: ignore[override]
-        """Online nodes, with what Flower knows of them."""
+        """Returns Flower's records of the online nodes."""
         return self.inner.get_nodes()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Pass on."""
+        """Send messages through the wrapped grid; returns their ids."""
         return self.inner.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Pass on."""
+        """Returns the replies to these messages that the wrapped grid has."""
         return self.inner.pull_messages(message_ids)

@@ -1,8 +1,8 @@
-"""EarlyStopGrid: a Flower grid that stops waiting as soon as enough replies are in, and never overloads a slow node.
+"""EarlyStopGrid, a Flower grid that stops waiting once enough replies are in, and never overloads a slow node.
 
-Flower's own `send_and_receive` waits for every reply, and a node works off whatever it was ever sent, oldest
-first. Here a *stop rule* is asked after each arrival. A node that still owes a reply is sent nothing: the newest
-message is held back until the late reply is in, then sent at once if that round is still open.
+Flower's own `send_and_receive` waits for every reply, and a node works through all messages that it was ever sent,
+oldest first. Here a *stop rule* is asked after each arrival. A node that still owes a reply is sent nothing. The newest
+message for it is held back until the late reply arrives, and then sent at once if its round is still open.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from .stop_rules import CountRule, JobTime, Late, StopRule, Wait
 
 __all__ = ["Debt", "EarlyStopGrid", "Waiting"]
 
-_LOOK_SECONDS = 1.0  # between two looks at who is there
+_LOOK_SECONDS = 1.0  # seconds between two looks at which nodes are online
 
 
 @dataclass
 class Debt:
     """A reply that a node owes.
 
-    It knows its phase by a mark and a label: the phase itself may keep replies, and a debt may last for rounds.
+    A debt may last for several rounds. It refers to its phase by a mark and a label, because a reference to the phase
+    itself would keep all of its replies in memory.
     """
 
     token: str
@@ -38,12 +39,12 @@ class Debt:
     sent: float
     loads: dict[int, int]
     lapses: float
-    #: When its node last became active, as Flower tells it; None: not looked yet.
+    #: Flower's text that says when the node last became active; None before the first look.
     active_since: str | None = None
 
 
 class Waiting:
-    """One phase: from the first message to the end of waiting."""
+    """Runs one phase, from the first message to the end of the wait."""
 
     def __init__(
         self,
@@ -56,29 +57,29 @@ class Waiting:
         self.phase_mark = object()
         self.start = source.now()
         self.deadline = None if timeout is None else self.start + timeout
-        # Nothing can be cancelled in Flower; a node that never answers is trusted again after this long.
+        # Flower cannot cancel a message. A node that never answers gets new messages after this many seconds.
         self.debt_lifetime = float("inf") if timeout is None else 3 * timeout
         self.wait = Wait()
         self.held: dict[int, list[Message]] = {}
-        self.free: list[int] = []  # nodes that the rule may have something for
-        self.idle: list[int] = []  # nodes that it had nothing for
+        self.free: list[int] = []  # nodes that the rule may have a message for
+        self.idle: list[int] = []  # nodes that the rule had no message for
         self.unread: list[Arrival] = []
         self.woken: float | None = None
-        self.lost = True  # whether a reply that might have come is known not to
+        self.lost = True  # whether a reply was lost since the rule was last asked if the phase is hopeless
         self.met: set[int] = set()  # nodes that the rule was asked about
         self.failed: set[int] = set()  # nodes whose message to this phase ended in an error
         self.active_since: dict[int, str] = {}  # when each node last became active, as of the last look
         self.next_look = None if source.fixed_nodes else self.start
 
     def run(self, messages: Sequence[Message]) -> Wait:
-        """Send them, wait, and say what happened."""
+        """Send the messages and wait until the phase ends; returns the record of the wait."""
         self._lapse()
         self.source.look_anew()
         self.free.clear()
         for message in messages:
             node = message.metadata.dst_node_id
             self.met.add(node)
-            if node in self.held:  # one after the other: the next when the first is answered
+            if node in self.held:  # a node gets its next message only when it has answered the first
                 self.held[node].append(message)
                 continue
             self.held[node] = [message]
@@ -89,7 +90,7 @@ class Waiting:
         ended = self._loop()
         if ended != "decoded":
             while not self.rule.decided and self._read(final=True):
-                pass  # a reply that turned out bad may have a replica that is in too
+                pass  # a bad reply may have a replica among the unread ones
         self.wait.ended = "decoded" if self.rule.decided else ended
         self.wait.seconds = self.source.now() - self.start
         self.wait.never_sent = list(self.held)
@@ -106,7 +107,7 @@ class Waiting:
             if self.rule.decided:
                 return "decoded"
             self._look()
-            # Before handing out: reading may tell who a node is, and what is left to do.
+            # Replies are read before work is handed out, since they may tell who a node is and what is left to do.
             while self.free and not (self.source.immediate and self.unread):
                 self._hand_out()
             outstanding = self._outstanding()
@@ -117,12 +118,12 @@ class Waiting:
             if self.lost and self.rule.hopeless(coming):
                 return "hopeless"
             if not outstanding:
-                return "answered"  # what is unread was not wanted
+                return "answered"  # the rule did not want the unread replies
             self.lost = False
             arrival = self.source.next_arrival(self._next_deadline())
             if arrival is not None:
                 self._arrived(arrival)
-                # Whatever came at the same moment comes before handing out: its sender needs no help.
+                # Arrivals at the same moment are taken first, so that work of their senders is not handed out again.
                 while (also := self.source.next_arrival(self.source.now())) is not None:
                     self._arrived(also)
             elif self.deadline is not None and self.source.now() >= self.deadline:
@@ -131,12 +132,12 @@ class Waiting:
                 self.woken = wake
                 self._offer_idle()
             elif self.next_look is not None and self.source.now() >= self.next_look:
-                pass  # who is there is looked at above
+                pass  # the look takes place at the beginning of the loop
             elif not self._lapse():
-                return "timed out"  # nothing is under way any more, and there is no deadline to wait for
+                return "timed out"  # nothing is outstanding any more, and there is no deadline to wait for
 
     def _outstanding(self) -> list[int]:
-        """Nodes whose reply to this phase may still come."""
+        """Returns the nodes whose reply to this phase may still come."""
         return [node for node, debt in self.debts.items() if debt.phase_mark is self.phase_mark] + list(self.held)
 
     def _next_deadline(self) -> float | None:
@@ -146,15 +147,15 @@ class Waiting:
         return min(moments) if moments else None
 
     def _wake(self) -> float | None:
-        """When the rule wants to be asked again, unless that has been done."""
+        """Returns the time at which the rule wants to be asked again, or None if it has been asked since."""
         return None if self.rule.wake_at == self.woken else self.rule.wake_at
 
     def _look(self) -> None:
-        """Give work to nodes that have come since the phase began, and to those that were started again.
+        """Give work to nodes that have connected since the phase began, and to nodes that were restarted.
 
-        What a node was working on is lost when it is started again: under authentication it has the same id, and only
-        the time since when it is active tells. So it does for one whose message has ended in an error, since the
-        SuperLink had given it up, say.
+        A restarted node has lost its work. Under authentication it keeps its id, so only the time since when it is
+        active shows the restart. The same holds for a node whose message ended in an error, for example because the
+        SuperLink had given up on the node.
         """
         if self.next_look is None or self.source.now() < self.next_look:
             return
@@ -189,7 +190,7 @@ class Waiting:
     def _arrived(self, arrival: Arrival) -> None:
         debt = self.debts.get(arrival.node)
         if debt is None or debt.token != arrival.token:
-            return  # its debt lapsed: the node has been given other work since
+            return  # the debt has lapsed, and the node has been given other work since
         del self.debts[arrival.node]
         reply = arrival.reply
         if not (arrival.failure or (reply is not None and reply.has_error())):
@@ -211,7 +212,7 @@ class Waiting:
         self.free.append(arrival.node)
 
     def _hand_out(self) -> None:
-        """Give the nodes that are free what the rule has for them."""
+        """Send each free node the message that the rule has for it, if any."""
         messages = []
         for node in dict.fromkeys(self.free):
             if node in self.debts:
@@ -233,7 +234,7 @@ class Waiting:
         return first
 
     def _lapse(self) -> bool:
-        """Give up on debts that are too old; whether there was one."""
+        """Give up on debts that are too old; returns whether there was one."""
         now = self.source.now()
         old = [
             node for node, debt in self.debts.items() if debt.lapses <= now and debt.phase_mark is not self.phase_mark
@@ -262,7 +263,7 @@ class Waiting:
                 )
 
     def _read(self, *, final: bool) -> bool:
-        """Read what is needed of what is in; whether anything was."""
+        """Read the replies that the rule wants; returns whether there was one."""
         arrivals = self.unread if self.source.immediate else self.rule.choose(self.unread, final=final)
         wanted = {arrival.token for arrival in arrivals}
         self.unread = [arrival for arrival in self.unread if arrival.token not in wanted]
@@ -270,12 +271,12 @@ class Waiting:
             if reply is not None and reply.has_content():
                 self.wait.bytes_up += content_bytes(reply.content)
             self.rule.offer(arrival, reply, arrival.at - self.start)
-        if arrivals:  # who a node is, which copies count: what is left to do may be another than before
+        if arrivals:  # a reply may tell who a node is and which copies count, which changes the work that is left
             self._offer_idle()
         return bool(arrivals)
 
     def _offer_idle(self) -> None:
-        """Ask the rule once more what idle nodes may do."""
+        """Let the rule be asked once more for messages to idle nodes."""
         self.free.extend(self.idle)
         self.idle.clear()
 
@@ -283,17 +284,17 @@ class Waiting:
 class EarlyStopGrid(ForwardingGrid):
     """A grid that stops waiting as soon as enough replies are in.
 
-    `GradientCoding` makes one by itself. On its own it gives any Flower strategy the same waiting: with
-    `stop_after=8` the round ends at the eighth good reply, and whoever is slower is dropped.
+    `GradientCoding` makes one by itself. The grid can also be used with any other Flower strategy. With `stop_after=8`,
+    a round ends at the eighth good reply, and slower nodes are dropped:
 
         FedAvg().start(EarlyStopGrid(grid, stop_after=8), arrays, num_rounds=10)
 
     Args:
         grid: The engine's grid, or a `VirtualGrid`.
-        stop_after: Good replies after which a round ends; None waits for all of them. A `StopRule` announced
+        stop_after: Number of good replies after which a round ends; None waits for all replies. A `StopRule` announced
             through `expect` takes precedence.
         poll_interval: Seconds between two pulls for one message.
-        clock: Seconds; for tests.
+        clock: Function that returns the time in seconds; replaced in tests.
     """
 
     def __init__(
@@ -315,7 +316,7 @@ class EarlyStopGrid(ForwardingGrid):
         self._announced: StopRule | None = None
 
     def expect(self, rule: StopRule) -> None:
-        """The next `send_and_receive` stops by this rule."""
+        """Announce the rule by which the next `send_and_receive` stops."""
         self._announced = rule
 
     def close(self) -> None:
@@ -323,8 +324,12 @@ class EarlyStopGrid(ForwardingGrid):
         self.source.close()
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Send, wait until the rule is decided, hopeless or `timeout` seconds are over, return the replies."""
-        batch = list(messages)  # configure_train() may be lazy: it announces the rule when it runs
+        """Send messages and wait until the rule is decided or hopeless, or `timeout` seconds are over.
+
+        Returns:
+            The messages that the rule's `finish` returns, which for a plain strategy are the replies.
+        """
+        batch = list(messages)  # first, because a lazy configure_train() announces the rule only when it runs
         rule, self._announced = self._announced or CountRule(self.stop_after), None
         if not batch:
             return []

@@ -1,4 +1,4 @@
-"""Which nodes are online, and waiting until enough of them are."""
+"""Waits until enough nodes are online."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ _log = logging.getLogger(__name__)
 
 
 def wait_for_nodes(grid: Grid, n: int, s: int, timeout: float, *, surplus: bool = False) -> None:
-    """Wait up to `timeout` seconds for n nodes (0: look once); fewer are enough if the code tolerates it.
+    """Wait up to `timeout` seconds for n nodes; afterwards n - s nodes are enough.
 
-    With `surplus` more are fine: after a breakdown nodes that were started again are listed twice for a while.
+    With a timeout of 0, the nodes are listed once. With `surplus`, more than n nodes are allowed, because nodes that
+    were restarted after a breakdown are listed twice for a while.
 
     Raises:
-        RoundFailed: More than n nodes, or fewer than n - s.
+        RoundFailed: More than n nodes are online, or fewer than n - s.
     """
     online = len(poll_nodes(grid, timeout, f"{n} nodes", lambda nodes: len(nodes) == n))
     if online > n and not surplus:
@@ -39,9 +40,9 @@ def wait_for_nodes(grid: Grid, n: int, s: int, timeout: float, *, surplus: bool 
 
 
 def nodes_of_a_phase(grid: Grid, n: int, s: int, timeout: float, hopeless: Callable[[list[int]], bool]) -> list[int]:
-    """The nodes that are online; waits up to `timeout` seconds while they are fewer than n - s and cannot decode.
+    """Returns the online nodes; waits up to `timeout` seconds while they are fewer than n - s and cannot decode.
 
-    An outage would otherwise burn one round after another in no time.
+    Without the wait, an outage would use up one round after another within seconds.
     """
     least = n - s
     wanted = f"at least {least} of {n} nodes"
@@ -49,12 +50,12 @@ def nodes_of_a_phase(grid: Grid, n: int, s: int, timeout: float, hopeless: Calla
 
 
 def poll_nodes(grid: Grid, timeout: float, wanted: str, enough: Callable[[list[int]], bool]) -> list[int]:
-    """The nodes that are online; waits up to `timeout` seconds for `enough` of them, and says once what is `wanted`."""
+    """Returns the online nodes once `enough` of them are, or after `timeout` seconds; logs once what is `wanted`."""
     deadline = time.monotonic() + timeout
-    told = False
+    logged = False
     while not enough(nodes := list(grid.get_node_ids())) and time.monotonic() < deadline:
-        if not told:
+        if not logged:
             _log.info("Waiting up to %g s for %s; %d are online.", timeout, wanted, len(nodes))
-            told = True
+            logged = True
         time.sleep(0.5)
     return nodes

@@ -1,4 +1,4 @@
-"""Arrivals of a real grid: daemon threads pull the replies, so that no slow upload holds back finished ones."""
+"""Pulls the replies of a real grid in daemon threads, so that a slow upload does not delay other replies."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ __all__ = ["PollingArrivals"]
 
 _log = logging.getLogger(__name__)
 _MAX_FAILED_PULLS = 10
-_SLOWEST_RETRY = 10.0  # seconds, after pulls that failed
-_SLOWEST_POLL = 2.0  # seconds, for a message that has been out for long
+_SLOWEST_RETRY = 10.0  # most seconds between two pulls after failed ones
+_SLOWEST_POLL = 2.0  # most seconds between two pulls for a message that was sent long ago
 
 
 class PollingArrivals(ArrivalSource):
-    """Arrivals of a real grid, pulled by daemon threads so that no slow upload holds back finished replies.
+    """The arrivals of a real grid, pulled by daemon threads.
 
-    `pull_messages` of a deployed grid blocks while a listed reply is still uploading: each outstanding message
-    gets a thread of its own. A grid that states a `pull_interval` (Flower's in-memory grid of the simulation)
-    never blocks: one thread pulls for all.
+    `pull_messages` of a deployed grid blocks while a requested reply is still uploading. Each outstanding message
+    therefore gets its own thread. A grid with a `pull_interval`, such as the in-memory grid of Flower's simulation,
+    never blocks, so one thread pulls for all messages.
 
-    A thread pulls as often as pays: seldom for a message that has been out for long, or while many are. What it adds to
-    a round is at most 2 % of it.
+    A thread pulls less often the longer its message has been outstanding and the more messages there are. Polling adds
+    at most 2 % to the duration of a round.
 
     Args:
         grid: The engine's grid.
-        poll_interval: Seconds between two pulls for one message, at first.
-        clock: Seconds, for deadlines.
+        poll_interval: Seconds between the first pulls for one message.
+        clock: Function that returns the time in seconds, used for deadlines.
     """
 
     immediate = True
@@ -51,21 +51,21 @@ class PollingArrivals(ArrivalSource):
         self._closed = threading.Event()
         self._one_thread: threading.Thread | None = None
         self._listed: dict[int, str] = {}
-        self._looks = 0  # calls of look_anew: a look that began before it does not count
+        self._looks = 0  # number of calls of look_anew, to discard looks that began before the last one
         self._looking = False
         self._together = getattr(grid, "pull_interval", None)
         self.fixed_nodes = self._together is not None
 
     def now(self) -> float:
-        """The clock's seconds."""
+        """Returns the clock's time in seconds."""
         return self._clock()
 
     def push(self, messages: Sequence[Message]) -> list[str | None]:
-        """Send through the grid and start to watch."""
+        """Send messages through the grid and watch for their replies; returns a token for each, None if refused."""
         if not messages:
             return []
         ids = list(self._grid.push_messages(list(messages)))
-        if len(ids) != len(messages):  # the in-memory grid leaves out what was refused; ids are set in place
+        if len(ids) != len(messages):  # the in-memory grid omits refused messages, but sets ids in place
             accepted = set(ids)
             ids = [m.metadata.message_id if m.metadata.message_id in accepted else "" for m in messages]
         tokens = [token or None for token in ids]
@@ -75,7 +75,7 @@ class PollingArrivals(ArrivalSource):
         return tokens
 
     def next_arrival(self, deadline: float | None) -> Arrival | None:
-        """Wait for the queue that the threads fill; the deadline holds whatever the threads are stuck in."""
+        """Wait for the queue that the threads fill; returns None at the deadline, even if a thread is stuck."""
         while True:
             try:
                 return self._arrived.get_nowait()
@@ -84,7 +84,7 @@ class PollingArrivals(ArrivalSource):
             remaining = None if deadline is None else deadline - self._clock()
             if remaining is not None and remaining <= 0:
                 return None
-            # Waiting in slices lets an injected clock move while we wait.
+            # Short waits let an injected clock move in between.
             pause = 0.05 if remaining is None else min(remaining, 0.05)
             try:
                 return self._arrived.get(timeout=pause)
@@ -92,28 +92,31 @@ class PollingArrivals(ArrivalSource):
                 continue
 
     def fetch(self, arrivals: Sequence[Arrival]) -> list[Message | None]:
-        """The replies are at hand."""
+        """Returns the replies that the arrivals contain."""
         return [arrival.reply for arrival in arrivals]
 
     def abandon(self, tokens: Iterable[str]) -> None:
-        """Their arrays are let go as they come: they would lie here until the next phase."""
+        """Drop the arrays of these replies as they arrive, because the replies stay in memory until the next phase."""
         with self._lock:
             self._abandoned.update(token for token in tokens if token in self._watched)
 
     def forget(self, token: str) -> None:
-        """Its thread ends at the next poll."""
+        """Stop watching for this reply; its thread ends at its next poll."""
         with self._lock:
             self._watched.pop(token, None)
             self._abandoned.discard(token)
 
     def look_anew(self) -> None:
-        """What was listed in the last phase may be out of date."""
+        """Forget the listed nodes, including the result of a look that is still running."""
         with self._lock:
             self._listed = {}
             self._looks += 1
 
     def listed(self) -> dict[int, str]:
-        """As of the last look; another begins, in a thread: the call behind it waits for a SuperLink that is down."""
+        """Returns node -> since when it is active, as of the last look, and starts another look.
+
+        The look runs in a thread, because the underlying call blocks while the SuperLink is down.
+        """
         if self.fixed_nodes:
             return {}
         with self._lock:
@@ -124,7 +127,7 @@ class PollingArrivals(ArrivalSource):
         return seen
 
     def close(self) -> None:
-        """Ask all threads to end; one that is stuck in a pull ends with the process."""
+        """Ask all threads to end; a thread that is stuck in a pull ends with the process."""
         self._closed.set()
 
     def _watch(self, token: str, node: int) -> None:
@@ -139,13 +142,13 @@ class PollingArrivals(ArrivalSource):
 
     def _look(self, looks: int) -> None:
         try:
-            found = {int(n.node_id): str(getattr(n, "last_activated_at", "")) for n in self._grid.get_nodes()}
+            nodes = {int(n.node_id): str(getattr(n, "last_activated_at", "")) for n in self._grid.get_nodes()}
         except Exception as error:
             _log.debug("Asking for the nodes failed: %s", error)
-            found = {}
+            nodes = {}
         with self._lock:
-            if found and looks == self._looks:
-                self._listed = found
+            if nodes and looks == self._looks:
+                self._listed = nodes
             self._looking = False
 
     def _pull_alone(self, token: str) -> None:
@@ -161,7 +164,7 @@ class PollingArrivals(ArrivalSource):
                     self._arrive(token, None, f"pulling its reply failed {failures} times: {error}")
                     return
                 replies = []
-            except BaseException as error:  # Flower's for a run that was stopped is none of the others
+            except BaseException as error:  # Flower's exception for a stopped run is not an Exception
                 self._arrive(token, None, f"pulling its reply ended: {type(error).__name__} {error}".strip())
                 return
             if replies:

@@ -1,7 +1,7 @@
-"""When to stop waiting: stop rules, and the record of what happened meanwhile.
+"""Stop rules, which decide when to stop waiting, and the record of a wait.
 
-A rule of your own is a subclass of `StopRule` that says when it is satisfied and what `send_and_receive` returns. This
-one stops at the first reply without an error:
+To write your own rule, subclass `StopRule` and define when the rule is satisfied and what `send_and_receive` returns.
+This rule stops at the first reply without an error:
 
     class FirstGood(StopRule):
         def __init__(self) -> None:
@@ -39,14 +39,14 @@ __all__ = ["CountRule", "JobTime", "Late", "StopRule", "Wait"]
 
 @dataclass(frozen=True)
 class JobTime:
-    """How long a node took for a message.
+    """The time that a node took to answer one message.
 
     Attributes:
-        node: Who.
-        label: Of the phase that asked: "train 3".
-        loads: Worker -> shards, of whatever worker the node may be; empty: the message had no plan.
-        seconds: From send to reply, or so far.
-        computing: Seconds that the node spent on its shards, if that is known.
+        node: The node.
+        label: Label of the phase that asked, such as "train 3".
+        loads: Worker -> number of shards, for each worker that the node may be; empty if the message had no plan.
+        seconds: Seconds from send to reply, or so far.
+        computing: Seconds that the node spent on its shards; None if not known.
     """
 
     node: int
@@ -58,12 +58,12 @@ class JobTime:
 
 @dataclass(frozen=True)
 class Late:
-    """A reply that came after its phase had ended.
+    """A reply that arrived after its phase had ended.
 
     Attributes:
-        node: Who sent it.
-        label: Of the phase that it answers: "train 3".
-        rejection: What went wrong, if it is an error; None: it would have been a good reply.
+        node: Node that sent it.
+        label: Label of the phase that it answers, such as "train 3".
+        rejection: Rejection that an error stands for; None if the reply is not an error.
     """
 
     node: int
@@ -73,23 +73,23 @@ class Late:
 
 @dataclass
 class Wait:
-    """What happened while replies were waited for. Seconds are the arrival source's.
+    """The record of the wait for one phase; times are in seconds on the arrival source's clock.
 
     Attributes:
-        asked: Nodes that were sent a message, in order; those held back first are among them once sent.
+        asked: Nodes that were sent a message, in order; includes nodes that were held back first.
         held_back: Nodes that still owed a reply when the phase began.
-        never_sent: Nodes that were held back to the end.
-        unread: Nodes whose reply was in, but was not needed. Real engines bring replies with their arrival:
-            there everything is read.
-        late: Replies to earlier phases that came in meanwhile.
-        lapsed: Nodes whose debt was given up on.
-        joined: Nodes that came while the phase was under way, and were asked then.
-        restarted: Nodes that were started again while they owed a reply, which is lost.
-        times: How long each reply took that came in meanwhile, of this phase or an earlier one; not of errors.
-        owing: How long each node that still owes a reply has had its message.
-        bytes_down, bytes_up: Payload sent, and payload of the replies that were read.
-        seconds: From the first message to the end of waiting.
-        ended: "decoded", "hopeless", "answered" (nobody is left) or "timed out".
+        never_sent: Nodes that were held back until the end.
+        unread: Nodes whose reply had arrived but was not needed. In real engines, every arrived reply is read.
+        late: Replies to earlier phases that arrived during the wait.
+        lapsed: Nodes whose overdue reply was given up.
+        joined: Nodes that connected and were asked during the phase.
+        restarted: Nodes that restarted while they owed a reply, which is lost.
+        times: Time that each reply took that arrived during the wait, to this or an earlier phase; without errors.
+        owing: Time so far of each message that is still unanswered.
+        bytes_down: Bytes of payload that were sent.
+        bytes_up: Bytes of payload in the replies that were read.
+        seconds: Seconds from the first message to the end of the wait.
+        ended: "decoded", "hopeless", "answered" (no reply is outstanding) or "timed out".
     """
 
     asked: list[int] = field(default_factory=list)
@@ -109,14 +109,15 @@ class Wait:
 
 
 class StopRule(ABC):
-    """Decides when a phase has what it needs.
+    """Decides when a phase has enough replies.
 
-    Only `decided`, `offer` and `finish` have to be written. The rest has defaults that fit a rule which asks every node
-    once and reads every reply.
+    A subclass has to define `decided`, `offer` and `finish`. The other methods have defaults that fit a rule which asks
+    every node once and reads every reply.
 
     Attributes:
-        label: Name of the phase, for the ledger: "train 3".
-        wake_at: When, in the source's seconds, to offer idle nodes work again though nothing has come in; None: never.
+        label: Name of the phase in the ledger, such as "train 3".
+        wake_at: Time at which to offer idle nodes work again even if nothing has arrived, in seconds on the source's
+            clock; None for never.
     """
 
     label: str = ""
@@ -129,53 +130,57 @@ class StopRule(ABC):
 
     @abstractmethod
     def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
-        """Read a reply, `at` seconds after the phase began; None: there is none, because of `arrival.failure`."""
+        """Read a reply that arrived `at` seconds after the phase began.
+
+        The reply is None if there is none, for the reason in `arrival.failure`.
+        """
 
     @abstractmethod
     def finish(self, wait: Wait) -> list[Message]:
-        """Waiting is over: returns what `send_and_receive` returns."""
+        """End the wait; returns the messages that `send_and_receive` returns."""
 
     def sent(self, node: int) -> None:
-        """A message is on its way to the node, or was refused; called once for each entry of `Wait.asked`."""
+        """Note that a message was sent to the node, or was refused; called once for each entry of `Wait.asked`."""
 
     def arrived(self, arrival: Arrival) -> None:
-        """A reply of this phase is in, not read yet."""
+        """Note that a reply of this phase has arrived and is not read yet."""
 
     def arrived_late(self, late: Late, reply: Message | None) -> None:
-        """A reply to an earlier phase is in: it does not count, and may tell something."""
+        """Note that a reply to an earlier phase has arrived; it does not count, but may contain information."""
 
     def next_message(self, node: int, held: Message | None, now: float) -> Message | None:
-        """Returns what to send a node that is free; None: nothing.
+        """Returns the message for a node that is free, or None.
 
-        `held` is what was to be sent to it when the phase began, the first time that it is free in this phase.
+        The first time that the node is free in this phase, `held` is its message from `send_and_receive`. Later `held`
+        is None.
         """
         return held
 
     def join(self, node: int) -> Message | None:
-        """Returns what to send a node that has come since the phase began; None: nothing."""
+        """Returns the message for a node that has connected since the phase began, or None."""
         return None
 
     def restarted(self, node: int) -> None:
-        """The node was started again: what it was working on in this phase, or before, is lost."""
+        """Note that the node was restarted, so that any work it had in progress is lost."""
 
     def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
-        """Returns which of the replies that are in, but not read yet, to read now.
+        """Returns the unread replies to read now.
 
-        None of them while they do not suffice; those that are needed once they do. At the end of waiting
-        (`final`) those that are of use although they do not suffice.
+        A rule returns none of them until they suffice, and then those that are needed. At the end of the wait
+        (`final`), it returns those that are useful even if they do not suffice.
         """
         return list(arrivals)
 
     def hopeless(self, nodes: Sequence[int]) -> bool:
-        """Whether they would not suffice even with those of `nodes`, all that may still come."""
+        """Returns whether the replies cannot suffice even if all of `nodes` answer, which are all that still may."""
         return False
 
 
 class CountRule(StopRule):
-    """Stops after a number of good replies: what dropping the slowest clients means.
+    """Stops after a number of good replies, which drops the slowest clients.
 
     Args:
-        enough: So many good replies; None: all.
+        enough: Number of good replies to wait for; None waits for all.
         label: Name of the phase.
     """
 
@@ -192,17 +197,17 @@ class CountRule(StopRule):
         return self._enough is not None and self._good >= self._enough
 
     def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
-        """Returns the first that are enough, if all are good."""
+        """Returns the first arrivals that are enough if all of them are good replies."""
         missing = len(arrivals) if self._enough is None else self._enough - self._good
         return list(arrivals[:missing]) if final or len(arrivals) >= missing else []
 
     def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
-        """Keep the reply; errors do not count."""
+        """Keep the reply; an error is kept but does not count as good."""
         if reply is not None:
             self._replies.append(reply)
             self._good += not reply.has_error()
 
     def finish(self, wait: Wait) -> list[Message]:
-        """Returns all replies that were read, errors too, as Flower's grids do."""
+        """Returns all replies that were read, including errors, as Flower's grids do."""
         self.wait = wait
         return self._replies

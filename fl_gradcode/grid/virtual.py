@@ -1,8 +1,8 @@
-"""Virtual time: a grid around a grid that decides by a latency law when each reply would have arrived.
+"""Virtual time: a grid that wraps another one and computes from a latency law when each reply would have arrived.
 
-Nothing sleeps. A message that is pushed gets its arrival time at once and goes on an event heap; the clock jumps
-from arrival to arrival. Only when somebody wants to read replies are they computed, as one batch on the inner
-grid: a reply that comes too late to be read costs virtual time, but no work.
+Nothing sleeps. A pushed message gets its arrival time at once and is put on an event heap. The clock jumps from arrival
+to arrival. Replies are computed only when they are read, as one batch on the wrapped grid. A reply that arrives too
+late to be read costs virtual time but no computation.
 """
 
 from __future__ import annotations
@@ -36,16 +36,19 @@ __all__ = ["Job", "VirtualGrid"]
 
 @dataclass(frozen=True)
 class Job:
-    """What one message made a node do.
+    """The work that one message causes on a node; times are in virtual seconds.
 
     Attributes:
-        worker: Who.
-        round: The server round; the worker's job number where the message does not say.
-        evaluating: Whether it asks to evaluate.
-        shards: How many shards it asks for, or which part of one.
-        sent, began, finished: Virtual seconds; a node that was busy begins later than the message was sent.
-        computing: Seconds that it spends on its shards.
-        megabytes_down, megabytes_up: Payload.
+        worker: Worker that the node is.
+        round: The server round, or the number of the worker's job if the message does not name a round.
+        evaluating: Whether the message asks for evaluation.
+        shards: Number of shards that the message asks for; may be a fraction.
+        sent: Time at which the message was sent.
+        began: Time at which the work began, which is later than `sent` if the node was busy.
+        finished: Time at which the reply arrives.
+        computing: Seconds that the node spends on its shards.
+        megabytes_down: Payload of the message, in megabytes.
+        megabytes_up: Payload of the reply, in megabytes.
     """
 
     worker: int
@@ -70,26 +73,26 @@ class _Pending:
 
 
 class VirtualGrid(ForwardingGrid, ArrivalSource):
-    """A Flower grid on a virtual clock. Every strategy, plain or coded, runs on it unchanged.
+    """A Flower grid on a virtual clock, on which every strategy, plain or coded, runs unchanged.
 
         grid = VirtualGrid(grid, Latency(compute=lognormal(1.0, 0.3)))
         FedAvg().start(grid, arrays, num_rounds=10)
         print(grid.now(), "virtual seconds")
 
-    A node works off its messages one by one, in the order sent, as Flower's do. Evaluating a shard takes
-    `latency.evaluation` times as long as training it; transfer is charged for the message and a reply of the
-    same size (a model goes both ways; 1/m of it under a code that divides updates), and one way only when evaluating.
-    A coded product is charged for its work, in units of an n-th of the product, and for its answer's own size.
-    A latency of infinity loses the message: no reply ever comes, and the node is free for the next message at once.
+    A node works through its messages one by one, in the order sent, as Flower's nodes do. Evaluating a shard takes
+    `latency.evaluation` times as long as training it. The transfer time of a training message covers the message and a
+    reply of the same size, or 1/m of it under a code that divides updates. An evaluation is charged for the message
+    only. A coded product is charged for its work, in units of an n-th of the product, and for the size of its answer.
+    An infinite latency loses the message: no reply arrives, and the node is free for the next message at once.
 
     Args:
-        grid: Where replies are computed: the simulation's grid, or `fl_gradcode.testing.InProcessGrid`.
-        latency: How long jobs take. Draws depend on (seed, worker, server round) alone, so that all strategies
-            meet the same slow moments.
+        grid: The grid that computes replies, such as the simulation's grid or `fl_gradcode.testing.InProcessGrid`.
+        latency: Law of the job times. Draws depend on (seed, worker, server round) alone, so that all strategies meet
+            the same slow moments.
         seed: Seed of the latencies.
-        workers: Node -> worker (partition-id). By default the grid is asked, or else the nodes, once and
-            unmeasured, which takes `gradient_coding_mod` on the clients.
-        real_timeout: Real seconds to wait for one batch on the inner grid.
+        workers: Node -> worker (partition-id). By default the grid is asked. If it does not know, the nodes are asked
+            once, which takes no virtual time and needs `gradient_coding_mod` on the clients.
+        real_timeout: Real seconds to wait for one batch on the wrapped grid.
     """
 
     immediate = False
@@ -112,18 +115,22 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
         self._now = 0.0
         self._order = itertools.count()
         self._heap: list[tuple[float, int, str]] = []
-        #: What all nodes were made to do, in the order sent, needed or not.
+        #: The jobs of all messages, in the order sent, whether or not their replies were needed.
         self.jobs: list[Job] = []
         self._jobs: dict[str, _Pending] = {}
         self._busy_until: dict[int, float] = {}
         self._sent: dict[tuple[int, bool], int] = {}
 
     def now(self) -> float:
-        """Virtual seconds since the grid was made."""
+        """Returns the virtual seconds since the grid was made."""
         return self._now
 
     def known_workers(self) -> dict[int, int]:
-        """Node -> worker of all online nodes."""
+        """Returns node -> worker of all online nodes.
+
+        Raises:
+            UnsuitableApp: A node does not report which worker it is.
+        """
         unknown = [node for node in self.get_node_ids() if node not in self._workers]
         if unknown:
             knows = getattr(self.inner, "known_workers", None)
@@ -131,7 +138,7 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
         return dict(self._workers)
 
     def push(self, messages: Sequence[Message]) -> list[str | None]:
-        """Draw each message's arrival time."""
+        """Draw the arrival time of each message; returns a token for each."""
         tokens: list[str | None] = []
         workers = self.known_workers() if messages else {}
         for message in messages:
@@ -150,7 +157,7 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
         return tokens
 
     def next_arrival(self, deadline: float | None) -> Arrival | None:
-        """Jump to the next arrival, or to the deadline if that is earlier."""
+        """Move the clock to the next arrival and return it, or to the deadline if that is earlier and return None."""
         limit = float("inf") if deadline is None else deadline
         while self._heap and self._heap[0][0] <= limit and self._heap[0][0] != float("inf"):
             finish, _, token = heapq.heappop(self._heap)
@@ -158,7 +165,7 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
                 continue  # forgotten
             self._now = max(self._now, finish)
             pending = self._jobs[token]
-            if pending.abandoned:  # nobody will fetch it
+            if pending.abandoned:  # the reply will not be fetched
                 self.forget(token)
             return Arrival(token, pending.node, self._now, computing=pending.job.computing)
         if limit != float("inf"):
@@ -166,7 +173,7 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
         return None
 
     def fetch(self, arrivals: Sequence[Arrival]) -> list[Message | None]:
-        """Compute these replies, as one batch."""
+        """Compute the replies of these arrivals as one batch, and return them."""
         messages = [self._jobs.pop(arrival.token).message for arrival in arrivals]
         batch = [message for message in messages if message is not None]
         by_id = {}
@@ -177,7 +184,7 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
         return [by_id.get(m.metadata.message_id) if m is not None else None for m in messages]
 
     def abandon(self, tokens: Iterable[str]) -> None:
-        """Nobody will read these: they are never computed, and their content is let go."""
+        """Declare that these replies will not be read; they are never computed, and their messages are freed."""
         for token in tokens:
             if token in self._jobs:
                 pending = self._jobs[token]
@@ -186,7 +193,7 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
                     pending.message = None
 
     def forget(self, token: str) -> None:
-        """Drop the event; what it leaves behind on its node, it does leave there if it has come."""
+        """Drop the arrival; a message that must run is still carried out if its arrival time has passed."""
         pending = self._jobs.get(token)
         message = None if pending is None or pending.job.finished > self._now else pending.message
         if message is not None and pending is not None and pending.must_run:
@@ -194,7 +201,7 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
         self._jobs.pop(token, None)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """As Flower's grids: wait for all replies or `timeout` virtual seconds; replies in order of arrival."""
+        """Wait for all replies, for at most `timeout` virtual seconds; returns the replies in order of arrival."""
         tokens = {token for token in self.push(list(messages)) if token is not None}
         deadline = None if timeout is None else self._now + timeout
         arrivals = []
@@ -208,11 +215,14 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
         return [reply for reply in self.fetch(arrivals) if reply is not None]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send; the ids are for `pull_messages`."""
+        """Send messages; returns ids for `pull_messages`."""
         return [token for token in self.push(list(messages)) if token is not None]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replies that are in. If none is, the clock jumps to the first: nobody else would move it."""
+        """Returns the replies that have arrived.
+
+        If none has, the clock jumps to the first one, because nothing else moves it.
+        """
         wanted = [token for token in dict.fromkeys(message_ids) if token in self._jobs]
         if not wanted:
             return []
@@ -225,7 +235,7 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
         return [reply for reply in replies if reply is not None]
 
     def shards_of(self, message: Message, worker: int) -> float:
-        """How many shards' worth of training `message` asks for; to be overridden where an app does less."""
+        """Returns the training work that `message` asks for, in shards; override it for an app that does less."""
         cost = Cost.find_in(message.content)
         return load_of(message, worker) if cost is None else cost.work
 
@@ -234,7 +244,7 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
 
     def _job(self, message: Message, worker: int, start: float) -> Job:
         evaluating = is_evaluation(message)
-        # A strategy that does not say which round it is: the worker's first job of a kind is round 1.
+        # For a strategy that does not send the round, the worker's first job of a kind counts as round 1.
         count = self._sent[worker, evaluating] = self._sent.get((worker, evaluating), 0) + 1
         server_round = round_of(message)
         number = count if server_round is None else server_round
@@ -252,21 +262,21 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
 
     def _probe(self, nodes: list[int]) -> dict[int, int]:
         messages = [Message(probe_content(), dst_node_id=node, message_type="train") for node in nodes]
-        found: dict[int, int] = {}
+        workers: dict[int, int] = {}
         replies = list(self.inner.send_and_receive(messages, timeout=self._real_timeout))
         for reply in replies:
             answer = Reply.find_in(reply.content) if reply.has_content() else None
             if answer is not None:
-                found[reply.metadata.src_node_id] = answer.worker
+                workers[reply.metadata.src_node_id] = answer.worker
         errors = [rejection_of(reply).reason for reply in replies if reply.has_error()]
-        silent = [node for node in nodes if node not in found]
+        silent = [node for node in nodes if node not in workers]
         if silent:
             raise UnsuitableApp(
                 f"{len(silent)} of {len(nodes)} nodes did not say which worker they are, and virtual time needs to "
                 "know who is slow. Add gradient_coding_mod to the ClientApp (it leaves plain strategies alone), or "
                 f"pass VirtualGrid(..., workers=).{' The first error: ' + errors[0] if errors else ''}"
             )
-        return found
+        return workers
 
 
 def _must_run(message: Message) -> bool:
