@@ -7,14 +7,15 @@ from .._lazy import lazy_names
 if TYPE_CHECKING:
     from ._linalg import condition, lstsq
     from ._validation import as_float, as_pattern, check_count, check_tolerance, check_workers
-    from .baselines import bernoulli, cyclic_mds, cyclic_repetition, stochastic, vandermonde
+    from .approximate import bernoulli, stochastic
+    from .cyclic import cyclic_mds, cyclic_repetition, vandermonde
     from .decoder import IncrementalDecoder
     from .encoding_matrix import EXACT, whole_groups
     from .field_codes import reed_solomon
+    from .fractional import fractional_repetition, uncoded
     from .gradient_code import GradientCode
     from .prime_field import P, PrimeField, combine_mod, lift_mod, matmul_mod, solve_mod
     from .reals import REALS, Reals, combine
-    from .repetition import fractional_repetition, uncoded
     from .universal import for_assignment
 
 __all__ = [
@@ -63,11 +64,13 @@ __getattr__, __dir__ = lazy_names(
             "check_tolerance",
             "check_workers",
         ],
-        "baselines": [
+        "approximate": [
             "bernoulli",
+            "stochastic",
+        ],
+        "cyclic": [
             "cyclic_mds",
             "cyclic_repetition",
-            "stochastic",
             "vandermonde",
         ],
         "decoder": [
@@ -79,6 +82,10 @@ __getattr__, __dir__ = lazy_names(
         ],
         "field_codes": [
             "reed_solomon",
+        ],
+        "fractional": [
+            "fractional_repetition",
+            "uncoded",
         ],
         "gradient_code": [
             "GradientCode",
@@ -95,10 +102,6 @@ __getattr__, __dir__ = lazy_names(
             "REALS",
             "Reals",
             "combine",
-        ],
-        "repetition": [
-            "fractional_repetition",
-            "uncoded",
         ],
         "universal": [
             "for_assignment",

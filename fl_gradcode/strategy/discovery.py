@@ -19,7 +19,7 @@ from ..errors import InvalidSetting, RoundFailed, UnsuitableApp, VersionMismatch
 from ..grid import Arrival, EarlyStopGrid, StopRule, Wait
 from ..placement import WITHHELD
 from ..protocol import Reply, probe_content, rejection_of
-from .workers import WorkerRegistry
+from .worker_registry import WorkerRegistry
 
 __all__ = ["Discovered", "Holdings", "discover"]
 

@@ -26,7 +26,7 @@ from .options import Adaptive, Approximation, Coded, Options, Shards, send_of
 from .resume import ResumedRounds, RunKeeper, fingerprint_of, request_of
 from .run import Run
 from .strategy_state import StrategyState
-from .workers import WorkerRegistry
+from .worker_registry import WorkerRegistry
 from .wrapped import check_bounds, check_strategy
 
 __all__ = ["GradientCoding"]

@@ -1,6 +1,6 @@
 """One phase, training or evaluation, on the server: it collects replies as a stop rule, and then decodes their mean.
 
-`Phase` contains what both modes of dispatch share. The module `dispatch` contains the two modes. They decide what a
+`Phase` contains what both kinds of phase share. The module `phase_rules` contains the two kinds. They decide what a
 free node is asked, which replies are read, and when a phase is hopeless.
 """
 
@@ -19,7 +19,7 @@ from ..protocol import Plan, Rejection, Reply, Row
 from .options import Approximation
 from .plan_messages import MessageFactory
 from .replies import Decoded, Noise, ReplyCollector, StaleUpdate, StaleUpdates
-from .workers import WorkerRegistry
+from .worker_registry import WorkerRegistry
 
 __all__ = ["Phase"]
 

@@ -11,7 +11,7 @@ from ..codes import GradientCode, PrimeField
 from ..privacy import Releases
 from ..protocol import Plan, Row, without_arrays
 from .options import Coded, Options
-from .workers import WorkerRegistry
+from .worker_registry import WorkerRegistry
 
 __all__ = ["MessageFactory", "make_plan", "time_to_live", "whole_shard"]
 

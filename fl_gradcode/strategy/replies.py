@@ -33,7 +33,7 @@ from ..protocol import (
     size_of,
     view,
 )
-from .workers import WorkerRegistry
+from .worker_registry import WorkerRegistry
 
 __all__ = [
     "DISAGREEMENT",

@@ -24,14 +24,14 @@ from . import report
 from .app_checks import broken_promises, refuse_unsuitable
 from .checkpoint import Saved
 from .discovery import Holdings
-from .dispatch import open_phase
 from .options import Adaptive, Coded, Options, Shards
 from .phase import Phase
+from .phase_rules import open_phase
 from .plan_messages import MessageFactory, make_plan, time_to_live
 from .replies import Noise, StaleUpdates
 from .resume import RunKeeper
 from .round_mode import FixedMode, ModeChooser, RoundMode
-from .workers import WorkerRegistry
+from .worker_registry import WorkerRegistry
 from .wrapped import ShardGrid, aggregate, arrays_key_of, common_content, has_custom_metrics
 
 __all__ = ["Run", "mode_chooser"]

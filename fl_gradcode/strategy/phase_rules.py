@@ -1,4 +1,8 @@
-"""The two modes of dispatch: one coded vector per worker (`CodedPhase`), or one shard per message (`ShardPhase`)."""
+"""The stop rules of coded rounds: one coded vector per worker (`CodedPhase`), or one shard per message (`ShardPhase`).
+
+They decide what a free node is asked, which of the received replies are read, when enough is in, and when the phase is
+hopeless.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from .cover import may_cover
 from .phase import Phase
 from .plan_messages import MessageFactory, whole_shard
 from .round_mode import RoundMode
-from .workers import WorkerRegistry
+from .worker_registry import WorkerRegistry
 
 __all__ = ["CodedPhase", "ShardPhase", "open_phase"]
 
