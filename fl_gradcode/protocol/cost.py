@@ -1,4 +1,4 @@
-"""What a message costs the node that works it off, stated by whoever sends it: virtual time charges for it."""
+"""The cost that a message has for its node, stated by the sender and charged by virtual time."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Cost:
     """The cost of a message that is not training or evaluation.
 
     Attributes:
-        work: What the node computes, in units of one shard's training.
-        answer_bytes: Size of its answer.
-        must_run: Whether the message changes what the node holds, so that it has to be carried out even if nobody
-            reads its answer.
+        work: Computation on the node, in units of one shard's training.
+        answer_bytes: Size of the answer in bytes.
+        must_run: Whether the message changes what the node holds, so that it has to be carried out even if its answer
+            is not read.
     """
 
     work: float

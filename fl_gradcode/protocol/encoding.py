@@ -1,6 +1,6 @@
-"""How an update and its metrics travel: as floats, or as fixed point under a code over a prime field.
+"""Encodings of updates and metrics: as floats, or as fixed-point numbers under a code over a prime field.
 
-Client and server take the same `PayloadEncoding`: one for the plan, one for the code.
+Client and server use the same kind of `PayloadEncoding`, because both make it from the plan.
 """
 
 from __future__ import annotations
@@ -20,56 +20,62 @@ from .packing import Layout, encode_row, wire_dtype
 
 __all__ = ["FixedPointEncoding", "FloatEncoding", "PayloadEncoding", "payload_encoding"]
 
-# A metric is 5 digits of 15 bits, 30 of the bits behind the point; sums of 2^15 shards' digits fit the field.
+# A metric is stored in 5 digits of 15 bits each, with 30 fraction bits. Sums of 2^15 shards' digits fit the field.
 _DIGITS, _BITS, _FRACTION = 5, 15, 30
-# Numbers that stay in a core's cache, with scratch beside them.
+# Number of entries that fit a core's cache together with the scratch arrays.
 _CACHED = 1 << 16
 _FOLD = 1024
 _P = np.uint32(P)
 
 
 class PayloadEncoding(Protocol):
-    """What is done to shards' vectors while they are combined, and after they were decoded.
+    """Combines the shards' vectors on the client, and converts the decoded metrics on the server.
 
-    Totals are None before the first shard; `coefficients` has one for each of the m blocks. Updates and totals that are
-    given away may be overwritten.
+    Totals are None before the first shard. `coefficients` contains one number for each of the m blocks. Updates and
+    totals that are passed in may be overwritten.
     """
 
     def add_update(
         self, total: NDArray[Any] | None, update: NDArray[np.floating], coefficients: Sequence[float]
     ) -> tuple[NDArray[Any], tuple[float, ...]]:
-        """The total with one more weighted update, and four numbers in which holders that disagree differ."""
+        """Returns the total with one more weighted update, and a sketch of the update.
+
+        The sketch is four numbers, which differ if the holders of a shard disagree.
+        """
 
     def add_metrics(
         self, total: NDArray[Any] | None, metrics: NDArray[np.float64], coefficients: Sequence[float]
     ) -> NDArray[Any]:
-        """The total with one more shard's weight and weighted metrics."""
+        """Returns the total with one more shard's weight and weighted metrics."""
 
     def with_metrics(self, sketch: tuple[float, ...] | None, metrics: NDArray[np.float64]) -> tuple[float, ...] | None:
-        """The four numbers of an update (None when evaluating), so that they tell metrics apart too if they must."""
+        """Returns the sketch of an update (None when evaluating), extended to the metrics if they must agree too."""
 
     def sent(self, total: NDArray[Any]) -> NDArray[Any]:
-        """A total as it is sent."""
+        """Returns a total in the form in which it is sent."""
 
     def dtypes(self, layout: Layout) -> tuple[np.dtype[Any], np.dtype[Any]]:
-        """Of the update and the metrics that are sent."""
+        """Returns the dtypes of the update and of the metrics that are sent."""
 
     def entries(self, metrics: int) -> int:
-        """Length of the combined metrics vector for so many numbers."""
+        """Returns the length of the combined metrics vector for a number of metrics."""
 
     def restored(self, metrics: NDArray[Any]) -> NDArray[np.float64]:
-        """The decoded metrics as floats."""
+        """Returns the decoded metrics as float64."""
 
 
 class FloatEncoding:
-    """As they are."""
+    """Sends updates and metrics as floating-point numbers."""
 
     def add_update(
         self, total: NDArray[Any] | None, update: NDArray[np.floating], coefficients: Sequence[float]
     ) -> tuple[NDArray[Any], tuple[float, ...]]:
-        """In the update's dtype; holders are compared with a tolerance: float arithmetic differs between machines."""
+        """Returns the total in the update's dtype, and a sketch.
+
+        Sketches are compared with a tolerance, because float arithmetic differs between machines.
+        """
         sketch = _sketch(update)
-        if total is None and len(coefficients) == 1 and coefficients[0] != 0:  # as below, without a second vector
+        if total is None and len(coefficients) == 1 and coefficients[0] != 0:  # in place, to save a second vector
             if coefficients[0] != 1:
                 update *= update.dtype.type(coefficients[0])
             update += 0  # -0 becomes 0
@@ -79,36 +85,39 @@ class FloatEncoding:
     def add_metrics(
         self, total: NDArray[Any] | None, metrics: NDArray[np.float64], coefficients: Sequence[float]
     ) -> NDArray[Any]:
-        """In float64."""
+        """Returns the total of the metrics as float64."""
         return encode_row(total, metrics, tuple(coefficients))
 
     def with_metrics(self, sketch: tuple[float, ...] | None, metrics: NDArray[np.float64]) -> tuple[float, ...] | None:
-        """As they are: a metric that differs does harm to nothing but itself."""
+        """Returns the sketch unchanged, because a metric that differs affects no other number."""
         return sketch
 
     def sent(self, total: NDArray[Any]) -> NDArray[Any]:
-        """As it is."""
+        """Returns the total unchanged."""
         return total
 
     def dtypes(self, layout: Layout) -> tuple[np.dtype[Any], np.dtype[Any]]:
-        """The layout's, and float64."""
+        """Returns the layout's float dtype for the update, and float64 for the metrics."""
         return wire_dtype(layout), np.dtype(np.float64)
 
     def entries(self, metrics: int) -> int:
-        """One each."""
+        """Returns `metrics`, because each metric takes one entry."""
         return metrics
 
     def restored(self, metrics: NDArray[Any]) -> NDArray[np.float64]:
-        """As they are."""
+        """Returns the decoded metrics as float64."""
         return np.asarray(metrics, np.float64)
 
 
 class FixedPointEncoding:
-    """Whole numbers modulo 2^31 - 1; updates of all k shards together have to fit.
+    """Sends updates and metrics as whole numbers modulo 2^31 - 1, in which the sum over all k shards has to fit.
 
     Args:
         field: The code's field.
-        k: Number of shards; each may use a k-th of the room.
+        k: Number of shards; each may use 1/k of the range.
+
+    Raises:
+        Overflow: There are more than 2^15 shards.
     """
 
     def __init__(self, field: PrimeField, k: int) -> None:
@@ -119,18 +128,19 @@ class FixedPointEncoding:
     def add_update(
         self, total: NDArray[Any] | None, update: NDArray[np.floating], coefficients: Sequence[float]
     ) -> tuple[NDArray[Any], tuple[float, ...]]:
-        """Rounded to multiples of 2^-fraction_bits. The four numbers are of a hash: holders agree in every bit, or
-        decoding makes garbage.
+        """Returns the total with the update rounded to multiples of 2^-fraction_bits, and a sketch.
+
+        The sketch is made from a hash, because decoding is meaningless unless the holders agree in every bit.
 
         Raises:
-            Overflow: An entry is too large, or not finite.
+            Overflow: An entry is too large or not finite.
         """
         digest = hashlib.sha256()
         total = self.add(total, update, coefficients, digest)
         return total, _numbers(digest)
 
     def with_metrics(self, sketch: tuple[float, ...] | None, metrics: NDArray[np.float64]) -> tuple[float, ...] | None:
-        """A hash of both: a metric in which holders differ in one bit would be decoded to a random number."""
+        """Returns a hash of both, because metrics that differ in one bit would decode to a random number."""
         return _numbers(hashlib.sha256(repr((sketch, (np.rint(metrics * 2.0**_FRACTION) + 0.0).tolist())).encode()))
 
     def add(
@@ -140,9 +150,9 @@ class FixedPointEncoding:
         coefficients: Sequence[float],
         digest: Any = None,
     ) -> NDArray[Any]:
-        """The rounded update times the coefficients, as it is sent: one vector, however many shards.
+        """Returns the total plus the rounded update times the coefficients, uint32.
 
-        Each shard uses a k-th of the room at most, so that the decoded sum fits.
+        Each shard may use 1/k of the range, so that the decoded sum fits.
         """
         limit = (P - 1) // 2 // self.k
         length = -(-update.size // len(coefficients))
@@ -165,10 +175,10 @@ class FixedPointEncoding:
     def add_metrics(
         self, total: NDArray[Any] | None, metrics: NDArray[np.float64], coefficients: Sequence[float]
     ) -> NDArray[Any]:
-        """The digits of each.
+        """Returns the total plus the digits of each metric times the coefficients, uint32.
 
         Raises:
-            Overflow: One is too large, or not finite.
+            Overflow: A metric is too large or not finite.
         """
         digits = np.empty((len(metrics), _DIGITS))
         for row, value in zip(digits, metrics.tolist(), strict=True):
@@ -191,19 +201,19 @@ class FixedPointEncoding:
         return total
 
     def sent(self, total: NDArray[Any]) -> NDArray[np.uint32]:
-        """As it is: 31 bits an entry."""
+        """Returns the total unchanged, with 31 bits an entry."""
         return total
 
     def dtypes(self, layout: Layout) -> tuple[np.dtype[Any], np.dtype[Any]]:
-        """uint32 both."""
+        """Returns uint32 for both the update and the metrics."""
         return np.dtype(np.uint32), np.dtype(np.uint32)
 
     def entries(self, metrics: int) -> int:
-        """Their digits."""
+        """Returns the number of digits of all metrics, five each."""
         return metrics * _DIGITS
 
     def restored(self, metrics: NDArray[Any]) -> NDArray[np.float64]:
-        """From the summed digits, which the field's decoding has scaled as if they were an update."""
+        """Returns the metrics as float64, from summed digits that the field's decoding has scaled like an update."""
         whole = np.rint(np.asarray(metrics) * 2.0**self.field.fraction_bits).astype(np.int64)
         rows = whole[: len(whole) // _DIGITS * _DIGITS].reshape(-1, _DIGITS)
         sums = [sum(int(digit) << _BITS * place for place, digit in enumerate(row)) for row in rows]
@@ -211,9 +221,9 @@ class FixedPointEncoding:
 
 
 def _sketch(update: NDArray[np.floating]) -> tuple[float, ...]:
-    """Norm and three signed sums of an update: replicas that disagree differ in them.
+    """Returns the norm and three signed sums of an update, which differ if replicas disagree.
 
-    Linear and cheap (one pass); compared with a tolerance, since bit-identity does not hold across machines.
+    They are compared with a tolerance, because replicas are not identical in every bit across machines.
     """
     whole = update.size // _FOLD * _FOLD
     folded = np.zeros(_FOLD)
@@ -225,7 +235,7 @@ def _sketch(update: NDArray[np.floating]) -> tuple[float, ...]:
         if not math.isfinite(square):
             square = float(np.square(update, dtype=np.float64).sum())
         values = (math.sqrt(square), *(float(x) for x in _signs() @ folded))
-    # An update that is not finite is rejected for that, with its own reason.
+    # Zeros keep the sketch valid. An update that is not finite is rejected later, with its own reason.
     return values if all(map(math.isfinite, values)) else (0.0,) * len(values)
 
 
@@ -241,11 +251,13 @@ def _add_times(
     product: NDArray[np.int32],
     times: NDArray[np.int32],
 ) -> None:
-    """`total += coefficient * rounded` modulo p, in place; `product` holds the same numbers as `rounded`, `times` is
-    scratch, and all three are overwritten.
+    """Compute `total += coefficient * rounded` modulo p in place.
 
-    With t the nearest whole number to coefficient * rounded / p (below 2^30 in size, so float64 tells), what is left,
-    coefficient * rounded - t p, is at most p / 2 and a little, and 32 bits of each product are enough to know it.
+    On entry, `product` holds the same numbers as `rounded`, and `times` is scratch. All three are overwritten.
+
+    Let t be the whole number nearest to coefficient * rounded / p. It is below 2^30 in size, so float64 determines it.
+    The remainder coefficient * rounded - t p is at most slightly larger than p / 2 in size, so the low 32 bits of each
+    product suffice to compute it.
     """
     rounded *= coefficient / P
     np.rint(rounded, out=rounded)
@@ -254,7 +266,7 @@ def _add_times(
     product *= np.int32(coefficient)
     product -= times
     rest, spare = product.view(np.uint32), times.view(np.uint32)
-    np.minimum(rest, np.add(rest, _P, out=spare), out=rest)  # what is below 0 wraps to something larger
+    np.minimum(rest, np.add(rest, _P, out=spare), out=rest)  # a negative remainder wraps to a large number
     total += rest
     np.minimum(total, np.subtract(total, _P, out=spare), out=total)
 
@@ -265,5 +277,5 @@ def _numbers(digest: Any) -> tuple[float, ...]:
 
 
 def payload_encoding(fraction_bits: int | None, k: int) -> PayloadEncoding:
-    """`FixedPointEncoding` for a number of fraction bits, `FloatEncoding` for None."""
+    """Returns a `FixedPointEncoding` for a number of fraction bits, or a `FloatEncoding` for None."""
     return FloatEncoding() if fraction_bits is None else FixedPointEncoding(PrimeField(fraction_bits), k)

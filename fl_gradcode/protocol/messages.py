@@ -1,4 +1,4 @@
-"""What can be told of a message without working on it: its load, its round, its size, its error."""
+"""Reads facts about a message without processing it, such as its load, its round and its size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 
 
 def load_of(message: Message, worker: int) -> int:
-    """How many shards `message` asks `worker` to work on; 1 for a message without a plan."""
+    """Returns how many shards `message` asks `worker` to work on; 1 for a message without a plan, 0 for a probe."""
     plan = Plan.find_in(message.content)
     if plan is None:
         return 0 if is_probe(message.content) else 1
@@ -32,25 +32,25 @@ def load_of(message: Message, worker: int) -> int:
 
 
 def loads_of(message: Message) -> dict[int, int]:
-    """Worker -> how many shards it is asked for, of all that the plan names; empty for a message without a plan."""
+    """Returns worker -> number of shards for all workers in the message's plan; empty without a plan."""
     plan = Plan.find_in(message.content)
     return {} if plan is None else {worker: len(row.shards) for worker, row in plan.rows.items()}
 
 
 def without_arrays(content: RecordDict) -> RecordDict:
-    """The same without what is large."""
+    """Returns the content without its ArrayRecords."""
     return RecordDict({name: record for name, record in content.items() if not isinstance(record, ArrayRecord)})
 
 
 def reply_part(message: Message, worker: int) -> float:
-    """Which part of a model's length the reply has: 1/m under a code that divides updates by m, else 1."""
+    """Returns the length of the reply's vector relative to the model: 1/m under a code that divides updates, else 1."""
     plan = Plan.find_in(message.content)
     row = None if plan is None else plan.rows.get(worker)
     return 1 / len(row.coefficients[0]) if row and row.coefficients and row.coefficients[0] else 1.0
 
 
 def round_of(message: Message) -> int | None:
-    """The server round that a message belongs to: from its plan, or from the `server-round` that Flower sends."""
+    """Returns the server round of a message, from its plan or from Flower's `server-round`, or None."""
     plan = Plan.find_in(message.content)
     if plan is not None:
         return plan.round
@@ -61,12 +61,12 @@ def round_of(message: Message) -> int | None:
 
 
 def is_evaluation(message: Message) -> bool:
-    """Whether a message asks to evaluate."""
+    """Returns whether a message asks to evaluate."""
     return message.metadata.message_type.split(".")[0] == MessageType.EVALUATE
 
 
 def computing_seconds(message: Message) -> float | None:
-    """Seconds that the client says it spent on its shards; None if it does not say."""
+    """Returns the seconds that the client reports to have spent on its shards, or None if it reports none."""
     with contextlib.suppress(ValueError, VersionMismatch):
         reply = Reply.find_in(message.content) if message.has_content() else None
         if reply is not None and reply.seconds:
@@ -75,7 +75,7 @@ def computing_seconds(message: Message) -> float | None:
 
 
 def content_bytes(content: RecordDict) -> int:
-    """Bytes of the payload: arrays as serialised, 8 a number, text as it is."""
+    """Returns the size of the payload in bytes: arrays as serialised, 8 a number, 1 a character or byte."""
     total = 0
     for record in content.values():
         if isinstance(record, ConfigRecord | MetricRecord):

@@ -1,8 +1,8 @@
-"""Arrays and metrics as one flat vector each, and back.
+"""Converts arrays and metrics to one flat vector each, and back.
 
-An update is `arrays_after - arrays_before`, flattened in the order of `arrays_after`: float64 if any array is,
-else float32. Whole numbers (counters) and booleans travel as floats and are rounded back after the inner
-strategy. bfloat16 arrays, which NumPy lacks, are read from their 16-bit payload.
+An update is `arrays_after - arrays_before`, flattened in the order of `arrays_after`. Its dtype is float64 if any array
+is float64, else float32. Whole numbers (counters) and booleans are sent as floats, and rounded again after the wrapped
+strategy has aggregated them. bfloat16 arrays, which NumPy lacks, are read from their 16-bit payload.
 """
 
 from __future__ import annotations
@@ -35,17 +35,21 @@ __all__ = [
 
 #: Name, dtype and shape of each array.
 Layout = tuple[tuple[str, str, tuple[int, ...]], ...]
-#: Name, length (-1: scalar) and whether whole numbers, of each metric; the weight comes first.
+#: Name, length (-1 for a scalar) and whether it is a whole number, for each metric; the weight comes first.
 MetricsLayout = tuple[tuple[str, int, bool], ...]
 
 _BFLOAT16 = "bfloat16"
 _LEAST_WEIGHT = 1e-30
-# Numbers that stay in a core's cache.
+# Number of entries that fit a core's cache.
 _CACHED = 1 << 17
 
 
 def view(array: Array) -> NDArray[np.generic]:
-    """The values of a Flower array without copying them; read-only. bfloat16 comes as float32 (a copy)."""
+    """Returns the values of a Flower array, read-only and without a copy; bfloat16 is copied to float32.
+
+    Raises:
+        ValueError: The array is not serialised by NumPy, or its bytes do not fit its shape.
+    """
     if array.stype != "numpy.ndarray":
         raise ValueError(f"arrays are serialised as {array.stype!r}, expected 'numpy.ndarray'")
     if array.data[:8] != b"\x93NUMPY\x01\x00":  # another format version: structured types, huge headers
@@ -64,7 +68,10 @@ def view(array: Array) -> NDArray[np.generic]:
 
 @lru_cache(maxsize=1024)
 def _header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
-    """Shape, order and dtype; cached, since NumPy takes longer to parse this text than to read a small array."""
+    """Returns shape, whether the order is Fortran's, and dtype.
+
+    The result is cached, because NumPy takes longer to parse this text than to read a small array.
+    """
     stream = io.BytesIO(header)
     np.lib.format.read_magic(stream)
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
@@ -74,8 +81,9 @@ def _header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]
 
 
 def all_finite(values: NDArray[np.floating]) -> bool:
-    """Whether no entry is NaN or infinite."""
-    # A finite sum of squares proves it, twice as fast as asking each entry; one that overflows proves nothing.
+    """Returns whether no entry is NaN or infinite."""
+    # A finite sum of squares proves it, and takes half the time of checking each entry. A sum that overflows proves
+    # nothing, so then the entries are checked.
     if values.dtype.itemsize < 4:  # NumPy multiplies float16 slowly
         return bool(np.isfinite(values).all())
     with np.errstate(over="ignore", invalid="ignore"):
@@ -83,21 +91,23 @@ def all_finite(values: NDArray[np.floating]) -> bool:
 
 
 def wire_dtype(layout: Layout) -> np.dtype[np.floating]:
-    """float64 if any array is (or needs more than float32), else float32."""
+    """Returns the dtype of the flat vector: float64 if an array has a wider float dtype than float32, else float32."""
     wide = any(d != _BFLOAT16 and np.dtype(d).kind == "f" and np.dtype(d).itemsize > 4 for _, d, _ in layout)
     return np.dtype(np.float64 if wide else np.float32)
 
 
 def size_of(layout: Layout) -> int:
-    """Number of entries of the flat vector."""
+    """Returns the number of entries of the flat vector."""
     return sum(math.prod(shape) for _, _, shape in layout)
 
 
 def flatten_update(before: Mapping[str, Array], after: dict[str, Array]) -> tuple[Layout, NDArray[np.floating]]:
-    """Layout of `after` and the flat update `after - before`. `after` is emptied: no array is there twice for long.
+    """Returns the layout of `after` and the flat update `after - before`, shape (d,).
+
+    `after` is emptied array by array to save memory.
 
     Raises:
-        ValueError: `after` has a name that was not sent, another shape, or a dtype that cannot be averaged.
+        ValueError: `after` contains a name that was not sent, another shape, or a dtype that cannot be averaged.
     """
     layout = []
     for name, array in after.items():
@@ -129,11 +139,16 @@ def flatten_update(before: Mapping[str, Array], after: dict[str, Array]) -> tupl
 def rebuild_arrays(
     layout: Layout, before: ArrayRecord, total: Iterable[NDArray[np.floating]], weight: float
 ) -> ArrayRecord:
-    """`before + total / weight`: the weighted mean of the arrays that the clients hold.
+    """Returns `before + total / weight`, the weighted mean of the clients' arrays.
 
-    Floats get the dtype that `train()` returned; counters come as float64 and bfloat16 as float32, for the
-    inner strategy to work on (see `restore_types`). `total` comes in pieces, whose bounds do not matter; they may be
-    overwritten.
+    Floats get the dtype that `train()` returned. Counters become float64 and bfloat16 becomes float32, so that the
+    wrapped strategy can compute with them (see `restore_types`).
+
+    Args:
+        layout: Names, dtypes and shapes of the arrays.
+        before: The arrays that training started from.
+        total: Weighted sum of the updates, in pieces of any length, which may be overwritten.
+        weight: Sum of the weights, above 0.
 
     Raises:
         OverflowError: An array of the mean is not finite in its dtype.
@@ -181,7 +196,7 @@ def _divided(total: NDArray[np.floating], weight: float) -> NDArray[np.floating]
 
 
 def restore_types(layout: Layout, arrays: ArrayRecord) -> ArrayRecord:
-    """What the inner strategy returned, with counters rounded and bfloat16 restored; floats stay as they are."""
+    """Returns the wrapped strategy's arrays with counters rounded and bfloat16 restored; floats stay unchanged."""
     restored = dict(arrays.items())
     for name, dtype_name, _ in layout:
         if name not in restored:
@@ -197,7 +212,7 @@ def _rounded(values: NDArray[np.generic], dtype: np.dtype[np.generic]) -> NDArra
     whole = np.rint(values.astype(np.float64))
     if dtype.kind == "b":
         return whole >= 1
-    limits = np.iinfo(dtype.name)  # a mean of values of this type lies within them, up to rounding
+    limits = np.iinfo(dtype.name)  # a mean of values of this dtype lies within its limits, up to rounding
     inside = np.clip(whole, limits.min, limits.max)
     return np.where(whole >= float(limits.max), limits.max, inside.astype(dtype)).astype(dtype)
 
@@ -210,10 +225,10 @@ def _to_bfloat16(values: NDArray[np.generic]) -> Array:
 
 
 def flatten_metrics(metrics: MetricRecord, weight_key: str) -> tuple[MetricsLayout, NDArray[np.float64]]:
-    """The weight w, then w times each metric, as one float64 vector.
+    """Returns the layout, and one float64 vector of the weight w and then w times each metric.
 
     Raises:
-        ValueError: The weight is missing, a list, not finite, or negative.
+        ValueError: The weight is missing, a list, not finite, negative, or too small for float32.
     """
     if weight_key not in metrics:
         raise ValueError(f"the reply's metrics lack {weight_key!r}, the number of examples, which weighs them")
@@ -230,12 +245,12 @@ def flatten_metrics(metrics: MetricRecord, weight_key: str) -> tuple[MetricsLayo
             continue
         several = value if isinstance(value, list) else [value]
         layout.append((name, len(several) if isinstance(value, list) else -1, False))
-        values.extend(float(weight) * float(one) for one in several)
+        values.extend(float(weight) * float(number) for number in several)
     return tuple(layout), np.array(values)
 
 
 def rebuild_metrics(layout: MetricsLayout, total: NDArray[np.float64], *, whole: bool) -> tuple[float, MetricRecord]:
-    """The decoded weight W > 0, and the metrics: W under the weight's name, every other one divided by W."""
+    """Returns the decoded weight W > 0, and the metrics: W under the weight's name, and all others divided by W."""
     weight_key = layout[0][0]
     weight = float(total[0])
     record = MetricRecord({weight_key: max(1, round(weight)) if whole else weight})
@@ -251,7 +266,10 @@ def rebuild_metrics(layout: MetricsLayout, total: NDArray[np.float64], *, whole:
 def encode_row(
     total: NDArray[np.floating] | None, vector: NDArray[np.floating], coefficients: tuple[float, ...]
 ) -> NDArray[np.floating]:
-    """`total + sum_l coefficients[l] * block_l(vector)`; the m blocks are zero-padded to equal length."""
+    """Returns `total + sum_l coefficients[l] * block_l(vector)`, shape (ceil(d / m),).
+
+    The vector is divided into m blocks, which are padded with zeros to equal length. `total` is overwritten.
+    """
     m = len(coefficients)
     length = -(-vector.size // m)
     if total is None:
@@ -268,7 +286,7 @@ def encode_row(
 
 
 def as_array(values: NDArray[np.generic]) -> Array:
-    """A Flower array, as `Array(values)` makes it, with one copy of the values instead of three."""
+    """Returns the same Flower array as `Array(values)`, with one copy of the values instead of three."""
     flat = np.ascontiguousarray(values).reshape(-1)
     data = b"".join((_npy_header(values.dtype, values.shape), flat.view(np.uint8).data))
     return Array(str(values.dtype), tuple(int(x) for x in values.shape), "numpy.ndarray", data)

@@ -34,33 +34,33 @@ __all__ = [
     "report_key",
 ]
 
-#: What the records mean. It changes when a plan or a reply does: the other half would misread it.
+#: Version of the records' format. It changes with every change of a plan or a reply that the other side would misread.
 PROTOCOL = 2
 _JSON, _PROTOCOL, _VERSION = "json", "protocol", "version"
 
 
 def record_of(values: Mapping[str, Any]) -> ConfigRecord:
-    """A record that holds them, and our version."""
+    """Returns a record that contains these values as JSON, the protocol version and the library version."""
     return ConfigRecord({_JSON: json.dumps(dict(values)), _PROTOCOL: PROTOCOL, _VERSION: library_version()})
 
 
 def read_json(record: ConfigRecord, other: str) -> str:
-    """What `record_of` was given, as JSON.
+    """Returns the JSON text of the values that `record_of` was given.
 
     Args:
-        record: From the other half.
-        other: "server" or "node": who made it.
+        record: Record from the other side.
+        other: Side that made the record, "server" or "node".
 
     Raises:
-        VersionMismatch: It is of another protocol; with what to install where.
+        VersionMismatch: The record has another protocol version. The message says what to install.
     """
     protocol: Any = record.get(_PROTOCOL, 1)
     its = str(record.get(_VERSION, "of an older version"))
     if protocol != PROTOCOL:
         server, node = (its, library_version()) if other == "server" else (library_version(), its)
-        ours, theirs = (protocol, PROTOCOL) if other == "server" else (PROTOCOL, protocol)
+        servers, nodes = (protocol, PROTOCOL) if other == "server" else (PROTOCOL, protocol)
         raise VersionMismatch(
-            f"The node has fl-gradcode {node} (protocol {theirs}), and the server {server} (protocol {ours}). "
+            f"The node has fl-gradcode {node} (protocol {nodes}), and the server {server} (protocol {servers}). "
             f"{_advice(str(server))}"
         )
     return str(record[_JSON])
@@ -68,10 +68,10 @@ def read_json(record: ConfigRecord, other: str) -> str:
 
 @lru_cache(maxsize=1)
 def library_version() -> str:
-    """Of what is installed here."""
+    """Returns the version of the installed library, or "of a checkout" if it is not installed."""
     try:
         return version("fl-gradcode")
-    except PackageNotFoundError:  # a checkout on the path
+    except PackageNotFoundError:  # the library is imported from a checkout
         return "of a checkout"
 
 
@@ -83,25 +83,25 @@ def _advice(server: str) -> str:
 _PLAN = "fl-gradcode.plan"
 _REPLY = "fl-gradcode.reply"
 _PROBE = "fl-gradcode.probe"
-#: Name of the ArrayRecord that holds the coded vectors. A name of its own makes a mod that expects model
-#: arrays (clipping, local privacy) fail loudly instead of clipping a coded sum.
+#: Name of the ArrayRecord that holds the coded vectors. Because of the special name, a mod that expects model arrays
+#: (clipping, local privacy) fails visibly instead of clipping a coded sum.
 UPDATE = "fl-gradcode.update"
-#: The two arrays in it: the coded update, and the coded weight and metrics.
+#: Names of the two arrays in it: the coded update, and the coded weight and metrics.
 ARRAYS, METRICS = "arrays", "metrics"
 
-#: Numbers of workers are below this: a greater one is a mistake, for which memory for so many rows would be taken.
+#: Worker numbers are below this limit. A larger one is a mistake, and would allocate memory for that many rows.
 MOST_WORKERS = 10_000
 
-#: What a reply can be; see `Reply`.
+#: Possible outcomes of a reply; see `Reply`.
 OUTCOMES = ("coded", "idle", "gave-up", "fixed-data")
 
-#: Flower's own keys of `Context.node_config`, in which a shard number is written for `train()`.
+#: Flower's own keys of `Context.node_config`. The first one is set to the shard number when `train()` is called.
 PARTITION_ID, NUM_PARTITIONS = "partition-id", "num-partitions"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One worker's row of the encoding matrix: `coefficients[t]` holds the m numbers for `shards[t]`."""
+    """One worker's row of the encoding matrix, in which `coefficients[t]` holds the m numbers for `shards[t]`."""
 
     shards: tuple[int, ...]
     coefficients: tuple[tuple[float, ...], ...]
@@ -109,24 +109,27 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a node is asked to do in one phase of one round.
+    """The work that nodes are asked for in one phase of one round.
 
     Attributes:
-        run: Our own name of the run, kept over a resume.
-        seed: What all holders of a shard derive their random seeds from.
+        run: Name of the run, which stays the same when the run is resumed.
+        seed: Seed from which all holders of a shard derive their random seeds.
         round: The server round, from 1.
         kind: "train" or "evaluate".
-        n, k: Workers and shards of the code.
+        n: Number of workers of the code.
+        k: Number of shards of the code.
         weight_key: The metric that holds the number of examples.
         arrays_key: The ArrayRecord of the message that training starts from; empty when evaluating.
-        rows: Worker number -> its row: all workers', as long as the server does not know which node this is.
-        give_up_after: Seconds after which a client stops between two shards; 0: never.
+        rows: Worker -> its row; holds the rows of all workers if the server does not know which worker the node is.
+        give_up_after: Seconds after which a client gives up before its next shard; 0 for never.
         allow_fixed_data: Whether an app that does not choose its data by `partition-id` is accepted.
-        fraction_bits: Of the fixed point, under a code over a prime field; None: replies are floats.
-        privacy: What training has to promise, as `privacy_to_json` writes it; empty: nothing.
-        releases: With privacy: shard -> how many hold it, and the ranges of rounds in which they were asked before.
-        digests: Shard -> SHA-256 of its data, where the server has a manifest.
-        open: Whether the code is made for what nodes hold: each says what that is, also one that has no row.
+        fraction_bits: Number of fraction bits under a code over a prime field; None if replies are floats.
+        privacy: The privacy promise that training has to keep, as `privacy_to_json` writes it; empty for none.
+        releases: With privacy, shard -> number of its holders, and the ranges of earlier rounds in which they were
+            asked.
+        digests: Shard -> SHA-256 of its data, if the server has a manifest.
+        open: Whether the code is built for the shards that nodes report. Then every node reports its shards, even if it
+            has no row.
     """
 
     run: str
@@ -148,59 +151,62 @@ class Plan:
 
     @property
     def label(self) -> str:
-        """For people and the ledger: "train 3"."""
+        """Name of the phase in the ledger and in messages, such as "train 3"."""
         return f"{self.kind} {self.round}"
 
     def for_worker(self, worker: int) -> Plan:
-        """The plan with this worker's row alone."""
+        """Returns the plan with only this worker's row."""
         row = self.rows[worker]
         releases = {shard: self.releases[shard] for shard in row.shards if shard in self.releases}
         digests = {shard: self.digests[shard] for shard in row.shards if shard in self.digests}
         return replace(self, rows={worker: row}, releases=releases, digests=digests)
 
     def add_to(self, content: RecordDict) -> RecordDict:
-        """A new RecordDict with the same records and this plan; strategies may share one object."""
+        """Returns a new RecordDict with the same records and this plan; `content` is not changed."""
         values = dict(vars(self))
         values["rows"] = {i: [row.shards, row.coefficients] for i, row in self.rows.items()}
         return RecordDict({**content, _PLAN: record_of(values)})
 
     @classmethod
     def find_in(cls, content: RecordDict) -> Plan | None:
-        """The plan of a message, or None.
+        """Returns the plan of a message, or None.
 
         Raises:
-            VersionMismatch: It is of a version that is not understood here.
+            VersionMismatch: The plan has another protocol version.
         """
         record = content.get(_PLAN)
         return _parse_plan(read_json(record, "server")) if isinstance(record, ConfigRecord) else None
 
     @staticmethod
     def remove_from(content: RecordDict) -> RecordDict:
-        """A new RecordDict with all other records."""
+        """Returns a new RecordDict with all records except the plan."""
         return RecordDict({key: value for key, value in content.items() if key != _PLAN})
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a node says about its coded vectors.
+    """The description of a node's coded vectors, which is sent with them.
 
     Attributes:
-        run, round, kind: Copied from the plan.
-        worker: Who answers: the node's own `partition-id`.
-        outcome: "coded"; "idle" (the row is empty), "gave-up" (after `give_up_after`), or "fixed-data" (the
-            app did not read `partition-id`): the last three carry no vectors.
+        run: Name of the run, copied from the plan.
+        round: The server round, copied from the plan.
+        kind: "train" or "evaluate", copied from the plan, or "probe".
+        worker: Worker that answers, which is the node's own `partition-id`.
+        outcome: "coded"; "idle" (the row is empty), "gave-up" (after `give_up_after`), or "fixed-data" (the app did not
+            read `partition-id`). Only a coded reply contains vectors.
         shards: The shards that were combined.
-        layout: Name, dtype and shape of each array as `train()` returned it.
-        metrics_layout: Name, length (-1: a scalar) and whether whole numbers, of the weight and each metric.
-        arrays_name, metrics_name: The user's names of the two records.
-        sketches: A few numbers per shard in which holders that disagree differ.
-        seconds: Compute seconds of each shard.
+        layout: Name, dtype and shape of each array that `train()` returned.
+        metrics_layout: Name, length (-1 for a scalar) and whether it is a whole number, for the weight and each metric.
+        arrays_name: The user's name of the ArrayRecord.
+        metrics_name: The user's name of the MetricRecord.
+        sketches: Four numbers for each shard, which differ if the holders of a shard disagree.
+        seconds: Seconds spent on each shard.
         stateful: Whether the function kept something in `context.state`.
-        fixed_data: Whether it never read `partition-id`.
-        spent: With privacy: for each shard its number, the digest of what its key was bound to, and epsilon of this run
-            and of all runs.
-        holds: Under an open plan: the shards that the node holds, and the SHA-256 of each; empty: not known; `WITHHELD`
-            (see `manifest`): the node does not tell, for its records' sake.
+        fixed_data: Whether the function never read `partition-id`.
+        spent: With privacy, for each shard: its number, the digest of the request that its key was bound to, and the
+            epsilon of this run and of all runs.
+        holds: Under an open plan, the shards that the node holds and the SHA-256 of each. It is empty if not known, and
+            `placement.WITHHELD` if the node keeps it secret to protect its records.
     """
 
     run: str
@@ -221,20 +227,20 @@ class Reply:
     holds: tuple[tuple[int, str], ...] = ()
 
     def to_record(self) -> ConfigRecord:
-        """This reply as a record."""
+        """Returns this reply as a ConfigRecord."""
         return record_of(vars(self))
 
     def content(self, **records: Any) -> RecordDict:
-        """A RecordDict with this reply and further records."""
+        """Returns a RecordDict with this reply and further records."""
         return RecordDict({_REPLY: self.to_record(), **records})
 
     @classmethod
     def find_in(cls, content: RecordDict) -> Reply | None:
-        """The reply record of a message, or None.
+        """Returns the reply in a message, or None.
 
         Raises:
-            ValueError: The record is there and cannot be read.
-            VersionMismatch: It is of a version that is not understood here.
+            ValueError: The reply cannot be read.
+            VersionMismatch: The reply has another protocol version.
         """
         record = content.get(_REPLY)
         if not isinstance(record, ConfigRecord):
@@ -243,7 +249,7 @@ class Reply:
             return _parse_reply(read_json(record, "node"))
         except VersionMismatch:
             raise
-        except Exception as error:  # whatever somebody may have put there
+        except Exception as error:  # a reply is untrusted input
             raise ValueError(f"unreadable reply record ({error})") from error
 
 
@@ -262,12 +268,12 @@ def _parse_plan(text: str) -> Plan:
     return Plan(**values)
 
 
-@lru_cache(maxsize=64)  # a reply is looked at on arrival, for its times, and read a moment later
+@lru_cache(maxsize=64)  # a reply is parsed on arrival, for its times, and again a moment later when it is read
 def _parse_reply(text: str) -> Reply:
     v = json.loads(text)
     v["layout"] = tuple((str(a), str(d), tuple(int(x) for x in s)) for a, d, s in v["layout"])
     v["metrics_layout"] = tuple((str(a), int(x), bool(w)) for a, x, w in v["metrics_layout"])
-    v["sketches"] = tuple(tuple(float(x) for x in one) for one in v["sketches"])
+    v["sketches"] = tuple(tuple(float(x) for x in sketch) for sketch in v["sketches"])
     v["shards"] = tuple(int(x) for x in v["shards"])
     v["seconds"] = tuple(float(x) for x in v["seconds"])
     v["worker"], v["round"] = int(v["worker"]), int(v["round"])
@@ -277,9 +283,9 @@ def _parse_reply(text: str) -> Reply:
     v["arrays_name"], v["metrics_name"] = str(v["arrays_name"]), str(v["metrics_name"])
     if v["outcome"] not in OUTCOMES:
         raise ValueError(f"outcome {v['outcome']!r}")
-    if not all(len(one) == 4 and all(map(math.isfinite, one)) for one in v["sketches"]):
+    if not all(len(sketch) == 4 and all(map(math.isfinite, sketch)) for sketch in v["sketches"]):
         raise ValueError("sketches that are not four finite numbers each")
-    if not all(0 <= number < math.inf for one in v["spent"] for number in one[2:]):
+    if not all(0 <= number < math.inf for spent in v["spent"] for number in spent[2:]):
         raise ValueError("an epsilon that is no number of at least 0")
     if not 0 <= v["worker"] < MOST_WORKERS:
         raise ValueError(f"worker {v['worker']}")
@@ -287,20 +293,20 @@ def _parse_reply(text: str) -> Reply:
 
 
 def report_key(name: str) -> str:
-    """The key under which a figure of ours stands among Flower's result metrics."""
+    """Returns the key of one of this library's figures in Flower's result metrics."""
     return f"fl-gradcode.{name}"
 
 
 def probe_content() -> RecordDict:
-    """Content of a message that asks only "which worker are you?"; the mod answers it without training."""
+    """Returns the content of a probe, which asks a node for its worker number and is answered without training."""
     return RecordDict({_PROBE: record_of({"who": True})})
 
 
 def is_probe(content: RecordDict) -> bool:
-    """Whether a message asks only for the worker number.
+    """Returns whether a message is a probe.
 
     Raises:
-        VersionMismatch: It is of a version that is not understood here.
+        VersionMismatch: The probe has another protocol version.
     """
     record = content.get(_PROBE)
     if isinstance(record, ConfigRecord):
@@ -309,6 +315,6 @@ def is_probe(content: RecordDict) -> bool:
 
 
 def plan_bytes(content: RecordDict) -> int:
-    """Bytes of the plan in it."""
+    """Returns the size of the plan in bytes, or 0 without a plan."""
     record = content.get(_PLAN)
     return sum(len(key) + len(str(value)) for key, value in record.items()) if isinstance(record, ConfigRecord) else 0

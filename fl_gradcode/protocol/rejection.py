@@ -1,6 +1,6 @@
-"""Why a reply does not count: a kind that code can compare, and a sentence for people.
+"""Rejections, which say why a reply does not count: a kind that code can compare, and a sentence for people.
 
-A node's refusal reaches the server as the text of an exception, which is all that Flower carries. `with_kind` writes
+A node's refusal reaches the server as the text of an exception, because Flower carries nothing else. `with_kind` writes
 the kind in front of that text on the node, and `rejection_of` reads it on the server. No other code looks for kinds in
 sentences.
 """
@@ -19,15 +19,15 @@ __all__ = ["Rejection", "RejectionKind", "last_line", "rejection_of", "with_kind
 
 RejectionKind = Literal[
     "error",  # the app or the engine failed
-    "no-reply",  # nothing came, and nothing will
+    "no-reply",  # no reply came, and none will
     "no-mod",  # the client answered without gradient_coding_mod
     "clipping-mod",  # one of Flower's privacy mods met a coded reply
     "unsuitable-app",  # the app breaks the contract of coding
     "fixed-data",  # train() does not choose its data by partition-id
     "invalid-setting",  # an option of the node cannot be used
     "version",  # server and node speak different versions of the protocol
-    "shard-mismatch",  # the node holds other data than it was asked for
-    "shards-gone",  # the node no longer holds all that it was asked for, and says what it does hold
+    "shard-mismatch",  # the node's data differ from what it was asked for
+    "shards-gone",  # the node no longer holds all shards that it was asked for, and reports those that it holds
     "privacy-refused",  # the node's privacy rules forbid the answer
     "overflow",  # the update does not fit the fixed point of a prime field
     "gave-up",  # the node stopped after `give_up_after` seconds
@@ -35,28 +35,28 @@ RejectionKind = Literal[
     "wrong-round",  # it answers another round, phase or run
     "wrong-worker",  # its worker is not in the code
     "wrong-shards",  # it combines other shards than it was asked for
-    "duplicate",  # the node's reply for this row is in already
+    "duplicate",  # the node has already answered for this row
     "duplicate-worker",  # another node answered as the same worker
     "layout",  # records, names, shapes or types that cannot be added up
     "not-finite",  # NaN or infinity in its update or weight
-    "outvoted",  # other replies agree on other names, dtypes or shapes
+    "outvoted",  # most other replies have different names, dtypes or shapes
 ]
 
 _KINDS: frozenset[str] = frozenset(RejectionKind.__args__)  # type: ignore[attr-defined]
 _MARK = "fl-gradcode"
 _CODED = re.compile(rf"{_MARK}/([a-z-]+): (.*)", re.DOTALL)
-#: How Flower tells of an exception in a ClientApp.
+#: Form in which Flower reports an exception in a ClientApp.
 _EXCEPTION = re.compile(r"<class '(?:.*\.)?(\w+)'>:<'(.*)'>")
 _LONGEST = 500
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """Why a reply does not count.
+    """The reason why a reply does not count.
 
     Attributes:
-        kind: What code goes by.
-        reason: One sentence for people, without its full stop.
+        kind: Kind of the rejection, for use in code.
+        reason: Sentence for people, without its full stop.
     """
 
     kind: RejectionKind
@@ -64,11 +64,11 @@ class Rejection:
 
 
 def with_kind(error: FlGradcodeError, text: str | None = None) -> FlGradcodeError:
-    """Returns the error to raise on a node, its kind written in front of its text.
+    """Returns the error to raise on a node, with its kind written in front of its text.
 
     Args:
-        error: What went wrong.
-        text: What to say instead of the error's own text.
+        error: The error.
+        text: Text that replaces the error's own text.
     """
     said = str(error) if text is None else text
     coded = said if _CODED.fullmatch(said) else f"{_MARK}/{error.kind}: {said}"
@@ -78,8 +78,8 @@ def with_kind(error: FlGradcodeError, text: str | None = None) -> FlGradcodeErro
 def rejection_of(message: Message) -> Rejection:
     """Returns the rejection that an error reply stands for.
 
-    The reason is one line: Flower's error code, the name of the exception, and its last line, where Python says what
-    went wrong.
+    The reason is one line. It consists of Flower's error code, the name of the exception, and the last line of its
+    text, where Python says what went wrong.
     """
     reason = last_line(message.error.reason or "")
     kind: RejectionKind = "error"
@@ -98,6 +98,6 @@ def rejection_of(message: Message) -> Rejection:
 
 
 def last_line(text: str) -> str:
-    """Returns the last line of a text that is not empty, cut to 500 characters."""
+    """Returns the last non-empty line of a text, cut to 500 characters."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:_LONGEST] if lines else "no reason given"
