@@ -1,4 +1,4 @@
-"""Everything that reaches past public interfaces, each with its reason: four reaches into Flower, one into imports.
+"""Everything that reaches past public interfaces, each with its reason: five reaches into Flower, one into imports.
 
 They rely on details that Flower does not promise. All were checked with Flower 1.41.0 and 1.42.0, and
 `tests/test_flower_internals.py` looks for each detail in the installed version. When a new version turns that test red,
@@ -10,6 +10,7 @@ this is the file to change.
 | `caller_among` | a strategy is not told what is wrapped around it |
 | `isolate_flower_random` | Flower's threads draw from the generator that user code is seeded with |
 | `inside_a_run` | Flower builds a `Message` only in a process that it started itself |
+| `number_message` | a grid gives each message its id, and Flower's own grids write it past the public interface too |
 | `WhenImported` | torch must be seeded the moment an app imports it, and importing it here would cost a second |
 """
 
@@ -27,6 +28,8 @@ from importlib.machinery import ModuleSpec
 from types import CodeType, FrameType, ModuleType
 from typing import Any
 
+from flwr.app import Message
+
 __all__ = [
     "CLIPPING_MODS",
     "FLOWER_MODULES_WITH_JITTER",
@@ -35,6 +38,7 @@ __all__ = [
     "clipping_mods_around_or_inside",
     "inside_a_run",
     "isolate_flower_random",
+    "number_message",
 ]
 
 # ---- Who is around us: stack walks ----
@@ -182,6 +186,16 @@ def inside_a_run(run_id: int = 1) -> Iterator[None]:
             _pretend(_pretended[-1])
             if len(_pretended) == 1:
                 _pretended.clear()
+
+
+def number_message(message: Message, message_id: str) -> None:
+    """Give a message the id that its reply will answer, as Flower's grids do when they push it.
+
+    Args:
+        message: Without an id.
+        message_id: Unique in the grid.
+    """
+    message.metadata.__dict__["_message_id"] = message_id
 
 
 def _pretend(identity: tuple[Any, ...]) -> None:

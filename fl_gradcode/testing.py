@@ -19,7 +19,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from ._flower_internals import inside_a_run
+from ._flower_internals import inside_a_run, number_message
 from .grid import Arrival, ArrivalSource, ForwardingGrid
 
 __all__ = ["InProcessGrid", "ManualClock", "inside_a_run"]
@@ -121,7 +121,7 @@ class InProcessGrid(Grid, ArrivalSource):
         ids = []
         for message in messages:
             message_id = f"message-{next(self._ids)}"
-            message.metadata.__dict__["_message_id"] = message_id
+            number_message(message, message_id)
             self._pending[message_id] = message
             ids.append(message_id)
         return ids

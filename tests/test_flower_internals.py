@@ -30,6 +30,7 @@ from fl_gradcode._flower_internals import (
     clipping_mods_around_or_inside,
     inside_a_run,
     isolate_flower_random,
+    number_message,
 )
 from fl_gradcode.strategy.wrapped import PRIVACY_WRAPPERS
 
@@ -202,3 +203,11 @@ def test_a_watch_that_was_stopped_does_nothing(module_file: str) -> None:
     watch.stop()
     importlib.import_module(module_file)
     assert watch not in sys.meta_path
+
+
+def test_a_numbered_message_has_that_id_and_its_reply_answers_it() -> None:
+    with inside_a_run():
+        message = Message(RecordDict(), dst_node_id=1, message_type="train")
+        number_message(message, "message-7")
+        assert message.metadata.message_id == "message-7"
+        assert Message(RecordDict(), reply_to=message).metadata.reply_to_message_id == "message-7"
