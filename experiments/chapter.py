@@ -245,7 +245,7 @@ workers) takes {ten.repetition:.3f}: it doubles everybody's work and saves too l
 H_64 - H_3 = {code:.3f}: {gain:.2f} times faster. Each GPU has four times the work, though. If its delay grows with it,
 the round takes {slow:.2f} seconds, {loss:.2f} times slower. Fractional repetition takes H_16 = {sixteen:.2f} seconds
 with the same load, but {frc.steady:.2f} in a run. Partial work takes {partial.steady:.2f} in a run, and
-{patient.steady:.2f} with `patience=2`. Where the load costs nothing, repetition is the fastest:
+{patient.steady:.2f} with `Shards(patience=2)`. Where the load costs nothing, repetition is the fastest:
 {free["repetition"].steady:.2f} in a run.
 
 Seconds of a round, and how many times shorter than without a code:
