@@ -1,7 +1,7 @@
-"""`y += a * x` in place, in one pass and without holding the interpreter: BLAS's axpy.
+"""Computes `y += a * x` in place with BLAS's axpy, in one pass and without holding the interpreter lock.
 
-SciPy exports it to compiled code only (`scipy.linalg.cython_blas`); ctypes calls it from there. NumPy alone would need
-two passes, and `scipy.linalg.blas` would hold the interpreter, so that threads would wait for each other.
+SciPy exports axpy for compiled code (`scipy.linalg.cython_blas`), from where ctypes calls it. NumPy alone would need
+two passes. `scipy.linalg.blas` would hold the interpreter lock, so that threads would wait for each other.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _STEP = ctypes.addressof(_ONE)
 
 
 class Scaled:
-    """A vector times a number, to be added to other vectors piece by piece.
+    """A scaled vector `a * x`, which can be added to other vectors piece by piece.
 
     Args:
-        x: float32 or float64.
-        a: The number.
+        x: The vector, float32 or float64.
+        a: The factor.
     """
 
     def __init__(self, x: NDArray[np.floating], a: float) -> None:
@@ -37,7 +37,7 @@ class Scaled:
             self._a, self._x = ctypes.addressof(self._factor), x.ctypes.data
 
     def add_to(self, y: NDArray[np.floating], first: int, last: int) -> None:
-        """`y[first:last] += a * x[first:last]`."""
+        """Compute `y[first:last] += a * x[first:last]`."""
         y[first:last] += self.x[first:last] * self.a
 
     @property
@@ -46,7 +46,7 @@ class Scaled:
         return self._compiled is not None
 
     def add_at(self, address: int, first: int, last: int) -> None:
-        """The same for a contiguous y of the same dtype that begins at this address: no look at y itself."""
+        """Do the same as `add_to` for a contiguous y of the same dtype that begins at this memory address."""
         assert self._compiled is not None
         offset = first * self.x.itemsize
         size = ctypes.c_int(last - first)
@@ -55,7 +55,7 @@ class Scaled:
 
 @lru_cache(maxsize=2)
 def _compiled(kind: str) -> tuple[Callable[..., None], type[Any]] | None:
-    """The function and its C number type; None where SciPy does not export what we expect."""
+    """Returns the axpy function and its C number type, or None if SciPy does not export the expected signature."""
     known: dict[str, tuple[str, type[Any]]] = {"f": ("saxpy", ctypes.c_float), "d": ("daxpy", ctypes.c_double)}
     name, number = known[kind]
     capsule = getattr(cython_blas, "__pyx_capi__", {}).get(name)

@@ -1,7 +1,7 @@
-"""Decompositions over the reals that do not fail on a matrix that can be decomposed.
+"""Matrix decompositions over the reals that retry with a slower algorithm when NumPy's does not converge.
 
-NumPy takes LAPACK's divide-and-conquer routines (gesdd, gelsd). They are fast, and now and then do not converge, even
-on well-conditioned matrices. Then the slower QR iteration is taken (gesvd, gelss), which does.
+NumPy uses LAPACK's divide-and-conquer routines (gesdd, gelsd). They are fast, but occasionally do not converge, even
+for well-conditioned matrices. In that case the slower QR iteration (gesvd, gelss) is used, which does converge.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ def condition(matrices: NDArray[Any]) -> NDArray[np.float64]:
     """Returns the condition number of each matrix in the 2-norm.
 
     Args:
-        matrices: Shape (..., rows, columns).
+        matrices: The matrices, shape (..., rows, columns).
 
     Returns:
-        Shape (...,).
+        The condition numbers, shape (...,); infinite for a singular matrix.
     """
     try:
         return np.asarray(np.linalg.cond(matrices))
     except np.linalg.LinAlgError:
         flat = matrices.reshape(-1, *matrices.shape[-2:])
-        found = np.empty(len(flat))
+        numbers = np.empty(len(flat))
         for place, matrix in enumerate(flat):
             sigma = svd(matrix, full_matrices=False)[1]
-            found[place] = sigma[0] / sigma[-1] if sigma[-1] > 0 else np.inf
-        return found.reshape(matrices.shape[:-2])
+            numbers[place] = sigma[0] / sigma[-1] if sigma[-1] > 0 else np.inf
+        return numbers.reshape(matrices.shape[:-2])

@@ -1,4 +1,4 @@
-"""Checks at the border of the mathematics: everything behind them trusts its input."""
+"""Validates the arguments of the public functions of `codes`, so that all other code can trust its input."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ __all__ = ["as_float", "as_pattern", "check_count", "check_groups", "check_holde
 
 
 def as_float(values: ArrayLike) -> NDArray[np.floating]:
-    """float32 and float64 as they are, everything else as float64."""
+    """Returns the values as an array: float32 and float64 unchanged, everything else as float64."""
     array = np.asarray(values)
     return array if array.dtype in (np.float32, np.float64) else array.astype(np.float64)
 
 
 def as_pattern(assignment: Any, k: int | None = None) -> NDArray[np.bool_]:
-    """Who holds what as a matrix of shape (n, k), from one, or from the list of each worker's shards.
+    """Returns an assignment as a boolean matrix, shape (n, k), in which row i marks the shards of worker i.
 
-    A matrix is an array (or anything with `__array__`) of zeros and ones or of booleans. The shards of the lists are
-    numbered from 0; without k, it is one more than the largest.
+    Args:
+        assignment: A matrix of zeros and ones or of booleans (an array or anything with `__array__`), or a list with
+            the list of each worker's shard numbers.
+        k: Number of shards for lists; by default one more than the largest shard number.
+
+    Raises:
+        InvalidCode: The assignment is empty, of another form, or names a shard twice or one that does not exist.
     """
     if isinstance(assignment, list | tuple) and not _rows_of_flags(assignment):
         try:
@@ -60,16 +65,23 @@ def as_pattern(assignment: Any, k: int | None = None) -> NDArray[np.bool_]:
 
 
 def _rows_of_flags(rows: Any) -> bool:
-    """Whether nested lists are a matrix of booleans, and not lists of shard numbers."""
+    """Returns whether nested lists are a matrix of booleans, and not lists of shard numbers."""
     nested = [row for row in rows if not np.isscalar(row)]
     return all(isinstance(flag, bool | np.bool_) for row in nested for flag in row) and any(map(len, nested))
 
 
 def check_groups(blocks: NDArray[Any], groups: tuple[tuple[int, ...], ...]) -> None:
-    """Each group decodes its own block: `blocks` is B with shape (n, k, m).
+    """Check that each group can decode the sum of its own block of shards.
 
-    Rows within a group are constant over its block and zero elsewhere; for m = 1 they are 1, since decoding takes one
-    reply of each group.
+    Within a group, all rows must be constant over the block and zero elsewhere. For m = 1 the constant must be 1,
+    because decoding takes one reply of each group as it is.
+
+    Args:
+        blocks: The encoding matrix B, shape (n, k, m).
+        groups: The workers of each group.
+
+    Raises:
+        InvalidCode: The groups overlap, are empty, or do not fit B.
     """
     n, _, m = blocks.shape
     members = [i for group in groups for i in group]
@@ -92,7 +104,11 @@ def check_groups(blocks: NDArray[Any], groups: tuple[tuple[int, ...], ...]) -> N
 
 
 def check_holders(holders: Sequence[Sequence[int]], s: int, m: int) -> None:
-    """The converse: with fewer than s + m holders of a shard, some s stragglers make the sum undecodable."""
+    """Check that each shard has at least s + m holders, without which some s stragglers make the sum undecodable.
+
+    Raises:
+        InvalidCode: A shard has fewer holders. The message names it.
+    """
     for shard, workers in enumerate(holders):
         if len(workers) < s + m:
             listed = ", ".join(map(str, workers)) or "none"
@@ -104,7 +120,7 @@ def check_holders(holders: Sequence[Sequence[int]], s: int, m: int) -> None:
 
 
 def check_workers(workers: Iterable[int], n: int) -> list[int]:
-    """Worker numbers as a list; each in 0..n-1, none twice."""
+    """Returns the worker numbers as a list, after checking that each is in 0..n-1 and none appears twice."""
     listed = [int(i) for i in workers]
     for i in listed:
         if not 0 <= i < n:
@@ -116,14 +132,14 @@ def check_workers(workers: Iterable[int], n: int) -> list[int]:
 
 
 def check_tolerance(s: Any, n: int) -> int:
-    """The straggler tolerance as a whole number in 0..n-1."""
+    """Returns the straggler tolerance as an int, after checking that it is a whole number in 0..n-1."""
     if not isinstance(s, int | float | np.integer | np.floating) or not 0 <= s < n or s % 1:
         raise InvalidCode(f"s={s!r} stragglers of n={n} workers: s must be a whole number in 0..n-1.")
     return int(s)
 
 
 def check_count(value: Any, name: str) -> int:
-    """A whole number of at least 1."""
+    """Returns the value as an int, after checking that it is a whole number of at least 1."""
     if not isinstance(value, int | float | np.integer | np.floating) or not value >= 1 or value % 1:
         raise InvalidCode(f"{name}={value!r} must be a whole number of at least 1.")
     return int(value)

@@ -1,6 +1,6 @@
-"""Approximate codes, which only estimate the sum; kept for comparison.
+"""Approximate codes, which only estimate the sum, as baselines for comparison.
 
-Fractional repetition, stopped when it must be, has about a tenth of their error.
+Fractional repetition that is stopped at the same time has about a tenth of their error.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ __all__ = ["bernoulli", "stochastic"]
 
 
 def bernoulli(n: int, s: int, *, k: int | None = None, rng: np.random.Generator) -> GradientCode:
-    """Bernoulli code: each worker holds each shard with probability (s + 1) / n, as much data as an exact code needs.
+    """Returns a Bernoulli code, in which each worker holds each shard with probability (s + 1) / n.
 
-    Waits for n - s replies and estimates by least squares. Fractional repetition, stopped when it must be, has about
-    a tenth of its error: this is the baseline of the literature. A shard that nobody drew goes to the worker that holds
-    least, so that no data is lost.
+    Workers hold as much data as an exact code needs, in expectation. A round waits for n - s replies and estimates the
+    sum by least squares. A shard that no worker has drawn is given to the worker that holds the fewest shards. The code
+    is a baseline from the literature. Fractional repetition that is stopped at the same time has about a tenth of its
+    error.
 
     References:
         Charles, Papailiopoulos, Ellenberg, "Approximate gradient coding via sparse random graphs", 2017.
@@ -32,11 +33,11 @@ def bernoulli(n: int, s: int, *, k: int | None = None, rng: np.random.Generator)
 
 
 def stochastic(n: int, s: int, *, k: int | None = None, p: float = 0.0, rng: np.random.Generator) -> GradientCode:
-    """Stochastic gradient code: each shard on s + 1 workers, drawn at random with even loads; equal coefficients.
+    """Returns a stochastic gradient code, in which each shard is on s + 1 random workers with even loads.
 
-    Waits for n - s replies and estimates by least squares. Where each worker straggles with probability p, simply
-    adding up what is in (decoding vector 1 on the survivors) is unbiased too: the coefficients are 1 / ((s + 1) (1 -
-    p)).
+    A round waits for n - s replies and estimates the sum by least squares. All coefficients equal
+    1 / ((s + 1) (1 - p)). If each worker straggles with probability p, the plain sum of the received replies (decoding
+    vector 1 on the survivors) is therefore unbiased too.
 
     References:
         Bitar, Wootters, El Rouayheb, "Stochastic gradient coding for straggler mitigation", 2019.

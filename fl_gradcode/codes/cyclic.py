@@ -1,6 +1,6 @@
 """Codes over a cyclic assignment, in which worker i holds s + 1 consecutive shards.
 
-They are kept for comparison. docs/choosing-a-code.md says what to use instead.
+They are baselines for comparison. docs/choosing-a-code.md says what to use instead.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from .gradient_code import GradientCode
 
 __all__ = ["cyclic_mds", "cyclic_repetition", "vandermonde"]
 
-# Up to these n, every row of s neighbours may straggle, with a fifth of the tolerance of an exact sum to spare: what is
-# left over depends on the machine's arithmetic. Beyond, powers and consecutive roots of unity lose too many digits.
+# Up to these n, any s consecutive workers may straggle, and the decoding error stays at a safe distance from the limit
+# of an exact sum, since it depends on the machine's arithmetic. For larger n, powers and consecutive roots of unity
+# lose too many digits.
 _FEW_POWERS = 16
 _FEW_ROOTS = 19
 
 
 def cyclic_repetition(n: int, s: int, *, rng: np.random.Generator) -> GradientCode:
-    """Cyclic repetition: worker i holds the s + 1 shards i, ..., i + s (mod n) and combines them at random.
+    """Returns a cyclic repetition code, in which worker i holds shards i, ..., i + s (mod n).
 
-    Any n - s replies decode, with probability 1 over `rng`. Real coefficients amplify rounding: see `kappa`.
-    It exists for comparison; fractional repetition decodes earlier and never amplifies. For n of several
-    hundred, kappa can exceed what float64 carries: the code then asks for more than n - s replies.
+    The coefficients are random, and any n - s replies decode with probability 1. Coefficients of both signs amplify
+    rounding errors by `kappa`. The code is a baseline: fractional repetition decodes earlier and does not amplify
+    errors. For n of several hundred, kappa can exceed the precision of float64, and decoding then needs more than n - s
+    replies.
 
     References:
         Tandon, Lei, Dimakis, Karampatziakis, "Gradient coding", 2017, algorithm 2.
@@ -44,12 +46,13 @@ def cyclic_repetition(n: int, s: int, *, rng: np.random.Generator) -> GradientCo
 
 
 def cyclic_mds(n: int, s: int) -> GradientCode:
-    """Cyclic MDS code: worker i holds shards i - s, ..., i (mod n); coefficients from consecutive roots of unity.
+    """Returns a cyclic MDS code, in which worker i holds shards i - s, ..., i (mod n).
 
-    A baseline: deterministic, and exponentially ill-conditioned as n grows. Warns from n = 20 on.
+    The coefficients come from consecutive roots of unity, so the code is deterministic. Its condition number grows
+    exponentially in n, which makes it a baseline. From n = 20 on, a warning is issued.
 
     Raises:
-        InvalidCode: n - s is even: the code is then complex.
+        InvalidCode: n - s is even, so that the code would be complex.
 
     References:
         Raviv, Tamo, Tandon, Dimakis, "Gradient coding from cyclic MDS codes and expander graphs", 2017.
@@ -60,7 +63,7 @@ def cyclic_mds(n: int, s: int) -> GradientCode:
             f"n - s = {n} - {s} is even, and a cyclic MDS code is real only for odd n - s. Change n or s."
         )
     _warn(n, _FEW_ROOTS, "A cyclic MDS code")
-    # s consecutive exponents, centred on n / 2: closed under conjugation, and without 0, the root 1.
+    # s consecutive exponents, centred on n / 2, are closed under conjugation and leave out the root 1.
     first = (n - s + 1) // 2
     column = np.real(np.poly(np.exp(2j * np.pi * np.arange(first, first + s) / n)))
     B = np.zeros((n, n))
@@ -70,9 +73,10 @@ def cyclic_mds(n: int, s: int) -> GradientCode:
 
 
 def vandermonde(n: int, s: int) -> GradientCode:
-    """The Reed-Solomon code over the reals, at Chebyshev points: a baseline. `reed_solomon` is exact at any size.
+    """Returns a Reed-Solomon code over the reals at Chebyshev points, in which worker i holds shards i, ..., i + s.
 
-    Worker i holds shards i, ..., i + s (mod n). Warns from n = 17 on.
+    The code is a baseline, because it is ill-conditioned for large n. From n = 17 on, a warning is issued.
+    `reed_solomon`, over a prime field, is exact at any size.
 
     References:
         Halbawi, Azizan, Salehi, Hassibi, "Improving distributed gradient descent using Reed-Solomon codes", 2017.

@@ -1,6 +1,6 @@
-"""Which sets of replies decode, asked after each arrival.
+"""Decides after each arrival whether the replies so far decode, and computes the decoding vector.
 
-Over the reals this is decided in the null space of `B`, over a prime field by elimination.
+Over the reals, the decision is made in the null space of `B`. Over a prime field, it is made by elimination.
 """
 
 from __future__ import annotations
@@ -19,14 +19,19 @@ __all__ = ["FieldRule", "IncrementalDecoder", "check_matrix"]
 
 # Relative squared residual of the normal equations below which the exact test is worth its cost.
 _WORTH_TESTING = 1e-6
-# The same where it is known without loss.
+# The same limit for a residual that is computed without loss of digits.
 _NOTHING_LEFT = 1e-14
-# Spare rows from which a system of their size is too slow to be solved at each arrival.
+# Number of spare rows from which a system of that size is too slow to be solved at each arrival.
 _MANY = 64
 
 
 class IncrementalDecoder:
-    """Collects survivors of one round, in order of arrival."""
+    """Collects the survivors of one round in order of arrival, and tells when they decode.
+
+    Attributes:
+        code: The code.
+        survivors: Workers whose replies have arrived, in order of arrival.
+    """
 
     def __init__(self, code: EncodingMatrix) -> None:
         self.code = code
@@ -42,7 +47,7 @@ class IncrementalDecoder:
             self._rule = _RowSpaceRule(code) if 4 * spare > code.n - spare and spare > _MANY else _NullSpaceRule(code)
 
     def add(self, worker: int) -> bool:
-        """Worker's reply is in. Returns whether the sum can be decoded now."""
+        """Add a worker whose reply has arrived; returns whether the sum can be decoded now."""
         self.survivors.append(worker)
         if self._vector is None:
             self._rule.add([worker])
@@ -50,7 +55,7 @@ class IncrementalDecoder:
         return self.decodable
 
     def update(self, workers: Iterable[int]) -> bool:
-        """Several replies are in: like `add` for each, but asks once."""
+        """Add several workers at once, which is faster than `add` for each; returns whether the sum can be decoded."""
         more = list(workers)
         self.survivors.extend(more)
         if more and self._vector is None:
@@ -60,14 +65,14 @@ class IncrementalDecoder:
 
     @property
     def decodable(self) -> bool:
-        """Whether the replies that are in determine the sum."""
+        """Whether the replies so far determine the sum."""
         return self._vector is not None
 
     def vector(self) -> NDArray[Any] | None:
-        """The decoding vector, shape (n,) or (n, m), of all survivors so far; None while undecodable.
+        """Returns the decoding vector of the survivors so far, shape (n,) or (n, m), or None while undecodable.
 
-        Groups with m = 1: 1 on the first reply of each. A field: that of the first survivors that decode. Otherwise the
-        shortest vector that the survivors admit.
+        For a code with groups and m = 1, the vector is 1 on the first reply of each group. Over a prime field, it uses
+        the first survivors that decode. Otherwise it is the shortest vector among those that decode.
         """
         if self._vector is not None and self._rule.improves and self._rule.added < len(self.survivors):
             self._rule.add(self.survivors[self._rule.added :])
@@ -75,7 +80,7 @@ class IncrementalDecoder:
         return self._vector
 
     def hopeless(self, outstanding: Iterable[int]) -> bool:
-        """Whether the sum stays undecodable even if all `outstanding` workers answer."""
+        """Returns whether the sum stays undecodable even if all `outstanding` workers answer."""
         if self.decodable:
             return False
         if isinstance(self._rule, _GroupRule):
@@ -84,18 +89,18 @@ class IncrementalDecoder:
 
 
 class _Rule(Protocol):
-    """When replies suffice, and what to do with them then."""
+    """Decides when replies suffice, and computes the decoding vector."""
 
-    #: Whether replies beyond those that suffice make the vector better.
+    #: Whether further replies improve the vector after the sum has become decodable.
     improves: bool
-    #: How many it was told of.
+    #: Number of replies that were added.
     added: int
 
     def add(self, workers: Sequence[int]) -> None:
-        """More replies are in."""
+        """Add workers whose replies have arrived."""
 
     def solve(self) -> NDArray[Any] | None:
-        """The decoding vector, or None."""
+        """Returns the decoding vector, or None if the replies do not suffice."""
 
 
 class _GroupRule:
@@ -162,24 +167,24 @@ class _NullSpaceRule:
             return None
         a = self._shortest()
         if self._code.error_of(a) > EXACT:
-            # The small system lost its digits: ask the large one before saying no.
+            # The small system may have lost digits, so the large one decides.
             a = self._code.least_squares_vector(np.flatnonzero(~self._missing)).reshape(a.shape)
             if self._code.error_of(a) > EXACT:
                 return None
         return a if self._code.m > 1 else a[:, 0]
 
     def _restart(self) -> None:
-        """Normal equations of the stragglers' rows."""
+        """Compute the normal equations of the stragglers' rows from scratch."""
         N, a0 = self._N[self._missing], self._a0[self._missing]
         self._gram, self._right, self._square = N.T @ N, N.T @ a0, float(np.square(a0).sum())
 
     def _shortest(self) -> NDArray[np.float64]:
-        """The shortest a that is zero on the stragglers, if there is one at all."""
+        """Returns the shortest decoding vector that is zero on the stragglers, if one exists at all."""
         missing, N, a = self._missing, self._N, self._a0.copy()
         if N.shape[1]:
             w, free = _solve(N[missing], -self._a0[missing])
             a += N @ w
-            if free.shape[1]:  # fewer stragglers than tolerated: a choice is left
+            if free.shape[1]:  # with fewer stragglers than tolerated, the solution is not unique
                 directions = N @ free / self._norms
                 a -= N @ (free @ lstsq(directions, a / self._norms))
         a /= self._norms
@@ -192,17 +197,18 @@ class _NullSpaceRule:
             return True
         residual = self._square
         if unknowns:
-            # N is orthonormal: what lies below this is the rounding of rows that were taken out.
+            # N is orthonormal, so anything below 1e-12 is the rounding error of rows that were subtracted.
             w = np.linalg.solve(self._gram + 1e-12 * np.eye(unknowns), self._right)
             residual -= float((self._right * w).sum())
         return residual <= _WORTH_TESTING * self._scale
 
 
 class _RowSpaceRule:
-    """The same where B has many spare rows, so that the survivors' rows are the smaller system.
+    """Decodable when the survivors' rows span the target; used if B has many spare rows.
 
-    In terms of `y = D a`: `y U = t`, U the orthonormal columns that B spans. The survivors' rows of U are made
-    orthonormal one by one; what is left of t beside them tells whether they suffice.
+    The survivors' rows are then the smaller system. In terms of `y = D a`, it reads `y U = t`, where U holds
+    orthonormal columns that span those of B. The survivors' rows of U are orthonormalised one by one. The rest of t
+    that they do not span tells whether they suffice.
     """
 
     def __init__(self, code: EncodingMatrix) -> None:
@@ -224,7 +230,7 @@ class _RowSpaceRule:
                 continue
             v, basis = self._U[worker].copy(), self._basis[: self._found]
             before = float(np.linalg.norm(v))
-            for _ in range(2):  # twice is enough
+            for _ in range(2):  # a second pass removes the rounding error of the first
                 v -= basis.T @ (basis @ v)
             length = float(np.linalg.norm(v))
             if length > 1e-11 * before:
@@ -234,7 +240,8 @@ class _RowSpaceRule:
                 self._rest -= np.outer(v, v @ self._rest)
 
     def solve(self) -> NDArray[np.float64] | None:
-        # Orthonormal rows keep their digits: what is left is right to rounding, and the test costs a large system.
+        # Orthonormal rows lose no digits, so a strict limit on the rest avoids most tests, each of which costs a large
+        # system.
         if not self._consistent or float(np.square(self._rest).sum()) > _NOTHING_LEFT * self._scale:
             return None
         a = self._code.least_squares_vector(np.flatnonzero(self._live))
@@ -244,17 +251,21 @@ class _RowSpaceRule:
 def _decompose(
     code: EncodingMatrix,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], bool]:
-    """In terms of `D a`, D the rows' norms: `a0` (n, m), bases `N` (n, n - rank) and `U` (n, rank), D (n, 1), and
-    whether a0 is exact.
+    """Returns a decoding vector of all replies and bases of the null space and column space of B, scaled by row.
 
-    Rows of length 1 keep the digits that rows of very different lengths would cost.
+    The rows of B are first scaled to length 1, because rows of very different lengths would cost digits. With D the
+    diagonal matrix of the original lengths, the results are in terms of `D a`.
+
+    Returns:
+        (a0, N, U, D, exact): the decoding vector of all replies, shape (n, m); the bases, shapes (n, n - rank) and
+        (n, rank); the row lengths, shape (n, 1); and whether a0 decodes exactly.
     """
     B = code.B.reshape(code.n, -1)
     norms = np.linalg.norm(B, axis=1, keepdims=True)
     norms[norms == 0] = 1.0
     U, sigma, Vt = svd(B / norms, full_matrices=True)
-    # Coefficients are solutions of equations, right to perhaps 1e-12. Whatever counts as null too much is noticed,
-    # since every answer is confirmed on B itself.
+    # The coefficients of B are solutions of equations, and accurate to about 1e-12. A singular value that is wrongly
+    # taken for zero does no harm, because every decoding vector is confirmed on B itself.
     rank = int(np.count_nonzero(sigma > 1e-11 * sigma[0]))
     a0 = U[:, :rank] @ ((Vt[:rank] @ np.tile(np.eye(code.m), (code.k, 1))) / sigma[:rank, None])
     N, spanned = U[:, rank:], U[:, :rank]
@@ -264,9 +275,9 @@ def _decompose(
 
 
 def _solve(rows: NDArray[np.float64], right: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """A solution w of `rows @ w = right`, and a basis of what may be added to it.
+    """Returns a solution w of `rows @ w = right`, and a basis of the null space of `rows`.
 
-    The rows are pieces of orthonormal columns: a singular value that is small in absolute terms is rounding.
+    The rows are parts of orthonormal columns, so a singular value that is small in absolute terms is a rounding error.
     """
     if not len(rows):
         return np.zeros((rows.shape[1], right.shape[1])), np.eye(rows.shape[1])
@@ -275,12 +286,12 @@ def _solve(rows: NDArray[np.float64], right: NDArray[np.float64]) -> tuple[NDArr
     return Vt[:rank].T @ ((U[:, :rank].T @ right) / sigma[:rank, None]), Vt[rank:].T
 
 
-# Elimination over all workers takes about a second at this size; it is done once a code.
+# Elimination over all workers takes about a second at this number of workers. It is done once for each code.
 _RANK_UP_TO = 512
 
 
 class FieldRule:
-    """Decodable for sure with n - s replies; sooner where the columns leave room."""
+    """Decides over a prime field: n - s replies always decode, and fewer may if the columns of B allow it."""
 
     improves = False
 
@@ -289,35 +300,35 @@ class FieldRule:
         self._live = np.zeros(code.n, dtype=bool)
         self._order: list[int] = []
         self._span: _Span | None = None
-        self._in_span = 0  # how many of `_order`
+        self._in_span = 0  # number of workers of `_order` that were added to the span
         self.added = 0
 
     def add(self, workers: Sequence[int]) -> None:
-        """More replies are in."""
+        """Add workers whose replies have arrived."""
         self.added += len(workers)
         self._order.extend(workers)
         self._live[list(workers)] = True
 
     def solve(self) -> NDArray[np.int64] | None:
-        """A decoding vector, shape (n,) or (n, m), or None."""
+        """Returns a decoding vector, shape (n,) or (n, m), or None if the replies do not suffice."""
         code = self._code
         missing = np.flatnonzero(~self._live)
         if len(missing) <= code.s and code.once(_has_closed_form):
             spare = self._order[::-1][: code.s - len(missing)]
             a = _closed_form(code, np.concatenate([missing, np.array(spare, np.int64)]))
         else:
-            found = None
+            solution = None
             if (code.blocks[self._live].any(axis=2).sum(axis=0) >= code.m).all() and (
                 len(missing) <= code.s or not code.once(_has_closed_form) or code.once(_may_decode_sooner)
             ):
-                found = self._eliminate() if self._suffices() else None
-            if found is None:
+                solution = self._eliminate() if self._suffices() else None
+            if solution is None:
                 return None
-            a = found
+            a = solution
         return a if code.m > 1 else a[:, 0]
 
     def _suffices(self) -> bool:
-        """Whether the target lies in the span of the rows that are in; each arrival adds one row."""
+        """Returns whether the target lies in the span of the received rows; each arrival adds one row."""
         columns = self._code.once(_distinct)
         if self._span is None:
             self._span = _Span(_target(columns.shape[1], self._code.m).T)
@@ -338,7 +349,10 @@ class FieldRule:
 
 
 def check_matrix(n: int, rows: int) -> NDArray[np.int64]:
-    """C, shape (rows, n): powers rows - 1 down to 0 of the points 1..n; every `rows` columns are independent."""
+    """Returns the matrix C of powers rows - 1 down to 0 of the points 1..n, shape (rows, n), modulo p.
+
+    Any `rows` of its columns are linearly independent.
+    """
     points = np.arange(1, n + 1, dtype=np.int64)
     C = np.ones((rows, n), np.int64)
     for row in range(rows - 2, -1, -1):
@@ -347,7 +361,7 @@ def check_matrix(n: int, rows: int) -> NDArray[np.int64]:
 
 
 class _Span:
-    """Rows in reduced echelon form, and what is left of the targets beside them."""
+    """Keeps rows in reduced echelon form, and the rest of the targets that they do not span."""
 
     def __init__(self, targets: NDArray[np.int64]) -> None:
         self.rest = targets.copy()
@@ -375,18 +389,20 @@ class _Span:
 
 
 def _has_closed_form(code: EncodingMatrix) -> bool:
-    """Whether C B = [blocks of ones, then zeros] with C the powers of 1..n."""
+    """Returns whether C B = [blocks of ones, then zeros], where C contains the powers of the points 1..n."""
     C = check_matrix(code.n, code.s + code.m)
-    found = matmul_mod(C, code.blocks.reshape(code.n, -1))
-    expected = np.zeros_like(found)
+    product = matmul_mod(C, code.blocks.reshape(code.n, -1))
+    expected = np.zeros_like(product)
     expected[: code.m] = _target(code.k, code.m).T
-    return bool((found == expected).all())
+    return bool((product == expected).all())
 
 
 def _closed_form(code: EncodingMatrix, missing: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Column l is `x^e - (x^e mod M)` at the points, e = s + m - l, M the polynomial that vanishes on `missing`.
+    """Returns the decoding vector that is zero on the `missing` workers, shape (n, m), from a closed form.
 
-    Then it vanishes there, and lies in the row space of C with coefficient 1 at power e: it picks block l.
+    Let M be the polynomial that vanishes on the missing workers' points. Column l is `x^e - (x^e mod M)` at all points,
+    with e = s + m - l. It vanishes on the missing workers, and it lies in the row space of C with coefficient 1 at
+    power e, so that it picks block l.
     """
     s, m = code.s, code.m
     points = np.arange(1, code.n + 1, dtype=np.int64)
@@ -421,16 +437,16 @@ def _target(k: int, m: int) -> NDArray[np.int64]:
 
 
 def _distinct(code: EncodingMatrix) -> NDArray[np.int64]:
-    """The columns of B, equal ones once: shape (n, columns, m)."""
+    """Returns the distinct columns of B, shape (n, columns, m)."""
     unique = np.unique(code.blocks.transpose(1, 0, 2).reshape(code.k, -1), axis=0)
     return np.asarray(unique.reshape(len(unique), code.n, code.m).transpose(1, 0, 2))
 
 
 def _may_decode_sooner(code: EncodingMatrix) -> bool:
-    """Whether fewer than n - s replies can ever suffice: only if the rows of B span fewer than n - s dimensions.
+    """Returns whether fewer than n - s replies may ever suffice, which needs a rank of B below n - s.
 
-    Above 512 workers the number of distinct columns decides, without elimination: a code is then at worst taken to need
-    n - s replies.
+    Above 512 workers, elimination would be slow, and only the number of distinct columns is compared. At worst, a code
+    is then taken to need n - s replies.
     """
     columns = code.once(_distinct).reshape(code.n, -1)
     least = code.n - code.s

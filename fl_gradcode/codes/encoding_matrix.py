@@ -1,4 +1,4 @@
-"""The encoding matrix `B` of a gradient code: who holds what, encoding, and what a decoding vector is worth."""
+"""The encoding matrix `B` of a gradient code: its assignment, encoding, and the quality of a decoding vector."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class EncodingMatrix:
-    """The encoding matrix of a gradient code, and what can be said of it without decoding.
+    """The encoding matrix of a gradient code, with all methods that do not need a decoder.
 
     Attributes:
         B, s, name, groups, numbers, exact: See `GradientCode`.
@@ -79,42 +79,42 @@ class EncodingMatrix:
 
     @property
     def active(self) -> tuple[int, ...]:
-        """The workers that hold anything, ascending."""
+        """The workers that hold at least one shard, ascending."""
         return tuple(np.flatnonzero(self.blocks.any(axis=(1, 2))).tolist())
 
     @property
     def blocks(self) -> NDArray[Any]:
-        """B with its axis of m blocks: shape (n, k, m)."""
+        """B with an axis for the m blocks, shape (n, k, m)."""
         return self.B if self.B.ndim == 3 else self.B[:, :, None]
 
     def shards_of(self, worker: int) -> tuple[int, ...]:
-        """The shards that `worker` holds, ascending."""
+        """Returns the shards that `worker` holds, ascending."""
         check_workers([worker], self.n)
         row = self.B[worker]
         return tuple(int(j) for j in np.flatnonzero(row.any(axis=1) if row.ndim == 2 else row))
 
     def holders_of(self, shard: int) -> tuple[int, ...]:
-        """The workers that hold `shard`, ascending."""
+        """Returns the workers that hold `shard`, ascending."""
         if not 0 <= shard < self.k:
             raise InvalidCode(f"Shard {shard} does not exist: this code has shards 0..{self.k - 1}.")
         return self._holders[shard]
 
     def once(self, compute: Callable[[EncodingMatrix], T]) -> T:
-        """Returns `compute(self)`, computed at the first call and kept with the code, so that it dies with it."""
+        """Returns `compute(self)`, which is computed at the first call and then stored in the code."""
         if compute not in self._computed:
             self._computed[compute] = compute(self)
         value: T = self._computed[compute]
         return value
 
     def encode(self, updates: ArrayLike) -> NDArray[Any]:
-        """All workers' replies.
+        """Returns the replies of all workers.
 
         Args:
-            updates: One row a shard, shape (k, d).
+            updates: The shards' updates, one row each, shape (k, d).
 
         Returns:
-            One row a worker, shape (n, ceil(d / m)). Reals: float32 if the updates are, else float64. Prime field:
-            uint32, fixed point; int64 for updates of an integer type.
+            The replies, one row a worker, shape (n, ceil(d / m)). Over the reals, they are float32 if the updates are,
+            else float64. Over a prime field, they are uint32 (fixed point), or int64 for updates of an integer dtype.
 
         Raises:
             Overflow: The sum might not fit the field.
@@ -125,29 +125,35 @@ class EncodingMatrix:
         return self.numbers.encode(self.blocks, u)
 
     def coverage_of(self, a: NDArray[Any]) -> NDArray[np.float64]:
-        """`a @ B` for a given decoding vector of shape (n,) or (n, m). Shape (k,)."""
+        """Returns the coverage `a @ B` of a decoding vector of shape (n,) or (n, m); shape (k,)."""
         shares = self.numbers.shares(a, self.blocks)
         return np.asarray(np.trace(shares, axis1=1, axis2=2) / self.m)
 
     def error_of(self, a: NDArray[Any]) -> float:
-        """`max |a @ B - 1|` for a given decoding vector, recomputed from `B` alone."""
+        """Returns the decoding error `max |a @ B - 1|` of a decoding vector, computed from `B` alone."""
         return float(np.abs(self.numbers.shares(a, self.blocks) - np.eye(self.m)).max())
 
     def kappa_of(self, a: NDArray[Any]) -> float:
-        """`sqrt(sum_i |a_i|^2 |b_i|^2 / (k m))`: how much independent rounding noise in the shards grows."""
+        """Returns the noise amplification `sqrt(sum_i |a_i|^2 |b_i|^2 / (k m))` of a decoding vector.
+
+        It is the factor by which independent rounding noise in the shards grows.
+        """
         return self.numbers.kappa(a, self.blocks)
 
     def least_squares_vector(self, survivors: Iterable[int], *, ridge: float = 0.0) -> NDArray[np.float64]:
-        """The decoding vector that minimises `||a @ B - 1||^2 + ridge sum_i a_i^2 ||b_i||^2`.
+        """Returns the decoding vector that minimises `||a @ B - 1||^2 + ridge sum_i a_i^2 ||b_i||^2`.
 
-        With ridge 0 it is exact where that is possible, and of minimum norm except for a code with groups and m = 1 (1
-        on the first survivor of each); a little ridge keeps codes with
-        coefficients of both signs from buying coverage with large, noisy coefficients. A code with groups does without,
-        and a code over a field knows no estimates: its vector is zero.
+        With ridge 0, the vector is exact if the survivors decode, and has minimum norm. A small ridge prevents codes
+        with coefficients of both signs from gaining coverage by large, noisy coefficients. A code with groups ignores
+        the ridge; with m = 1, its vector is 1 on the first survivor of each group. Over a prime field there are no
+        estimates, and the vector is zero.
 
         Args:
             survivors: Worker numbers, in order of arrival.
-            ridge: At least 0.
+            ridge: Weight of the noise term, at least 0.
+
+        Returns:
+            The vector, shape (n,), or (n, m) for m > 1.
 
         References:
             Raviv et al. 2017, and Glasgow and Wootters 2020, for optimal decoding.
@@ -155,9 +161,9 @@ class EncodingMatrix:
         return estimate(self, check_workers(survivors, self.n), ridge)
 
     def order_of(self, workers: Sequence[int]) -> list[int]:
-        """In which order to add replies, so that the sum has the same bits whoever came first.
+        """Returns sort keys for replies, with which the sum has the same bits in any order of arrival.
 
-        By group where replies within a group are alike, else by worker.
+        The keys are group numbers if replies within a group are equal, else worker numbers.
         """
         if self.groups is None or self.m > 1:
             return list(workers)
@@ -171,7 +177,7 @@ def estimate(code: EncodingMatrix, workers: Sequence[int], ridge: float = 0.0) -
         raise InvalidCode(f"ridge={ridge} must be at least 0.")
     a = np.zeros((code.n, code.m))
     if isinstance(code.numbers, PrimeField):
-        pass  # a vector that is wrong in one shard is wrong by anything
+        pass  # over a field, an inexact vector gives arbitrary numbers
     elif code.groups is not None:
         a = by_group(code, _grouped(code, workers))
     elif workers:
@@ -180,9 +186,11 @@ def estimate(code: EncodingMatrix, workers: Sequence[int], ridge: float = 0.0) -
 
 
 def by_group(code: EncodingMatrix, replies: Sequence[Sequence[int]]) -> NDArray[np.float64]:
-    """Returns the vector, shape (n, m), that is exact on groups with m replies and closest on the others.
+    """Returns the decoding vector that is exact on groups with m replies and closest on the others, shape (n, m).
 
-    `replies` has the survivors of each group, in order of arrival.
+    Args:
+        code: A code with groups.
+        replies: The survivors of each group, in order of arrival.
     """
     a = np.zeros((code.n, code.m))
     if code.m == 1:
@@ -190,14 +198,17 @@ def by_group(code: EncodingMatrix, replies: Sequence[Sequence[int]]) -> NDArray[
         return a
     for arrived in replies:
         if arrived:
-            inside = sorted(arrived)  # the same bits, whoever came first
+            inside = sorted(arrived)  # for the same bits in any order of arrival
             shard = int(np.argmax(code.blocks[inside[0]].any(axis=1)))
             a[inside] = pinv(code.blocks[inside, shard]).T
     return a
 
 
 def whole_groups(code: EncodingMatrix, workers: Sequence[int]) -> list[int]:
-    """Returns the workers whose group has m replies, if there are groups: with m > 1, fewer mix up the blocks."""
+    """Returns the workers whose group has m replies, or all workers for a code without groups.
+
+    With m > 1, fewer replies of a group would mix up the blocks of the update.
+    """
     if code.groups is None:
         return list(workers)
     return [i for inside in _grouped(code, workers) if len(inside) >= code.m for i in inside]
@@ -218,6 +229,6 @@ def _least_squares(blocks: NDArray[np.float64], ridge: float) -> NDArray[np.floa
     target = np.tile(np.eye(m), (k, 1))
     if ridge == 0:
         return lstsq(rows.T, target)
-    # Further equations `sqrt(ridge) ||b_i|| a_i = 0` instead of normal equations, which would square the condition.
+    # The ridge is added as equations `sqrt(ridge) ||b_i|| a_i = 0`. Normal equations would square the condition number.
     damped = np.concatenate([rows.T, np.sqrt(ridge) * np.diag(np.linalg.norm(rows, axis=1))])
     return lstsq(damped, np.concatenate([target, np.zeros((survivors, m))]))

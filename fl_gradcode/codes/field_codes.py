@@ -1,4 +1,4 @@
-"""Reed-Solomon codes over the prime field: deterministic, closed form, exact for any n and s."""
+"""Reed-Solomon codes over a prime field, which are deterministic, have a closed form, and are exact for any n and s."""
 
 from __future__ import annotations
 
@@ -22,21 +22,24 @@ def reed_solomon(
     assignment: ArrayLike | None = None,
     fraction_bits: int = 16,
 ) -> GradientCode:
-    """A Reed-Solomon code over the field of 2^31 - 1 elements: any n - s replies decode, exactly.
+    """Returns a Reed-Solomon code over the field of 2^31 - 1 elements, for which any n - s replies decode exactly.
 
-    Updates are rounded once to fixed point (`PrimeField`), each shard by at most 2^-(fraction_bits + 1); coding adds
-    nothing to that. All holders of a shard must send equal numbers: one that differs in a single bit makes garbage of
-    the entry.
+    Updates are rounded once to fixed point (see `PrimeField`), each shard by at most 2^-(fraction_bits + 1). Coding
+    adds no further error. All holders of a shard must compute equal numbers: a difference of one bit makes the decoded
+    entry meaningless.
 
     Args:
         n: Number of workers.
         s: Straggler tolerance.
-        k: Number of shards; n by default. Without an `assignment`, shards go round the workers, each to s + m
-            neighbours; with k = n, worker i holds shards i, ..., i + s + m - 1 (mod n).
+        k: Number of shards; n by default. Without an `assignment`, each shard is held by s + m consecutive workers.
+            With k = n, worker i holds shards i, ..., i + s + m - 1 (mod n).
         m: Upload reduction.
-        assignment: Who holds what, as for `for_assignment`; every shard needs at least s + m holders.
-        fraction_bits: Binary digits behind the point. The largest entries of all shards, added up, must stay below
-            2^(30 - fraction_bits): 16,384 by default.
+        assignment: The assignment, in the same form as for `for_assignment`; every shard needs at least s + m holders.
+        fraction_bits: Number of fraction bits. The sum of the shards' largest entries must stay below
+            2^(30 - fraction_bits), which is 16,384 by default.
+
+    Raises:
+        InvalidCode: A shard has fewer than s + m holders, or an argument is invalid.
 
     References:
         Halbawi et al. 2017 for m = 1 (here in divided differences, and over a prime field); the universal
@@ -65,10 +68,11 @@ def reed_solomon(
 
 
 def _coefficients(points: NDArray[np.int64], rho: int, m: int) -> NDArray[np.int64]:
-    """beta with `C beta^(l) = e_l`, C the powers rho - 1..0 of the points; shape (holders, m).
+    """Returns beta with `C beta^(l) = e_l`, where C contains the powers rho - 1..0 of the points; shape (holders, m).
 
-    With rho holders these are the leading coefficients of their Lagrange polynomials; with more, a weighted mean over
-    all windows of rho neighbours, so that everyone takes part. (Equal weights cancel at equally spaced points.)
+    For rho holders, beta contains the leading coefficients of their Lagrange polynomials. For more holders, it is a
+    weighted mean over all windows of rho consecutive holders, so that every holder gets a coefficient. (Equal weights
+    would cancel at equally spaced points.)
     """
     weights = [pow(7, t * t, P) for t in range(len(points) - rho + 1)]
     beta = np.zeros((len(points), m), np.int64)
@@ -78,7 +82,7 @@ def _coefficients(points: NDArray[np.int64], rho: int, m: int) -> NDArray[np.int
 
 
 def _leading(points: NDArray[np.int64], m: int) -> NDArray[np.int64]:
-    """The m leading coefficients of each point's Lagrange polynomial among `points`."""
+    """Returns the m leading coefficients of each point's Lagrange polynomial, shape (rho, m)."""
     rho = len(points)
     scale = np.ones(rho, np.int64)
     whole = np.zeros(m, np.int64)  # leading coefficients of prod (x - point), highest first

@@ -1,4 +1,4 @@
-"""Fractional repetition: groups of workers that hold the same shards; the default wherever the assignment is free."""
+"""Fractional repetition, in which groups of workers hold the same shards; the default if the assignment is free."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SUBSETS = 500
 
 
 def uncoded(n: int) -> GradientCode:
-    """Every worker holds its own shard, and everybody is waited for: B is the identity, s = 0."""
+    """Returns the trivial code in which worker i holds shard i and a round waits for all (B is the identity, s = 0)."""
     n = check_count(n, "n")
     return GradientCode(np.eye(n), 0, "uncoded", tuple((i,) for i in range(n)))
 
@@ -35,23 +35,26 @@ def fractional_repetition(
     order: Sequence[int] | None = None,
     rng: np.random.Generator | None = None,
 ) -> GradientCode:
-    """Fractional repetition: groups of at least s + m workers that all hold the same block of shards.
+    """Returns a fractional repetition code, in which groups of at least s + m workers hold the same block of shards.
 
-    There are g = floor(n / (s + m)) groups, whose sizes differ by at most one, as do the blocks'. With m = 1 all
-    workers of a group send the same sum, so decoding takes the first reply of each group and amplifies nothing; it is
-    possible as soon as every group has one reply, often long before n - s replies are in. With m > 1 a reply is m times
-    shorter and each group decodes from any m of its replies. With k = n, worker i holds shard i, its own data, beside
-    those of its group.
+    There are g = floor(n / (s + m)) groups. The sizes of groups differ by at most one, and so do those of blocks. With
+    m = 1, all workers of a group send the same sum. Decoding takes the first reply of each group and amplifies no
+    noise. It is possible as soon as every group has one reply, often long before n - s replies have arrived. With
+    m > 1, replies are m times shorter, and each group decodes from any m of its replies. With k = n, worker i holds
+    shard i, its own data, and the shards of the other workers in its group.
 
     Args:
         n: Number of workers.
         s: Straggler tolerance, 0 <= s <= n - m.
         k: Number of shards, at least g; n by default.
         m: Upload reduction.
-        order: The workers, sorted by what they have in common (slowest first, or rack by rack): they are dealt
-            one by one to the groups, so that slow workers and failure domains are spread. 0..n-1 by default.
-        rng: Draws candidates for the code inside the groups, of which the best conditioned is taken; m > 1 only. A
-            fixed seed by default.
+        order: The workers, sorted by what they have in common, such as slowest first or rack by rack. They are dealt
+            one by one to the groups, which spreads slow workers and failure domains. 0..n-1 by default.
+        rng: Draws candidates for the code inside the groups, of which the best conditioned is used; for m > 1 only. It
+            has a fixed seed by default.
+
+    Raises:
+        InvalidCode: An argument is out of range.
 
     References:
         Tandon, Lei, Dimakis, Karampatziakis, "Gradient coding", 2017, section 3.1, for (s + 1) | n; uneven
@@ -83,10 +86,10 @@ def fractional_repetition(
 
 
 def _well_conditioned(size: int, m: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """A matrix, shape (size, m), with rows of length 1, all of whose m x m minors are far from singular.
+    """Returns a matrix with rows of length 1, all of whose m x m submatrices are well-conditioned; shape (size, m).
 
-    The best of several random ones, by the worst condition number over all (or, if those are many, some) minors. Rows
-    of equal length make the shortest decoding vector the one that amplifies noise least.
+    It is the best of several random matrices, judged by the worst condition number over the submatrices, or over a
+    random selection if there are many. With rows of equal length, the shortest decoding vector amplifies noise least.
     """
     if comb(size, m) <= _SUBSETS:
         subsets = np.array(list(combinations(range(size), m)))

@@ -1,4 +1,4 @@
-"""A gradient code as one immutable value: the encoding matrix `B`, and how sums are decoded with it."""
+"""The gradient code, an immutable value that holds the encoding matrix `B` and decodes sums with it."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ __all__ = ["GradientCode"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GradientCode(EncodingMatrix):
-    """A gradient code: n workers, k shards, any s workers may straggle.
+    """A gradient code for n workers and k shards, of which any s workers may straggle.
 
-    Use a constructor (`fractional_repetition`, `cyclic_repetition`, `uncoded`), or give an encoding
-    matrix of your own; that any s stragglers decode is then your claim, and only its necessary
-    condition, enough holders of every shard, is checked.
+    Use a constructor (`fractional_repetition`, `cyclic_repetition`, `uncoded`), or pass your own encoding matrix. With
+    your own matrix, you assert that the sum decodes with any s stragglers. Only the necessary condition, enough holders
+    of every shard, is checked.
 
     Attributes:
-        B: Encoding matrix, shape (n, k), or (n, k, m) for m > 1; read-only; float64, or int64 over a prime field.
+        B: Encoding matrix, shape (n, k), or (n, k, m) for m > 1; float64, or int64 over a prime field; read-only.
         s: Straggler tolerance.
-        name: The family, for people.
-        groups: Disjoint groups of workers over disjoint blocks of shards, one tuple a group: each group decodes the
-            sum of its block on its own, from any m of its replies. None if the code has no such structure.
+        name: Name of the code's family, for people.
+        groups: Disjoint groups of workers that hold disjoint blocks of shards, one tuple of workers a group. Each group
+            decodes the sum of its block from any m of its replies. None if the code has no such structure.
         numbers: `REALS`, or a `PrimeField`.
-        exact: Whether any s stragglers decode exactly. An approximate code only estimates from n - s replies.
+        exact: Whether the sum decodes exactly with any s stragglers. An approximate code only estimates it from n - s
+            replies.
     """
 
     def restrict(self, shards: Sequence[int]) -> GradientCode:
-        """The same code over some of the shards: the other columns leave `B`."""
+        """Returns the code over some of the shards, in which the other columns of `B` are left out."""
         columns = sorted(set(shards))
         if not columns or columns[0] < 0 or columns[-1] >= self.k:
             raise InvalidCode(f"Shards {columns} are not a non-empty subset of 0..{self.k - 1}.")
@@ -49,25 +50,25 @@ class GradientCode(EncodingMatrix):
         return replace(self, B=B, groups=groups)
 
     def incremental(self) -> IncrementalDecoder:
-        """A decoder that is told of one arrival after another and answers "decodable now?"."""
+        """Returns a decoder that takes one arrival after another and tells whether the sum can be decoded."""
         return IncrementalDecoder(self)
 
     def decodable(self, survivors: Iterable[int]) -> bool:
-        """Whether the replies of `survivors` determine the sum (decoding error at most 1e-8)."""
+        """Returns whether the replies of `survivors` determine the sum (decoding error at most 1e-8)."""
         return self._add_all(survivors).decodable
 
     def decoding_vector(self, survivors: Iterable[int]) -> NDArray[np.float64]:
-        """The decoding vector a, zero on all others, with `a @ B = 1`.
+        """Returns the decoding vector a with `a @ B = 1`, which is zero on all workers except the survivors.
 
-        For a code with groups and m = 1: 1 on the first survivor of each group, in the order given. Otherwise the
-        shortest solution (of all that decode it amplifies noise least where rows of B have equal length, as those
-        of `for_assignment` have); over a prime field, any.
+        For a code with groups and m = 1, the vector is 1 on the first survivor of each group, in the order given.
+        Otherwise it is the shortest solution, or any solution over a prime field. If all rows of B have equal length,
+        as in `for_assignment`, the shortest solution amplifies noise least.
 
         Args:
             survivors: Worker numbers, in order of arrival.
 
         Returns:
-            Shape (n,), or (n, m) for m > 1.
+            The vector, shape (n,), or (n, m) for m > 1.
 
         Raises:
             NotDecodable: The survivors do not determine the sum.
@@ -83,31 +84,32 @@ class GradientCode(EncodingMatrix):
         return a
 
     def coverage(self, survivors: Iterable[int]) -> NDArray[np.float64]:
-        """`a @ B` of the best decoding vector: what share of each shard the decoded sum holds.
+        """Returns the coverage `a @ B` of the best decoding vector, shape (k,).
 
-        Shape (k,): all ones when exact. For m > 1 the share of a shard is the mean over its m blocks.
+        It is the share of each shard that the decoded sum contains, and all ones if decoding is exact. For m > 1, the
+        share of a shard is the mean over its m blocks.
         """
         return self.coverage_of(self._best_vector(survivors))
 
     def decoding_error(self, survivors: Iterable[int]) -> float:
-        """`max |a @ B - 1|` of the best decoding vector; at most 1e-8 when decodable."""
+        """Returns the decoding error `max |a @ B - 1|` of the best decoding vector; at most 1e-8 if decodable."""
         return self.error_of(self._best_vector(survivors))
 
     def kappa(self, survivors: Iterable[int]) -> float:
-        """Noise amplification of the best decoding vector: 1 for repetition, see `kappa_of`."""
+        """Returns the noise amplification of the best decoding vector, which is 1 for repetition; see `kappa_of`."""
         return self.kappa_of(self._best_vector(survivors))
 
     def decode(self, replies: ArrayLike, survivors: Iterable[int], *, length: int | None = None) -> NDArray[Any]:
-        """The sum over all shards' updates.
+        """Returns the decoded sum of all shards' updates.
 
         Args:
-            replies: Shape (len(survivors), ceil(d / m)); row t is worker survivors[t]'s reply.
+            replies: The replies, shape (len(survivors), ceil(d / m)); row t is the reply of worker survivors[t].
             survivors: Worker numbers, in order of arrival.
-            length: d, to cut the padding that m > 1 may have added.
+            length: Length d of the updates, to cut off the padding that m > 1 may have added.
 
         Returns:
-            Shape (d,). Reals: float32 if the replies are, else float64. Prime field: float64, or int64 for whole
-            numbers.
+            The sum, shape (d,). Over the reals, it is float32 if the replies are, else float64. Over a prime field, it
+            is float64, or int64 for whole numbers.
 
         Raises:
             NotDecodable: The survivors do not determine the sum.

@@ -1,7 +1,7 @@
-"""Arithmetic modulo the prime 2^31 - 1: no rounding, so no code is too large to decode exactly.
+"""Arithmetic modulo the prime 2^31 - 1, which has no rounding, so that codes of any size decode exactly.
 
-Floats enter as fixed point: `q = round(2^f u)`. Replies wrap freely; only the decoded sum has to fit, which is checked
-before anything is encoded: an overflow is an error, never a wrap.
+Floats are converted to fixed point, `q = round(2^f u)`. Replies may wrap around modulo p; only the decoded sum has to
+fit. This is checked before anything is encoded, so an overflow is an error and never a wrong result.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from .reals import blocks_of
 
 __all__ = ["P", "PrimeField", "combine_mod", "fold", "inverse", "lift_mod", "matmul_mod", "solve_mod"]
 
-#: The field's size, a Mersenne prime; an element takes 31 bits, as much as float32 on the wire.
+#: Size of the field, a Mersenne prime. An element has 31 bits, and takes as much space on the wire as float32.
 P = 2**31 - 1
 _HALF = (P - 1) // 2
-# Products of a 16-bit and a 31-bit number, 64 of them added up, are exact in float64.
+# A sum of 64 products of a 16-bit and a 31-bit number is exact in float64.
 _EXACT = 64
-# Vectors that are multiplied at once, and entries of each.
+# Number of vectors that are multiplied at once, and number of their entries.
 _ROWS, _STEP = 16, 1 << 14
-# Multiplications from which a second thread pays for its start; NumPy lets go of the interpreter meanwhile.
+# Number of multiplications from which a second thread pays off. NumPy releases the interpreter lock during them.
 _WORTH_THREADS = 1 << 22
 _MAX_THREADS = 4
-# Entries that are decoded at once where not all have to be there together.
+# Number of entries that are decoded at once if the result is produced in pieces.
 _PIECE = 1 << 19
-# Numbers that stay in a core's cache.
+# Number of entries that fit a core's cache.
 _CACHED = 1 << 17
 
 
 @dataclass(frozen=True)
 class PrimeField:
-    """Coefficients modulo 2^31 - 1.
+    """The numbers of a code whose coefficients are taken modulo 2^31 - 1.
 
-    Updates of floats are rounded to multiples of 2^-fraction_bits: each shard adds an error of at most
-    2^-(fraction_bits + 1) to an entry of the sum, and decoding none. Whole numbers (an integer dtype) are taken as they
-    are, and decoded as such.
+    Float updates are rounded to multiples of 2^-fraction_bits. Each shard adds an error of at most
+    2^-(fraction_bits + 1) to an entry of the sum, and decoding adds none. Updates of an integer dtype are used without
+    rounding, and decoded as integers.
 
     Attributes:
-        fraction_bits: Binary digits behind the point. The largest entries of all shards, added up, must stay below
+        fraction_bits: Number of fraction bits, 0..30. The sum of the shards' largest entries must stay below
             2^(30 - fraction_bits).
     """
 
@@ -58,15 +58,19 @@ class PrimeField:
 
     @property
     def name(self) -> str:
-        """Of the numbers, for people."""
+        """Name of the numbers, for people."""
         return f"field of {P} elements"
 
     def rounding(self, k: int) -> float:
-        """The largest error of an entry of the sum over k shards of floats."""
+        """Returns the largest rounding error in an entry of the sum over k shards of floats."""
         return float(k * 2.0 ** -(self.fraction_bits + 1))
 
     def matrix(self, B: ArrayLike) -> NDArray[np.int64]:
-        """An encoding matrix of one's own, reduced to 0..p-1."""
+        """Returns a user's encoding matrix reduced to 0..p-1, int64.
+
+        Raises:
+            InvalidCode: The matrix does not have an integer dtype.
+        """
         given = np.asarray(B)
         if given.dtype.kind not in "iub":
             raise InvalidCode(f"An encoding matrix over the {self.name} holds whole numbers, not {given.dtype}.")
@@ -75,15 +79,15 @@ class PrimeField:
     def quantise(
         self, values: ArrayLike, *, limit: int = _HALF, out: NDArray[np.float64] | None = None
     ) -> NDArray[np.float64]:
-        """Floats as whole numbers, in units of 2^-fraction_bits; float64 holds them exactly. Written to `out` if given.
+        """Returns floats rounded to whole numbers in units of 2^-fraction_bits, as float64; written to `out` if given.
 
         Raises:
-            Overflow: One is beyond `limit` after scaling, or is not finite.
+            Overflow: A number exceeds `limit` after scaling, or is not finite.
         """
         given = np.asarray(values)
         with np.errstate(over="ignore", invalid="ignore"):
             whole = np.multiply(given, 2.0**self.fraction_bits, out=out, dtype=np.float64)
-            # The norm bounds every entry; where it does not, look.
+            # The norm bounds every entry. The entries are only inspected if that bound is too weak.
             bounded = float(np.vdot(whole, whole)) <= float(limit) ** 2
         if not bounded:
             largest = max(float(whole.max()), -float(whole.min()))
@@ -104,10 +108,14 @@ class PrimeField:
         return np.asarray(np.rint(whole, out=whole))
 
     def encode(self, B: NDArray[np.int64], updates: NDArray[Any]) -> NDArray[Any]:
-        """All workers' replies, 0..p-1: int64 for updates of whole numbers, uint32 for floats.
+        """Returns all workers' replies in 0..p-1, int64 for updates of an integer dtype and uint32 for floats.
+
+        Args:
+            B: Encoding matrix, shape (n, k, m).
+            updates: The shards' updates, shape (k, d).
 
         Raises:
-            Overflow: `2 sum_j max|q_j|` is not below p: the sum might wrap.
+            Overflow: The sum might wrap around, because `2 sum_j max|q_j|` is not below p.
         """
         n, k, m = B.shape
         if updates.dtype.kind not in "iubf":
@@ -127,18 +135,21 @@ class PrimeField:
     def decode(
         self, replies: Sequence[NDArray[Any]] | NDArray[Any], a: NDArray[Any], *, order: Sequence[int] | None = None
     ) -> NDArray[Any]:
-        """The sum: int64 if the replies are, else float64 after fixed point. The order does not matter."""
+        """Returns the decoded sum, int64 if the replies are, else float64; `order` has no effect."""
         dtype = replies[0].dtype if len(replies) else np.dtype(np.int64)
         if dtype not in (np.int64, np.uint32):
             raise InvalidCode(f"Replies over the {self.name} are int64 or uint32, not {dtype}.")
         if dtype == np.int64 and any(len(x) and not 0 <= x.min() <= x.max() < P for x in replies):
             raise InvalidCode(f"Replies over the {self.name} lie in 0..{P - 1}.")
         total = combine_mod(replies, a.reshape(len(replies), -1))
-        total -= (total >> 30) * P  # as `lift_mod` does: what is above half has bit 30
+        total -= (total >> 30) * P  # the same as `lift_mod`, since numbers above p / 2 have bit 30 set
         return total if dtype == np.int64 else total * 2.0**-self.fraction_bits
 
     def decode_in_pieces(self, replies: Sequence[NDArray[Any]], a: NDArray[Any]) -> Iterator[NDArray[Any]]:
-        """What `decode` gives, from its beginning on: fixed point takes twice the room when decoded."""
+        """Yields the result of `decode` in pieces, from its beginning on.
+
+        Decoded numbers take twice the memory of the replies, which pieces avoid.
+        """
         length = replies[0].size
         step = min(max(_WORTH_THREADS // len(replies), _PIECE), 2 * _PIECE)
         for column in a.reshape(len(replies), -1).T:
@@ -146,24 +157,27 @@ class PrimeField:
                 yield self.decode([reply[start : start + step] for reply in replies], column)
 
     def shares(self, a: NDArray[np.int64], B: NDArray[np.int64]) -> NDArray[np.float64]:
-        """1 where a shard is in the sum as it should be, else 0: there is no "almost" in a field. Shape (k, m, m)."""
+        """Returns 1 on the diagonal for each shard that the sum contains exactly, else 0; shape (k, m, m).
+
+        Over a field, a shard cannot be contained approximately.
+        """
         n, k, m = B.shape
-        found = matmul_mod(B.reshape(n, k * m).T, np.asarray(a, np.int64).reshape(n, m)).reshape(k, m, m)
-        right = (found == np.eye(m, dtype=np.int64)).all(axis=(1, 2))
+        product = matmul_mod(B.reshape(n, k * m).T, np.asarray(a, np.int64).reshape(n, m)).reshape(k, m, m)
+        right = (product == np.eye(m, dtype=np.int64)).all(axis=(1, 2))
         return np.asarray(right[:, None, None] * np.eye(m))
 
     def kappa(self, a: NDArray[np.int64], B: NDArray[np.int64]) -> float:
-        """1: holders send equal numbers, and decoding rounds nothing."""
+        """Returns 1, because holders send equal numbers and decoding rounds nothing."""
         return 1.0
 
 
 def lift_mod(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """0..p-1 as the signed numbers that they stand for."""
+    """Returns the signed numbers that the elements 0..p-1 stand for."""
     return np.where(values > _HALF, values - P, values)
 
 
 def inverse(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Multiplicative inverses modulo p, by Fermat: `v^(p-2)`."""
+    """Returns the multiplicative inverses modulo p, computed as `v^(p-2)` (Fermat)."""
     result = np.ones_like(values)
     power = values % P
     exponent = P - 2
@@ -176,7 +190,10 @@ def inverse(values: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def matmul_mod(left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int64]:
-    """`left @ right` modulo p, through float64 products of 16-bit halves; inner dimension below 2^20."""
+    """Returns `left @ right` modulo p, computed by float64 products of 16-bit halves.
+
+    The inner dimension must be below 2^20.
+    """
     halves = [(part >> 16, part & 0xFFFF) for part in (left % P, right % P)]
     (lh, ll), (rh, rl) = [(high.astype(np.float64), low.astype(np.float64)) for high, low in halves]
     high = (lh @ rh).astype(np.int64) % P
@@ -186,10 +203,10 @@ def matmul_mod(left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.
 
 
 def combine_mod(vectors: Sequence[NDArray[Any]] | NDArray[Any], coefficients: NDArray[np.int64]) -> NDArray[np.int64]:
-    """`sum_t coefficients[t, l] * vectors[t]` modulo p, for each column l; shape (columns * length,).
+    """Returns `sum_t coefficients[t, l] * vectors[t]` modulo p for each column l, shape (columns * length,).
 
-    16-bit halves of the coefficients times the vectors (below 2^31 in size), added up by the float64 matrix product:
-    exact, at memory speed. What is left is folded by 2^31 = 1.
+    The 16-bit halves of the coefficients are multiplied by the vectors (entries below 2^31 in size) in a float64 matrix
+    product, which is exact and fast. The sums are then reduced by 2^31 = 1 modulo p.
     """
     c = np.asarray(coefficients, np.int64) % P
     halves = np.ascontiguousarray(np.concatenate([c >> 16, c & 0xFFFF], axis=1).T, np.float64)
@@ -217,7 +234,7 @@ def _add_block(
     start: int,
     rows: NDArray[np.float64],
 ) -> None:
-    """Add up what belongs into `block`, which begins at entry `start`; `rows` is scratch."""
+    """Compute the entries of `block`, which begins at entry `start` of the result; `rows` is scratch."""
     columns, width = block.shape
     for first in range(0, len(vectors), _EXACT):
         sums = np.zeros((2 * columns, width))
@@ -237,14 +254,14 @@ def _add_block(
 
 
 def fold(values: NDArray[np.int64]) -> None:
-    """In place: the same modulo p, and from 2^62 down to a little above 2^31 in size; also for negative numbers."""
+    """Reduce numbers of up to 2^62 in size to slightly above 2^31, in place and without changing them modulo p."""
     high = values >> 31
     values &= P
     values += high
 
 
 def solve_mod(A: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int64] | None:
-    """One solution x of `A x = right` modulo p, columns of `right` together; None if there is none."""
+    """Returns one solution x of `A x = right` modulo p, shape (columns of A, columns of right), or None."""
     rows, unknowns = A.shape
     work = np.concatenate([A, right], axis=1) % P
     pivots: list[int] = []

@@ -1,4 +1,4 @@
-"""Arithmetic of codes over the reals: sums of vectors at memory speed, in an order that no thread count changes."""
+"""Arithmetic of codes over the reals: fast sums of vectors whose result does not depend on the number of threads."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ._validation import as_float
 
 __all__ = ["REALS", "Reals", "blocks_of", "combine"]
 
-# 256 Ki entries: one block of the running sum stays in a core's cache while all replies are added to it. Smaller ones
-# spend more on calls than they gain.
+# Number of entries for which a block of the running sum stays in a core's cache while all replies are added to it. With
+# smaller blocks, the overhead of calls would exceed the gain.
 _BLOCK = 1 << 18
-# Entries to add up from which a second thread pays for its start; NumPy lets go of the interpreter meanwhile.
+# Number of additions from which a second thread pays off. NumPy releases the interpreter lock during them.
 _WORTH_THREADS = 1 << 23
 _MAX_THREADS = 4
 
@@ -31,20 +31,20 @@ def combine(
     *,
     order: Sequence[int] | None = None,
 ) -> NDArray[np.floating]:
-    """`sum_t coefficients[t] * replies[t]`, block by block so that the running sum stays in cache.
+    """Returns `sum_t coefficients[t] * replies[t]`, shape (m * length,), in the replies' dtype.
 
-    Replies are added in ascending `order` (worker numbers), so that the result does not depend on who came
-    first, nor on the number of threads; those with coefficient 0 are not read, and coefficient 1 copies without
-    rounding.
+    Replies are added in ascending `order` (worker numbers), so that the result depends neither on the order of arrival
+    nor on the number of threads. Replies with coefficient 0 are not read, and coefficient 1 causes no rounding. The sum
+    is computed block by block, so that it stays in cache.
 
     Args:
-        replies: One vector of equal length and dtype (float32 or float64) each.
-        coefficients: Shape (len(replies),), or (len(replies), m): then block l of the result is the
+        replies: Vectors of equal length and dtype, float32 or float64.
+        coefficients: The coefficients, shape (len(replies),) or (len(replies), m). Block l of the result is the
             combination with column l.
-        order: One number a reply; None keeps the order given.
+        order: Sort key of each reply; None keeps the order given.
 
-    Returns:
-        Shape (m * length,).
+    Raises:
+        InvalidCode: There is no reply.
     """
     if not len(replies):
         raise InvalidCode("There is no reply to combine.")
@@ -56,7 +56,7 @@ def combine(
         used = [(replies[t], dtype.type(a[t, column])) for t in sequence if a[t, column] != 0]
         target = out[column * length : (column + 1) * length]
         threads = min(_MAX_THREADS, os.cpu_count() or 1) if len(used) * length >= _WORTH_THREADS else 1
-        # At whole blocks, so that the compiled loops meet the same pieces however many threads there are.
+        # Threads split the vector at block bounds, so that compiled loops get the same pieces with any thread count.
         blocks = -(-length // _BLOCK)
         edges = [min(blocks * i // threads * _BLOCK, length) for i in range(threads + 1)]
         if threads == 1:
@@ -74,41 +74,50 @@ def _add_up(
     """Write the combination of entries first..last-1 into `target`."""
     scaled = [Scaled(reply, float(coefficient)) for reply, coefficient in used]
     address = target.ctypes.data
-    with np.errstate(over="ignore", invalid="ignore"):  # whoever uses the sum looks whether it is finite
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller checks whether the sum is finite
         for start in range(first, last, _BLOCK):
             stop = min(start + _BLOCK, last)
             block = target[start:stop]
             if not used:
                 block[:] = 0
-            for position, ((reply, coefficient), one) in enumerate(zip(used, scaled, strict=True)):
+            for position, ((reply, coefficient), product) in enumerate(zip(used, scaled, strict=True)):
                 if position == 0:
                     np.multiply(reply[start:stop], coefficient, out=block)
                 elif coefficient == 1:
                     block += reply[start:stop]
-                elif one.compiled:
-                    one.add_at(address, start, stop)
+                elif product.compiled:
+                    product.add_at(address, start, stop)
                 else:
-                    one.add_to(target, start, stop)
+                    product.add_to(target, start, stop)
 
 
 @dataclass(frozen=True)
 class Reals:
-    """float64 coefficients; replies as float32 or float64, whichever the updates are."""
+    """The numbers of a code with float64 coefficients, whose replies are float32 or float64 like the updates."""
 
     @property
     def name(self) -> str:
-        """Of the numbers, for people."""
+        """Name of the numbers, for people."""
         return "reals"
 
     def matrix(self, B: ArrayLike) -> NDArray[np.float64]:
-        """An encoding matrix of one's own, checked."""
+        """Returns a user's encoding matrix as float64.
+
+        Raises:
+            InvalidCode: An entry is not finite.
+        """
         matrix = np.array(B, dtype=np.float64)
         if not np.isfinite(matrix).all():
             raise InvalidCode("The encoding matrix has entries that are not finite.")
         return matrix
 
     def encode(self, B: NDArray[np.float64], updates: NDArray[Any]) -> NDArray[np.floating]:
-        """All workers' replies: B of shape (n, k, m) times the blocks of updates of shape (k, d)."""
+        """Returns all workers' replies, shape (n, ceil(d / m)).
+
+        Args:
+            B: Encoding matrix, shape (n, k, m).
+            updates: The shards' updates, shape (k, d).
+        """
         n, k, m = B.shape
         u = as_float(updates)
         rows = B.reshape(n, k * m).astype(u.dtype, copy=False)
@@ -117,16 +126,16 @@ class Reals:
     def decode(
         self, replies: Sequence[NDArray[Any]] | NDArray[Any], a: NDArray[Any], *, order: Sequence[int] | None = None
     ) -> NDArray[np.floating]:
-        """`sum_t a[t] * replies[t]`, block by block of a's columns."""
+        """Returns the decoded sum `sum_t a[t] * replies[t]`, one block for each column of a."""
         return combine(as_float(replies) if isinstance(replies, np.ndarray) else replies, a, order=order)
 
     def shares(self, a: NDArray[np.float64], B: NDArray[np.float64]) -> NDArray[np.float64]:
-        """How much of block l' of shard j is in block l of the decoded sum: shape (k, m, m), [j, l', l]."""
+        """Returns the share of block l' of shard j in block l of the decoded sum, shape (k, m, m), as [j, l', l]."""
         n, k, m = B.shape
         return np.asarray((B.reshape(n, k * m).T @ a.reshape(n, m)).reshape(k, m, m))
 
     def kappa(self, a: NDArray[np.float64], B: NDArray[np.float64]) -> float:
-        """`sqrt(sum_i |a_i|^2 |b_i|^2 / (k m))`."""
+        """Returns the noise amplification `sqrt(sum_i |a_i|^2 |b_i|^2 / (k m))` of a decoding vector."""
         n, k, m = B.shape
         row_norms = np.square(B.reshape(n, k * m)).sum(axis=1)
         return float(np.sqrt(np.square(a.reshape(n, m)).sum(axis=1) @ row_norms / (k * m)))
@@ -136,7 +145,7 @@ REALS = Reals()
 
 
 def blocks_of(updates: NDArray[Any], m: int) -> NDArray[Any]:
-    """Updates of shape (k, d) as m zero-padded blocks each: shape (k, m, ceil(d / m))."""
+    """Returns updates of shape (k, d) divided into m zero-padded blocks each, shape (k, m, ceil(d / m))."""
     k, d = updates.shape
     if d % m:
         padded = np.zeros((k, -(-d // m) * m), updates.dtype)

@@ -1,4 +1,4 @@
-"""A code for any assignment: the universal construction over the reals, with random orthonormal rows."""
+"""The universal construction, which gives a code over the reals for any assignment."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .gradient_code import GradientCode
 
 __all__ = ["for_assignment"]
 
-_PATTERNS = 6  # random straggler sets that a candidate is judged by
-_CANDIDATES = 10  # sets of holders tried for each shard
-_EVENNESS = 3.0  # how far a worker's load may be from the least, roughly, when holders are chosen
+_PATTERNS = 6  # number of random straggler sets by which a candidate is judged
+_CANDIDATES = 10  # number of sets of holders that are tried for each shard
+_EVENNESS = 3.0  # roughly how far a chosen holder's load may exceed the lowest load, in shards
 
 
 def for_assignment(
@@ -27,29 +27,31 @@ def for_assignment(
     tries: int = 8,
     rng: np.random.Generator | None = None,
 ) -> GradientCode:
-    """A code for whoever holds whatever: any assignment with at least s + m holders of every shard.
+    """Returns a code for any assignment in which every shard has at least s + m holders.
 
-    Draw C with s + m random orthonormal rows; the coefficients of a shard are the shortest solution of
-    `C[:, holders] beta^(l) = e_l`, l = 1..m. The first m rows of C then decode everyone's replies, and adding
-    multiples of the others cancels any s stragglers: an s x s system. Rows of B are scaled to length 1, which makes
-    the shortest decoding vector the one that amplifies noise least.
+    A matrix C with s + m random orthonormal rows is drawn. The coefficients of a shard are the shortest solution of
+    `C[:, holders] beta^(l) = e_l`, l = 1..m. The first m rows of C then decode the replies of all workers. Adding
+    multiples of the other rows cancels any s stragglers, which takes an s x s system. The rows of B are scaled to
+    length 1, so that the shortest decoding vector amplifies noise least.
 
-    Coefficients of both signs amplify rounding and replica differences by `kappa`: in the hundreds with s + m holders
-    that are given, a few with two holders more, or with holders chosen here (`holders=`).
+    Coefficients of both signs amplify rounding errors and differences between replicas by `kappa`. It can be in the
+    hundreds for given assignments with s + m holders. With two more holders, or with holders chosen here (`holders=`),
+    it is small.
 
     Args:
-        assignment: Who holds what: a 0/1 matrix of shape (n, k), the list of each worker's shards, or an
-            `fl_gradcode.assignment.Assignment`. With `holders`: who may hold what.
+        assignment: The assignment, as a 0/1 matrix of shape (n, k), the list of each worker's shards, or an
+            `fl_gradcode.placement.Assignment`. With `holders`, it says which workers may hold a shard.
         s: Straggler tolerance.
-        m: Upload reduction: replies are m times shorter.
-        holders: Choose so many of the possible holders of each shard, at least s + m, such that loads stay in
-            proportion to how much each worker may hold, and kappa small. None: everybody who is named holds the shard.
-        tries: Matrices C that are tried; the one with the smallest median kappa over a few random straggler sets is
-            taken.
-        rng: Draws C. A fixed seed by default: give one of your own if stragglers might know the code and conspire.
+        m: Upload reduction; replies are m times shorter.
+        holders: Number of holders to choose for each shard among the possible ones, at least s + m. They are chosen so
+            that kappa is small and loads are in proportion to how much each worker may hold. With None, all of the
+            named workers hold the shard.
+        tries: Number of matrices C to try; the one with the smallest median kappa over a few random straggler sets is
+            used.
+        rng: Draws C. It has a fixed seed by default. Pass your own if stragglers might know the code and conspire.
 
     Raises:
-        InvalidCode: A shard with fewer than s + m holders, by name.
+        InvalidCode: A shard has fewer than s + m holders. The message names it.
 
     References:
         Jahani-Nezhad and Maddah-Ali, "Optimal communication-computation trade-off in heterogeneous gradient
@@ -83,7 +85,7 @@ def for_assignment(
 
 
 def _coefficients(C: NDArray[np.float64], held: NDArray[np.bool_], m: int) -> NDArray[np.float64]:
-    """B of shape (n, k, m): the shortest solutions, shards with equally many holders together."""
+    """Returns B, shape (n, k, m); shards with equally many holders are solved together."""
     B = np.zeros((*held.shape, m))
     counts = held.sum(axis=0)
     for count in np.unique(counts):
@@ -94,7 +96,7 @@ def _coefficients(C: NDArray[np.float64], held: NDArray[np.bool_], m: int) -> ND
 
 
 def _shortest(C: NDArray[np.float64], workers: NDArray[np.intp], m: int) -> NDArray[np.float64]:
-    """beta of shape (len(workers), holders, m) with `C[:, workers[t]] beta[t] = [e_1 .. e_m]`."""
+    """Returns the shortest beta with `C[:, workers[t]] beta[t] = [e_1 .. e_m]`, shape (len(workers), holders, m)."""
     A = C[:, workers].transpose(1, 0, 2)
     target = np.broadcast_to(np.eye(len(C))[:, :m], (len(workers), len(C), m))
     if A.shape[1] == A.shape[2]:
@@ -106,15 +108,16 @@ def _shortest(C: NDArray[np.float64], workers: NDArray[np.intp], m: int) -> NDAr
 def _choose(
     C: NDArray[np.float64], may: NDArray[np.bool_], holders: int, m: int, rng: np.random.Generator
 ) -> NDArray[np.bool_]:
-    """Of each shard's possible holders so many, with the smallest coefficients among a few random sets.
+    """Returns an assignment with `holders` holders of each shard, shape (n, k), chosen among the possible ones.
 
-    Sets are drawn among those who hold least of what they may hold, so that loads stay even.
+    For each shard, the set with the smallest coefficients among a few random sets is taken. The sets are drawn among
+    workers that hold little of what they may hold, so that loads stay even.
     """
     capacity = np.maximum(may.sum(axis=1), 1)
     scale = capacity.mean() / capacity
     load = np.zeros(len(may))
     held = np.zeros_like(may)
-    # Those with the least choice first.
+    # Shards with the fewest possible holders come first.
     for shard in np.lexsort((rng.random(may.shape[1]), may.sum(axis=0))):
         possible = np.flatnonzero(may[:, shard])
         noise = rng.random((_CANDIDATES if len(possible) > holders else 1, len(possible)))
@@ -127,7 +130,7 @@ def _choose(
 
 
 def _median_kappa(C: NDArray[np.float64], B: NDArray[np.float64], rng: np.random.Generator) -> float:
-    """Over a few random sets of s stragglers."""
+    """Returns the median kappa over a few random sets of s stragglers."""
     n, k, m = B.shape
     squares = np.square(B).sum(axis=(1, 2))
     s = len(C) - m
