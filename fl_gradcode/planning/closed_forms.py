@@ -1,8 +1,8 @@
-"""Expected round times in closed form, for rounds that find every worker idle.
+"""Expected round times in closed form, for rounds in which every worker starts idle.
 
-A round ends at an order statistic of the workers' times (wait for all, drop, any n - s), or at the largest over groups
-of the m-th smallest within (fractional repetition). With independent workers its distribution function is known
-exactly, and the mean is one integral; for exponential and Pareto laws it is a formula.
+A round ends at an order statistic of the workers' times (wait for all, drop, any n - s), or at the maximum over groups
+of the m-th smallest time in each (fractional repetition). For independent workers, the distribution of the round time
+is known exactly, and the mean is one integral. For exponential and Pareto laws, it is a formula.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(6)
 
 
 def harmonic(n: int) -> float:
-    """H_n = 1 + 1/2 + ... + 1/n."""
+    """Returns the harmonic number H_n = 1 + 1/2 + ... + 1/n."""
     return float(np.sum(1.0 / np.arange(1, n + 1)))
 
 
 def exponential_seconds(n: int, v: int, *, mean: float = 1.0, shift: float = 0.0) -> float:
-    """Expected time of the v-th of n answers, each `shift` plus an exponential: shift + mean (H_n - H_{n-v}).
+    """Returns the expected time of the v-th of n answers in seconds, each `shift` plus an exponential time.
+
+    The formula is shift + mean (H_n - H_{n-v}).
 
     References:
         Lee et al., "Speeding up distributed machine learning using codes", 2018, section III.
@@ -46,10 +48,10 @@ def exponential_seconds(n: int, v: int, *, mean: float = 1.0, shift: float = 0.0
 
 
 def coded_matvec_seconds(n: int, k: int, *, mu: float = 1.0) -> float:
-    """Expected time of an MDS-coded product from any k of n answers: (1 + (H_n - H_{n-k}) / mu) / k.
+    """Returns the expected time of an MDS-coded product from any k of n answers: (1 + (H_n - H_{n-k}) / mu) / k.
 
-    Each worker does a k-th of the work, which takes 1/k plus an exponential of mean 1 / (k mu); all at once takes
-    1 + 1 / mu on one worker.
+    Each worker does 1/k of the work, which takes 1/k plus an exponential time of mean 1 / (k mu). The unit is such that
+    the whole product takes 1 + 1 / mu on one worker.
 
     References:
         Lee et al. 2018, equation (8).
@@ -58,7 +60,7 @@ def coded_matvec_seconds(n: int, k: int, *, mu: float = 1.0) -> float:
 
 
 def best_fraction(mu: float) -> float:
-    """The best k / n of `coded_matvec_seconds` for many workers: 1 + 1 / W_{-1}(-exp(-mu - 1)).
+    """Returns the best k / n of `coded_matvec_seconds` for many workers: 1 + 1 / W_{-1}(-exp(-mu - 1)).
 
     References:
         Lee et al. 2018, theorem 1; W_{-1} is the lower branch of Lambert's function.
@@ -69,27 +71,27 @@ def best_fraction(mu: float) -> float:
 
 
 def idle_mean(scheme: Scheme, latency: Latency, *, model_megabytes: float = 0.0) -> float | None:
-    """Expected seconds of a round in which all workers start idle, or None if there is no closed form.
+    """Returns the expected seconds of a round in which all workers start idle, or None if there is no closed form.
 
-    There is one unless the scheme sends shards, more than one part of the latency is random, or workers are not
-    independent. Infinite where the mean is.
+    A closed form exists unless the scheme sends shards, more than one part of the latency is random, or workers are not
+    independent. The result is infinite if the mean is.
     """
     marginals = _marginals(scheme, latency, model_megabytes)
     if marginals is None:
         return None
-    if all(one.atoms is not None for one in marginals):
-        points = np.unique([atom for one in marginals for atom in one.atoms or ()])
+    if all(marginal.atoms is not None for marginal in marginals):
+        points = np.unique([atom for marginal in marginals for atom in marginal.atoms or ()])
         points = points[points < np.inf]
         ended = idle_distribution(scheme, marginals, points)
-        if not len(points) or ended[-1] < 1 - 1e-12:  # with some probability too many never answer
+        if not len(points) or ended[-1] < 1 - 1e-12:  # there is a chance that too many workers never answer
             return float("inf")
         return float(points[0] + np.sum(np.diff(points) * (1 - ended[:-1])))
     return _integral(scheme, marginals)
 
 
 def idle_distribution(scheme: Scheme, marginals: Sequence[Marginal], times: NDArray[np.float64]) -> NDArray[np.float64]:
-    """P(the round has ended by t), for each of `times`; shape (len(times),)."""
-    done = np.array([one.cdf(times) for one in marginals])
+    """Returns the probability that the round has ended by each of `times`, shape (len(times),)."""
+    done = np.array([marginal.cdf(times) for marginal in marginals])
     if scheme.enough is not None:
         return _at_least(done, scheme.enough)
     result = np.ones(len(times))
@@ -100,16 +102,19 @@ def idle_distribution(scheme: Scheme, marginals: Sequence[Marginal], times: NDAr
 
 
 def _at_least(done: NDArray[np.float64], count: int) -> NDArray[np.float64]:
-    """P(at least `count` of independent events), `done` has shape (events, times)."""
-    missing = len(done) - count  # P(at most `missing` have not happened)
+    """Returns the probability that at least `count` of independent events have happened, shape (times,).
+
+    `done` holds the probabilities of the events, shape (events, times).
+    """
+    missing = len(done) - count  # at most this many events have not happened
     if missing == 0:
         return np.asarray(np.prod(done, axis=0))
-    ways = np.zeros((missing + 1, done.shape[1]))  # by how many have not
-    ways[0] = 1.0
-    for one in done:
-        ways[1:] = ways[1:] * one + ways[:-1] * (1 - one)
-        ways[0] *= one
-    return np.asarray(ways.sum(axis=0))
+    chances = np.zeros((missing + 1, done.shape[1]))  # by the number of events that have not happened
+    chances[0] = 1.0
+    for event in done:
+        chances[1:] = chances[1:] * event + chances[:-1] * (1 - event)
+        chances[0] *= event
+    return np.asarray(chances.sum(axis=0))
 
 
 def _marginals(scheme: Scheme, latency: Latency, model_megabytes: float) -> list[Marginal] | None:
@@ -119,11 +124,11 @@ def _marginals(scheme: Scheme, latency: Latency, model_megabytes: float) -> list
     known = [
         latency.marginal(worker, shards=float(load), megabytes=megabytes) for worker, load in enumerate(scheme.loads)
     ]
-    return [one for one in known if one is not None] if all(one is not None for one in known) else None
+    return [part for part in known if part is not None] if all(part is not None for part in known) else None
 
 
 def _integral(scheme: Scheme, marginals: Sequence[Marginal]) -> float:
-    """The integral of P(T > t) over t >= 0."""
+    """Returns the mean, the integral of P(T > t) over t >= 0."""
 
     def survival(t: NDArray[np.float64]) -> NDArray[np.float64]:
         return 1.0 - idle_distribution(scheme, marginals, t)
@@ -137,7 +142,7 @@ def _integral(scheme: Scheme, marginals: Sequence[Marginal]) -> float:
         return float("inf")
     total = _area(survival, 0.0, middle, pieces=256)
     before = float("inf")
-    for octave in range(_OCTAVES):  # a power-law tail is a geometric series of these
+    for octave in range(_OCTAVES):  # the octaves of a power-law tail form a geometric series
         low = middle * 2.0**octave
         piece = _area(survival, low, 2 * low, pieces=max(16, 256 >> octave))
         total += piece
@@ -151,7 +156,7 @@ def _integral(scheme: Scheme, marginals: Sequence[Marginal]) -> float:
 
 
 def _area(f: Callable[[NDArray[np.float64]], NDArray[np.float64]], low: float, high: float, *, pieces: int) -> float:
-    """Integral by Gauss's rule on equal pieces: fine enough for the kinks of laws with a least value."""
+    """Returns the integral by Gauss's rule on equal pieces, which handles the kinks of laws with a least value."""
     edges = np.linspace(low, high, pieces + 1)
     half = np.diff(edges) / 2
     nodes = edges[:-1, None] + half[:, None] * (1 + _NODES)

@@ -1,11 +1,11 @@
-"""Does coding pay for these clients? Expected round times of every scheme, what they cost, and one recommendation.
+"""Plans whether coding pays: expected round times and costs of every scheme, and one recommendation.
 
     plan = make_plan(named("virtual-machines"), n=30)
     print(plan.verdict)
     print(plan.recommended.scheme.python)
 
-The recommendation follows the steady state of a run; the idle start is shown beside it, in closed form where there is
-one.
+The recommendation is based on the steady state of a run. The time from an idle start is shown beside it, in closed form
+if there is one.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from .simulation import idle_rounds, steady_rounds
 
 __all__ = ["GAIN", "Line", "RoundPlan", "candidates", "make_plan", "spread"]
 
-#: Coding is recommended if it makes rounds at least so much shorter: below that it is not worth its storage.
+#: Coding is recommended if it shortens rounds by at least this fraction. Below that, it is not worth its storage.
 GAIN = 0.05
-#: A scheme this close to the fastest is preferred if it stores or computes less.
+#: A scheme whose rounds are at most this fraction longer than the fastest is preferred if it stores or computes less.
 _CLOSE = 0.04
-# Schemes within 15 % of the fastest are simulated on, up to 8 times the runs, until their differences are known to 1 %.
+# Schemes within 15 % of the fastest get further runs, up to 8 times as many, until their differences are known to 1 %.
 _NEAR, _SURE, _MORE = 1.15, 0.01, 8
-_IDLE_RUNS = 10  # of which the idle start is simulated where it has no closed form
+_IDLE_RUNS = 10  # number of runs for which the idle start is simulated if it has no closed form
 _TOLERANCES = (1, 2, 3, 4, 5, 7)
-#: A worker this many times slower than the median one, in every draw of the population, is slow for good.
+#: A worker this many times slower than the median one, in every draw of the population, counts as permanently slow.
 _SLOW = 1.5
 
 
 @dataclass(frozen=True)
 class Line:
-    """What one scheme is expected to do.
+    """The expected times and costs of one scheme.
 
     Attributes:
         scheme: The scheme.
-        idle: Expected seconds of a round in which everybody starts idle.
+        idle: Expected seconds of a round in which all workers start idle.
         closed_form: Whether `idle` is a closed form; otherwise it was simulated.
         steady: Mean seconds of a round over a run.
-        error: Standard error of `steady`; NaN if it cannot be told.
-        computed: Shards that are worked on in a round, needed or not, in units of n: 1 without a code.
-        upload: Megabytes that a round's replies take, needed or not.
-        storage: Shards that a worker has to store, at most.
+        error: Standard error of `steady` in seconds; NaN if it is not known.
+        computed: Shards computed in a round, whether needed or not, divided by n; 1 without a code.
+        upload: Size of a round's replies in megabytes, whether needed or not.
+        storage: Largest number of shards that a worker has to store.
     """
 
     scheme: Scheme
@@ -64,14 +64,14 @@ class Line:
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """All lines, and which to take.
+    """The comparison of all schemes, and the recommendation.
 
     Attributes:
-        lines: One for each scheme; the first is waiting for all.
-        recommended: The exact scheme to use: the first line if coding does not pay.
-        verdict: One sentence, "do not code: ..." if so.
+        lines: One line for each scheme; the first is waiting for all.
+        recommended: The line of the exact scheme to use; the first line if coding does not pay.
+        verdict: One sentence, which starts with "do not code" if coding does not pay.
         n: Number of workers.
-        slow: Workers that are slow for good, slowest first.
+        slow: Workers that are permanently slow, slowest first.
     """
 
     lines: tuple[Line, ...]
@@ -86,7 +86,7 @@ class RoundPlan:
         return self.recommended is not self.lines[0]
 
     def speedup(self, line: Line) -> float:
-        """How many times shorter its rounds are than waiting for all."""
+        """Returns how many times shorter the line's rounds are than with waiting for all."""
         return self.lines[0].steady / line.steady if line.steady else float("nan")
 
 
@@ -101,21 +101,22 @@ def make_plan(
     seed: int = 0,
     schemes: Sequence[Scheme] | None = None,
 ) -> RoundPlan:
-    """Compare schemes for n workers under a latency.
+    """Returns the plan that compares schemes for n workers under a latency.
 
     Args:
-        latency: Of one job; see `Latency`, `populations.named` and `History.latency`.
+        latency: Latency of one job; see `Latency`, `populations.named` and `History.latency`.
         n: Number of workers, at least 2; each has one shard of its own.
-        model_megabytes: Size of the model, which every message carries down and every reply (1/m of it) up.
+        model_megabytes: Size of the model, which each message carries to a worker; a reply carries 1/m of it back.
         tolerances: Values of s to try; by default a few up to n / 3.
-        rounds: Rounds of each simulated run, of which the first fifth, in which it settles, does not count.
-        populations: Runs, each with a population drawn anew: devices, and slow spells, differ from draw to draw. Where
-            they do not, since measured times are replayed, one run of as many rounds as these have together.
-        seed: Of the first population.
-        schemes: What to compare; by default `candidates`.
+        rounds: Number of rounds of each simulated run; the first fifth is ignored, because a run has to settle first.
+        populations: Number of runs, each with its own random population of devices and slow periods. If the latency
+            replays measured times, all draws are equal, and one long run with the same total number of rounds is
+            simulated instead.
+        seed: Seed of the first population.
+        schemes: Schemes to compare; by default `candidates`.
 
     Raises:
-        InvalidSetting: Fewer than 2 workers, or a number that makes no sense.
+        InvalidSetting: There are fewer than 2 workers, or an argument is out of range.
     """
     n = check_count(n, "n")
     if n < 2:
@@ -129,11 +130,11 @@ def make_plan(
         if scheme.n != n:
             raise InvalidSetting(f"The scheme {scheme.name!r} is for {scheme.n} workers; planned is for n={n}.")
     draws = [latency.parts(seed=seed + number, n=n, rounds=rounds) for number in range(populations)]
-    if populations > 1 and _equal(*draws[:2]):  # nothing is drawn anew: measured times are replayed
+    if populations > 1 and _equal(*draws[:2]):  # measured times are replayed, so that all draws are equal
         draws = [latency.parts(seed=seed, n=n, rounds=rounds * populations)]
-    slow = _slow_for_good(draws, model_megabytes)
+    slow = _permanently_slow(draws, model_megabytes)
     chosen = schemes if schemes is not None else candidates(n, tolerances, slow=slow, m=bool(model_megabytes))
-    chosen = [wait_for_all(n), *(one for one in chosen if one.enough != n or one.s)]
+    chosen = [wait_for_all(n), *(scheme for scheme in chosen if scheme.enough != n or scheme.s)]
     samples = [_Sample(scheme, latency, draws, model_megabytes) for scheme in chosen]
     while len(draws) > 1 and len(samples[0].means) < _MORE * populations:
         unsure = _unsure(samples)
@@ -151,13 +152,13 @@ def make_plan(
 def candidates(
     n: int, tolerances: Iterable[int] | None = None, *, slow: Sequence[int] = (), m: bool = False
 ) -> list[Scheme]:
-    """What there is to compare, for some values of s.
+    """Returns the schemes to compare by default, for several values of s.
 
     Args:
         n: Number of workers.
         tolerances: Values of s; by default a few up to n / 3.
-        slow: Workers that are slow for good: they are spread over the groups.
-        m: Whether replies of half the length are worth a line.
+        slow: Workers that are permanently slow, which are spread over the groups.
+        m: Whether to include schemes whose replies have half the length (m = 2).
     """
     wanted = [s for s in _TOLERANCES if s <= max(1, n // 3)] if tolerances is None else sorted(set(tolerances))
     for s in wanted:
@@ -174,7 +175,10 @@ def candidates(
 
 
 def spread(slow: Sequence[int], n: int, s: int, *, m: int = 1) -> list[int] | None:
-    """The `order=` for `fractional_repetition` that spreads slow workers over groups; None if they are without it."""
+    """Returns the `order=` for `fractional_repetition` that spreads slow workers over groups.
+
+    The result is None if the default order spreads them already.
+    """
     groups = fractional_repetition(n, s, m=m).groups
     assert groups is not None
     if max(len(set(group) & set(slow)) for group in groups) <= -(-len(slow) // len(groups)):
@@ -182,12 +186,12 @@ def spread(slow: Sequence[int], n: int, s: int, *, m: int = 1) -> list[int] | No
     return [*slow, *(i for i in range(n) if i not in set(slow))]
 
 
-def _equal(one: Parts, other: Parts) -> bool:
-    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("fixed", "compute", "transfer"))
+def _equal(left: Parts, right: Parts) -> bool:
+    return all(np.array_equal(getattr(left, name), getattr(right, name)) for name in ("fixed", "compute", "transfer"))
 
 
-def _slow_for_good(draws: Sequence[Parts], model_megabytes: float) -> tuple[int, ...]:
-    """Workers that are much slower than the median one in every draw, slowest first."""
+def _permanently_slow(draws: Sequence[Parts], model_megabytes: float) -> tuple[int, ...]:
+    """Returns the workers that are much slower than the median one in every draw, slowest first."""
     relative = []
     for parts in draws:
         usual = np.median(parts.seconds(1.0, 2 * model_megabytes), axis=0)
@@ -198,22 +202,22 @@ def _slow_for_good(draws: Sequence[Parts], model_megabytes: float) -> tuple[int,
 
 
 class _Sample:
-    """Simulated runs of one scheme."""
+    """Simulates runs of one scheme, and collects their results."""
 
     def __init__(self, scheme: Scheme, latency: Latency, draws: Sequence[Parts], model: float) -> None:
         self.scheme, self.model = scheme, model
-        self.means: list[float] = []  # seconds a round, of each run
+        self.means: list[float] = []  # mean seconds of a round, for each run
         self.computed: list[float] = []
         self.messages: list[float] = []
         self.add(draws)
         self.closed = idle_mean(scheme, latency, model_megabytes=model)
         self.idle = self.closed
         if self.idle is None:
-            few = [idle_rounds(scheme, one, model_megabytes=model).seconds.mean() for one in draws[:_IDLE_RUNS]]
+            few = [idle_rounds(scheme, parts, model_megabytes=model).seconds.mean() for parts in draws[:_IDLE_RUNS]]
             self.idle = float(np.mean(few))
 
     def add(self, draws: Sequence[Parts]) -> None:
-        """Simulate one more run for each."""
+        """Simulate one more run for each draw."""
         for parts in draws:
             run = steady_rounds(self.scheme, parts, model_megabytes=self.model)
             self.means.append(float(run.seconds[len(run.seconds) // 5 :].mean()))
@@ -221,7 +225,7 @@ class _Sample:
             self.messages.append(run.messages)
 
     def line(self) -> Line:
-        """What they say."""
+        """Returns the line of the plan that summarises the runs."""
         known = len(self.means) > 1 and bool(np.isfinite(self.means).all())
         assert self.idle is not None
         return Line(
@@ -237,19 +241,24 @@ class _Sample:
 
 
 def _unsure(samples: Sequence[_Sample]) -> list[_Sample]:
-    """Exact schemes that may be the fastest, if it cannot be told yet which are; all were simulated on the same draws.
+    """Returns the exact schemes that need further runs, because it is not clear yet which of them is the fastest.
 
-    Populations that are drawn for good, such as phones, differ far more from each other than rounds do.
+    Schemes are compared on the same draws. Populations with permanent differences, such as phones, vary far more than
+    rounds do.
     """
     most = len(samples[0].means)
-    exact = [one for one in samples if one.scheme.exact and len(one.means) == most and np.isfinite(one.means).all()]
+    exact = [
+        sample
+        for sample in samples
+        if sample.scheme.exact and len(sample.means) == most and np.isfinite(sample.means).all()
+    ]
     if len(exact) < 2:
         return []
-    best = min(exact, key=lambda one: float(np.mean(one.means)))
+    best = min(exact, key=lambda sample: float(np.mean(sample.means)))
     fastest = float(np.mean(best.means))
-    near = [one for one in exact if np.mean(one.means) <= _NEAR * fastest]
-    for one in near:
-        apart = np.subtract(one.means, best.means)
+    near = [sample for sample in exact if np.mean(sample.means) <= _NEAR * fastest]
+    for candidate in near:
+        apart = np.subtract(candidate.means, best.means)
         if apart.std(ddof=1) / np.sqrt(most) > _SURE * fastest:
             return [sample for sample in near if sample is not samples[0]]
     return []

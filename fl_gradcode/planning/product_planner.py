@@ -1,12 +1,12 @@
-"""From how many blocks on does a coded product pay? Expected time for each k, and the best one.
+"""Plans into how many blocks to divide a coded product: the expected time for each k, and the best one.
 
     plan = plan_products(named("pareto"), n=20)
     print(plan.verdict, plan.best.python)
 
-With a code, each of n workers has a k-th of the whole product to compute and any k answers decode: a small k means
-little waiting and much work. k = n is no code. One unit of compute is what a worker has without a code, an n-th of
-the whole. The recommendation follows a run of products; the idle start is shown beside it, in closed form where there
-is one.
+With a code, each of n workers computes 1/k of the whole product, and any k answers decode. A small k means little
+waiting and much work, and k = n means no code. One unit of compute is the work of a worker without a code, 1/n of the
+whole. The recommendation is based on a run of products. The time from an idle start is shown beside it, in closed form
+if there is one.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from .simulation import idle_rounds, steady_rounds
 
 __all__ = ["ProductLine", "ProductPlan", "plan_products", "product_seconds"]
 
-#: Coding is recommended if it makes products at least so much faster.
+#: Coding is recommended if it shortens products by at least this fraction.
 _GAIN = 0.05
-_MOST = 60  # values of k that are tried
+_MOST = 60  # largest number of values of k that are tried by default
 _IDLE_RUNS = 10
 
 
 @dataclass(frozen=True)
 class ProductLine:
-    """What is expected of one k.
+    """The expected times and costs for one value of k.
 
     Attributes:
-        k: Answers that decode.
-        idle: Expected seconds of a product that finds every worker idle.
+        k: Number of answers that decode.
+        idle: Expected seconds of a product for which every worker starts idle.
         closed_form: Whether `idle` is a closed form; otherwise it was simulated.
         steady: Mean seconds of a product over a run.
-        error: Standard error of `steady`; NaN if it cannot be told.
-        computed: What all workers compute for a product, needed or not, in units of the product: 1 without a code.
-        python: The line that makes the code.
+        error: Standard error of `steady` in seconds; NaN if it is not known.
+        computed: Work of all workers for a product, whether needed or not, in units of the product; 1 without a code.
+        python: Line of Python that makes the code.
     """
 
     k: int
@@ -58,12 +58,12 @@ class ProductLine:
 
 @dataclass(frozen=True)
 class ProductPlan:
-    """All lines, by ascending k; the last is k = n, no code.
+    """The comparison of all values of k, and the recommendation.
 
     Attributes:
-        lines: One for each k.
-        best: The line to take: the last if coding does not pay.
-        verdict: One sentence, "do not code: ..." if so.
+        lines: One line for each k, ascending; the last is k = n, which means no code.
+        best: The line to use; the last one if coding does not pay.
+        verdict: One sentence, which starts with "do not code" if coding does not pay.
         n: Number of workers.
     """
 
@@ -73,22 +73,23 @@ class ProductPlan:
     n: int
 
     def speedup(self, line: ProductLine) -> float:
-        """How many times faster its products are than uncoded ones."""
+        """Returns how many times faster the line's products are than uncoded ones."""
         return self.lines[-1].steady / line.steady if line.steady else float("nan")
 
 
 def product_seconds(latency: Latency, n: int, k: int, *, megabytes: float = 0.0) -> float | None:
-    """Expected seconds until k of n idle workers have answered, each with a k-th of the product; None: no closed form.
+    """Returns the expected seconds until k of n idle workers have answered, or None if there is no closed form.
 
     Args:
-        latency: Of a worker without a code: `compute` is for an n-th of the whole product.
-        n, k: Workers, and answers that decode.
-        megabytes: Size of the product; each answer carries a k-th.
+        latency: Latency of a worker without a code; `compute` is for 1/n of the whole product.
+        n: Number of workers.
+        k: Number of answers that decode; each worker computes 1/k of the product.
+        megabytes: Size of the product; each answer carries 1/k of it.
     """
     compute = latency.compute
     load = n / k
     charged = scaled(compute, [load] * n) if isinstance(compute, Law) else compute * load
-    # A scheme's replies travel both ways; half of a k-th, twice, is a k-th.
+    # A scheme charges transfer in both directions, so half the size of the answer is passed.
     return idle_mean(_any(n, k), replace(latency, compute=charged), model_megabytes=megabytes / (2 * k))
 
 
@@ -102,17 +103,19 @@ def plan_products(
     populations: int = 32,
     seed: int = 0,
 ) -> ProductPlan:
-    """Compare values of k for products on n workers.
+    """Returns the plan that compares values of k for products on n workers.
 
     Args:
-        latency: As for `product_seconds`.
+        latency: Latency of a worker without a code; see `product_seconds`.
         n: Number of workers, at least 2.
         megabytes: Size of the product.
-        ks: Values to try besides n; by default all, or 60 of them.
-        rounds, populations, seed: As for `make_plan`: products of each simulated run, runs, and the first one's seed.
+        ks: Values of k to try besides n; by default all, or 60 of them.
+        rounds: Number of products of each simulated run; see `make_plan`.
+        populations: Number of runs; see `make_plan`.
+        seed: Seed of the first population.
 
     Raises:
-        InvalidSetting: A number that makes no sense.
+        InvalidSetting: An argument is out of range.
     """
     n = check_count(n, "n")
     if n < 2:
@@ -134,13 +137,13 @@ def plan_products(
 def _line(latency: Latency, n: int, k: int, megabytes: float, draws: list[Parts]) -> ProductLine:
     scheme = _any(n, k)
     half = megabytes / (2 * k)
-    charged = [Parts(one.fixed, one.compute * (n / k), one.transfer) for one in draws]
-    runs = [steady_rounds(scheme, one, model_megabytes=half) for one in charged]
+    charged = [Parts(parts.fixed, parts.compute * (n / k), parts.transfer) for parts in draws]
+    runs = [steady_rounds(scheme, parts, model_megabytes=half) for parts in charged]
     means = [float(run.seconds[len(run.seconds) // 5 :].mean()) for run in runs]
     idle = closed = product_seconds(latency, n, k, megabytes=megabytes)
     if idle is None:
         few = charged[:_IDLE_RUNS]
-        idle = float(np.mean([idle_rounds(scheme, one, model_megabytes=half).seconds.mean() for one in few]))
+        idle = float(np.mean([idle_rounds(scheme, parts, model_megabytes=half).seconds.mean() for parts in few]))
     known = len(means) > 1 and bool(np.isfinite(means).all())
     return ProductLine(
         k,
@@ -154,12 +157,12 @@ def _line(latency: Latency, n: int, k: int, megabytes: float, draws: list[Parts]
 
 
 def _any(n: int, k: int) -> Scheme:
-    """A round that ends with k of n replies, each of one unit."""
+    """Returns the scheme of a round that ends with k of n replies, each of which takes one unit of work."""
     return replace(wait_for_all(n), name=f"k = {k}", enough=k, s=n - k)
 
 
 def _python(n: int, k: int) -> str:
-    """A polynomial code with blocks as square as k allows; an MDS code where k is prime."""
+    """Returns the line of Python that makes the code: polynomial, with blocks as square as k allows, or MDS."""
     p = max(d for d in range(1, math.isqrt(k) + 1) if k % d == 0)
     if k == n:
         return f"code = uncoded_product({p}, {k // p})"

@@ -1,4 +1,4 @@
-"""Ways to run rounds, as values: who computes what, and when a round may end. What a planner compares."""
+"""The schemes that the planner compares, as values that say who computes what and when a round may end."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Scheme:
-    """One way to run rounds of n workers.
+    """A scheme for running rounds of n workers.
 
     Attributes:
-        name: For people.
-        blocks: For each worker the shards that it holds, and that a coded reply covers.
-        enough: A round ends with this many replies; None: as soon as each group has m of them, or, with
-            `shardwise`, each shard a copy.
-        groups: Workers that hold the same block.
-        s: Straggler tolerance; of a scheme that is not exact, how many workers are left out.
-        m: Replies are m times shorter.
-        shardwise: One shard a message, handed out as workers become free.
-        patience: See `GradientCoding`.
-        exact: Whether a round is the full-participation update.
-        python: The lines that make it a strategy; `strategy` is the wrapped one.
+        name: Name for people.
+        blocks: For each worker, the shards that it holds and that its coded reply covers.
+        enough: Number of replies with which a round ends. With None, a round ends when each group has m replies or,
+            with `shardwise`, when each shard has a copy.
+        groups: Groups of workers that hold the same block.
+        s: Straggler tolerance; for a scheme that is not exact, the number of workers that are dropped.
+        m: Upload reduction; replies are m times shorter.
+        shardwise: Whether messages ask for one shard each, and are sent as workers become free.
+        patience: Patience of second copies, with `shardwise`; see `Shards`.
+        exact: Whether a round gives the update of full participation.
+        python: Lines of Python that use the scheme; `strategy` is the wrapped strategy.
     """
 
     name: str
@@ -64,24 +64,24 @@ class Scheme:
 
     @property
     def loads(self) -> NDArray[np.int64]:
-        """Shards that each worker holds, shape (n,)."""
+        """Number of shards that each worker holds, shape (n,)."""
         return np.array([len(block) for block in self.blocks])
 
     @property
     def table(self) -> NDArray[np.int64]:
-        """Groups as rows of one array, shape (groups, largest group); n fills up smaller ones."""
+        """The groups as rows of one array, shape (groups, largest group), padded with n."""
         width = max(map(len, self.groups))
         return np.array([[*group, *[self.n] * (width - len(group))] for group in self.groups])
 
 
 def wait_for_all(n: int) -> Scheme:
-    """Plain FedAvg: everybody trains their own shard, and everybody is waited for."""
+    """Returns the scheme of plain FedAvg, in which each worker trains its own shard and a round waits for all."""
     n = check_count(n, "n")
     return Scheme("wait for all", _own(n), enough=n, python="strategy  # no code: plain Flower")
 
 
 def drop_slowest(n: int, s: int) -> Scheme:
-    """Go on with the first n - s replies. Loses the data of whoever is slow."""
+    """Returns the scheme that ends a round with the first n - s replies, and loses the data of slow workers."""
     n, s = check_count(n, "n"), check_tolerance(s, n)
     return Scheme(
         f"drop the slowest {s}",
@@ -94,7 +94,7 @@ def drop_slowest(n: int, s: int) -> Scheme:
 
 
 def over_selection(n: int, factor: float = 1.3) -> Scheme:
-    """Ask `factor` times as many as are needed, as production systems do: all n are asked, n / factor waited for."""
+    """Returns the scheme of over-selection, as in production systems: all n are asked, and n / factor waited for."""
     n = check_count(n, "n")
     if not factor >= 1:
         raise InvalidSetting(f"factor={factor} of over-selection must be at least 1.")
@@ -103,7 +103,7 @@ def over_selection(n: int, factor: float = 1.3) -> Scheme:
 
 
 def any_code(n: int, s: int) -> Scheme:
-    """A code that decodes from any n - s replies, and from no fewer: cyclic repetition, s + 1 shards a worker."""
+    """Returns the scheme of cyclic repetition, which decodes from any n - s replies, with s + 1 shards a worker."""
     n, s = check_count(n, "n"), check_tolerance(s, n)
     return Scheme(
         f"any n - s (cyclic), s = {s}",
@@ -115,7 +115,7 @@ def any_code(n: int, s: int) -> Scheme:
 
 
 def repetition(n: int, s: int, *, m: int = 1, order: Sequence[int] | None = None) -> Scheme:
-    """Fractional repetition, stopped as soon as every group has m replies."""
+    """Returns the scheme of fractional repetition, in which a round ends when every group has m replies."""
     code = fractional_repetition(n, s, m=m, order=order)
     assert code.groups is not None
     return Scheme(
@@ -129,7 +129,7 @@ def repetition(n: int, s: int, *, m: int = 1, order: Sequence[int] | None = None
 
 
 def partial_work(n: int, s: int, *, patience: float = 2.0, order: Sequence[int] | None = None) -> Scheme:
-    """Fractional repetition, one shard a message (`send="shards"`)."""
+    """Returns the scheme of fractional repetition with one shard a message (`send="shards"`)."""
     base = repetition(n, s, order=order)
     return replace(
         base,
@@ -141,7 +141,7 @@ def partial_work(n: int, s: int, *, patience: float = 2.0, order: Sequence[int] 
 
 
 def _patience(patience: float) -> str:
-    """2 is what to take unless there is a reason; 0 starts second copies at once."""
+    """Returns the part of a name that tells the patience; it is empty for 2, the default."""
     return "" if patience == 2.0 else ", at once" if patience == 0.0 else f", patience {patience:g}"
 
 

@@ -1,8 +1,9 @@
-"""How long rounds take under a scheme, simulated without Flower: from an idle start, and over a run.
+"""Simulates without Flower how long rounds take under a scheme, from an idle start or over a run.
 
-Over a run, workers that were not needed are busy until they have finished, since nothing can be cancelled in Flower: a
-worker that owes a reply gets no new work; it gets the current round's as soon as it is free. The same rules as those of
-`EarlyStopGrid` on a `VirtualGrid`, and on the same draws the same times: only much faster, since nothing is sent.
+Flower cannot cancel work, so over a run a worker stays busy until it has finished, even if its reply is no longer
+needed. A worker that owes a reply gets no new work; when it is free, it gets the work of the current round. These are
+the rules of an `EarlyStopGrid` on a `VirtualGrid`. The simulation gives the same times for the same draws, and is much
+faster because nothing is sent.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ __all__ = ["RoundTimes", "idle_rounds", "steady_rounds"]
 
 
 class RoundTimes:
-    """Round times of one scheme, with what they cost.
+    """The round times and costs of one scheme.
 
     Attributes:
-        seconds: Of each round, shape (rounds,).
-        computed: Shards that all workers together work on in a round, on average, needed or not.
-        messages: Messages sent in a round, on average.
+        seconds: Seconds of each round, shape (rounds,).
+        computed: Mean number of shards that all workers together compute in a round, whether needed or not.
+        messages: Mean number of messages sent in a round.
     """
 
     def __init__(self, seconds: NDArray[np.float64], computed: float, messages: float) -> None:
@@ -33,12 +34,12 @@ class RoundTimes:
 
     @property
     def mean(self) -> float:
-        """Mean seconds of a round, without the first twentieth, in which a run settles."""
+        """Mean seconds of a round, without the first twentieth of the rounds, in which a run settles."""
         return float(self.seconds[len(self.seconds) // 20 :].mean())
 
     @property
     def error(self) -> float:
-        """Standard error of the mean, by 10 batch means: rounds of a run depend on each other."""
+        """Standard error of the mean in seconds, from 10 batch means because the rounds of a run are dependent."""
         kept = self.seconds[len(self.seconds) // 20 :]
         kept = kept[: len(kept) // 10 * 10]
         if not len(kept) or not np.isfinite(kept).all():
@@ -47,12 +48,12 @@ class RoundTimes:
 
 
 def steady_rounds(scheme: Scheme, parts: Parts, *, model_megabytes: float = 0.0) -> RoundTimes:
-    """Rounds of one run, each beginning when the one before has ended.
+    """Returns the times of one run, in which each round begins when the one before has ended.
 
     Args:
-        scheme: With as many workers as `parts`.
+        scheme: The scheme, with as many workers as `parts`.
         parts: Drawn times of each round, from `Latency.parts`.
-        model_megabytes: Size of the model: it goes down with each message, and up, 1/m of it, with each reply.
+        model_megabytes: Size of the model, which each message carries to a worker; a reply carries 1/m of it back.
     """
     if scheme.shardwise:
         return _shardwise(scheme, parts, model_megabytes, idle=False)
@@ -70,14 +71,17 @@ def steady_rounds(scheme: Scheme, parts: Parts, *, model_megabytes: float = 0.0)
         messages += int(asked.sum())
         computed += int(scheme.loads[asked].sum())
         begun += 1
-        if end == np.inf:  # whoever is waited for never answers, in this and all later rounds
+        if end == np.inf:  # the workers that are waited for never answer, in this and all later rounds
             seconds[t:] = np.inf
             break
     return RoundTimes(seconds, computed / begun, messages / begun)
 
 
 def idle_rounds(scheme: Scheme, parts: Parts, *, model_megabytes: float = 0.0) -> RoundTimes:
-    """Rounds that each find every worker idle: what most closed forms are about; arguments as for `steady_rounds`."""
+    """Returns the times of rounds in which every worker starts idle, as in most closed forms.
+
+    The arguments are those of `steady_rounds`.
+    """
     if scheme.shardwise:
         return _shardwise(scheme, parts, model_megabytes, idle=True)
     durations = parts.seconds(scheme.loads.astype(np.float64), _megabytes(scheme, model_megabytes))
@@ -89,7 +93,7 @@ def _megabytes(scheme: Scheme, model: float) -> float:
 
 
 def _end(scheme: Scheme, finish: NDArray[np.float64]) -> NDArray[np.float64]:
-    """When a round may end, given when each worker finishes; over the last axis."""
+    """Returns the time at which a round may end, from the workers' finish times along the last axis."""
     if scheme.enough is not None:
         return np.asarray(np.partition(finish, scheme.enough - 1, axis=-1)[..., scheme.enough - 1])
     filled = np.concatenate([finish, np.full((*finish.shape[:-1], 1), np.inf)], axis=-1)[..., scheme.table]
@@ -116,13 +120,13 @@ def _shardwise(scheme: Scheme, parts: Parts, model_megabytes: float, *, idle: bo
 
 
 class _Shardwise:
-    """One shard a message: an event loop around a `ShardQueue` for each round."""
+    """Simulates rounds with one shard a message, by an event loop around a `ShardQueue`."""
 
     def __init__(self, scheme: Scheme) -> None:
         self.patience, self.n, self.k = scheme.patience, scheme.n, scheme.k
         self.turns = turns_of(dict(enumerate(scheme.blocks)))
         self.now = 0.0
-        self.owed: list[tuple[float, int]] = []  # of earlier rounds: (finish, worker)
+        self.owed: list[tuple[float, int]] = []  # (finish time, worker) of jobs from earlier rounds
         self.messages = 0
 
     def round(self, duration: list[float]) -> None:

@@ -1,6 +1,6 @@
 """The rule that hands out shards, one a message, to workers as they become free.
 
-The strategy and the simulation of the planner use the same `ShardQueue`, so that a plan is about what a run does.
+The strategy and the planner's simulation use the same `ShardQueue`, so that a plan describes what a run does.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ __all__ = ["ShardQueue", "first_shards", "turns_of"]
 
 
 def first_shards(blocks: Mapping[int, Sequence[int]]) -> dict[int, int]:
-    """Returns the shard that each worker starts with: as many different ones as can be.
+    """Returns worker -> the shard that it starts with, such that as many different shards as possible are started.
 
-    Holders of the same shards start evenly spread over them. Where that is not enough, as in a cyclic assignment, a
-    maximum matching says who starts with what.
+    Holders of the same shards start evenly spread over them. If that leaves shards out, as in a cyclic assignment, a
+    maximum matching decides.
 
     Args:
         blocks: Worker -> the shards that it holds, ascending; workers without shards are left out.
@@ -40,7 +40,7 @@ def first_shards(blocks: Mapping[int, Sequence[int]]) -> dict[int, int]:
 
 
 def turns_of(blocks: Mapping[int, Sequence[int]]) -> dict[int, tuple[int, ...]]:
-    """Returns the order in which each worker goes through its shards: from its first one on, then from the beginning.
+    """Returns worker -> its shards in the order in which it works on them, which starts with its first shard.
 
     Args:
         blocks: Worker -> the shards that it holds, ascending.
@@ -56,51 +56,51 @@ def turns_of(blocks: Mapping[int, Sequence[int]]) -> dict[int, tuple[int, ...]]:
 class ShardQueue:
     """Hands out the shards of one round.
 
-    A free worker gets the open shard of its own that fewest are working on; where several are equal, the next in its
-    turn. A shard that somebody works on is begun a second time only when it has taken `patience` times as long as the
-    free worker took for its last shard in this round.
+    A free worker gets the open shard that it holds and that the fewest workers are computing. Ties go to the next shard
+    in its turn. A second copy of a shard is started only when the first has taken `patience` times as long as the free
+    worker took for its last shard in this round.
 
     Args:
         turns: Worker -> its shards in the order of `turns_of`.
-        patience: 0 begins second copies at once.
+        patience: Relative time until a second copy is started; 0 starts it at once.
 
     Attributes:
-        wake_at: When an idle worker's next second copy is due, in the seconds of `now`; None: never.
+        wake_at: Time at which the next second copy is due for an idle worker, in the seconds of `now`; None for never.
     """
 
     def __init__(self, turns: Mapping[int, Sequence[int]], patience: float) -> None:
         self._turns, self._patience = turns, patience
         self.wake_at: float | None = None
-        self._working: dict[int, tuple[int, float]] = {}  # runner -> shard, since when
-        self._copies: dict[int, list[float]] = {}  # shard -> since when each of its copies is worked on
-        self._took: dict[int, float] = {}  # runner -> seconds of the last shard that it finished
+        self._working: dict[int, tuple[int, float]] = {}  # runner -> (shard, start time)
+        self._copies: dict[int, list[float]] = {}  # shard -> start time of each copy in progress
+        self._took: dict[int, float] = {}  # runner -> seconds that it took for its last shard
 
     def start(self, runner: int, worker: int, closed: Collection[int], now: float) -> int | None:
-        """Returns the shard that a free runner begins now, or None.
+        """Returns the shard that a free runner starts now, or None.
 
         Args:
-            runner: Who works: a node, or a simulated worker.
-            worker: Whose shards it holds.
+            runner: The node or simulated worker that is free.
+            worker: Worker whose shards the runner holds.
             closed: Shards that need no further copy, or none from this runner.
-            now: The time, in seconds.
+            now: The time in seconds.
         """
         due = [j for j in self._turns[worker] if j not in closed and self._is_due(j, runner, now)]
         if not due:
             return None
-        shard = min(due, key=lambda j: len(self._copies.get(j, ())))  # the first of those
+        shard = min(due, key=lambda j: len(self._copies.get(j, ())))  # min takes the first of several
         self._working[runner] = shard, now
         self._copies.setdefault(shard, []).append(now)
         return shard
 
     def finish(self, runner: int, now: float) -> int | None:
-        """The runner is done: returns its shard, or None if it had none."""
+        """Note that the runner has finished; returns its shard, or None if it had none."""
         shard, began = self._stop(runner)
         if shard is not None:
             self._took[runner] = now - began
         return shard
 
     def drop(self, runner: int) -> None:
-        """What the runner was working on is lost."""
+        """Note that the runner has lost the shard that it was working on."""
         self._stop(runner)
 
     def _stop(self, runner: int) -> tuple[int | None, float]:
@@ -111,7 +111,7 @@ class ShardQueue:
         return shard, began
 
     def _is_due(self, shard: int, runner: int, now: float) -> bool:
-        """Whether to begin a copy now; if not, it is looked at again when it may be."""
+        """Returns whether to start a copy now; if not, `wake_at` is set to the time at which it is due."""
         copies = self._copies.get(shard)
         if not copies or not self._patience or runner not in self._took:
             return True
