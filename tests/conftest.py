@@ -25,12 +25,20 @@ from fl_gradcode.testing import InProcessGrid
 
 @pytest.fixture(autouse=True)
 def quiet_flower() -> Iterator[None]:
-    """Flower logs every round; warnings and our own lines stay."""
-    logger = logging.getLogger("flwr")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Flower logs every round; warnings and our own lines stay.
+
+    Every test finds loggers as they are at first: programs that are called here, and are processes of their own
+    elsewhere, direct the library's lines to Flower's logger or switch all warnings off.
+    """
+    flower, library = logging.getLogger("flwr"), logging.getLogger("fl_gradcode")
+    levels, filters, parent = (flower.level, library.level), list(flower.filters), library.parent
+    disabled = logging.root.manager.disable
+    flower.setLevel(logging.ERROR)
     yield
-    logger.setLevel(level)
+    flower.setLevel(levels[0])
+    library.setLevel(levels[1])
+    flower.filters, library.parent = filters, parent
+    logging.disable(disabled)
 
 
 def update_of(server_round: int, shard: int, size: int) -> NDArray[np.float64]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -194,17 +192,6 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }
 
 
-@pytest.fixture
-def loggers_restored() -> Iterator[None]:
-    """The ServerApp sends the library's lines where Flower's go; in this process, only for one test."""
-    flower, library = logging.getLogger("flwr"), logging.getLogger("fl_gradcode")
-    parent, level, filters = library.parent, library.level, list(flower.filters)
-    yield
-    library.parent, flower.filters = parent, filters
-    library.setLevel(level)
-
-
-@pytest.mark.usefixtures("loggers_restored")
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_setting_is_refused_by_name_before_anything_is_sent(case: str) -> None:
     wrong, kind, sentence = WRONG[case]

@@ -1,6 +1,5 @@
 """A random part of the training examples: the same for everybody, rows, labels and groups together."""
 
-import logging
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -113,14 +112,7 @@ def test_clients_share_out_the_part(config: dict[str, int], expected: int) -> No
         (5, "num-partitions is 6; it is between 1 and 5"),
     ],
 )
-def test_the_server_refuses_before_anything_is_sent(
-    examples: int, sentence: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # the ServerApp sends the library's lines where Flower's go; in this process, only for one test
-    flower, library = logging.getLogger("flwr"), logging.getLogger("fl_gradcode")
-    monkeypatch.setattr(library, "parent", library.parent)
-    monkeypatch.setattr(library, "level", library.level)
-    monkeypatch.setattr(flower, "filters", list(flower.filters))
+def test_the_server_refuses_before_anything_is_sent(examples: int, sentence: str) -> None:
     config = DEFAULTS | {"train-examples": examples}
     with InProcessGrid(client_app, 6, run_config=config) as grid:
         with pytest.raises(AppConfigError, match=sentence):
