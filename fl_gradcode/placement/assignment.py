@@ -1,4 +1,4 @@
-"""Which worker stores which shards: an assignment by maximum flow, or a sentence that says why there is none."""
+"""Computes by maximum flow which worker stores which shards, or explains why no assignment is possible."""
 
 from __future__ import annotations
 
@@ -31,16 +31,18 @@ def place(
     domains: Sequence[Any] | None,
     holders: int,
 ) -> _Held | None:
-    """So many holders of each shard, `fixed` ones among them, such that the slowest worker ends early; None:
-    impossible.
+    """Returns an assignment in which the slowest worker finishes as early as possible, or None if there is none.
 
     Args:
-        may: Who may hold what, shape (n, k).
-        fixed: Who holds what in any case.
-        room: Capacities, shape (n,).
-        pace: Shards in a unit of time, shape (n,).
-        domains: Failure domains to spread the holders over.
-        holders: Of each shard.
+        may: Which worker may hold which shard, shape (n, k).
+        fixed: Which worker holds which shard in any case, shape (n, k).
+        room: Capacity of each worker in shards, shape (n,).
+        pace: Shards that each worker computes in a unit of time, shape (n,).
+        domains: Failure domain of each worker, over which holders are spread; None for no spreading.
+        holders: Number of holders of each shard.
+
+    Returns:
+        Booleans, shape (n, k).
     """
     k = may.shape[1]
     if not possible(may, fixed, room, holders):
@@ -48,7 +50,7 @@ def place(
     if may.all() and not fixed.any() and domains is None:
         return _wrapped(_even_loads(k * holders, room, pace), k)
     spread = None if domains is None else _spread(may, fixed, room, domains, holders)
-    # The smallest time for which it still works.
+    # A binary search finds the shortest time in which all workers can finish.
     times = np.unique(np.concatenate([np.arange(1, c + 1) / v for c, v in zip(room, pace, strict=True)]))
     low, high = 0, len(times) - 1
     best = None
@@ -64,14 +66,14 @@ def place(
 
 
 def possible(may: _Held, fixed: _Held, room: _Counts, holders: int) -> bool:
-    """Whether each shard can have so many holders."""
+    """Returns whether each shard can have this number of holders."""
     if room.sum() < may.shape[1] * holders or may.sum(axis=0).min() < holders:
         return False
     return bool(may.all() and not fixed.any()) or _flow(may, fixed, room, holders, None) is not None
 
 
 def obstacle(may: _Held, fixed: _Held, room: _Counts, holders: int, wish: str) -> str:
-    """One sentence: which shards or workers are in the way of `holders` holders of each shard."""
+    """Returns a sentence that names the shards or workers that make `holders` holders of each shard impossible."""
     k = may.shape[1]
     allowed = may.sum(axis=0)
     shard = int(allowed.argmin())
@@ -102,7 +104,10 @@ def obstacle(may: _Held, fixed: _Held, room: _Counts, holders: int, wish: str) -
 
 
 def _wrapped(loads: _Counts, k: int) -> _Held:
-    """Worker after worker takes its load of shards, going round: distinct holders, equally many for each shard."""
+    """Returns an assignment in which workers take their loads of shards one after another, cyclically.
+
+    Holders of a shard are distinct, and each shard has the same number of them.
+    """
     held = np.zeros((len(loads), k), bool)
     at = 0
     for worker, load in enumerate(loads):
@@ -112,7 +117,7 @@ def _wrapped(loads: _Counts, k: int) -> _Held:
 
 
 def _even_loads(total: int, room: _Counts, pace: NDArray[np.float64]) -> _Counts:
-    """Loads that add up to `total`, within `room`, such that the last worker ends as early as can be."""
+    """Returns loads within `room` that add up to `total`, such that the last worker finishes as early as possible."""
     loads = np.zeros(len(room), int)
     heap = [(1 / pace[i], i) for i in range(len(room)) if room[i]]
     heapq.heapify(heap)
@@ -126,7 +131,13 @@ def _even_loads(total: int, room: _Counts, pace: NDArray[np.float64]) -> _Counts
 
 @dataclass(frozen=True)
 class _Spread:
-    """The domain of each worker, shape (n,), and for each shard the fewest domains and the most holders in one."""
+    """Limits for spreading holders over failure domains.
+
+    Attributes:
+        groups: Number of each worker's domain, shape (n,).
+        fewest: Least number of domains that each shard needs, shape (k,).
+        most: Largest number of holders of each shard in one domain, shape (k,).
+    """
 
     groups: _Counts
     fewest: _Counts
@@ -134,7 +145,10 @@ class _Spread:
 
 
 def _spread(may: _Held, fixed: _Held, room: _Counts, domains: Sequence[Any], holders: int) -> _Spread:
-    """First as many domains as can be, then as few holders in one domain; a shard that cannot holds no other back."""
+    """Returns limits with as many domains for each shard as possible, and then as few holders in one domain.
+
+    A shard that cannot reach a limit gets its own, so that it does not restrict the others.
+    """
     number = {domain: q for q, domain in enumerate(dict.fromkeys(domains))}
     groups = np.array([number[domain] for domain in domains])
     choice = np.array([may[groups == q].sum(axis=0) for q in range(len(number))])  # (g, k)
@@ -153,10 +167,14 @@ def _spread(may: _Held, fixed: _Held, room: _Counts, domains: Sequence[Any], hol
 
 
 def _network(may: _Held, fixed: _Held, room: _Counts, holders: int, spread: _Spread | None) -> Any:
-    """Source 0, shards, workers, sink; to spread, two layers more between shards and workers.
+    """Returns the flow network, with source 0, a layer of shards, a layer of workers, and the sink.
 
-    These are (shard, domain) pairs, and for each shard a node through which all holders go that are not the first in
-    their domain: its limit is what makes the others be first ones.
+    For spreading, there are two more layers between shards and workers. One has a node for each (shard, domain) pair.
+    The other has a node for each shard, through which all holders pass that are not the first in their domain. The
+    limit of that node forces the other holders into different domains.
+
+    Returns:
+        (network, index of the first worker, index of the sink, total flow that is needed).
     """
     n, k = may.shape
     need = holders - fixed.sum(axis=0)
@@ -206,7 +224,7 @@ def _flow(may: _Held, fixed: _Held, room: _Counts, holders: int, spread: _Spread
 
 
 def _short_of_room(may: _Held, fixed: _Held, room: _Counts, holders: int) -> _Counts:
-    """Shards that together need more places than their workers have: the source's side of a minimum cut."""
+    """Returns shards that together need more places than their workers have, from the source side of a minimum cut."""
     k = may.shape[1]
     network, _, sink, _ = _network(may, fixed, room, holders, None)
     flow = maximum_flow(network, 0, sink).flow
@@ -226,13 +244,13 @@ def _count(number: int, noun: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """Which worker holds which shards. Codes are made for it by `for_assignment` and `reed_solomon`.
+    """An assignment of shards to workers, for which `for_assignment` and `reed_solomon` make codes.
 
     Attributes:
-        held: Shape (n, k), booleans, read-only; also what `numpy.asarray(assignment)` gives. Any form that
-            `for_assignment` takes may be given.
-        speeds: Shards that each worker works off in a unit of time; None: all alike.
-        domains: Failure domain (site, rack, provider) of each worker; None: each its own.
+        held: Booleans, shape (n, k), read-only; also the result of `numpy.asarray(assignment)`. Any form that
+            `for_assignment` accepts may be given.
+        speeds: Shards that each worker computes in a unit of time; None if all are equally fast.
+        domains: Failure domain (site, rack, provider) of each worker; None if each worker is its own domain.
     """
 
     held: NDArray[np.bool_]
@@ -251,7 +269,7 @@ class Assignment:
                 object.__setattr__(self, name, tuple(value))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        """The matrix."""
+        """Returns `held` as an array."""
         return np.array(self.held, dtype=dtype, copy=copy)
 
     def __repr__(self) -> str:
@@ -269,33 +287,33 @@ class Assignment:
 
     @property
     def loads(self) -> tuple[int, ...]:
-        """Shards of each worker."""
+        """Number of shards of each worker."""
         return tuple(self.held.sum(axis=1).tolist())
 
     @property
     def replication(self) -> int:
-        """The fewest holders that a shard has."""
+        """Smallest number of holders of a shard."""
         return int(self.held.sum(axis=0).min())
 
     def shards_of(self, worker: int) -> tuple[int, ...]:
-        """What a worker holds, ascending."""
+        """Returns the shards that a worker holds, ascending."""
         return tuple(np.flatnonzero(self.held[worker]).tolist())
 
     def holders_of(self, shard: int) -> tuple[int, ...]:
-        """Who holds a shard, ascending."""
+        """Returns the workers that hold a shard, ascending."""
         return tuple(np.flatnonzero(self.held[:, shard]).tolist())
 
     def largest_s(self, m: int = 1) -> int:
-        """The largest straggler tolerance that a code for it can have at upload reduction m; -1: none."""
+        """Returns the largest straggler tolerance of a code at upload reduction m, or -1 if there is no such code."""
         return max(self.replication - m, -1)
 
     def largest_m(self, s: int) -> int:
-        """The largest upload reduction at straggler tolerance s; 0: not even m = 1."""
+        """Returns the largest upload reduction of a code at straggler tolerance s, or 0 if there is no such code."""
         return max(self.replication - s, 0)
 
     @property
     def domains_to_spare(self) -> int:
-        """How many whole failure domains may be gone, whichever they are, with a holder of every shard left."""
+        """Number of failure domains of which any may fail together while every shard keeps a holder."""
         names = tuple(range(self.n)) if self.domains is None else self.domains
         members = [[i for i in range(self.n) if names[i] == domain] for domain in dict.fromkeys(names)]
         counts = np.array([self.held[inside].sum(axis=0) for inside in members])
@@ -304,11 +322,11 @@ class Assignment:
 
     @property
     def slowest(self) -> float:
-        """Time until the last worker has worked off its shards."""
+        """Time until the last worker has computed its shards, in the unit of `speeds`."""
         return float(max(np.array(self.loads) / ((1.0,) * self.n if self.speeds is None else self.speeds)))
 
     def report(self) -> str:
-        """For people: what it supports, and each worker's load."""
+        """Returns a text for people that says what the assignment supports, and lists each worker's load."""
         lines = [
             f"{self.k} shards on {self.n} workers, at least {self.replication} holders each (mean load "
             f"{np.mean(self.loads):.3g}).",
@@ -337,26 +355,27 @@ def assign(
     may_hold: ArrayLike | None = None,
     owners: Sequence[int] | None = None,
 ) -> Assignment:
-    """Plan who holds what: every shard on as many workers as asked, nobody over capacity, the slowest as fast as can
-    be.
+    """Returns an assignment within the workers' capacities in which the slowest worker finishes as early as possible.
 
     Args:
         k: Number of shards.
-        capacities: How many shards each worker can take.
-        s, m: Straggler tolerance and upload reduction to plan for: s + m holders of each shard.
-        holders: Holders of each shard instead; with neither, as many as the capacities allow.
-        speeds: Shards that each worker works off in a unit of time: loads follow them, within capacities.
-        domains: Failure domain of each worker: the holders of a shard are spread over as many as possible.
-        may_hold: Consent and locality: who may hold what, shape (n, k) or the list of each worker's shards; all by
-            default.
-        owners: Of each shard, the worker that holds it in any case.
+        capacities: Largest number of shards for each worker.
+        s: Straggler tolerance to plan for; each shard gets s + m holders.
+        m: Upload reduction to plan for.
+        holders: Number of holders of each shard, instead of s. With neither, each shard gets as many holders as the
+            capacities allow.
+        speeds: Shards that each worker computes in a unit of time. Loads are in proportion to them, within capacities.
+        domains: Failure domain of each worker. The holders of a shard are spread over as many domains as possible.
+        may_hold: Which worker may hold which shard, for reasons of consent or locality: a matrix of shape (n, k), or
+            the list of each worker's shards. By default, every worker may hold every shard.
+        owners: For each shard, the worker that holds it in any case.
 
     Raises:
-        InvalidCode: It cannot be done; names the shards or workers that are in the way.
+        InvalidCode: There is no such assignment. The message names the shards or workers that prevent it.
 
     References:
-        Loads in proportion to speed: "Heterogeneity-aware gradient coding for straggler tolerance", 2019 (arXiv
-        1901.09339). Placing within constraints is a maximum flow.
+        "Heterogeneity-aware gradient coding for straggler tolerance", 2019 (arXiv 1901.09339), for loads in proportion
+        to speed. The assignment within constraints is a maximum flow.
     """
     k, m, n = check_count(k, "k"), check_count(m, "m"), len(capacities)
     if n == 0:
@@ -380,7 +399,7 @@ def assign(
     elif s is not None:
         holders = least
     else:
-        # Fewer holders are never harder to place.
+        # The bisection works because fewer holders are never harder to place.
         most = int(min(may.sum(axis=0).min(), room.sum() // k))
         holders = least + bisect_left(range(least, most + 1), True, key=lambda r: not possible(may, fixed, room, r)) - 1
         if holders < least:

@@ -1,6 +1,6 @@
-"""Which shards there are, or lie in a node's folder, with their SHA-256; and whether what lies there is that.
+"""Manifests, which list shards with their SHA-256, and the verification of a node's folder against its manifest.
 
-A node's folder, as `fl-gradcode place` writes it, holds `shards.json` and one entry for each shard, a file or a folder.
+A node's folder, as `fl-gradcode place` writes it, contains `shards.json` and one file or folder for each shard.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ __all__ = [
     "remember",
 ]
 
-#: Name of the manifest in a node's folder, and of the whole one.
+#: File name of the manifest in a node's folder, and of the manifest of all shards.
 SHARDS_FILE, MANIFEST = "shards.json", "manifest.json"
-#: Stands for a SHA-256 that a node does not tell.
+#: Replaces a SHA-256 that a node keeps secret.
 WITHHELD = "withheld"
 
 _NAME, _VERSION = "fl-gradcode shards", 1
 _VERIFIED = ".verified.json"
-_RECENT = 2_000_000_000  # nanoseconds: the coarsest clock of a file system in use (FAT)
+_RECENT = 2_000_000_000  # nanoseconds, the resolution of the coarsest file system clock in use (FAT)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard's data.
+    """The description of one shard's data.
 
     Attributes:
-        number: 0..k-1, the column of `B`.
-        name: Of its file or folder.
-        examples: How many, where that is known.
-        bytes: Of its file, or of all files of the folder.
-        sha256: Of its bytes, hexadecimal; of a folder over relative paths, sorted, and contents.
+        number: Number of the shard, 0..k-1, which is its column of `B`.
+        name: Name of its file or folder.
+        examples: Number of examples; None if not known.
+        bytes: Size of its file, or of all files of its folder, in bytes.
+        sha256: SHA-256 of its file, hexadecimal. For a folder, it covers the sorted relative paths and the contents.
     """
 
     number: int
@@ -63,14 +63,17 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The shards of a node's folder, or all of them.
+    """A list of the shards of one node's folder, or of all shards.
 
     Attributes:
         k: Number of shards of the whole data set.
-        shards: Those listed here, by number.
-        worker: Whose folder it is; None: all shards.
-        held: Of each worker, the shards it was assigned; None in a node's folder.
-        code: The code they were placed for, as a line of Python.
+        shards: The listed shards, ascending by number.
+        worker: Worker that the folder belongs to; None for the manifest of all shards.
+        held: For each worker, the shards that it was assigned; None in a node's folder.
+        code: The code that the shards were placed for, as a line of Python.
+
+    Raises:
+        InvalidSetting: Shards are listed twice, do not exist, or have unusable names.
     """
 
     k: int
@@ -92,17 +95,17 @@ class Manifest:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Manifest:
-        """Of a manifest's file, or of the folder that it lies in.
+        """Returns the manifest of a file, or of the folder that contains the file.
 
         Raises:
-            InvalidSetting: There is none, or it cannot be understood.
+            InvalidSetting: There is no manifest, or it cannot be read.
         """
         file = Path(path)
         if file.is_dir():
             file = next((file / name for name in (SHARDS_FILE, MANIFEST) if (file / name).exists()), file / SHARDS_FILE)
         try:
-            told = file.stat()
-            return _parsed(file, (told.st_ino, told.st_size, told.st_mtime_ns, told.st_ctime_ns))
+            state = file.stat()
+            return _parsed(file, (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
         except OSError as error:
             raise InvalidSetting(
                 f"{file} cannot be read ({error.strerror}): it comes with the folder that fl-gradcode place wrote for "
@@ -114,7 +117,7 @@ class Manifest:
         """Returns the server's manifest, which must list all k shards.
 
         Raises:
-            InvalidSetting: It cannot be read, or lists other shards than 0..k-1.
+            InvalidSetting: The manifest cannot be read, or does not list exactly the shards 0..k-1.
         """
         whole = manifest if isinstance(manifest, Manifest) else cls.read(Path(manifest))
         if sorted(whole.digests) != list(range(k)):
@@ -126,82 +129,83 @@ class Manifest:
 
     @classmethod
     def parse(cls, file: Path) -> Manifest:
-        """Of a manifest's file.
+        """Returns the manifest in a file.
 
         Raises:
-            OSError: It cannot be read.
-            InvalidSetting: It cannot be understood.
+            OSError: The file cannot be read.
+            InvalidSetting: The file is not a manifest, or of a newer format.
         """
         try:
-            told = json.loads(file.read_bytes())
+            values = json.loads(file.read_bytes())
         except (ValueError, RecursionError):
-            raise InvalidSetting(f"{file} is not JSON, perhaps cut off while it was copied: bring it anew.") from None
+            raise InvalidSetting(f"{file} is not JSON, perhaps cut off while it was copied: copy it again.") from None
         try:
-            name, _, version = str(told["format"]).rpartition(" ")
+            name, _, version = str(values["format"]).rpartition(" ")
             newer = name == _NAME and int(version) > _VERSION
             if not newer and (name, version) != (_NAME, str(_VERSION)):
-                raise ValueError(told["format"])
-            found = None if newer else _from_json(told)
+                raise ValueError(values["format"])
+            manifest = None if newer else _from_json(values)
         except InvalidSetting as error:
             raise InvalidSetting(f"{file}: {error}") from None
         except (KeyError, ValueError, TypeError, AttributeError):
             raise InvalidSetting(f"{file} is no manifest of shards; fl-gradcode place writes them.") from None
-        if found is None:
+        if manifest is None:
             raise InvalidSetting(
                 f"{file} has format {version}, and this version of fl-gradcode reads up to {_VERSION}: update "
                 "fl-gradcode here."
             )
-        return found
+        return manifest
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Whole or not at all."""
+        """Write the manifest to a file, which is replaced atomically."""
         listed = [{key: getattr(shard, key) for key in Shard.__dataclass_fields__} for shard in self.shards]
-        told: dict[str, Any] = {"format": f"{_NAME} {_VERSION}", "k": self.k, "worker": self.worker}
+        values: dict[str, Any] = {"format": f"{_NAME} {_VERSION}", "k": self.k, "worker": self.worker}
         if self.held is not None:
-            told |= {"n": len(self.held), "held": self.held}
-        replace_file(Path(path), json.dumps({**told, "code": self.code, "shards": listed}, indent=1) + "\n")
+            values |= {"n": len(self.held), "held": self.held}
+        replace_file(Path(path), json.dumps({**values, "code": self.code, "shards": listed}, indent=1) + "\n")
 
     @cached_property
     def digests(self) -> dict[int, str]:
-        """Shard -> SHA-256."""
+        """Shard -> SHA-256 of its data, for the listed shards."""
         return {shard.number: shard.sha256 for shard in self.shards}
 
     def shard(self, number: int) -> Shard:
-        """The shard of that number.
+        """Returns the shard with this number.
 
         Raises:
-            ShardMismatch: It is not listed.
+            ShardMismatch: The shard is not listed.
         """
-        for one in self.shards:
-            if one.number == number:
-                return one
-        numbers = listed((one.number for one in self.shards), 11)
+        for shard in self.shards:
+            if shard.number == number:
+                return shard
+        numbers = listed((shard.number for shard in self.shards), 11)
         raise ShardMismatch(f"Shard {number} is not listed; shards {numbers or '(none)'} of {self.k} are.")
 
 
 @lru_cache(maxsize=8)
 def _parsed(file: Path, stamp: tuple[int, ...]) -> Manifest:
-    """A node asks for each of its shards; parsing a thousand takes a while."""
+    """Returns the manifest in a file, cached because a node reads it for each shard and parsing takes time."""
     return Manifest.parse(file)
 
 
 def held_digests(folder: str | os.PathLike[str]) -> dict[int, str]:
-    """Shard -> SHA-256, as the manifest of a node's folder lists them; nothing is verified.
+    """Returns shard -> SHA-256 from the manifest of a node's folder, without verifying any data.
 
     Raises:
-        InvalidSetting: There is no manifest that can be read.
+        InvalidSetting: The folder has no readable manifest.
     """
     return dict(Manifest.read(folder).digests)
 
 
 def checked_path(folder: str | os.PathLike[str], number: int) -> Path:
-    """Where the shard lies, after its bytes were compared with the manifest of the folder.
+    """Returns the path of a shard after verifying its data against the manifest of the folder.
 
-    What was found right is remembered in the folder, if it can be written to, and believed until size or times change.
+    A successful verification is stored in the folder, if the folder can be written to. It stays valid until the size or
+    the times of the shard's files change.
 
     Raises:
-        ShardMismatch: The folder does not hold that shard, or its bytes are others; says what to do.
-        InvalidSetting: There is no manifest that can be read.
+        ShardMismatch: The folder does not hold the shard, or its data differ. The message says what to do.
+        InvalidSetting: The folder has no readable manifest.
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
@@ -216,7 +220,7 @@ def checked_path(folder: str | os.PathLike[str], number: int) -> Path:
     path = find(folder, shard.name)
     if path is None:
         raise ShardMismatch(
-            f"Shard {number} ({shard.name}) is missing in {folder}: fetch {source} anew, and verify it by "
+            f"Shard {number} ({shard.name}) is missing in {folder}: fetch {source} again, and verify it by "
             f"fl-gradcode place --check {folder}."
         )
     stamp = stamp_of(path)
@@ -224,9 +228,9 @@ def checked_path(folder: str | os.PathLike[str], number: int) -> Path:
         return path
     size, digest = hash_shard(path) if stamp.size == shard.bytes else (stamp.size, "")
     if digest != shard.sha256:
-        told = f"it has {size} bytes instead of {shard.bytes}" if size != shard.bytes else "its SHA-256 is another"
+        why = f"it has {size} bytes instead of {shard.bytes}" if size != shard.bytes else "its SHA-256 is another"
         raise ShardMismatch(
-            f"Shard {number} ({shard.name}) in {folder} is not what the manifest says, {told}: fetch {source} anew, "
+            f"Shard {number} ({shard.name}) in {folder} is not what the manifest says, {why}: fetch {source} again, "
             f"and verify it by fl-gradcode place --check {folder}."
         )
     remember(folder, {shard.name: (stamp, digest)})
@@ -234,10 +238,15 @@ def checked_path(folder: str | os.PathLike[str], number: int) -> Path:
 
 
 def remember(folder: Path, found: Mapping[str, tuple[Stamp, str]]) -> None:
-    """Note what was verified, with the stamp it had before; in vain where the folder cannot be written to."""
+    """Store in the folder which shards were verified, if the folder can be written to.
+
+    Args:
+        folder: The node's folder.
+        found: Name -> the stamp from before the verification, and the SHA-256 that was found.
+    """
     now = time.time_ns()
-    # What changed just now may change again within one tick of the file system's clock.
-    settled = {name: _entry(*one) for name, one in found.items() if one[0].newest < now - _RECENT}
+    # A file that changed just now may change again within one tick of the file system's clock, unnoticed.
+    settled = {name: _entry(stamp, digest) for name, (stamp, digest) in found.items() if stamp.newest < now - _RECENT}
     if settled:
         with contextlib.suppress(OSError):
             replace_file(folder / _VERIFIED, json.dumps({**_verified(folder), **settled}))
@@ -245,39 +254,39 @@ def remember(folder: Path, found: Mapping[str, tuple[Stamp, str]]) -> None:
 
 def _verified(folder: Path) -> dict[str, Any]:
     try:
-        told = json.loads((folder / _VERIFIED).read_bytes())
+        values = json.loads((folder / _VERIFIED).read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 def _entry(stamp: Stamp, sha256: str) -> list[Any]:
     return [*stamp, sha256]
 
 
-def _from_json(told: dict[str, Any]) -> Manifest:
-    shards = tuple(_shard(one) for one in told["shards"])
-    held, worker = told.get("held"), told.get("worker")
+def _from_json(values: dict[str, Any]) -> Manifest:
+    shards = tuple(_shard(entry) for entry in values["shards"])
+    held, worker = values.get("held"), values.get("worker")
     return Manifest(
-        k=_count(told["k"]),
+        k=_count(values["k"]),
         shards=tuple(sorted(shards, key=lambda shard: shard.number)),
         worker=None if worker is None else _count(worker),
-        held=None if held is None else tuple(tuple(_count(shard) for shard in one) for one in held),
-        code=str(told.get("code", "")),
+        held=None if held is None else tuple(tuple(_count(shard) for shard in mine) for mine in held),
+        code=str(values.get("code", "")),
     )
 
 
-def _shard(told: dict[str, Any]) -> Shard:
-    examples, sha256 = told.get("examples"), str(told["sha256"])
-    if not isinstance(told["name"], str):
-        raise TypeError(told["name"])
+def _shard(values: dict[str, Any]) -> Shard:
+    examples, sha256 = values.get("examples"), str(values["sha256"])
+    if not isinstance(values["name"], str):
+        raise TypeError(values["name"])
     if len(sha256) != 64 or sha256 != sha256.lower() or bytes.fromhex(sha256).hex() != sha256:
         raise ValueError(sha256)
     return Shard(
-        number=_count(told["number"]),
-        name=told["name"],
+        number=_count(values["number"]),
+        name=values["name"],
         examples=None if examples is None else _count(examples),
-        bytes=_count(told["bytes"]),
+        bytes=_count(values["bytes"]),
         sha256=sha256,
     )
 

@@ -1,4 +1,4 @@
-"""Writes each node's folder of shards, and the manifest of all: whole or not at all."""
+"""Writes the folder of shards for each node and the manifest of all shards, either completely or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .splitting import count_examples
 
 __all__ = ["ASSIGNMENT", "shards_in", "unfinished", "write_folders"]
 
-#: Name of the file that `fl-gradcode keys make --assignment` reads.
+#: Name of the file with the assignment, which `fl-gradcode keys make --assignment` reads.
 ASSIGNMENT = "assignment.json"
 
 _DRAFT = ".placing-"
@@ -28,10 +28,12 @@ _NODE = re.compile(r"node-(0|[1-9]\d*)")
 
 
 def shards_in(folder: Path) -> dict[Path, int | None]:
-    """The entries of a folder as shards, in natural order, and how many examples each has.
+    """Returns path -> number of examples for the shards in a folder, in natural order.
+
+    The number is 0 for an empty shard, and None if it is not known.
 
     Raises:
-        InvalidSetting: There are none, one is empty, or two have names that are alike.
+        InvalidSetting: The folder has no shards, was already placed, or has unusable or ambiguous names.
     """
     if not folder.is_dir():
         raise InvalidSetting(f"There is no folder {folder}.")
@@ -47,10 +49,10 @@ def shards_in(folder: Path) -> dict[Path, int | None]:
 
 @contextmanager
 def unfinished(out: Path, source: Path, *, force: bool) -> Iterator[Path]:
-    """A hidden folder in `out` for what is not complete yet; gone at the end, whatever happens.
+    """Create a hidden folder in `out` for unfinished work, yield it, and always remove it at the end.
 
     Raises:
-        InvalidSetting: `out` holds something and is not to be overwritten, or lies in the source.
+        InvalidSetting: `out` is not empty and must not be overwritten, or `out` and the source contain each other.
     """
     inner, outer = source.resolve(), out.resolve()
     if inner == outer or (inner.is_dir() and outer.is_relative_to(inner)) or inner.is_relative_to(outer):
@@ -62,7 +64,7 @@ def unfinished(out: Path, source: Path, *, force: bool) -> Iterator[Path]:
         _refuse_other_data(out, force=force)
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
-        _refuse_other_data(out, force=force)  # another run may have placed meanwhile
+        _refuse_other_data(out, force=force)  # checked again, since another run may have written before the lock
         yield from _draft(out, made=made)
 
 
@@ -84,7 +86,7 @@ def _refuse_other_data(out: Path, *, force: bool) -> None:
 
 
 def _draft(out: Path, *, made: bool) -> Iterator[Path]:
-    for stale in out.glob(f"{_DRAFT}*"):  # of a run that was killed
+    for stale in out.glob(f"{_DRAFT}*"):  # left behind by a run that was killed
         shutil.rmtree(stale, ignore_errors=True)
     draft = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=out))
     try:
@@ -97,12 +99,12 @@ def _draft(out: Path, *, made: bool) -> Iterator[Path]:
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """One run at a time; a process that dies lets go."""
+    """Hold the lock of the folder, which the operating system releases if the process dies."""
     with ExitStack() as stack:
         if os.name == "posix":  # elsewhere a folder cannot be opened
             handle = os.open(out, os.O_RDONLY)
             stack.callback(os.close, handle)
-            if isinstance(lock(handle), BlockingIOError):  # any other error: a file system without locks
+            if isinstance(lock(handle), BlockingIOError):  # any other error means a file system without locks
                 raise InvalidSetting(f"Another fl-gradcode place is writing to {out}: wait until it has ended.")
         yield
 
@@ -116,51 +118,54 @@ def write_folders(
     link: bool = False,
     like: Path | None = None,
 ) -> Manifest:
-    """Write `node-0`, `node-1`, ... beside the draft, `assignment.json`, and last `manifest.json`.
+    """Write `node-0`, `node-1`, ... beside the draft, then `assignment.json`, and last `manifest.json`.
 
-    Whenever it is cut off, what lies in a node's folder is listed in the folder's `shards.json`, so that the next run
-    can take it away; a folder that is not complete has shards that are missing, and there is no `manifest.json`.
+    If the function is interrupted, the `shards.json` in a node's folder still lists all shards in that folder, so that
+    the next run can remove them. Incomplete folders then lack shards, and there is no `manifest.json`.
 
     Args:
-        draft: Of `unfinished`.
-        shards: Paths in the order of their numbers, and how many examples each has, where that is known.
-        held: Of each worker, the shards that it receives.
-        code: The code they are for, as a line of Python.
-        link: Hard links instead of copies.
-        like: The folder of the data: nodes' folders get its mode.
+        draft: The folder that `unfinished` yields.
+        shards: Path -> number of examples (None if not known), in the order of the shards' numbers.
+        held: For each worker, the shards that it receives.
+        code: The code that the shards are for, as a line of Python.
+        link: Whether to make hard links instead of copies.
+        like: Folder of the data, whose mode the nodes' folders get.
+
+    Returns:
+        The manifest of all shards.
 
     Raises:
-        InvalidSetting: A shard is empty or changes meanwhile, the disk is too full, or a link is not possible; or
-            something is in the way that was not placed.
+        InvalidSetting: A shard is empty or changes during the copy, the disk is full, a link is not possible, or an
+            existing file that was not placed would be overwritten.
     """
     out = draft.parent
     total = _room_for(out, shards, held, link=link)
-    assigned = tuple(tuple(sorted(one)) for one in held)
-    found: dict[int, Shard] = {}
+    assigned = tuple(tuple(sorted(numbers)) for numbers in held)
+    described: dict[int, Shard] = {}
     nodes = [draft / f"node-{worker}" for worker in range(len(assigned))]
     names, earlier = [path.name for path in shards], _earlier(out)
     for worker, node in enumerate(nodes):
         target, new = out / node.name, [SHARDS_FILE, *(names[number] for number in assigned[worker])]
-        placed = [SHARDS_FILE, *(one.name for one in Manifest.read(target).shards)] if target in earlier else []
+        placed = [SHARDS_FILE, *(shard.name for shard in Manifest.read(target).shards)] if target in earlier else []
         _refuse_what_is_in_the_way(target, new, placed=placed)
     for node in nodes:
         node.mkdir()
         if like is not None:
             same_mode(like, node)
     for number, (path, examples) in enumerate(shards.items()):
-        targets = [nodes[worker] / path.name for worker, one in enumerate(assigned) if number in one]
-        told = _place(path, targets, link=link)
-        found[number] = Shard(number, path.name, examples, *told)
+        targets = [nodes[worker] / path.name for worker, mine in enumerate(assigned) if number in mine]
+        size, digest = _place(path, targets, link=link)
+        described[number] = Shard(number, path.name, examples, size, digest)
     for worker, node in enumerate(nodes):
-        listed = tuple(found[number] for number in assigned[worker])
-        Manifest(len(found), listed, worker, code=code).write(node / SHARDS_FILE)
-    whole = Manifest(len(found), tuple(found.values()), held=assigned, code=code)
-    if sum(found[number].bytes for one in assigned for number in one) != total:
+        listed = tuple(described[number] for number in assigned[worker])
+        Manifest(len(described), listed, worker, code=code).write(node / SHARDS_FILE)
+    whole = Manifest(len(described), tuple(described.values()), held=assigned, code=code)
+    if sum(described[number].bytes for mine in assigned for number in mine) != total:
         raise InvalidSetting("The shards changed while they were copied: place them again once nobody writes to them.")
     replace_file(draft / ASSIGNMENT, json.dumps(assigned) + "\n")
     whole.write(draft / MANIFEST)
-    # From here on nothing is written, only moved. An earlier placement is no longer there as a whole, and must not
-    # seem to be.
+    # From here on files are only moved. The earlier manifest goes first, because the earlier placement is no longer
+    # complete and must not appear to be.
     (out / MANIFEST).unlink(missing_ok=True)
     for folder in earlier:
         _clear(folder, draft)
@@ -173,12 +178,12 @@ def write_folders(
 
 
 def _room_for(out: Path, shards: Mapping[Path, int | None], held: Sequence[Sequence[int]], *, link: bool) -> int:
-    """The bytes of all copies, if there is room for them."""
+    """Returns the size of all copies in bytes, after checking that no shard is empty and the disk has room for them."""
     size = [_bytes(path) for path in shards]
     for number, (path, examples) in enumerate(shards.items()):
         if size[number] == 0 or examples == 0:
             raise InvalidSetting(f"Shard {number} ({path.name}) is empty: fill it, or remove it from the data.")
-    total = sum(size[number] for one in held for number in one)
+    total = sum(size[number] for numbers in held for number in numbers)
     free = shutil.disk_usage(out).free
     if not link and total > free:
         raise InvalidSetting(
@@ -189,7 +194,7 @@ def _room_for(out: Path, shards: Mapping[Path, int | None], held: Sequence[Seque
 
 
 def _place(path: Path, targets: Sequence[Path], *, link: bool) -> tuple[int, str]:
-    """Bytes and SHA-256 of what lies at all targets now."""
+    """Copy or link a shard to all targets; returns its size in bytes and its SHA-256."""
     if link:
         for target in targets:
             try:
@@ -206,12 +211,13 @@ def _place(path: Path, targets: Sequence[Path], *, link: bool) -> tuple[int, str
 
 
 def _earlier(out: Path) -> list[Path]:
-    """Folders of nodes that an earlier run placed here; copies of them are none.
+    """Returns the nodes' folders that an earlier run has written here, without copies of such folders.
 
     Raises:
-        InvalidSetting: What was placed in one of them is not known, or lies elsewhere: it could not be taken away.
+        InvalidSetting: The contents of a folder are not known, or it is a link or on another disk, so that its shards
+            cannot be removed.
     """
-    found = []
+    folders = []
     for path in sorted(out.iterdir()):
         if not _NODE.fullmatch(path.name) or not os.path.lexists(path / SHARDS_FILE):
             continue
@@ -223,12 +229,12 @@ def _earlier(out: Path) -> list[Path]:
             continue
         if path.is_symlink() or path.stat().st_dev != out.stat().st_dev:
             raise InvalidSetting(f"{path} is a link, or on another disk: move it away, or give another folder.")
-        found.append(path)
-    return found
+        folders.append(path)
+    return folders
 
 
 def _refuse_what_is_in_the_way(node: Path, names: Sequence[str], *, placed: Sequence[str]) -> None:
-    """Before anything is changed: what an earlier run did not place is not replaced."""
+    """Refuse to replace files that no earlier run has placed; called before anything is changed."""
     if node.is_symlink() or (node.exists() and not node.is_dir()):
         raise InvalidSetting(f"{node} is no folder of its own: move it away, or give another folder.")
     for name in names:
@@ -238,12 +244,12 @@ def _refuse_what_is_in_the_way(node: Path, names: Sequence[str], *, placed: Sequ
 
 
 def _clear(folder: Path, draft: Path) -> None:
-    """Take away the shards of an earlier placement and nothing else: keys and what privacy spent stay.
+    """Remove the shards of an earlier placement and nothing else, so that keys and privacy ledgers stay.
 
-    The manifest goes last: whatever is left when this is cut off is still listed.
+    The manifest is removed last, so that after an interruption all remaining shards are still listed.
     """
     earlier = Manifest.read(folder / SHARDS_FILE).shards
-    away = Path(tempfile.mkdtemp(prefix="earlier-", dir=draft))  # goes with the draft
+    away = Path(tempfile.mkdtemp(prefix="earlier-", dir=draft))  # removed together with the draft
     for shard in earlier:
         if (path := find(folder, shard.name)) is not None:
             os.replace(path, away / shard.name)
@@ -254,7 +260,10 @@ def _clear(folder: Path, draft: Path) -> None:
 
 
 def _bring(node: Path, target: Path) -> None:
-    """Move a node's folder to its place; into one with other things its manifest first, which lists what comes."""
+    """Move a node's folder to its place.
+
+    If the target already has other files, the manifest is moved first, because it lists the shards that follow.
+    """
     if not target.exists():
         node.rename(target)
         return

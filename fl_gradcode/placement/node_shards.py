@@ -1,4 +1,4 @@
-"""Placed shards, for apps: where a shard lies on this node, verified.
+"""Gives apps the verified path of a placed shard on this node.
 
     from fl_gradcode.placement import shard_path
 
@@ -7,7 +7,7 @@
         path = shard_path(context.node_config)      # the shard that partition-id names
         ...
 
-A node says where its folder is, as `fl-gradcode place` wrote it, in its node config: `shards-dir="/path/to/node-0"`.
+The node config of a node names the folder that `fl-gradcode place` wrote for it: `shards-dir="/path/to/node-0"`.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _SHARDS_DIR, _PARTITION_ID = "shards-dir", "partition-id"
 
 
 def shard_path(node_config: Mapping[str, Any]) -> Path:
-    """The file or folder with the data of the shard that `partition-id` names, its bytes verified.
+    """Returns the file or folder with the data of the shard that `partition-id` names, after verifying the data.
 
     Args:
-        node_config: Flower's, with `shards-dir`, the absolute path of this node's folder.
+        node_config: Flower's node config, with `shards-dir`, the absolute path of this node's folder.
 
     Raises:
         InvalidSetting: `shards-dir` or `partition-id` is missing or cannot be used, or the folder has no manifest.
-        ShardMismatch: The node does not hold that shard, or its bytes are not what the manifest says.
+        ShardMismatch: The node does not hold the shard, or its data differ from the manifest.
     """
     folder = node_config.get(_SHARDS_DIR)
     if not folder:
@@ -62,13 +62,14 @@ def shard_path(node_config: Mapping[str, Any]) -> Path:
 
 @dataclass(frozen=True)
 class Finding:
-    """What verifying a node's folder found of one shard, or of one other entry.
+    """The result of verifying one shard, or one other entry, of a node's folder.
 
     Attributes:
-        kind: "right", "wrong" (other bytes, or not as the whole manifest says), "missing", or "extra" (no shard).
-        name: Of the file or folder.
-        number: The shard; None: an entry that is none.
-        told: What is wrong; empty: nothing.
+        kind: "right", "wrong" (the data differ from the node's or the whole manifest), "missing", or "extra" (the entry
+            is not a shard).
+        name: Name of the file or folder.
+        number: Number of the shard; None for an entry that is not a shard.
+        told: What is wrong; empty if nothing is.
     """
 
     kind: Literal["right", "wrong", "missing", "extra"]
@@ -80,14 +81,14 @@ class Finding:
 def verify_folder(
     folder: str | os.PathLike[str], against: Manifest | str | os.PathLike[str] | None = None
 ) -> tuple[Finding, ...]:
-    """Read every byte of a node's folder, and compare it with its manifest.
+    """Returns the findings from reading every byte of a node's folder and comparing it with its manifest.
 
     Args:
         folder: The node's folder.
-        against: The whole manifest, or its path: the node's must say the same.
+        against: The manifest of all shards, or its path, with which the node's manifest must agree.
 
     Raises:
-        InvalidSetting: A manifest cannot be read, or is not of the kind that is needed.
+        InvalidSetting: A manifest cannot be read, or is not of the required kind.
     """
     folder = Path(folder)
     mine = Manifest.read(folder)
@@ -95,12 +96,12 @@ def verify_folder(
         raise InvalidSetting(
             f"{folder} holds the folders of all nodes: verify each alone, such as {folder / 'node-0'}."
         )
-    found = [_verified(folder, shard) for shard in mine.shards]
+    findings = [_verified(folder, shard) for shard in mine.shards]
     if against is not None:
-        found = _compared(found, mine, against if isinstance(against, Manifest) else Manifest.read(against))
-    known = {path for one in mine.shards if (path := find(folder, one.name)) is not None}
+        findings = _compared(findings, mine, against if isinstance(against, Manifest) else Manifest.read(against))
+    known = {path for shard in mine.shards if (path := find(folder, shard.name)) is not None}
     others = [path for path in visible(folder) if path not in known and path.name not in RESERVED]
-    return (*found, *(Finding("extra", path.name, None) for path in others))
+    return (*findings, *(Finding("extra", path.name, None) for path in others))
 
 
 def _verified(folder: Path, shard: Shard) -> Finding:
@@ -122,8 +123,8 @@ def _verified(folder: Path, shard: Shard) -> Finding:
     return Finding("right", shard.name, shard.number)
 
 
-def _compared(found: list[Finding], mine: Manifest, whole: Manifest) -> list[Finding]:
-    """With what the whole manifest says otherwise."""
+def _compared(findings: list[Finding], mine: Manifest, whole: Manifest) -> list[Finding]:
+    """Returns the findings, corrected and completed by the differences between the node's and the whole manifest."""
     if whole.held is None:
         raise InvalidSetting(f"That is the {SHARDS_FILE} of a node; compare with the manifest.json of all shards.")
     if mine.worker is None or mine.worker >= len(whole.held):
@@ -132,13 +133,14 @@ def _compared(found: list[Finding], mine: Manifest, whole: Manifest) -> list[Fin
         )
     held = {*whole.held[mine.worker]}
     result = []
-    for one in found:
-        assert one.number is not None
+    for finding in findings:
+        number = finding.number
+        assert number is not None
         told = ""
-        if one.number not in held:
+        if number not in held:
             told = f"the manifest does not assign it to worker {mine.worker}"
-        elif whole.digests[one.number] != mine.digests[one.number]:
-            told = f"the manifest says SHA-256 {whole.digests[one.number][:12]}..., of other data"
-        result.append(Finding("wrong", one.name, one.number, told) if told and one.kind == "right" else one)
+        elif whole.digests[number] != mine.digests[number]:
+            told = f"the manifest says SHA-256 {whole.digests[number][:12]}..., of other data"
+        result.append(Finding("wrong", finding.name, number, told) if told and finding.kind == "right" else finding)
     absent = sorted(held - {*mine.digests})
     return [*result, *(Finding("missing", whole.shard(number).name, number) for number in absent)]

@@ -1,4 +1,4 @@
-"""Shards on disk: what counts as one, its SHA-256, whether it changed, and how it is copied."""
+"""Shards as files or folders on disk: which entries count, how they are hashed, copied, and checked for changes."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ __all__ = [
 ]
 
 _BLOCK = 1 << 20
-_SYSTEM_FILES = {"thumbs.db", "desktop.ini"}  # what file browsers leave behind; the other ones are hidden
-#: Files of a node's folder that are no shards: the manifest, and what privacy keeps there.
+_SYSTEM_FILES = {"thumbs.db", "desktop.ini"}  # visible files that file browsers leave behind
+#: Files of a node's folder that are no shards: the manifest, and the keys and ledger of privacy.
 RESERVED = ("shards.json", "keys.json", "spent")
 
 
 class Stamp(NamedTuple):
-    """What tells, without reading it, that a shard changed.
+    """A stamp that shows whether a shard has changed, without reading its data.
 
     Attributes:
-        size: Bytes.
-        newest: Time of the last change of its newest file, nanoseconds.
-        text: Differs if any file's name, size or times do.
+        size: Size in bytes.
+        newest: Time of the last change of its newest file, in nanoseconds.
+        text: Hash of the names, sizes and times of all files.
     """
 
     size: int
@@ -49,16 +49,16 @@ class Stamp(NamedTuple):
 
 
 def visible(folder: Path) -> list[Path]:
-    """The entries of a folder in natural order (shard-2 before shard-10), without hidden and system files."""
+    """Returns the entries of a folder in natural order (shard-2 before shard-10), without hidden and system files."""
     entries = [path for path in folder.iterdir() if not _ignored(path.name)]
     return sorted(entries, key=lambda path: (_natural(path.name), path.name))
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuse names that lead out of a folder, or that some file system would take for one another.
+    """Refuse names that lead out of a folder, or that a file system might take for the same.
 
     Raises:
-        InvalidSetting: With the name.
+        InvalidSetting: A name cannot be used. The message contains it.
     """
     seen: dict[str, str] = {}
     for name in names:
@@ -79,42 +79,45 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def find(folder: Path, name: str) -> Path | None:
-    """The entry of that name, also where a file system writes its accents in another form; None: there is none."""
+    """Returns the entry with this name, even if the file system stores accents in another form, or None."""
     path = folder / name
     if path.exists():
         return path
     if not name.isascii() and folder.is_dir():
         wanted = unicodedata.normalize("NFC", name)
-        return next((one for one in folder.iterdir() if unicodedata.normalize("NFC", one.name) == wanted), None)
+        return next((entry for entry in folder.iterdir() if unicodedata.normalize("NFC", entry.name) == wanted), None)
     return None
 
 
 def hash_shard(shard: Path) -> tuple[int, str]:
-    """Bytes and SHA-256 of a file, or of a folder: over relative paths, sorted, each with its file's SHA-256."""
+    """Returns the size in bytes and the SHA-256 of a file or folder.
+
+    The SHA-256 of a folder covers the sorted relative paths, each with the SHA-256 of its file.
+    """
     return _over_files(shard, _hash_file)
 
 
 def copy_shard(shard: Path, target: Path) -> tuple[int, str]:
-    """Copy a file or folder without what is hidden; bytes and SHA-256 of what was written."""
+    """Copy a file or folder without its hidden files; returns the size in bytes and the SHA-256 of the copy."""
 
     def copied(path: Path) -> tuple[int, bytes]:
         to = _folder_for(path, shard, target)
         with to.open("xb") as file:
-            found = _hash_file(path, file.write)  # not synced, file by file: what a power cut takes, verifying finds
-        shutil.copymode(path, to)  # what only its owner could read stays so
-        return found
+            written = _hash_file(path, file.write)  # files are not synced, since verification finds losses
+        shutil.copymode(path, to)  # a file that only its owner can read stays private
+        return written
 
     return _over_files(shard, copied)
 
 
 def link_shard(shard: Path, target: Path) -> None:
-    """Hard links to the same bytes."""
+    """Make hard links to the files of a shard at the target."""
     for path in _files(shard):
         os.link(path.resolve(), _folder_for(path, shard, target))
 
 
 def _folder_for(path: Path, shard: Path, target: Path) -> Path:
-    """Where a file of the shard goes; its folders are there then, open to no more users than the shard's."""
+    """Returns the target path of a file of the shard, after creating its folders with the modes of the shard's."""
     if path is shard:
         return target
     inside = path.relative_to(shard)
@@ -126,37 +129,37 @@ def _folder_for(path: Path, shard: Path, target: Path) -> Path:
 
 
 def same_mode(folder: Path, other: Path) -> None:
-    """Give another folder the mode of this one; its owner may always write to it."""
+    """Give another folder the mode of this one, plus full access for its owner."""
     other.chmod(stat.S_IMODE(folder.stat().st_mode) | stat.S_IRWXU)
 
 
 def sizes(shard: Path) -> tuple[int, int]:
-    """Files and bytes of a shard."""
-    found = [path.stat().st_size for path in _files(shard)]
-    return len(found), sum(found)
+    """Returns the number of files of a shard and their total size in bytes."""
+    each = [path.stat().st_size for path in _files(shard)]
+    return len(each), sum(each)
 
 
 def stamp_of(shard: Path) -> Stamp:
-    """The shard as the file system describes it now."""
+    """Returns the present stamp of the shard, from the file system's data about its files."""
     digest, size, newest = hashlib.sha256(), 0, 0
     for path in _files(shard):
-        told = path.stat()
-        size += told.st_size
-        newest = max(newest, told.st_mtime_ns)
-        digest.update(f"{_relative(shard, path)}\0{told.st_size} {told.st_mtime_ns} {told.st_ctime_ns}\0".encode())
+        state = path.stat()
+        size += state.st_size
+        newest = max(newest, state.st_mtime_ns)
+        digest.update(f"{_relative(shard, path)}\0{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}\0".encode())
     return Stamp(size, newest, digest.hexdigest())
 
 
 def _over_files(shard: Path, each: Callable[[Path], tuple[int, bytes]]) -> tuple[int, str]:
     files = _files(shard)
     if not shard.is_dir():
-        size, found = each(shard)
-        return size, found.hex()
+        size, hashed = each(shard)
+        return size, hashed.hex()
     digest, total = hashlib.sha256(), 0
     for path in files:
-        size, found = each(path)
+        size, hashed = each(path)
         total += size
-        digest.update(_relative(shard, path).encode() + b"\0" + found)
+        digest.update(_relative(shard, path).encode() + b"\0" + hashed)
     return total, digest.hexdigest()
 
 
@@ -171,7 +174,7 @@ def _hash_file(path: Path, write: Callable[[bytes], object] = lambda block: None
 
 
 def _files(shard: Path) -> list[Path]:
-    """The file, or the files of the folder, sorted by their relative paths."""
+    """Returns the file itself, or the files of the folder sorted by their relative paths."""
     if shard.is_dir():
         return sorted(_below(shard), key=lambda path: (_relative(shard, path).encode(), path.name))
     if not shard.is_file():
@@ -188,7 +191,7 @@ def _below(folder: Path) -> Iterator[Path]:
         if _ignored(path.name):
             continue
         if path.is_dir():
-            if path.is_symlink():  # it may lead back up
+            if path.is_symlink():  # the link may point to a parent folder
                 raise InvalidSetting(f"{path} is a symbolic link to a folder: bring its files here, or remove it.")
             yield from _below(path)
         elif path.is_file():

@@ -1,4 +1,4 @@
-"""Cuts a data set file into shards, and counts the examples of files."""
+"""Splits a data set file into shards, and counts the examples of files."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .shard_files import sizes
 
 __all__ = ["SPLITS", "count_examples", "cut"]
 
-#: How a data set may be cut.
+#: The ways in which a data set can be split.
 SPLITS = ("iid", "contiguous", "label:COLUMN", "dirichlet:COLUMN:ALPHA", "by:COLUMN")
 
-# What reading a damaged, encrypted or strangely packed .npz may raise.
+# Exceptions that reading a damaged, encrypted or unusually compressed .npz may raise.
 _UNREADABLE = (ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
-_ROWS = 50_000  # of a .csv that are kept in memory
+_ROWS = 50_000  # number of rows of a .csv that are kept in memory
 
 
 def count_examples(shard: Path) -> int | None:
-    """Rows of a .npz, .npy, .csv or .jsonl, files of a folder; None: not known."""
+    """Returns the number of rows of a .npz, .npy, .csv or .jsonl, or of files of a folder; None if not known."""
     if shard.is_dir():
         return sizes(shard)[0]
     try:
@@ -54,22 +54,22 @@ def count_examples(shard: Path) -> int | None:
 
 
 def cut(source: Path, folder: Path, split: str, shards: int | None, default: int, seed: int) -> dict[Path, int]:
-    """Write the shards of a .npz or .csv into a folder; with the same arguments the same bytes.
+    """Write the shards of a .npz or .csv into a folder; the same arguments give the same bytes.
 
     Args:
-        source: A .npz with arrays of one first dimension, or a .csv with a header.
-        folder: Where; empty.
-        split: One of `SPLITS`. COLUMN is an array of the .npz, or a column of the .csv. "label" sorts by it and cuts
-            evenly: few labels in each shard. "by": one shard for each value.
-        shards: How many.
-        default: As many, if none are asked for and the split does not say it.
-        seed: Of the split.
+        source: A .npz whose arrays have the same first dimension, or a .csv with a header.
+        folder: Empty folder for the shards.
+        split: One of `SPLITS`. COLUMN is an array of the .npz, or a column of the .csv. "label" sorts by the column and
+            splits evenly, which gives few labels in each shard. "by" makes one shard for each value.
+        shards: Number of shards; None for the default.
+        default: Number of shards if none is given and the split does not determine it.
+        seed: Seed of the split.
 
     Returns:
-        The files in the order of the shards, and how many examples each has.
+        Path -> number of examples, in the order of the shards.
 
     Raises:
-        InvalidSetting: It cannot be cut like this.
+        InvalidSetting: The source cannot be split in this way.
     """
     if source.suffix.lower() not in (".npz", ".csv"):
         raise InvalidSetting(f"{source} cannot be cut: give a .npz, a .csv, or a folder whose entries are the shards.")
@@ -87,12 +87,12 @@ def cut(source: Path, folder: Path, split: str, shards: int | None, default: int
     paths = [folder / f"shard-{j:0{digits}}{source.suffix.lower()}" for j in range(len(parts))]
     file.write(paths, parts)
     for path in paths:
-        shutil.copymode(source, path)  # what only its owner could read stays so
+        shutil.copymode(source, path)  # a file that only its owner can read stays private
     return {path: len(part) for path, part in zip(paths, parts, strict=True)}
 
 
 class _Npz:
-    """Arrays of one first dimension."""
+    """The arrays of a .npz file, which must have the same first dimension."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -111,7 +111,7 @@ class _Npz:
         self.path, self.examples = path, int(next(iter(lengths.values())) or 0)
 
     def column(self, name: str) -> NDArray[Any]:
-        """The array of that name, one value for each example."""
+        """Returns the array with this name, which must have one value for each example."""
         if name not in self.arrays:
             raise InvalidSetting(f"{self.path} has no array {name!r}; it has {', '.join(sorted(self.arrays))}.")
         if self.arrays[name].ndim != 1:
@@ -119,7 +119,7 @@ class _Npz:
         return self.arrays[name]
 
     def write(self, paths: Sequence[Path], parts: Sequence[NDArray[np.int64]]) -> None:
-        """The shards; as `np.savez` writes them, which takes no array that is called "file"."""
+        """Write the shards in the format of `np.savez`, which itself cannot store an array named "file"."""
         for path, part in zip(paths, parts, strict=True):
             with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as packed:
                 for name, array in self.arrays.items():
@@ -128,7 +128,7 @@ class _Npz:
 
 
 class _Csv:
-    """Records below a header; never in memory as a whole."""
+    """The records of a .csv file with a header, which is never in memory as a whole."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -139,7 +139,7 @@ class _Csv:
             raise InvalidSetting(f"{path} is empty: it needs a header and records.")
 
     def column(self, name: str) -> NDArray[Any]:
-        """The values of that column."""
+        """Returns the values of this column, one for each example."""
         if name not in self.header:
             raise InvalidSetting(f"{self.path} has no column {name!r}; it has {', '.join(self.header)}.")
         at = self.header.index(name)
@@ -149,26 +149,26 @@ class _Csv:
         return np.array(values)
 
     def write(self, paths: Sequence[Path], parts: Sequence[NDArray[np.int64]]) -> None:
-        """The shards, each in the order of the file: a few records at a time, however many shards there are."""
+        """Write the shards, each in the order of the file, with only a limited number of records in memory."""
         owner = np.empty(self.examples, np.int64)
         for j, part in enumerate(parts):
             owner[part] = j
         for path in paths:
             self._append(path, [self.header])
         kept: dict[int, list[list[str]]] = {}
-        found = 0
+        seen = 0
         with closing(_records(self.path)) as records:
             next(records, None)
             for i, record in enumerate(records):
-                found = i + 1
-                if found > self.examples:
+                seen = i + 1
+                if seen > self.examples:
                     break
                 kept.setdefault(int(owner[i]), []).append(record)
                 if i % _ROWS == _ROWS - 1 or i == self.examples - 1:
                     for j, rows in kept.items():
                         self._append(paths[j], rows)
                     kept.clear()
-        if found != self.examples:
+        if seen != self.examples:
             raise InvalidSetting(f"{self.path} changed while it was cut: place again once nobody writes to it.")
 
     @staticmethod
@@ -176,14 +176,14 @@ class _Csv:
         with path.open("a", encoding="utf-8", newline="") as file:
             plain = csv.writer(file, lineterminator="\n")
             quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
-            for row in rows:  # a carriage return alone ends a record too, unless it is quoted
+            for row in rows:  # a carriage return must be quoted, since on its own it ends a record too
                 (quoted if any("\r" in cell for cell in row) else plain).writerow(row)
 
 
 def _split(file: _Npz | _Csv, split: str, shards: int | None, default: int, seed: int) -> list[NDArray[np.int64]]:
     kind, _, rest = split.partition(":")
     column, _, last = rest.rpartition(":") if kind == "dirichlet" else (rest, "", "")
-    if (kind in ("iid", "contiguous")) == bool(rest) or kind not in {one.split(":")[0] for one in SPLITS} or (
+    if (kind in ("iid", "contiguous")) == bool(rest) or kind not in {known.split(":")[0] for known in SPLITS} or (
         kind == "dirichlet" and not column
     ):  # fmt: skip
         raise InvalidSetting(f"--split {split!r} must be one of {', '.join(SPLITS)}.")
@@ -193,7 +193,7 @@ def _split(file: _Npz | _Csv, split: str, shards: int | None, default: int, seed
     order = np.arange(file.examples)
     match kind:
         case "iid":
-            # in the order of the file inside each shard, as the other splits have it
+            # Examples are sorted, so that each shard has the order of the file as with the other splits.
             return [np.sort(part) for part in np.array_split(np.random.default_rng(seed).permutation(order), k)]
         case "label":
             return [np.sort(part) for part in np.array_split(np.argsort(file.column(column), kind="stable"), k)]
@@ -238,7 +238,7 @@ def _dirichlet(labels: NDArray[Any], k: int, alpha: str, seed: int) -> list[NDAr
 
 
 def _records(path: Path) -> Generator[list[str], None, None]:
-    """Of a .csv, without empty lines."""
+    """Yields the records of a .csv file, without empty lines."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from (record for record in csv.reader(file) if record)
@@ -257,13 +257,13 @@ def _is_number(cell: str) -> bool:
 
 
 def _shapes(path: Path) -> list[tuple[int, ...]]:
-    """Of the arrays in a .npz, without reading them."""
+    """Returns the shapes of the arrays in a .npz file, without reading their values."""
     with zipfile.ZipFile(path) as packed:
-        found = []
+        shapes = []
         for name in packed.namelist():
             with packed.open(name) as file:
-                found.append(_shape(file))
-    return found
+                shapes.append(_shape(file))
+    return shapes
 
 
 def _shape(file: Any) -> tuple[int, ...]:

@@ -97,7 +97,7 @@ def test_each_refusal_is_one_sentence_that_says_what_to_do(run: Run, placed: Pat
     folder, today = placed / f"node-{WRONG}", library_version()
     assert other_data == (
         f"error 2: ShardMismatch: Worker {WRONG}: Shard 0 (shard-0.npz) in {folder} is not what the manifest says, its "
-        f"SHA-256 is another: fetch the folder node-{WRONG} anew, and verify it by fl-gradcode place --check {folder}."
+        f"SHA-256 is another: fetch the folder node-{WRONG} again, and verify it by fl-gradcode place --check {folder}."
     )
     assert other_version == (
         f"error 2: VersionMismatch: Worker {OLDER}: The node has fl-gradcode {today} (protocol {PROTOCOL - 1}), and "

@@ -174,7 +174,7 @@ def test_one_changed_byte_is_refused_with_what_to_do(folder: Path, settled: bool
     if settled:
         old(folder / "a.csv")  # size and time of the last change as before, as rsync --times leaves them
     with pytest.raises(
-        ShardMismatch, match=r"Shard 0 \(a.csv\) .* SHA-256 is another: fetch the folder node-3 anew"
+        ShardMismatch, match=r"Shard 0 \(a.csv\) .* SHA-256 is another: fetch the folder node-3 again"
     ) as e:
         checked_path(folder, 0)
     assert str(e.value).endswith(f"fl-gradcode place --check {folder}.")
@@ -190,7 +190,7 @@ def test_an_interrupted_copy_is_refused_without_reading_it(folder: Path, monkeyp
 
 def test_a_shard_that_is_not_there_is_told_apart_from_one_that_was_never_meant_to_be(folder: Path) -> None:
     (folder / "a.csv").unlink()
-    with pytest.raises(ShardMismatch, match=r"Shard 0 \(a.csv\) is missing in .*node-3: fetch the folder node-3 anew"):
+    with pytest.raises(ShardMismatch, match=r"Shard 0 \(a.csv\) is missing in .*node-3: fetch the folder node-3 again"):
         checked_path(folder, 0)
     with pytest.raises(ShardMismatch, match=r"shard 5 is not listed; shards 0 and 2 of 12 are. Bring this node"):
         checked_path(folder, 5)
