@@ -1,6 +1,6 @@
-"""How long a reply takes: a declared split into what is fixed, what grows with the shards, what grows with the bytes.
+"""The latency of a reply, as the sum of a fixed part, a part for each shard, and a part for each megabyte.
 
-`Latency` adds up three laws and multiplies them by a fourth. All laws are here too, and in `laws` and `traces`.
+`Latency` adds up three laws and multiplies them by a fourth. The module also exports all laws of `laws` and `traces`.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ __all__ = [
     "trace",
 ]
 
-_SLOWDOWN_STREAM = 10**9  # seeds of the parts are below it
+_SLOWDOWN_STREAM = 10**9  # offset of the slowdown's seeds, which keeps them apart from the parts' seeds
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Drawn times of n workers over some rounds; each array has shape (rounds, n).
+    """The drawn times of n workers over some rounds, each an array of shape (rounds, n).
 
     Attributes:
-        fixed: Seconds of a job whatever it holds.
-        compute: Seconds a shard.
-        transfer: Seconds a megabyte.
+        fixed: Seconds of a job that do not depend on its size.
+        compute: Seconds for each shard.
+        transfer: Seconds for each megabyte.
     """
 
     fixed: NDArray[np.float64]
@@ -69,7 +69,7 @@ class Parts:
     transfer: NDArray[np.float64]
 
     def seconds(self, shards: float | NDArray[np.float64], megabytes: float) -> NDArray[np.float64]:
-        """Seconds of a job of so many shards and megabytes (both ways), shape (rounds, n)."""
+        """Returns the seconds of a job with this number of shards and of megabytes (both ways), shape (rounds, n)."""
         total = self.fixed.copy()
         for part, amount in ((self.compute, shards), (self.transfer, megabytes)):
             if np.any(amount):
@@ -79,11 +79,17 @@ class Parts:
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds from send to reply: `slowdown * (fixed + compute * shards + transfer * megabytes)`, four laws.
+    """The seconds from send to reply, as `slowdown * (fixed + compute * shards + transfer * megabytes)`.
 
-    A plain number stands for a constant. Evaluating a shard takes `evaluation` times as long as training it. One random
-    `slowdown` over constant parts says that a slow moment slows everything down: `Latency(fixed=0.2, compute=0.8,
-    slowdown=lognormal())` is a second a shard, 80 % of it compute.
+    A random `slowdown` with constant parts means that a slow moment slows everything down. For example,
+    `Latency(fixed=0.2, compute=0.8, slowdown=lognormal())` takes about a second for one shard, 80 % of it compute.
+
+    Attributes:
+        fixed: Law of the seconds that do not depend on the job, or a constant.
+        compute: Law of the seconds for each shard, or a constant.
+        transfer: Law of the seconds for each megabyte, or a constant.
+        evaluation: Time to evaluate a shard, relative to the time to train it.
+        slowdown: Law of a factor that applies to all parts, or a constant.
     """
 
     fixed: Law | float = 0.0
@@ -101,7 +107,16 @@ class Latency:
     def seconds(
         self, *, seed: int, worker: int, tick: int, shards: float, megabytes: float, evaluating: bool = False
     ) -> float:
-        """Seconds until `worker` has answered its `tick`-th job of `shards` shards, `megabytes` both ways."""
+        """Returns the seconds until `worker` has answered a job.
+
+        Args:
+            seed: Seed of the latencies.
+            worker: The worker.
+            tick: Number of the job; training in round t is tick 2 t, and evaluation is tick 2 t + 1.
+            shards: Number of shards.
+            megabytes: Size of the message and the reply together.
+            evaluating: Whether the job is an evaluation.
+        """
         load = shards * (self.evaluation if evaluating else 1.0)
         total = 0.0
         for stream, (part, amount) in enumerate(((self.fixed, 1.0), (self.compute, load), (self.transfer, megabytes))):
@@ -110,21 +125,30 @@ class Latency:
         return total * self._slowdown(seed, worker, tick) if total else total
 
     def computing(self, *, seed: int, worker: int, tick: int, shards: float, evaluating: bool = False) -> float:
-        """The part of `seconds` that is spent on the shards: what a client would measure."""
+        """Returns the part of `seconds` that is spent on the shards, which is what a client would measure."""
         load = shards * (self.evaluation if evaluating else 1.0)
-        one = _draw(self.compute, seed * 3 + 1, worker, tick) * load if load else 0.0
-        return one * self._slowdown(seed, worker, tick) if one else one
+        plain = _draw(self.compute, seed * 3 + 1, worker, tick) * load if load else 0.0
+        return plain * self._slowdown(seed, worker, tick) if plain else plain
 
     def parts(self, *, seed: int, n: int, rounds: int) -> Parts:
-        """What workers 0..n-1 draw in training rounds 1..`rounds`, as a virtual clock with this seed does."""
+        """Returns the times of workers 0..n-1 in training rounds 1..`rounds`, as drawn by a virtual clock.
+
+        Args:
+            seed: Seed of the virtual clock.
+            n: Number of workers.
+            rounds: Number of rounds.
+        """
         slow = self._table(self.slowdown, _SLOWDOWN_STREAM + seed, n, rounds)
         laws = (self.fixed, self.compute, self.transfer)
         tables = [self._table(law, seed * 3 + stream, n, rounds) for stream, law in enumerate(laws)]
-        # What takes no time takes none however slow a worker is, one that never answers included.
+        # A part of 0 seconds stays 0 for any slowdown, including an infinite one.
         return Parts(*(np.multiply(slow, table, out=np.zeros_like(slow), where=table > 0) for table in tables))
 
     def marginal(self, worker: int, *, shards: float, megabytes: float) -> Marginal | None:
-        """The distribution of `seconds` of a training job, if at most one law is random and it is known; else None."""
+        """Returns the distribution of a training job's `seconds`, or None if more than one law is random.
+
+        The result is also None if the distribution of the random law is not known.
+        """
         amounts = ((self.fixed, 1.0), (self.compute, shards), (self.transfer, megabytes))
         used = [(law, amount) for law, amount in amounts if amount and not (isinstance(law, float | int) and not law)]
         random = [(law, amount) for law, amount in used if isinstance(law, Law)]

@@ -1,4 +1,4 @@
-"""Laws of random times: what is drawn for a worker and round, and the distribution it is drawn from."""
+"""Laws of random times, which draw a value for each worker and round, and their distributions."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Marginal:
     """The distribution of one draw.
 
     Attributes:
-        cdf: x -> P(X <= x), elementwise.
-        atoms: All values there are, ascending, if they are finitely many; None for a continuous law.
-        weights: Their probabilities.
+        cdf: Function x -> P(X <= x), elementwise.
+        atoms: All possible values, ascending; None for a continuous law.
+        weights: Probabilities of the atoms; None for a continuous law.
     """
 
     cdf: Callable[[NDArray[np.float64]], NDArray[np.float64]]
@@ -49,20 +49,20 @@ class Marginal:
     weights: tuple[float, ...] | None = None
 
     def times(self, factor: float) -> Marginal:
-        """The distribution of `factor` X, factor > 0."""
-        if self.atoms is not None:  # anew: x / factor may miss an atom by rounding
+        """Returns the distribution of `factor` X, for a factor above 0."""
+        if self.atoms is not None:  # the atoms are scaled, because x / factor may miss an atom by rounding
             return Marginal.of_values([factor * value for value in self.atoms], self.weights)
         return Marginal(lambda x: self.cdf(x / factor))
 
     def plus(self, shift: float) -> Marginal:
-        """The distribution of X + `shift`."""
+        """Returns the distribution of X + `shift`."""
         if self.atoms is not None:
             return Marginal.of_values([shift + value for value in self.atoms], self.weights)
         return Marginal(lambda x: self.cdf(x - shift))
 
     @staticmethod
     def of_values(values: ArrayLike, probabilities: ArrayLike | None = None) -> Marginal:
-        """Finitely many values, equally likely unless said otherwise."""
+        """Returns the distribution over finitely many values, which are equally likely by default."""
         given = np.asarray(values, dtype=np.float64).ravel()
         each = np.full(len(given), 1 / len(given)) if probabilities is None else np.asarray(probabilities, float)
         points, place = np.unique(given, return_inverse=True)
@@ -77,17 +77,20 @@ class Marginal:
 
 
 def continuous(distribution: Any) -> Marginal:
-    """A frozen distribution of scipy.stats."""
+    """Returns the distribution of a frozen continuous distribution from scipy.stats."""
     return Marginal(lambda x: np.asarray(distribution.cdf(x)))
 
 
 def two_speeds(probability: float, slowdown: float, base: float, jitter: float) -> Marginal:
-    """`base`, or with this probability `slowdown` times that, with lognormal jitter."""
+    """Returns the distribution of `base`, or with this probability of `slowdown * base`, with lognormal jitter."""
     return mixture([(1 - probability, base), (probability, base * slowdown)], jitter)
 
 
 def mixture(modes: Sequence[tuple[float, float]], sigma: float) -> Marginal:
-    """Lognormals with these weights and medians, or just the medians if sigma is 0, or they are 0 or infinite."""
+    """Returns a mixture of lognormal distributions with the given weights and medians.
+
+    A mode is a single point if sigma is 0 or its median is 0 or infinite.
+    """
     fixed = [not sigma or median in (0.0, np.inf) for _, median in modes]
     if all(fixed):
         return Marginal.of_values([median for _, median in modes], [weight for weight, _ in modes])
@@ -98,19 +101,19 @@ def mixture(modes: Sequence[tuple[float, float]], sigma: float) -> Marginal:
     return Marginal(lambda x: np.asarray(sum(weight * part.cdf(x) for weight, part in parts)))
 
 
-#: A tick that no round has: what a worker draws once and for all.
-_FOR_GOOD = 2**31
+#: A tick that no round has, used to draw permanent properties of a worker.
+_PERMANENT = 2**31
 
 
 @dataclass(frozen=True)
 class Law:
-    """One random number for each (seed, worker, tick), in seconds or as a factor.
+    """A law that draws one random number for each (seed, worker, tick), in seconds or as a factor.
 
     Attributes:
-        name: For people.
-        draw: (seed, worker, tick) -> value of at least 0; `inf` means never.
-        marginal: worker -> the distribution of each of its draws, if draws of different workers are independent; None
-            where they are not, or where it is not known.
+        name: Name for people.
+        draw: Function (seed, worker, tick) -> value of at least 0; `inf` means that no reply comes.
+        marginal: Function worker -> the distribution of each of its draws. None if draws of different workers are not
+            independent, or if the distribution is not known.
     """
 
     name: str
@@ -119,18 +122,18 @@ class Law:
 
 
 def constant(value: float) -> Law:
-    """Always `value`."""
+    """Returns the law that always draws `value`."""
     _at_least_zero(value=value)
     return Law(f"constant {value:g}", lambda seed, worker, tick: value, lambda worker: Marginal.of_values([value]))
 
 
 def exponential(mean: float = 1.0) -> Law:
-    """Exponential with this mean: memoryless."""
+    """Returns the exponential law with this mean, which is memoryless."""
     return shifted_exponential(0.0, mean)
 
 
 def shifted_exponential(shift: float, mean: float) -> Law:
-    """`shift` plus an exponential with mean `mean`: a job that takes at least so long."""
+    """Returns the law of `shift` plus an exponential with mean `mean`, for jobs that take at least `shift`."""
     _at_least_zero(shift=shift, mean=mean)
     name = f"{shift:g} + exponential {mean:g}"
     if not mean:
@@ -141,7 +144,7 @@ def shifted_exponential(shift: float, mean: float) -> Law:
 
 
 def lognormal(median: float = 1.0, sigma: float = 0.3) -> Law:
-    """Lognormal: `median * exp(sigma Z)`; sigma 0.3 is the jitter of a healthy machine."""
+    """Returns the lognormal law `median * exp(sigma Z)`; sigma 0.3 is the jitter of a healthy machine."""
     _at_least_zero(median=median, sigma=sigma)
     return _independent(
         f"lognormal {median:g}, {sigma:g}",
@@ -151,7 +154,7 @@ def lognormal(median: float = 1.0, sigma: float = 0.3) -> Law:
 
 
 def pareto(alpha: float, minimum: float = 1.0) -> Law:
-    """Pareto: P(X > x) = (minimum / x)^alpha; infinite variance for alpha <= 2."""
+    """Returns the Pareto law P(X > x) = (minimum / x)^alpha, which has infinite variance for alpha <= 2."""
     _at_least_zero(minimum=minimum)
     if not alpha > 0:
         raise InvalidSetting(f"alpha={alpha} of a Pareto law must be greater than 0.")
@@ -163,7 +166,10 @@ def pareto(alpha: float, minimum: float = 1.0) -> Law:
 
 
 def bimodal(probability: float, slowdown: float, *, base: float = 1.0, jitter: float = 0.0) -> Law:
-    """`base`, and `slowdown` times that with this probability, anew each time; optional lognormal jitter."""
+    """Returns the law of `base`, or with this probability `slowdown * base`, independently in each draw.
+
+    With `jitter`, draws are multiplied by a lognormal factor with this sigma.
+    """
     _probability(probability=probability)
     _at_least_zero(slowdown=slowdown, base=base, jitter=jitter)
 
@@ -175,10 +181,10 @@ def bimodal(probability: float, slowdown: float, *, base: float = 1.0, jitter: f
 
 
 def bursty(enter: float, leave: float, slowdown: float, *, base: float = 1.0, jitter: float = 0.0) -> Law:
-    """A worker turns slow with probability `enter` per tick and recovers with `leave`: slow spells that last.
+    """Returns a law with lasting slow periods: a worker becomes slow with probability `enter` a tick.
 
-    The share of slow ticks is enter / (enter + leave), which is also the chance to be slow at tick 0. A round is two
-    ticks, training and evaluation.
+    It recovers with probability `leave` a tick. The share of slow ticks is enter / (enter + leave), which is also the
+    probability of being slow at tick 0. A round has two ticks, training and evaluation.
     """
     _probability(enter=enter, leave=leave)
     _at_least_zero(slowdown=slowdown, base=base, jitter=jitter)
@@ -186,7 +192,7 @@ def bursty(enter: float, leave: float, slowdown: float, *, base: float = 1.0, ji
 
     @cache
     def spells(seed: int, worker: int, block: int) -> tuple[bool, ...]:
-        """Whether slow, for the 256 ticks of one block; each block starts where the one before ended."""
+        """Returns whether the worker is slow, for the 256 ticks of one block, which continues the block before."""
         uniform = np.random.default_rng((seed, worker, block, 1)).random(256)
         slow = spells(seed, worker, block - 1)[-1] if block else None
         states = []
@@ -196,7 +202,7 @@ def bursty(enter: float, leave: float, slowdown: float, *, base: float = 1.0, ji
         return tuple(states)
 
     def draw(seed: int, worker: int, tick: int) -> float:
-        for block in range(tick // 256):  # fills the cache in order: no deep recursion
+        for block in range(tick // 256):  # filling the cache in order avoids deep recursion
             spells(seed, worker, block)
         slow = spells(seed, worker, tick // 256)[tick % 256]
         noise = math.exp(jitter * _rng(seed, worker, tick).standard_normal()) if jitter else 1.0
@@ -207,9 +213,10 @@ def bursty(enter: float, leave: float, slowdown: float, *, base: float = 1.0, ji
 
 
 def poisson_stragglers(n: int, expected: float, slowdown: float, *, base: float = 1.0) -> Law:
-    """At each tick a Poisson number of the n workers, any of them, takes `slowdown` times `base`; more than n are n.
+    """Returns a law in which, at each tick, a Poisson number of the n workers takes `slowdown * base`.
 
-    Which workers straggle is drawn evenly. Workers are not independent here: how many straggle is common to all.
+    The number is capped at n, and the slow workers are chosen uniformly. Workers are not independent, because the
+    number of slow workers is common to all.
     """
     if n < 1:
         raise InvalidSetting(f"n={n} of a latency law must be at least 1.")
@@ -227,14 +234,14 @@ def poisson_stragglers(n: int, expected: float, slowdown: float, *, base: float 
 
 
 def from_quantiles(probabilities: Sequence[float], values: Sequence[float], *, name: str = "quantiles") -> Law:
-    """A law known by some of its quantiles: between them, log X is linear in log(1 / (1 - p)).
+    """Returns a law with the given quantiles, between which log X is linear in log(1 / (1 - p)).
 
     Power-law tails are straight lines in these coordinates. Draws beyond the last quantile take its value.
 
     Args:
-        probabilities: Ascending, from 0; each below 1.
+        probabilities: Probabilities of the quantiles, ascending from 0, each below 1.
         values: The quantiles, ascending and positive.
-        name: For people.
+        name: Name for people.
     """
     p, x = np.asarray(probabilities, float), np.asarray(values, float)
     if p.shape != x.shape or p.ndim != 1 or len(p) < 2:
@@ -257,22 +264,28 @@ def from_quantiles(probabilities: Sequence[float], values: Sequence[float], *, n
 
 
 def device_classes(slowness: ArrayLike, *, name: str = "device classes") -> Law:
-    """Each worker is one device for good, drawn evenly from a table of how slow devices are (factors, or seconds)."""
+    """Returns a law in which each worker permanently is one device, drawn uniformly from a table.
+
+    Args:
+        slowness: Slowness of each device, as factors or seconds.
+        name: Name for people.
+    """
     table = np.asarray(slowness, dtype=np.float64).ravel()
     if not table.size or not (np.isfinite(table) & (table > 0)).all():
         raise InvalidSetting(f"{name} need at least one device, each with a finite slowness above 0.")
     marginal = Marginal.of_values(table)
     return Law(
         name,
-        lambda seed, worker, tick: float(table[_rng(seed, worker, _FOR_GOOD).integers(len(table))]),
+        lambda seed, worker, tick: float(table[_rng(seed, worker, _PERMANENT).integers(len(table))]),
         lambda worker: marginal,
     )
 
 
 def scaled(law: Law, factors: Mapping[int, float] | Sequence[float]) -> Law:
-    """`law`, multiplied for some workers: `scaled(lognormal(), {0: 10, 1: 10})` makes two of them slow for good.
+    """Returns the law multiplied by a factor for some workers.
 
-    A factor of infinity makes a worker silent.
+    For example, `scaled(lognormal(), {0: 10, 1: 10})` makes two workers permanently slow. A worker with factor infinity
+    never answers.
     """
     table = dict(factors) if isinstance(factors, Mapping) else dict(enumerate(factors))
     _at_least_zero(**{f"factor of worker {worker}": factor for worker, factor in table.items()})
@@ -281,13 +294,13 @@ def scaled(law: Law, factors: Mapping[int, float] | Sequence[float]) -> Law:
         factor = table.get(worker, 1.0)
         return factor if factor == math.inf else law.draw(seed, worker, tick) * factor
 
-    one = law.marginal
-    if one is None:
+    unscaled = law.marginal
+    if unscaled is None:
         return Law(f"{law.name}, scaled", draw)
 
     def marginal(worker: int) -> Marginal:
         factor = table.get(worker, 1.0)
-        return Marginal.of_values([factor]) if factor in (0.0, math.inf) else one(worker).times(factor)
+        return Marginal.of_values([factor]) if factor in (0.0, math.inf) else unscaled(worker).times(factor)
 
     return Law(f"{law.name}, scaled", draw, marginal)
 

@@ -1,6 +1,6 @@
-"""Named populations of clients: latencies shaped by published measurements, to plan with before there are own ones.
+"""Named populations of clients, whose latencies follow published measurements; for planning without measured times.
 
-A healthy client takes about a second a round (a second and three quarters, serverless), the rest follows the facts that
+A healthy client takes about one second a round (1.75 seconds for serverless). The rest follows the measurements that
 each function names.
 """
 
@@ -33,16 +33,18 @@ __all__ = ["POPULATIONS", "named", "phones", "serverless", "virtual_machines"]
 # 0.15, ..., 0.95.
 _PHONE_SCORES = (218, 311, 568, 1142, 1445, 1636, 1926, 2154, 3062, 3691)
 _MEDIAN_SCORE = 1548
-# Seconds for a megabyte down and one up over the 19 measured links of the same source: the same quantiles.
+# Seconds for one megabyte in each direction over the 19 network links measured by the same source, at the same
+# quantiles.
 _LINK_SECONDS = (0.250, 0.300, 0.361, 0.469, 0.510, 0.535, 0.578, 0.655, 0.747, 1.752)
 
 
 def serverless() -> Latency:
-    """256 serverless workers called once a round, 208,640 times: a common heavy tail, nearly without memory.
+    """Returns the latency of 256 serverless workers, measured over 208,640 calls, one a worker and round.
 
-    0.639 + 1.127 x load seconds at the median; around the round's median p95 is 1.25x, p99 1.68x, p99.9 16x, the
-    largest 42x; 0.19 % of the calls are above 10x. How far the fastest are below the median was not published: taken
-    as the mirror image of the centre (0.8x).
+    The distribution is the same for all workers, has a heavy tail, and is almost memoryless. The median is
+    0.639 + 1.127 x load seconds. Relative to the median of the round, the 95th percentile is 1.25x, the 99th is 1.68x,
+    the 99.9th is 16x, and the maximum is 42x; 0.19 % of the calls are above 10x. The fastest calls were not published,
+    and are assumed to take 0.8x, as if the centre were symmetric.
     """
     law = from_quantiles(
         [0.0, 0.5, 0.95, 0.99, 0.9981, 0.999, 1 - 1 / 208640],
@@ -53,10 +55,11 @@ def serverless() -> Latency:
 
 
 def virtual_machines(compute: float = 0.8) -> Latency:
-    """10 to 15 virtual machines: one is 10 to 12 times slower for tens of rounds, then another.
+    """Returns the latency of 10 to 15 virtual machines, of which one at a time is slow for tens of rounds.
 
-    Base rate 5 % (2 to 9 % were measured), a slow round is followed by a slow one with probability 0.95 (0.74 to 1.0),
-    11 times slower; lognormal jitter 0.1 besides. A law's tick is half a round.
+    A slow machine takes 11 times as long (10 to 12 were measured). The share of slow rounds is 5 % (2 to 9 % were
+    measured), and a slow round is followed by another one with probability 0.95 (0.74 to 1.0). In addition, there is
+    lognormal jitter with sigma 0.1. A tick of the law is half a round.
     """
     stay, share = 0.95, 0.05
     leave = 1 - stay**0.5
@@ -64,12 +67,12 @@ def virtual_machines(compute: float = 0.8) -> Latency:
 
 
 def phones(compute: float = 0.8, *, scores: ArrayLike | None = None, links: ArrayLike | None = None) -> Latency:
-    """Phones: compute as slow as the device's benchmark score says, for good, and a measured link, for good.
+    """Returns the latency of phones, each of which permanently has a measured CPU speed and network link.
 
     Args:
-        compute: Share of a median phone's second that is compute.
+        compute: Fraction of a median phone's second that is compute.
         scores: CPU scores of devices, shape (devices,); by default quantiles of 333 phones.
-        links: Seconds for a megabyte down and one up, shape (links,); by default quantiles of 19.
+        links: Seconds for one megabyte in each direction, shape (links,); by default quantiles of 19 links.
     """
     table = np.asarray(_PHONE_SCORES if scores is None else scores, dtype=np.float64)
     if not table.size or not (np.isfinite(table) & (table > 0)).all():
@@ -79,7 +82,7 @@ def phones(compute: float = 0.8, *, scores: ArrayLike | None = None, links: Arra
     speed = device_classes(compute * middle / table, name="phones") if compute else 0.0
     link = device_classes(
         np.asarray(_LINK_SECONDS if links is None else links, float) / 2, name="links"
-    )  # of one megabyte, either way
+    )  # halved, since a table entry covers a megabyte in both directions
     return Latency(fixed=1 - compute, compute=speed, transfer=link, slowdown=lognormal(1.0, 0.1))
 
 
@@ -93,7 +96,7 @@ def _check_share(compute: float) -> None:
         raise InvalidSetting(f"compute={compute}: the share of a second that is compute must lie in 0..1.")
 
 
-#: name -> (share of compute) -> Latency. Serverless workers have their own split.
+#: Name -> function from the fraction of compute to a Latency. Serverless workers have a measured fraction.
 POPULATIONS: dict[str, Callable[[float], Latency]] = {
     "none": lambda compute: _split(constant(1.0), compute),
     "lognormal": lambda compute: _split(lognormal(1.0, 0.3), compute),
@@ -108,14 +111,14 @@ POPULATIONS: dict[str, Callable[[float], Latency]] = {
 
 
 def named(name: str, compute: float = 0.8) -> Latency:
-    """The population of that name.
+    """Returns the latency of a named population.
 
     Args:
         name: One of `POPULATIONS`.
-        compute: Share of a healthy client's second that grows with the number of shards.
+        compute: Fraction of a healthy client's second that grows with the number of shards.
 
     Raises:
-        InvalidSetting: Naming those that there are.
+        InvalidSetting: There is no such population. The message lists them.
     """
     if name not in POPULATIONS:
         raise InvalidSetting(f"There is no law {name!r}; choose one of {', '.join(POPULATIONS)}, or give a file.")

@@ -1,4 +1,4 @@
-"""Measured times: reading them, replaying them as a law, and fitting a law to them."""
+"""Reads measured times, replays them as a law, and fits laws to them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,19 @@ from .laws import Law, Marginal, bimodal, bursty, lognormal, pareto, shifted_exp
 
 __all__ = ["Fit", "checked_times", "fit", "read_table", "read_trace", "replay", "trace"]
 
-#: A time this many times the median counts as a slow spell.
+#: A time above this multiple of the median counts as slow.
 _SLOW = 3.0
 
 
 def trace(times: ArrayLike, *, name: str = "trace") -> Law:
-    """Measured times, shape (ticks, workers) or (ticks,).
+    """Returns a law that takes measured times in order, or draws among them.
 
-    Worker i walks down column i modulo the number of columns, from the top again at the end; with one column,
-    each worker draws a time at random.
+    With several columns, worker i takes the times of column i (modulo the number of columns) in order, and starts over
+    at the end. With one column, each worker draws a time at random.
+
+    Args:
+        times: Seconds, shape (ticks, workers) or (ticks,).
+        name: Name for people.
     """
     table = checked_times(times)
     ticks, workers = table.shape
@@ -41,9 +45,13 @@ def trace(times: ArrayLike, *, name: str = "trace") -> Law:
 
 
 def replay(times: ArrayLike, *, name: str = "replay") -> Law:
-    """Measured times of rounds, shape (rounds, workers): round t takes row t - 1, from the top again at the end.
+    """Returns a law that replays the measured times of rounds: round t takes row t - 1, and starts over at the end.
 
-    A law's tick is half a round: evaluation in a round takes the same row.
+    A tick of a law is half a round, so evaluation in a round takes the same row.
+
+    Args:
+        times: Seconds, shape (rounds, workers) or (rounds,).
+        name: Name for people.
     """
     table = checked_times(times)
     rounds, workers = table.shape
@@ -51,10 +59,10 @@ def replay(times: ArrayLike, *, name: str = "replay") -> Law:
 
 
 def checked_times(times: ArrayLike) -> NDArray[np.float64]:
-    """Times as a table of shape (ticks, workers).
+    """Returns the times as a float64 table, shape (ticks, workers).
 
     Raises:
-        InvalidSetting: Another shape, nothing, no numbers, or a time that is negative or not finite.
+        InvalidSetting: The table is empty or has another shape, or an entry is not a finite number of at least 0.
     """
     try:
         table = np.array(times, dtype=np.float64)
@@ -71,7 +79,15 @@ def checked_times(times: ArrayLike) -> NDArray[np.float64]:
 
 
 def read_trace(path: str | Path, *, key: str | None = None) -> NDArray[np.float64]:
-    """Times in seconds from a .csv (one column a worker, optional header line) or .npz file (array `key`)."""
+    """Returns the times in a file, in seconds, shape (ticks, workers) or as stored.
+
+    Args:
+        path: A .csv file with one column a worker and an optional header line, or a .npz file.
+        key: Name of the array in a .npz file; may be None if there is only one.
+
+    Raises:
+        InvalidSetting: The file does not exist or cannot be read.
+    """
     file = Path(path)
     if not file.is_file():
         raise InvalidSetting(f"There is no trace file {str(path)!r}.")
@@ -91,10 +107,10 @@ def read_trace(path: str | Path, *, key: str | None = None) -> NDArray[np.float6
 
 
 def read_table(path: str | Path) -> tuple[list[str], list[list[str]]]:
-    """Header (empty if the first line is numbers) and rows of a .csv file.
+    """Returns the header of a .csv file, which is empty if the first line has numbers, and its rows.
 
     Raises:
-        InvalidSetting: No such file, another kind of file, or no rows.
+        InvalidSetting: The file does not exist, is of another kind, or has no rows.
     """
     file = Path(path)
     if not file.is_file():
@@ -116,7 +132,7 @@ def read_table(path: str | Path) -> tuple[list[str], list[list[str]]]:
 
 def _array_of(file: Path, key: str | None) -> NDArray[np.float64]:
     try:
-        with file.open("rb") as raw:  # which NumPy leaves open where the file is broken
+        with file.open("rb") as raw:  # opened here, because NumPy does not close a file that is damaged
             loaded = np.load(raw)
             if not isinstance(loaded, np.lib.npyio.NpzFile):
                 raise ValueError("it is a single array")
@@ -137,10 +153,10 @@ class Fit:
     """A law that was fitted to times.
 
     Attributes:
-        law: Ready to draw from.
-        code: The Python expression that makes it.
-        distance: Kolmogorov-Smirnov distance to the times, 0 (equal) to 1.
-        aic: Akaike's criterion, smaller is better; comparable over one trace only.
+        law: The fitted law.
+        code: Python expression that makes the law.
+        distance: Kolmogorov-Smirnov distance to the times, from 0 (equal) to 1.
+        aic: Akaike's information criterion. Smaller is better, and values are comparable for the same times only.
     """
 
     law: Law
@@ -150,14 +166,17 @@ class Fit:
 
 
 def fit(times: ArrayLike) -> list[Fit]:
-    """Laws fitted to times by maximum likelihood, best (smallest AIC) first.
+    """Returns laws that are fitted to times by maximum likelihood, best (smallest AIC) first.
 
-    Shifted exponential, lognormal, Pareto, and two speeds with jitter; the two speeds become `bursty` where a table
-    (ticks, workers) shows that slow spells last (a slow tick is followed by a slow one more than twice as often as by
-    chance). Shape (ticks, workers) or (ticks,).
+    The laws are shifted exponential, lognormal, Pareto, and two speeds with jitter. The law of two speeds is `bursty`
+    if the table shows that slow periods last, which means that a slow tick is followed by a slow one more than twice as
+    often as by chance. Otherwise it is `bimodal`.
+
+    Args:
+        times: Seconds, shape (ticks, workers) or (ticks,).
 
     Raises:
-        InvalidSetting: Fewer than 8 times, or one that is not greater than 0.
+        InvalidSetting: There are fewer than 8 times, a time is not greater than 0, or all times are equal.
     """
     table = checked_times(times)
     x = table.ravel()
@@ -193,7 +212,7 @@ def fit(times: ArrayLike) -> list[Fit]:
         ),
     ]
     two = _two_speeds(table)
-    return sorted(fits if two is None else [*fits, two], key=lambda one: one.aic)
+    return sorted(fits if two is None else [*fits, two], key=lambda candidate: candidate.aic)
 
 
 def _two_speeds(table: NDArray[np.float64]) -> Fit | None:
@@ -211,8 +230,8 @@ def _two_speeds(table: NDArray[np.float64]) -> Fit | None:
     distance, aic = _quality(x, density, np.asarray(cdf), 4)
     after = slow[1:][slow[:-1]]
     if table.shape[1] > 1 and len(after) >= 5 and after.mean() > 2 * share:
-        # A law's tick is half a round. What lasts of an excess over the share, from one tick to the next, squared is
-        # what lasts over a round: the second eigenvalue of the chain.
+        # A tick of the law is half a round. The second eigenvalue of the chain over one tick, squared, must give that
+        # over a round, which is (stay - share) / (1 - share).
         stay = float(min(after.mean(), 1 - 0.5 / len(after)))
         lasts = math.sqrt((stay - share) / (1 - share))
         leave, enter = (1 - share) * (1 - lasts), share * (1 - lasts)
