@@ -1,4 +1,4 @@
-"""Blocks of matrices: cut, combined, multiplied and put together again at memory speed."""
+"""Splits matrices into blocks, and combines, multiplies and joins the blocks efficiently."""
 
 from __future__ import annotations
 
@@ -16,18 +16,24 @@ from ..errors import InvalidCode, Overflow
 __all__ = ["as_operand", "check_range", "combine_blocks", "join", "multiply", "split"]
 
 _HALF = (P - 1) // 2
-# Inner dimension that is multiplied at once over the field: sums stay exact in float64.
+# Largest inner dimension that is multiplied at once over the field, so that sums stay exact in float64.
 _INNER = 1 << 19
-# Numbers of the answers that are combined at once, and multiply-adds of one call of BLAS: above these OpenBLAS starts
-# threads, which for such small products wait for each other.
+# Number of entries that are combined at once, and number of multiply-adds in one call of BLAS. With more of them,
+# OpenBLAS starts threads, which wait for each other in such small products.
 _CACHED, _ONE_THREAD = 1 << 17, 1 << 17
-# Numbers from which a second thread of ours pays for its start.
+# Number of entries from which a second Python thread pays off.
 _WORTH_THREADS = 1 << 22
 _MAX_THREADS = 4
 
 
 def as_operand(values: ArrayLike, name: str) -> NDArray[Any]:
-    """A matrix of finite real numbers that is not empty; a vector becomes a column, except as A."""
+    """Returns the values as a matrix, after checking that they are finite real numbers and not empty.
+
+    A vector becomes a column, except as A, where it is refused.
+
+    Raises:
+        InvalidCode: The shape, the dtype or an entry is not allowed.
+    """
     array = np.asarray(values)
     if array.ndim != 2 and (array.ndim != 1 or name == "A"):
         needed = "(rows, inner)" if name == "A" else "(inner, columns) or (inner,)"
@@ -42,10 +48,10 @@ def as_operand(values: ArrayLike, name: str) -> NDArray[Any]:
 
 
 def check_range(a: NDArray[Any], b: NDArray[Any]) -> None:
-    """Every entry of `a @ b` fits the field: by Cauchy-Schwarz, the longest row times the longest column.
+    """Check that every entry of `a @ b` fits the field, by the longest row times the longest column (Cauchy-Schwarz).
 
     Raises:
-        Overflow: It might not.
+        Overflow: An entry might not fit.
     """
     row = float(np.sqrt(np.einsum("ij,ij->i", a, a, dtype=np.float64).max()))
     column = float(np.sqrt(np.einsum("ij,ij->j", b, b, dtype=np.float64).max()))
@@ -58,7 +64,7 @@ def check_range(a: NDArray[Any], b: NDArray[Any]) -> None:
 
 
 def split(a: NDArray[Any], rows: int, columns: int) -> NDArray[Any]:
-    """A matrix in rows x columns blocks of equal size, filled up with zeros; shape (rows * columns, height, width)."""
+    """Returns a matrix split into blocks of equal size, shape (rows * columns, height, width), padded with zeros."""
     height, width = -(-a.shape[0] // rows), -(-a.shape[1] // columns)
     if a.shape != (height * rows, width * columns):
         padded = np.zeros((height * rows, width * columns), a.dtype)
@@ -69,9 +75,10 @@ def split(a: NDArray[Any], rows: int, columns: int) -> NDArray[Any]:
 
 
 def combine_blocks(coefficients: NDArray[Any], blocks: NDArray[Any]) -> NDArray[Any]:
-    """`sum_t coefficients[i, t] blocks[t]` for every i; a single block with coefficient 1 throughout is not copied.
+    """Returns `sum_t coefficients[i, t] blocks[t]` for every i, shape (len(coefficients), height, width).
 
-    Integer coefficients are modulo the field's prime; the result is then uint32.
+    Integer coefficients are taken modulo the field's prime, and the result is then uint32. If there is a single block
+    and all coefficients are 1, the block is not copied.
     """
     count, (_, *shape) = len(coefficients), blocks.shape
     flat = blocks.reshape(len(blocks), -1)
@@ -86,9 +93,9 @@ def combine_blocks(coefficients: NDArray[Any], blocks: NDArray[Any]) -> NDArray[
 
 
 def multiply(left: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
-    """`left @ right`; uint32 blocks are multiplied modulo the field's prime, exactly."""
+    """Returns `left @ right`; uint32 blocks are multiplied exactly, modulo the field's prime."""
     if left.dtype != np.uint32:
-        with np.errstate(over="ignore", invalid="ignore"):  # whoever uses the answer looks whether it is finite
+        with np.errstate(over="ignore", invalid="ignore"):  # the server checks whether an answer is finite
             return np.asarray(left @ right)
     total = np.zeros((left.shape[0], right.shape[1]), np.int64)
     for start in range(0, left.shape[1], _INNER):
@@ -98,10 +105,17 @@ def multiply(left: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
 
 
 def join(answers: Sequence[NDArray[Any]], coefficients: NDArray[Any]) -> NDArray[Any]:
-    """Blocks `C_cl = sum_t coefficients[t, c, l] answers[t]` put together: shape (p * height, q * width).
+    """Returns the product joined from blocks `C_cl = sum_t coefficients[t, c, l] answers[t]`.
 
-    Complex coefficients belong to real products: the real part is taken. Over the field the numbers are lifted to
-    their signed form, int64.
+    With complex coefficients, the product is real, and the real part is returned. Over the field, the result is int64
+    with signs.
+
+    Args:
+        answers: The answers, each of shape (height, width).
+        coefficients: The decoding coefficients, shape (len(answers), p, q).
+
+    Returns:
+        The product, shape (p * height, q * width).
     """
     count, p, q = coefficients.shape
     height, width = answers[0].shape
@@ -110,7 +124,7 @@ def join(answers: Sequence[NDArray[Any]], coefficients: NDArray[Any]) -> NDArray
         blocks = lift_mod(flat).reshape(p, q, height, width)
         return np.ascontiguousarray(blocks.transpose(0, 2, 1, 3)).reshape(p * height, q * width)
     if coefficients.dtype.kind == "c":
-        # Re(a y) = Re a Re y - Im a Im y: the real and the imaginary parts are answers of their own.
+        # Re(a y) = Re a Re y - Im a Im y, so the real and the imaginary parts are combined as separate answers.
         parts = [part for x in answers for part in (x.real, x.imag)]
         signed = np.stack([coefficients.real, -coefficients.imag], axis=1)
         return join(parts, signed.reshape(2 * count, p, q))
@@ -127,7 +141,7 @@ def join(answers: Sequence[NDArray[Any]], coefficients: NDArray[Any]) -> NDArray
     def work(mine: Sequence[tuple[int, int]]) -> None:
         size = -(-down * across // piece) * piece
         gathered, combined = np.zeros((count, size), dtype), np.empty((p * q, size), dtype)
-        # One call of BLAS for each piece: the same numbers, seen as a stack of narrow matrices.
+        # Views as stacks of narrow matrices, so that BLAS is called once for each piece.
         stack = gathered.reshape(count, -1, piece).transpose(1, 0, 2)
         result = combined.reshape(p * q, -1, piece).transpose(1, 0, 2)
         with np.errstate(over="ignore", invalid="ignore"):

@@ -1,4 +1,4 @@
-"""The client half of coded products: one function that answers their query messages."""
+"""The client half of coded products, a function that answers their query messages."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _KEPT = "fl-gradcode.matrix."
 
 
 def coded_matmul_worker(message: Message, context: Context) -> Message:
-    """Answer a query of `coded_matmul` or `CodedMatrix`: multiply two coded blocks.
+    """Answers a query of `coded_matmul` or `CodedMatrix` by multiplying two coded blocks.
 
-    Register it in the ClientApp, beside whatever else the app does:
+    Register the function in the ClientApp, which may have other functions too:
 
         app = ClientApp()
         app.query("matmul")(coded_matmul_worker)
 
-    The node sees one combination of blocks of each matrix (which is no protection: whoever knows some of the blocks
-    learns about the others). A block that is placed is kept in `context.state` until it is released; a node that was
-    restarted has lost it, says so, and is sent it again.
+    The node sees one combination of blocks of each matrix. This does not protect the data, because a node that knows
+    some of the blocks learns about the others. A placed block is kept in `context.state` until it is released. A node
+    that was restarted has lost its block; it reports this, and the server sends the block again.
 
     Raises:
-        UnsuitableApp: The message is no such query. Flower sends it to the server as an error reply.
+        UnsuitableApp: The message is not such a query. Flower sends the error to the server as an error reply.
     """
     task = Task.find_in(message.content) if message.has_content() else None
     if task is None:
@@ -42,7 +42,7 @@ def coded_matmul_worker(message: Message, context: Context) -> Message:
     right = block(message.content, "right")
     if left is None:
         held = context.state.get(name)
-        # Under another worker's number it is another block: the node had that place before.
+        # A block under another worker number is not the wanted one; the node was that worker before.
         left = held.get(str(task.worker)) if isinstance(held, ArrayRecord) else None
         if left is None:
             return _answer(message, task, "missing", kept=False)

@@ -1,13 +1,13 @@
-"""Codes for products A @ B: any k of n answers determine it. Constructors of `ProductCode`.
+"""The constructors of `ProductCode`: codes for products A @ B that any k of n answers determine.
 
-The papers multiply A^T B; here it is A @ B, so that A's column blocks there are row blocks here.
+The papers multiply A^T B. Here the product is A @ B, so that the papers' column blocks of A are row blocks.
 
-| code | A in | B in | k | a worker computes |
+| code | A in | B in | k | work of a worker |
 |---|---|---|---|---|
-| `mds_product(n, k)` | k x 1 | whole | k | a k-th |
-| `polynomial(n, p, q)` | p x 1 | 1 x q | p q | a (p q)-th |
-| `matdot(n, m)` | 1 x m | m x 1 | 2 m - 1 | an m-th; answers as large as the product |
-| `entangled(n, p, m, q)` | p x m | m x q | p m q + m - 1 | a (p m q)-th |
+| `mds_product(n, k)` | k x 1 | whole | k | 1 / k |
+| `polynomial(n, p, q)` | p x 1 | 1 x q | p q | 1 / (p q) |
+| `matdot(n, m)` | 1 x m | m x 1 | 2 m - 1 | 1 / m; answers as large as the product |
+| `entangled(n, p, m, q)` | p x m | m x q | p m q + m - 1 | 1 / (p m q) |
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ _Numbers = Reals | PrimeField
 
 
 def uncoded_product(p: int, q: int = 1, *, numbers: _Numbers = REALS) -> ProductCode:
-    """No code: each of p q workers has one block of the product, and all are waited for."""
+    """Returns the trivial code, in which each of p q workers computes one block of the product and all are needed.
+
+    Args:
+        p: Number of row blocks of A.
+        q: Number of column blocks of B.
+        numbers: `REALS`, or a `PrimeField`.
+    """
     p, q = check_count(p, "p"), check_count(q, "q")
     dtype = np.int64 if isinstance(numbers, PrimeField) else np.float64
     one = np.eye(p * q, dtype=dtype).reshape(p * q, p, q)
@@ -40,13 +46,14 @@ def uncoded_product(p: int, q: int = 1, *, numbers: _Numbers = REALS) -> Product
 def mds_product(
     n: int, k: int, *, basis: str = "auto", numbers: _Numbers = REALS, rng: np.random.Generator | None = None
 ) -> ProductCode:
-    """A in k row blocks, coded into n; B, a matrix or a vector, goes to every worker as it is.
+    """Returns an MDS code, in which A is split into k row blocks, and every worker gets all of B.
 
     Args:
-        n, k: Workers, and answers that decode.
+        n: Number of workers.
+        k: Number of answers that decode.
         basis: "random" (orthonormal columns, the default), "chebyshev", "roots" or "integers".
         numbers: `REALS`, or a `PrimeField`, over which the nodes are 1..n and nothing is rounded.
-        rng: Of the random basis; by default seeded with 0.
+        rng: Draws the random basis; seeded with 0 by default.
 
     References:
         Lee, Lam, Pedarsani, Papailiopoulos, Ramchandran, "Speeding up distributed machine learning using codes", 2018.
@@ -57,19 +64,21 @@ def mds_product(
 def polynomial(
     n: int, p: int, q: int, *, basis: str = "auto", numbers: _Numbers = REALS, rng: np.random.Generator | None = None
 ) -> ProductCode:
-    """A in p row blocks and B in q column blocks, each coded; any p q answers decode.
+    """Returns a polynomial code, which splits A into p row blocks and B into q column blocks; any p q answers decode.
 
     Args:
-        n: Workers, at least p q.
-        p, q: Row blocks of A, column blocks of B.
-        basis: "random" (the default: rows g_i (x) h_i of random Khatri-Rao factors), "chebyshev", "roots" or
+        n: Number of workers, at least p q.
+        p: Number of row blocks of A.
+        q: Number of column blocks of B.
+        basis: "random" (the default, with rows g_i (x) h_i of random Khatri-Rao factors), "chebyshev", "roots" or
             "integers" (the original).
         numbers: `REALS`, or a `PrimeField`.
-        rng: Of the random basis; by default seeded with 0.
+        rng: Draws the random basis; seeded with 0 by default.
 
     References:
-        Yu, Maddah-Ali, Avestimehr, "Polynomial codes", 2017; Subramaniam et al. 2019 for the random basis (our factors
-        have orthonormal columns, and rows scaled to length 1; the best conditioned of five draws is taken).
+        Yu, Maddah-Ali, Avestimehr, "Polynomial codes", 2017; Subramaniam et al. 2019 for the random basis. Deviation:
+        our factors have orthonormal columns and rows scaled to length 1, and the best conditioned of five draws is
+        used.
     """
     return _polynomial("polynomial", n, check_count(p, "p"), check_count(q, "q"), basis, numbers, rng)
 
@@ -101,13 +110,15 @@ def _polynomial(
 
 
 def matdot(n: int, m: int, *, basis: str = "auto", numbers: _Numbers = REALS) -> ProductCode:
-    """A in m column blocks and B in m row blocks; any 2 m - 1 answers decode, each as large as the product.
+    """Returns a MatDot code, which splits A into m column blocks and B into m row blocks; any 2 m - 1 answers decode.
+
+    Each answer is as large as the product.
 
     Args:
-        n: Workers, at least 2 m - 1.
-        m: Blocks along the inner dimension.
-        basis: "chebyshev" (orthogonal MatDot, real) where it is sound, else "roots" (complex): "auto" looks. "integers"
-            is the original.
+        n: Number of workers, at least 2 m - 1.
+        m: Number of blocks along the inner dimension.
+        basis: "chebyshev" (orthogonal MatDot, real), "roots" (complex) or "integers" (the original). "auto" chooses
+            "chebyshev" if it is well-conditioned, else "roots".
         numbers: `REALS`, or a `PrimeField`.
 
     References:
@@ -119,7 +130,8 @@ def matdot(n: int, m: int, *, basis: str = "auto", numbers: _Numbers = REALS) ->
     j = np.arange(m)
 
     def chebyshev() -> Evaluation:
-        # Orthonormal polynomials o_0 = 1, o_j = sqrt(2) T_j: of all o_j o_l only those with j = l hold T_0, once.
+        # For the orthonormal polynomials o_0 = 1, o_j = sqrt(2) T_j, a product o_j o_l contains T_0 only if j = l, and
+        # then with coefficient 1.
         angle = np.arccos(nodes("chebyshev", n))[:, None]
         values = np.cos(angle * j) * np.where(j, np.sqrt(2), 1.0)
         return Evaluation(
@@ -135,15 +147,17 @@ def matdot(n: int, m: int, *, basis: str = "auto", numbers: _Numbers = REALS) ->
 
 
 def entangled(n: int, p: int, m: int, q: int, *, basis: str = "auto", numbers: _Numbers = REALS) -> ProductCode:
-    """A in p x m blocks and B in m x q; any p m q + m - 1 answers decode.
+    """Returns an entangled polynomial code, which splits A into p x m and B into m x q blocks.
 
-    With m = 1 it is the polynomial code, with p = q = 1 MatDot.
+    Any p m q + m - 1 answers decode. With m = 1 it is the polynomial code, and with p = q = 1 the MatDot code.
 
     Args:
-        n: Workers, at least p m q + m - 1.
-        p, m, q: Blocks along the rows of A, the inner dimension, and the columns of B.
-        basis: "chebyshev" (monomials at Chebyshev nodes, real) where it is sound, else "roots" (complex): "auto" looks.
-            "integers" is the original.
+        n: Number of workers, at least p m q + m - 1.
+        p: Number of blocks along the rows of A.
+        m: Number of blocks along the inner dimension.
+        q: Number of blocks along the columns of B.
+        basis: "chebyshev" (monomials at Chebyshev nodes, real), "roots" (complex) or "integers" (the original). "auto"
+            chooses "chebyshev" if it is well-conditioned, else "roots".
         numbers: `REALS`, or a `PrimeField`.
 
     References:
@@ -172,7 +186,7 @@ def _make(
     order: tuple[str, ...],
     numbers: _Numbers,
 ) -> ProductCode:
-    """The code in the basis asked for, or in the sound one; over a field the integers 1..n lose nothing."""
+    """Returns the code in the given basis; "auto" chooses a well-conditioned one, or the integers over a field."""
     if isinstance(numbers, PrimeField):
         if basis not in ("auto", "integers"):
             raise InvalidCode(f"basis={basis!r}: over a prime field the nodes are the integers; leave basis out.")
@@ -186,7 +200,10 @@ def _make(
 
 
 def _factor(rng: np.random.Generator, n: int, p: int) -> NDArray[np.float64]:
-    """Random coefficients of p blocks, shape (n, p): Haar columns, then rows of length 1; all ones if p = 1."""
+    """Returns random coefficients of p blocks, shape (n, p): orthonormal columns with rows scaled to length 1.
+
+    For p = 1, all coefficients are 1.
+    """
     if p == 1:
         return np.ones((n, 1))
     q = np.linalg.qr(rng.standard_normal((n, p)))[0]

@@ -1,4 +1,4 @@
-"""A coded matrix product as one immutable value: how blocks are encoded, and which answers give the product."""
+"""The product code, an immutable value that encodes blocks of matrices and decodes their product from answers."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from .blocks import as_operand, check_range, combine_blocks, join, multiply, spl
 
 __all__ = ["ConditionWarning", "Evaluation", "ProductCode", "best_draw", "choose", "nodes", "powers", "worst_condition"]
 
-#: A real basis up to this worst condition number is preferred to complex numbers, which are four times the work.
+#: A real basis up to this worst condition number is preferred to complex numbers, which take four times the work.
 _SOUND = 1e6
-#: Decoding beyond it leaves less than half of the digits of a float64.
+#: Decoding with a larger condition number keeps less than half of the digits of a float64.
 _WARN = 1e8
-_SETS = 64  # of answers, drawn to judge a basis by
+_SETS = 64  # number of random sets of answers by which a basis is judged
 _TRIES = 5
-_BUDGET = 200 * 100**3  # of all singular value decompositions, in cubes of k
+_BUDGET = 200 * 100**3  # limit of k^3 times the number of singular value decompositions
 
 
 class ConditionWarning(UserWarning):
-    """A code whose decoding loses many digits; the message names a better choice."""
+    """Warns that decoding with a code loses many digits; the message names a better choice."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What makes a product code: coefficients of A's blocks and of B's, and the matrix that answers are decoded by.
+    """The coefficients of a product code, and the matrix by which its answers are decoded.
 
     Attributes:
         left: Coefficients of A's p x m blocks, shape (n, p, m).
         right: Coefficients of B's m x q blocks, shape (n, m, q).
-        D: Answer i is `sum_t D[i, t] Z_t`, shape (n, k).
-        wanted: Which Z_t is which block of the product, shape (p, q).
+        D: Decoding matrix, shape (n, k); answer i is `sum_t D[i, t] Z_t` with unknown matrices Z_t.
+        wanted: For each block of the product, the index t of the Z_t that equals it, shape (p, q).
     """
 
     left: NDArray[Any]
@@ -48,7 +48,11 @@ class Evaluation:
 
 
 def nodes(basis: str, n: int) -> NDArray[Any]:
-    """Where worker i evaluates: Chebyshev nodes, the n-th roots of unity, or 1..n ("integers": as floats; "field")."""
+    """Returns the points at which the workers evaluate, shape (n,).
+
+    They are Chebyshev nodes ("chebyshev"), the n-th roots of unity ("roots"), or 1..n as floats ("integers") or as
+    integers ("field").
+    """
     i = np.arange(n)
     if basis == "chebyshev":
         return np.asarray(np.cos((2 * i + 1) * np.pi / (2 * n)))
@@ -58,20 +62,20 @@ def nodes(basis: str, n: int) -> NDArray[Any]:
 
 
 def powers(x: NDArray[Any], exponents: NDArray[np.int64]) -> NDArray[Any]:
-    """`x_i ** e`, shape (n, *exponents.shape); whole numbers modulo the field's prime."""
+    """Returns `x_i ** e`, shape (n, *exponents.shape); whole numbers are taken modulo the field's prime."""
     if x.dtype.kind == "i":
-        table = [[pow(int(one), int(e), P) for e in exponents.ravel()] for one in x]
+        table = [[pow(int(point), int(e), P) for e in exponents.ravel()] for point in x]
         return np.array(table, np.int64).reshape(len(x), *exponents.shape)
-    with np.errstate(over="ignore", invalid="ignore"):  # integer nodes: the condition number tells
+    with np.errstate(over="ignore", invalid="ignore"):  # an overflow shows in the condition number
         return np.asarray(x.reshape(-1, *[1] * exponents.ndim) ** exponents)
 
 
 def worst_condition(
     D: NDArray[Any], *, sets: int = _SETS, rng: np.random.Generator | None = None
 ) -> tuple[float, NDArray[np.int64]]:
-    """The largest condition number of k rows of D among `sets` drawn at random and up to as many consecutive ones.
+    """Returns the largest condition number found among sets of k rows of D, and the rows of that set.
 
-    Also returns the rows. It is a sample: a worse set may exist.
+    The sets are a sample of `sets` random ones and up to as many of consecutive rows, so a worse set may exist.
     """
     n, k = D.shape
     rng = np.random.default_rng(0) if rng is None else rng
@@ -79,44 +83,49 @@ def worst_condition(
     drawn = np.argsort(rng.random((count, n)), axis=1)[:, :k]
     starts = np.linspace(0, n, min(count, n), endpoint=False).astype(int)
     tried = np.concatenate([drawn, (starts[:, None] + np.arange(k)) % n])
-    # A few at a time: a hundred 100 x 100 matrices are 8 MB.
     if not np.isfinite(D).all():
         return float("inf"), tried[0]
-    found = np.concatenate([condition(D[rows]) for rows in np.array_split(tried, -(-len(tried) // 100))])
-    found = np.nan_to_num(found, nan=np.inf, posinf=np.inf)
-    worst = int(np.argmax(found))
-    return float(found[worst]), tried[worst]
+    # A hundred sets at a time, to limit memory: a hundred 100 x 100 matrices take 8 MB.
+    numbers = np.concatenate([condition(D[rows]) for rows in np.array_split(tried, -(-len(tried) // 100))])
+    numbers = np.nan_to_num(numbers, nan=np.inf, posinf=np.inf)
+    worst = int(np.argmax(numbers))
+    return float(numbers[worst]), tried[worst]
 
 
 def best_draw(
     draw: Callable[[np.random.Generator], Evaluation], rng: np.random.Generator | None, tries: int = _TRIES
 ) -> Evaluation:
-    """The best conditioned of a few draws; without spare rows one draw is as good as another."""
+    """Returns the best conditioned of a few random evaluations."""
     rng = np.random.default_rng(0) if rng is None else rng
     drawn = [draw(rng) for _ in range(tries)]
-    return min(drawn, key=lambda one: worst_condition(one.D)[0])
+    return min(drawn, key=lambda evaluation: worst_condition(evaluation.D)[0])
 
 
 def choose(
     name: str, basis: str, candidates: Mapping[str, Callable[[], Evaluation]], order: Sequence[str]
 ) -> tuple[str, Evaluation]:
-    """The evaluation in that basis, with a warning if it is badly conditioned; "auto" tries `order`.
+    """Returns the name and the evaluation of a basis, with a warning if it is badly conditioned.
 
-    Of `order` the first whose worst sampled condition number is at most 1e6 is taken, else the best.
+    Args:
+        name: Name of the code's family, for messages.
+        basis: Name of a candidate. "auto" takes the first basis in `order` whose worst sampled condition number is at
+            most 1e6, or else the best of them.
+        candidates: Name -> function that makes the evaluation.
+        order: Bases that "auto" tries, in this order.
 
     Raises:
-        InvalidCode: There is no such basis for this code.
+        InvalidCode: The code has no such basis.
     """
     known = ["auto", *candidates]
     if basis not in known:
         raise InvalidCode(f"basis={basis!r}: {name} codes have {', '.join(map(repr, known))}.")
     judged: list[tuple[float, str, Evaluation]] = []
-    for one in order:
-        made = candidates[one]()
-        judged.append((worst_condition(made.D)[0], one, made))
+    for candidate in order:
+        made = candidates[candidate]()
+        judged.append((worst_condition(made.D)[0], candidate, made))
         if judged[-1][0] <= _SOUND:
             break
-    best, auto, evaluation = min(judged, key=lambda one: one[0])
+    best, auto, evaluation = min(judged, key=lambda entry: entry[0])
     if basis in ("auto", auto):
         if best > _WARN:
             n, k = evaluation.D.shape
@@ -142,14 +151,15 @@ def choose(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ProductCode:
-    """A code for products: n workers, of which any k answers decode.
+    """A code for matrix products on n workers, of which any k answers decode.
 
     Use a constructor (`polynomial`, `mds_product`, `matdot`, `entangled`, `uncoded_product`).
 
     Attributes:
-        name: The family, for people.
-        basis: In which polynomials are evaluated: "random", "chebyshev", "roots", "integers"; "units" if uncoded.
-        evaluation: Coefficients, and what decoding solves. `left` has shape (n, p, m), `right` (n, m, q), `D` (n, k).
+        name: Name of the code's family, for people.
+        basis: Basis in which polynomials are evaluated: "random", "chebyshev", "roots" or "integers"; "units" for an
+            uncoded product.
+        evaluation: The coefficients and the decoding matrix.
         numbers: `REALS`, or a `PrimeField`, over which nothing is rounded.
     """
 
@@ -183,40 +193,41 @@ class ProductCode:
 
     @property
     def k(self) -> int:
-        """Recovery threshold: any k answers decode, fewer never do."""
+        """Recovery threshold; any k answers decode, and fewer never do."""
         return int(self.evaluation.D.shape[1])
 
     @property
     def partition(self) -> tuple[int, int, int]:
-        """(p, m, q): A is cut into p x m blocks, B into m x q."""
+        """Numbers of blocks (p, m, q): A is split into p x m blocks, and B into m x q blocks."""
         _, p, m = self.evaluation.left.shape
         return int(p), int(m), int(self.evaluation.right.shape[2])
 
     @property
     def complex(self) -> bool:
-        """Whether workers compute with complex numbers: up to four times the work, and twice the bytes."""
+        """Whether workers compute with complex numbers, which take up to four times the work and twice the bytes."""
         return np.iscomplexobj(self.evaluation.left)
 
     @property
     def work(self) -> float:
-        """What a worker computes, as a share of the whole product."""
+        """Work of one worker, as a share of the whole product."""
         p, m, q = self.partition
         both = self.complex and bool(self.evaluation.right.imag.any())
         return (4 if both else 2 if self.complex else 1) / (p * m * q)
 
     def encode(self, A: ArrayLike, B: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Every worker's two blocks.
+        """Returns the two coded blocks of every worker.
 
         Args:
-            A: Shape (rows, inner); real numbers.
-            B: Shape (inner, columns), or (inner,).
+            A: Matrix of real numbers, shape (rows, inner).
+            B: Matrix or vector of real numbers, shape (inner, columns) or (inner,).
 
         Returns:
-            Shapes (n, ceil(rows / p), ceil(inner / m)) and (n, ceil(inner / m), ceil(columns / q)); blocks that do not
-            divide are filled up with zeros. float32 if both are, else float64, or complex; over a field uint32.
+            The coded blocks of A, shape (n, ceil(rows / p), ceil(inner / m)), and of B, shape
+            (n, ceil(inner / m), ceil(columns / q)), padded with zeros. They are float32 if A and B are, else float64,
+            or complex, or uint32 over a field.
 
         Raises:
-            InvalidCode: They are no matrices of finite real numbers that fit each other.
+            InvalidCode: A and B are not matrices of finite real numbers that fit each other.
             Overflow: Over a field, an entry of the product might not fit.
         """
         a, b = self.operands(A, B)
@@ -224,7 +235,12 @@ class ProductCode:
         return self.left_blocks(a, every), self.right_blocks(b, every)
 
     def operands(self, A: ArrayLike, B: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
-        """A and B as checked matrices of one dtype, over a field as whole numbers; B with two axes."""
+        """Returns A and B as checked matrices of the same dtype, as whole numbers over a field.
+
+        Raises:
+            InvalidCode: A and B are not matrices of finite real numbers that fit each other.
+            Overflow: Over a field, an entry of the product might not fit.
+        """
         a, b = self.operand(A, "A"), self.operand(B, "B")
         if a.dtype != b.dtype:
             a, b = a.astype(np.float64), b.astype(np.float64)
@@ -232,7 +248,7 @@ class ProductCode:
         return a, b
 
     def operand(self, values: ArrayLike, name: str) -> NDArray[Any]:
-        """A or B alone, as a matrix: float32 if it is, else float64; over a field int64, in fixed point."""
+        """Returns A or B as a checked matrix, in float32 or float64, or over a field as int64 in fixed point."""
         array = as_operand(values, name)
         if isinstance(self.numbers, PrimeField):
             array = array if array.dtype.kind != "f" else self.numbers.quantise(array)
@@ -240,29 +256,34 @@ class ProductCode:
         return as_float(array)
 
     def check_fit(self, a: NDArray[Any], b: NDArray[Any]) -> None:
-        """Whether the product of two operands exists, and fits the field."""
+        """Check that the product of two operands exists and fits the field.
+
+        Raises:
+            InvalidCode: The inner dimensions differ.
+            Overflow: Over a field, an entry of the product might not fit.
+        """
         if a.shape[1] != b.shape[0]:
             raise InvalidCode(f"A has {a.shape[1]} columns and B {b.shape[0]} rows; a product needs as many.")
         if isinstance(self.numbers, PrimeField):
             check_range(a, b)
 
     def left_blocks(self, a: NDArray[Any], workers: Iterable[int]) -> NDArray[Any]:
-        """These workers' combinations of A's blocks; `a` as `operands` gives it."""
+        """Returns these workers' combinations of A's blocks, for an operand `a` from `operands`."""
         p, m, _ = self.partition
         return combine_blocks(self.evaluation.left[list(workers)].reshape(-1, p * m), split(a, p, m))
 
     def right_blocks(self, b: NDArray[Any], workers: Iterable[int]) -> NDArray[Any]:
-        """These workers' combinations of B's blocks."""
+        """Returns these workers' combinations of B's blocks, for an operand `b` from `operands`."""
         _, m, q = self.partition
         return combine_blocks(self.evaluation.right[list(workers)].reshape(-1, m * q), split(b, m, q))
 
     @property
     def right_is_whole(self) -> bool:
-        """Whether every worker gets B as it is."""
+        """Whether every worker gets all of B, without coding."""
         return self.evaluation.right.shape[1:] == (1, 1) and bool((self.evaluation.right == 1).all())
 
     def answer_type(self, a: NDArray[Any], b: NDArray[Any]) -> tuple[tuple[int, int], np.dtype[Any]]:
-        """Shape and dtype of every worker's answer, for these operands."""
+        """Returns the shape and the dtype of every worker's answer for these operands."""
         p, _, q = self.partition
         dtype = np.dtype(np.uint32) if a.dtype.kind == "i" else a.dtype
         if self.complex:
@@ -270,21 +291,21 @@ class ProductCode:
         return (-(-a.shape[0] // p), -(-b.shape[1] // q)), dtype
 
     def multiply(self, left: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
-        """What a worker computes: the product of its two blocks, in the code's arithmetic."""
+        """Returns a worker's answer, the product of its two blocks in the code's arithmetic."""
         return multiply(left, right)
 
     def decodable(self, workers: Iterable[int]) -> bool:
-        """Whether the answers of these workers determine the product: k of them do."""
+        """Returns whether the answers of these workers determine the product, for which k of them are needed."""
         return len(check_workers(workers, self.n)) >= self.k
 
     def coefficients(self, workers: Iterable[int]) -> NDArray[Any]:
-        """How much of each answer is in each block of the product, shape (len(workers), p, q).
+        """Returns the decoding coefficients, shape (len(workers), p, q).
 
-        Of more than k answers the combination of least norm. Blocks of the product are
-        `C_cl = sum_t coefficients[t, c, l] answers[t]`.
+        The blocks of the product are `C_cl = sum_t coefficients[t, c, l] answers[t]`. For more than k answers, the
+        coefficients have the least norm.
 
         Raises:
-            NotDecodable: Fewer than k.
+            NotDecodable: There are fewer than k answers, or their rows are dependent.
         """
         rows = check_workers(workers, self.n)
         if len(rows) < self.k:
@@ -294,30 +315,33 @@ class ProductCode:
         target = np.zeros((self.k, p * q), D.dtype)
         target[self.evaluation.wanted.ravel(), np.arange(p * q)] = 1
         if D.dtype.kind == "i":
-            found = solve_mod(D.T, target)
+            solution = solve_mod(D.T, target)
         elif len(rows) > self.k:
-            found = lstsq(D.T, target)
+            solution = lstsq(D.T, target)
         else:
-            found = _solve(D.T, target)
-        if found is None:
+            solution = _solve(D.T, target)
+        if solution is None:
             raise NotDecodable(f"The answers of workers {rows} do not determine the product: their rows are dependent.")
-        return np.asarray(found).reshape(len(rows), p, q)
+        return np.asarray(solution).reshape(len(rows), p, q)
 
     def condition(self, workers: Iterable[int]) -> float:
-        """Condition number of what decoding from these answers solves; 1 over a field. Digits lost: its logarithm."""
+        """Returns the condition number of decoding from these answers; it is 1 over a field.
+
+        Its decimal logarithm is about the number of digits that decoding loses.
+        """
         rows = check_workers(workers, self.n)
         if len(rows) < self.k:
             return float("inf")
         return float(condition(self.evaluation.D[rows])) if isinstance(self.numbers, Reals) else 1.0
 
     def worst_condition(self, sets: int = 200, *, rng: np.random.Generator | None = None) -> float:
-        """The largest condition number among `sets` random sets of k answers, and up to as many consecutive ones."""
+        """Returns the largest condition number among `sets` random sets of k answers and as many consecutive ones."""
         return worst_condition(self.evaluation.D, sets=sets, rng=rng)[0] if isinstance(self.numbers, Reals) else 1.0
 
     def error_of(self, workers: Sequence[int], coefficients: NDArray[Any]) -> float:
-        """How far the decoded blocks are from the product's, recomputed from `left` and `right` alone.
+        """Returns the decoding error, computed from `left` and `right` alone.
 
-        The largest amount by which any `A_cj B_j'l` is in a block with another coefficient than it should be.
+        It is the largest error in the coefficient of any `A_cj B_j'l` in a block of the decoded product.
         """
         made = self.evaluation
         rows = list(workers)
@@ -325,15 +349,18 @@ class ProductCode:
         terms = (made.left[rows][:, :, :, None, None] * made.right[rows][:, None, None]).reshape(len(rows), -1)
         flat = coefficients.reshape(len(rows), -1).T
         if made.D.dtype.kind == "i":
-            found = lift_mod(matmul_mod(flat, terms % P))
+            decoded = lift_mod(matmul_mod(flat, terms % P))
         else:
-            found = flat @ terms
+            decoded = flat @ terms
         i, j = np.eye(p), np.eye(m)
         right = np.einsum("ac,jk,bl->abcjkl", i, j, np.eye(q)).reshape(p * q, -1)
-        return float(np.abs(found - right).max())
+        return float(np.abs(decoded - right).max())
 
     def fraction_bits(self, A: ArrayLike, B: ArrayLike) -> int:
-        """Of a decoded product in fixed point: the field's for each of A and B that holds floats; 0 over the reals."""
+        """Returns the number of fraction bits of the decoded product of A and B.
+
+        It is the field's number for each of A and B that contains floats, and 0 over the reals.
+        """
         if isinstance(self.numbers, Reals):
             return 0
         return self.numbers.fraction_bits * sum(np.asarray(x).dtype.kind == "f" for x in (A, B))
@@ -346,20 +373,21 @@ class ProductCode:
         shape: tuple[int, ...] | None = None,
         fraction_bits: int = 0,
     ) -> NDArray[Any]:
-        """The product, from any k answers or more.
+        """Returns the product, decoded from k or more answers.
 
         Args:
-            answers: One a worker, of equal shapes.
-            workers: Who sent them.
-            shape: Of the product, (rows, columns) or (rows,): cuts what was filled up.
-            fraction_bits: Over a field, of the product: see the method of that name.
+            answers: The answers, one a worker, of equal shapes.
+            workers: Workers that sent the answers, in the same order.
+            shape: Shape of the product, (rows, columns) or (rows,), to cut off the padding.
+            fraction_bits: Over a field, number of fraction bits of the product; see the method of that name.
 
         Returns:
-            float32 or float64, whichever the answers are; over a field int64, or float64 with fraction bits.
+            The product in the dtype of the answers (float32 or float64). Over a field it is int64, or float64 with
+            fraction bits.
 
         Raises:
-            NotDecodable: Fewer than k answers.
-            InvalidCode: Answers of different shapes, or one for which there is no worker.
+            NotDecodable: There are fewer than k answers.
+            InvalidCode: Answers have different shapes, or do not match the workers in number.
         """
         rows = check_workers(workers, self.n)
         if len(answers) != len(rows) or len({x.shape for x in answers}) > 1:
@@ -378,7 +406,10 @@ class ProductCode:
 
 
 def _solve(A: NDArray[Any], right: NDArray[Any]) -> NDArray[Any] | None:
-    """`A x = right`; None if A is singular to the last digit. The constructor has warned of what is nearly so."""
+    """Returns the solution of `A x = right`, or None if A is exactly singular.
+
+    There is no warning of a nearly singular A, since the constructor has warned already.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", linalg.LinAlgWarning)

@@ -1,7 +1,7 @@
-"""What travels for a coded product: query messages with a task and blocks, and answers.
+"""The messages of coded products: queries with a task and blocks, and their answers.
 
-Server to node: `fl-gradcode.product`, what to do, with the node's blocks of A and of B. Node to server: the same record
-with what came of it, and the product of the two blocks. Names are spelled here and nowhere else.
+The server sends a record `fl-gradcode.product` with the task, and the node's blocks of A and of B. The node sends a
+record of the same name with the outcome, and the product of the two blocks. All record names are defined here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..protocol import Cost, read_json, record_of
 
 __all__ = ["QUERY", "Answer", "Task", "block"]
 
-#: Action of the query: `app.query("matmul")(coded_matmul_worker)`.
+#: Name of the query's action, as in `app.query("matmul")(coded_matmul_worker)`.
 QUERY = "matmul"
 
 _RECORD = "fl-gradcode.product"
@@ -28,15 +28,15 @@ _OUTCOMES = ("product", "placed", "missing", "released")
 
 @dataclass(frozen=True)
 class Task:
-    """What a node is asked to do.
+    """The task of a node.
 
     Attributes:
-        matrix: Our name of the matrix A whose block is placed, or used.
-        worker: Which worker the node is, for this matrix.
-        product: Number of the product, from 1; 0: only place.
+        matrix: Name of the matrix A whose block is placed or used.
+        worker: Worker that the node is for this matrix.
+        product: Number of the product, from 1; 0 for a task without a product.
         keep: Whether the node keeps its block of A for later products.
-        release: Whether it forgets that block.
-        round: The server round; None: the product's number.
+        release: Whether the node forgets its block.
+        round: The server round.
     """
 
     matrix: str
@@ -47,16 +47,16 @@ class Task:
     round: int = 0
 
     def content(self, *, work: float = 0.0, answer_bytes: int = 0, **blocks: Array) -> RecordDict:
-        """Returns a RecordDict with this task, its cost, and the blocks `left` and `right` where given.
+        """Returns a RecordDict with this task, its cost, and the blocks `left` and `right` if given.
 
         Args:
-            work: What the node computes, in units of an n-th of the whole product.
-            answer_bytes: Size of the answer.
-            **blocks: Array of each block.
+            work: Computation on the node, in units of 1/n of the whole product.
+            answer_bytes: Size of the answer in bytes.
+            **blocks: Array of each block, by name.
         """
         record = record_of(vars(self))
         record[_ROUND] = self.round
-        # A node is another one after this message if it holds a new block, or has let one go.
+        # The message must run if it changes the node's state, by storing or releasing a block.
         cost = Cost(work, answer_bytes, must_run=self.release or (self.keep and "left" in blocks))
         arrays = {_BLOCK + name: ArrayRecord({name: block}) for name, block in blocks.items()}
         return cost.add_to(RecordDict({_RECORD: record, **arrays}))
@@ -66,7 +66,7 @@ class Task:
         """Returns the task of a message, or None.
 
         Raises:
-            VersionMismatch: The server speaks another version of the protocol.
+            VersionMismatch: The server uses another protocol version.
         """
         record = content.get(_RECORD)
         return cls(**json.loads(read_json(record, "server"))) if isinstance(record, ConfigRecord) else None
@@ -74,12 +74,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a node says about its answer.
+    """The description of a node's answer.
 
     Attributes:
         matrix, worker, product: Copied from the task.
-        outcome: "product", "placed", "released", or "missing": the node has no block of this matrix.
-        kept: Whether it now holds its block of A.
+        outcome: "product", "placed", "released", or "missing" if the node has no block of this matrix.
+        kept: Whether the node now holds its block of A.
     """
 
     matrix: str
@@ -89,7 +89,7 @@ class Answer:
     kept: bool
 
     def content(self, **blocks: Array) -> RecordDict:
-        """A RecordDict with this answer and the block `answer`, if there is one."""
+        """Returns a RecordDict with this answer and the block `answer`, if given."""
         return RecordDict(
             {
                 _RECORD: record_of(vars(self)),
@@ -99,10 +99,10 @@ class Answer:
 
     @classmethod
     def find_in(cls, content: RecordDict) -> Answer:
-        """The answer of a message.
+        """Returns the answer in a message.
 
         Raises:
-            ValueError: There is none, or it cannot be read.
+            ValueError: There is no answer, or it cannot be read.
         """
         record = content.get(_RECORD)
         try:
@@ -119,11 +119,11 @@ class Answer:
             return answer
         except VersionMismatch as error:
             raise ValueError(str(error)) from error
-        except Exception as error:  # whatever somebody may have put there
+        except Exception as error:  # an answer is untrusted input
             raise ValueError(f"no readable answer ({type(error).__name__}: {error})") from error
 
 
 def block(content: RecordDict, name: str) -> Array | None:
-    """The block of that name in a message, or None."""
+    """Returns the block with this name in a message, or None."""
     record = content.get(_BLOCK + name)
     return record.get(name) if isinstance(record, ArrayRecord) else None

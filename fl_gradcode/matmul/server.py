@@ -1,4 +1,4 @@
-"""The server half of a coded product: place blocks on nodes, multiply, stop at the k-th usable answer."""
+"""The server half of coded products: it places blocks on nodes, multiplies, and stops at the k-th usable answer."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ _log = logging.getLogger(__name__)
 
 
 class Nodes:
-    """Node -> worker, for one matrix.
+    """The mapping of nodes to workers for one matrix.
 
-    Worker i is the node that a virtual or in-process grid knows as worker i; elsewhere nodes are numbered in the order
-    of their ids, which says nothing, and whoever comes for a node that is gone takes over its number.
+    Worker i is the node that a virtual or in-process grid knows as worker i. On other grids, nodes are numbered by
+    their ids, in an arbitrary order. A new node takes over the number of a node that is gone.
     """
 
     def __init__(self, grid: EarlyStopGrid, n: int) -> None:
         self._grid, self._n = grid, n
         self.worker: dict[int, int] = {}
-        #: Nodes that said that they hold their block, and nodes that have been sent it, by the label of the phase.
+        #: Nodes that have reported that they hold their block.
         self.holding: set[int] = set()
+        #: Label of the phase -> nodes that were sent their block in it.
         self.sent: dict[str, set[int]] = {}
 
     def present(self, wanted: int, least: int, timeout: float) -> dict[int, int]:
-        """Node -> worker of the nodes that are online: waits up to `timeout` seconds for `wanted` of them.
+        """Returns node -> worker of the online nodes, after waiting up to `timeout` seconds for `wanted` of them.
 
         Raises:
-            RoundFailed: Fewer than `least` are there.
+            RoundFailed: Fewer than `least` nodes are online.
         """
         settling = 0.0 if self._grid.source.fixed_nodes else timeout
         online = sorted(poll_nodes(self._grid, settling, f"{wanted} nodes", lambda nodes: len(nodes) >= wanted))
@@ -59,7 +60,7 @@ class Nodes:
         return dict(sorted(self.worker.items(), key=lambda pair: pair[1]))
 
     def learn(self, wait: Wait, holding: Collection[int]) -> None:
-        """What a phase told of who holds a block: its answers, and late ones to the phases before."""
+        """Record which nodes hold their block, from the answers of a phase and late answers to earlier phases."""
         self.holding.update(holding)
         for late in wait.late:
             if late.node in self.sent.get(late.label, ()) and late.node in self.worker and late.rejection is None:
@@ -81,17 +82,19 @@ class Nodes:
 
 @dataclass(frozen=True)
 class ProductReport:
-    """What happened in one product.
+    """The report of one product.
 
     Attributes:
-        product: Its number, from 1.
-        used: Workers whose answers it was decoded from, in order of arrival.
-        stragglers: Workers that were not heard: whoever is too slow, or not there.
-        rejected: (worker, reason) of answers that came and were not used: errors, wrong ones.
-        late: Workers whose answer to an earlier phase came meanwhile, and was dropped.
+        product: Number of the product, from 1.
+        used: Workers whose answers were used for decoding, in order of arrival.
+        stragglers: Workers without an answer, because they are too slow or absent.
+        rejected: (worker, reason) of answers that were not used, because they are errors or wrong.
+        late: Workers whose answer to an earlier phase arrived during this one, and was dropped.
         condition: Condition number of the decoding; see `ProductCode.condition`.
-        waiting, decoding: Seconds; of waiting in the grid's time, virtual if the grid is.
-        bytes_down, bytes_up: Payload sent, and payload of the answers that were read.
+        waiting: Seconds of waiting in the grid's time, which is virtual on a virtual grid.
+        decoding: Real seconds of decoding.
+        bytes_down: Bytes of payload that were sent.
+        bytes_up: Bytes of payload in the answers that were read.
     """
 
     product: int
@@ -118,34 +121,35 @@ def coded_matmul(
     server_round: int = 1,
     rng: np.random.Generator | None = None,
 ) -> NDArray[Any]:
-    """A @ B, computed by the nodes of a grid; any k of n answers are enough.
+    """Returns A @ B, computed by the nodes of a grid, of which any k of n answers are enough.
 
-    For a ServerApp; the ClientApp registers `coded_matmul_worker`:
+    Call it in the ServerApp. The ClientApp must register `coded_matmul_worker`.
 
         C = coded_matmul(grid, A, B, polynomial(20, 4, 4))
 
-    Nothing can be cancelled in Flower: a node that was not waited for works on. For several products pass the same
-    `EarlyStopGrid`, which gives such a node nothing else meanwhile, or use a `CodedMatrix`.
+    Flower cannot cancel work, so a node whose answer was not needed keeps computing. For several products, pass the
+    same `EarlyStopGrid`, which sends such a node nothing until it is free, or use a `CodedMatrix`.
 
     Args:
         grid: The engine's grid, a `VirtualGrid` or an `EarlyStopGrid`.
-        A: Shape (rows, inner).
-        B: Shape (inner, columns) or (inner,).
-        code: Made by a function of `fl_gradcode.matmul`.
-        timeout: Seconds to wait for answers; None: as long as any node may still answer.
-        extra: How many answers beyond k to wait for, to check all by: with 1, a wrong answer is noticed and waiting
-            goes on, with 2 its sender is found and left out.
-        node_timeout: Seconds to wait for n nodes; k + extra are enough after that.
-        server_round: The round that the product belongs to, which a virtual grid draws by.
-        rng: Of the check's random projections.
+        A: Left matrix, shape (rows, inner).
+        B: Right matrix or vector, shape (inner, columns) or (inner,).
+        code: The code, made by a function of `fl_gradcode.matmul`.
+        timeout: Seconds to wait for answers; None to wait as long as any node may still answer.
+        extra: Number of answers beyond k to wait for, which are used to check all answers. With 1, a wrong answer is
+            detected and the wait goes on. With 2, its sender is identified and left out.
+        node_timeout: Seconds to wait for n nodes; after that, k + extra nodes are enough.
+        server_round: The round that the product belongs to, by which a virtual grid draws latencies.
+        rng: Draws the random projections of the check.
 
     Returns:
-        Shape (rows, columns) or (rows,); float32 if A and B are, else float64. Over a field int64, or float64 if one of
-        them holds floats.
+        The product, shape (rows, columns) or (rows,), float32 if A and B are, else float64. Over a field it is int64,
+        or float64 if A or B contains floats.
 
     Raises:
-        RoundFailed: Too few usable answers, or answers that disagree to the end; the reasons are named.
-        InvalidCode, Overflow: A and B do not suit each other, or the code's field.
+        RoundFailed: There are too few usable answers, or the answers disagree until the end. The message says why.
+        InvalidCode: A and B do not fit each other or the code.
+        Overflow: The product might not fit the code's field.
     """
     a, b = (np.asarray(x) for x in (A, B))
     if a.dtype == np.float32 != b.dtype:
@@ -159,22 +163,22 @@ def coded_matmul(
 
 
 class CodedMatrix:
-    """A matrix A whose coded blocks lie on the nodes: placed once, and multiplied by many B.
+    """A matrix A whose coded blocks are stored on the nodes, so that it can be multiplied by many matrices B.
 
         matrix = CodedMatrix(grid, X, mds_product(12, 9))
         for _ in range(100):
             y = matrix.multiply(w)
 
-    A node's block is sent with the first product that it takes part in (or by `place`), kept by the node, and sent
-    again only to a node that has lost it or comes new for one that is gone.
+    A node gets its block with the first product that it takes part in, or by `place`, and keeps it. The block is sent
+    again only to a node that has lost it, or to a new node that replaces another one.
 
     Args:
-        grid, A, code, timeout, extra, node_timeout, rng: As for `coded_matmul`. Products have the precision of A.
+        grid, A, code, timeout, extra, node_timeout, rng: See `coded_matmul`. Products have the precision of A.
         keep: Whether nodes keep their blocks.
 
     Attributes:
-        reports: One `ProductReport` a product.
-        grid: The grid, which stops early: pass it on to whatever else these nodes are to do.
+        reports: A `ProductReport` for each product.
+        grid: The `EarlyStopGrid`; use it for other work on the same nodes too.
     """
 
     def __init__(
@@ -199,7 +203,7 @@ class CodedMatrix:
                 raise InvalidSetting(f"{name}={value} must be a number of seconds of at least 0.")
         self.code, self.timeout, self.extra, self.node_timeout = code, timeout, extra, node_timeout
         self._a = code.operand(A, "A")
-        self._kind = np.zeros(0, np.asarray(A).dtype)  # whether A held floats, for the fixed point of products
+        self._kind = np.zeros(0, np.asarray(A).dtype)  # keeps A's dtype, which decides the fraction bits of products
         self.grid = grid if isinstance(grid, EarlyStopGrid) else EarlyStopGrid(grid)
         self.reports: list[ProductReport] = []
         self._name, self._keep = uuid.uuid4().hex, keep
@@ -208,7 +212,7 @@ class CodedMatrix:
         self._products = 0
 
     def place(self) -> tuple[int, ...]:
-        """Send every node its block now, and wait for all of them; returns the workers that hold theirs."""
+        """Send every node its block and wait for all of them; returns the workers that hold their blocks, ascending."""
         workers = self._present()
         label = f"placing {self._name}"
         tasks = {
@@ -218,9 +222,10 @@ class CodedMatrix:
         return tuple(sorted(workers[node] for node in self._nodes.holding))
 
     def release(self, *, timeout: float = 0.0) -> None:
-        """Tell the nodes to forget their blocks, and wait up to `timeout` seconds until they have.
+        """Tell the nodes to forget their blocks, and wait up to `timeout` seconds for them to do so.
 
-        Before the run ends it is never needed. A node that still owes an answer is told only if that comes in time.
+        There is no need to call it before the run ends. A node that still owes an answer gets the message only if that
+        answer arrives in time.
         """
         given = set().union(self._nodes.holding, *self._nodes.sent.values())
         tasks = {
@@ -234,7 +239,17 @@ class CodedMatrix:
         self._nodes.sent.clear()
 
     def multiply(self, B: ArrayLike, *, server_round: int | None = None) -> NDArray[Any]:
-        """A @ B, as `coded_matmul` does it; the round is by default the product's number."""
+        """Returns A @ B; see `coded_matmul`.
+
+        Args:
+            B: Right matrix or vector, shape (inner, columns) or (inner,).
+            server_round: The round that the product belongs to; by default the number of the product.
+
+        Raises:
+            RoundFailed: There are too few usable answers, or the answers disagree until the end.
+            InvalidCode: B does not fit A.
+            Overflow: The product might not fit the code's field.
+        """
         b = self.code.operand(B, "B").astype(self._a.dtype, copy=False)
         self.code.check_fit(self._a, b)
         workers = self._present()
@@ -272,8 +287,8 @@ class CodedMatrix:
         )
         work, answer_bytes = code.work * code.n, shape[0] * shape[1] * dtype.itemsize
         blocks = code.right_blocks(b, workers.values())
-        # One array for all where B goes out as it is.
-        rights = [as_array(blocks[0])] * len(blocks) if code.right_is_whole else [as_array(one) for one in blocks]
+        # If B is sent without coding, all messages share one array.
+        rights = [as_array(blocks[0])] * len(blocks) if code.right_is_whole else [as_array(coded) for coded in blocks]
         sent = dict(zip(workers, rights, strict=True))
 
         def message(node: int, place: bool) -> Message:

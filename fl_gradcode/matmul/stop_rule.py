@@ -1,4 +1,4 @@
-"""When a coded product may stop waiting: enough answers, and answers that agree with each other."""
+"""The stop rules of coded products, which wait for enough answers that agree with each other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _STANDS_OUT = 0.01
 
 
 def project(answers: Sequence[NDArray[Any]], rng: np.random.Generator) -> NDArray[Any]:
-    """A few random numbers for each answer, shape (len(answers), 4): linear in it, and the same for all answers."""
+    """Returns four random linear projections of each answer, the same for all answers, shape (len(answers), 4)."""
     height, width = answers[0].shape
     if answers[0].dtype == np.uint32:
         a, b = (rng.integers(1, P, shape) for shape in ((_PROJECTIONS, height), (width, _PROJECTIONS)))
@@ -34,33 +34,39 @@ def project(answers: Sequence[NDArray[Any]], rng: np.random.Generator) -> NDArra
 
 
 def tolerance(dtype: np.dtype[Any]) -> float:
-    """Up to which disagreement answers count as alike: 1e-9 of their size, 1e-4 in float32; 0 in a field."""
+    """Returns the largest relative disagreement of correct answers: 1e-9, or 1e-4 in float32, or 0 over a field."""
     return 0.0 if dtype == np.uint32 else 1e-4 if dtype == np.float32 else 1e-9
 
 
 def disagreement(code: ProductCode, numbers: NDArray[Any], workers: Sequence[int]) -> float:
-    """How far these workers' projected answers are from what any product yields, relative to their size.
+    """Returns the distance of these workers' projected answers from those of any product, relative to their size.
 
-    Over a field 0 or 1. A wrong answer passes unseen with a probability of about 1e-9 there; over the reals if it is
-    wrong by less than about 1e-9 of the answers' size.
+    Over a field, the result is 0 or 1, and a wrong answer is missed with a probability of about 1e-9. Over the reals, a
+    wrong answer is missed if its error is below about 1e-9 of the answers' size.
+
+    Args:
+        code: The code.
+        numbers: The projections, from `project`, shape (len(workers), 4).
+        workers: Workers that sent the answers, in the same order.
 
     Raises:
-        InvalidCode: Only k answers or fewer: they agree with some product whatever they are.
+        InvalidCode: There are only k answers or fewer, which always agree with some product.
     """
     if len(workers) <= code.k:
         raise InvalidCode(f"{len(workers)} answers cannot be checked against each other; more than k={code.k} can.")
     D = code.evaluation.D[list(workers)]
     if D.dtype.kind == "i":
         return float(solve_mod(D, np.asarray(numbers, np.int64)) is None)
-    outside = np.linalg.qr(D, mode="complete")[0][:, code.k :].conj().T  # what no product can reach
+    outside = np.linalg.qr(D, mode="complete")[0][:, code.k :].conj().T  # directions that no product can reach
     size = float(np.linalg.norm(numbers))
     return float(np.linalg.norm(outside @ numbers)) / size if size else 0.0
 
 
 def suspects(code: ProductCode, numbers: NDArray[Any], workers: Sequence[int], limit: float) -> list[int]:
-    """Workers without whose answer the others agree: one, if one answer is wrong and k + 2 are in.
+    """Returns the workers without whose answer all others agree.
 
-    Empty with fewer answers, or if more than one is wrong.
+    If one answer is wrong and there are at least k + 2 answers, its sender is the only suspect. The list is empty if
+    there are fewer answers, or if more than one is wrong.
     """
     if len(workers) < code.k + 2:
         return []
@@ -68,35 +74,37 @@ def suspects(code: ProductCode, numbers: NDArray[Any], workers: Sequence[int], l
     for place, worker in enumerate(workers):
         others = [*workers[:place], *workers[place + 1 :]]
         without[worker] = disagreement(code, np.delete(numbers, place, axis=0), others)
-    found = sorted((worker for worker in without if without[worker] <= limit), key=lambda worker: without[worker])
-    # An error hardly above the limit falls below it with any answer left out; the wrong one's absence stands out.
-    return found[:1] if len(found) > 1 and without[found[0]] < _STANDS_OUT * without[found[1]] else found
+    good = sorted((worker for worker in without if without[worker] <= limit), key=lambda worker: without[worker])
+    # An error slightly above the limit may fall below it whichever answer is left out. Leaving out the wrong one gives
+    # a much smaller disagreement than the others.
+    return good[:1] if len(good) > 1 and without[good[0]] < _STANDS_OUT * without[good[1]] else good
 
 
 class _Rule(StopRule):
-    """What waiting for a product and for the placing of a matrix have in common.
+    """Contains the common parts of the rules that wait for a product and for the placement of a matrix.
 
     Args:
-        label: For people and the ledger.
-        matrix, product: What is asked for.
-        workers: Node -> worker of all that are asked.
+        label: Name of the phase, for people and the ledger.
+        matrix: Name of the matrix.
+        product: Number of the product.
+        workers: Node -> worker of all nodes that are asked.
     """
 
     def __init__(self, label: str, matrix: str, product: int, workers: Mapping[int, int]) -> None:
         self.label, self.matrix, self.product, self.workers = label, matrix, product, dict(workers)
-        #: (worker, why its answer was not used).
+        #: (worker, reason) of answers that are not used.
         self.rejected: list[tuple[int, str]] = []
-        #: Nodes that said that they hold their block of A.
+        #: Nodes that have reported that they hold their block of A.
         self.holding: set[int] = set()
         self.wait = Wait()
 
     def finish(self, wait: Wait) -> list[Message]:
-        """What happened; the answers are read off the rule."""
+        """Keep the record of the wait, and return no messages, because the answers are attributes of the rule."""
         self.wait = wait
         return []
 
     def read(self, arrival: Arrival, reply: Message | None) -> Answer | None:
-        """What the node says; None, with the reason noted, if it is of no use."""
+        """Returns the node's answer, or None if it cannot be used; the reason is then added to `rejected`."""
         worker = self.workers[arrival.node]
         if reply is None or reply.has_error():
             self.reject(worker, arrival.failure if reply is None else rejection_of(reply).reason)
@@ -118,32 +126,34 @@ class _Rule(StopRule):
         return answer
 
     def reject(self, worker: int, reason: str) -> None:
-        """Its answer does not count."""
+        """Note that a worker's answer is not used, and why."""
         self.rejected.append((worker, reason or "no reason given"))
 
 
 class PlacingRule(_Rule):
-    """Wait until every node that was asked has placed, or let go, its block."""
+    """Waits until every node that was asked has stored or released its block."""
 
     @property
     def decided(self) -> bool:
-        """Never early: the grid ends when everybody was heard."""
+        """Always False, because the grid stops by itself once all nodes have answered."""
         return False
 
     def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
-        """Note who holds its block."""
+        """Record whether the node holds its block."""
         self.read(arrival, reply)
 
 
 class ProductRule(_Rule):
-    """Stop at the k-th usable answer, or `extra` later if these agree.
+    """Stops at the k-th usable answer, or at the (k + extra)-th if these answers agree.
 
     Args:
+        label, matrix, product, workers: See `_Rule`.
         code: The code.
-        shape, dtype: Of every answer.
-        extra: How many answers beyond k to wait for, as a check of all.
-        resend: The message for a node that has lost its block of A.
-        rng: Of the check's projections.
+        shape: Shape of every answer.
+        dtype: Dtype of every answer.
+        extra: Number of answers beyond k to wait for, which are used to check all answers.
+        resend: Returns the message for a node that has lost its block of A.
+        rng: Draws the projections of the check.
     """
 
     def __init__(
@@ -167,32 +177,32 @@ class ProductRule(_Rule):
         self._decided = False
         self.needed = code.k + extra
         self._seed = int(rng.integers(2**63))
-        self._again: set[int] = set()  # nodes that are to be sent their block as soon as they are free
+        self._again: set[int] = set()  # nodes that get their block again as soon as they are free
         self._resent: set[int] = set()
 
     @property
     def decided(self) -> bool:
-        """Whether enough answers are in, and agree."""
+        """Whether there are enough answers, and they agree."""
         return self._decided
 
     def next_message(self, node: int, held: Message | None, now: float) -> Message | None:
-        """Its message; once more, with its block, if it has lost that."""
+        """Returns the node's message, or a second one with its block if the node has lost that."""
         if held is None and node in self._again:
             self._again.remove(node)
             return self._resend(node)
         return held
 
     def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
-        """As many as are needed."""
+        """Returns as many arrivals as are needed."""
         short = self.needed - len(self.answers)
         return list(arrivals[:short]) if final or len(arrivals) >= short else []
 
     def hopeless(self, nodes: Sequence[int]) -> bool:
-        """Whether too few answers can still come."""
+        """Returns whether too few answers can still arrive."""
         return len(self.answers) + len(set(nodes) | self._again) < self.needed
 
     def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
-        """Read an answer; unusable ones, and errors, count as stragglers."""
+        """Read an answer; errors and unusable answers are rejected, and do not count."""
         said = self.read(arrival, reply)
         if said is None:
             return
@@ -213,7 +223,7 @@ class ProductRule(_Rule):
         self._look()
 
     def failure(self) -> str:
-        """Why there is no product, in one sentence, with the first few reasons."""
+        """Returns a sentence that says why there is no product, with the first few reasons."""
         came = f"{len(self.answers)} usable answers came, and the product needs {self.needed}"
         if len(self.answers) > self.code.k:
             came = f"the {len(self.answers)} answers that came disagree with each other, so that one or more are wrong"
@@ -241,7 +251,7 @@ class ProductRule(_Rule):
         return values
 
     def _look(self) -> None:
-        """Decide, if enough answers are in; beyond k they have to agree."""
+        """Decide whether there are enough answers; if there are more than k, they have to agree."""
         workers = list(self.answers)
         if len(workers) < self.needed:
             return
@@ -260,5 +270,5 @@ class ProductRule(_Rule):
             self.reject(wrong[0], f"it disagrees with the {len(workers) - 1} others")
             self._decided = True
         else:
-            self._decided = False  # it was, if this answer was read together with the k-th
-            self.needed = len(workers) + 1  # one more may tell who is wrong
+            self._decided = False  # resets the flag, which may be set if several answers were read together
+            self.needed = len(workers) + 1  # one more answer may identify the wrong one
