@@ -114,7 +114,7 @@ class Checkpoint:
                         "with the version that wrote it, or name another file to start over."
                     )
                 blobs = [archive.read(str(number)) for number in range(state["blobs"])]
-            return Saved(**{one.name: decode(state["saved"][one.name], blobs) for one in fields(Saved)})
+            return Saved(**{entry.name: decode(state["saved"][entry.name], blobs) for entry in fields(Saved)})
         except InvalidSetting:
             raise
         except OSError as error:
@@ -132,7 +132,7 @@ class Checkpoint:
             InvalidSetting: The file cannot be written.
         """
         blobs: list[bytes] = []
-        values = {one.name: encode(getattr(saved, one.name), blobs) for one in fields(Saved)}
+        values = {entry.name: encode(getattr(saved, entry.name), blobs) for entry in fields(Saved)}
         draft = self._beside("new")
         try:
             with draft.open("wb") as file:

@@ -63,10 +63,10 @@ def phase_row(phase: Phase, decoded: Decoded | None, account: RunAccount | None,
         used=decoded.used if decoded else (),
         stragglers=tuple(i for i in phase.participants if i not in in_time),
         rejected=tuple(
-            Rejected(one.worker, str(one.node), one.rejection.kind, one.rejection.reason)
-            for one in [*replies.rejected, *replies.outvoted()]
+            Rejected(rejected.worker, str(rejected.node), rejected.rejection.kind, rejected.rejection.reason)
+            for rejected in [*replies.rejected, *replies.outvoted()]
         ),
-        late=tuple(_late(phase, one) for one in wait.late),
+        late=tuple(_late(phase, late) for late in wait.late),
         lapsed=named(wait.lapsed),
         joined=named(wait.joined),
         restarted=named(wait.restarted),
@@ -77,11 +77,11 @@ def phase_row(phase: Phase, decoded: Decoded | None, account: RunAccount | None,
         rounding_error=None if decoded is None or kappa is None else _unit_roundoff(decoded) * kappa,
         coverage=tuple(round(float(c), 6) for c in coverage),
         quantisation_error=_quantisation(phase, decoded),
-        filled_in=tuple(FilledIn(one.shards, one.round) for one in (decoded.stale if decoded else ())),
+        filled_in=tuple(FilledIn(stale.shards, stale.round) for stale in (decoded.stale if decoded else ())),
         replica_disagreement=replies.disagreement,
         privacy=account.line(replies.spent, replies.other_requests) if account and phase.plan.privacy else None,
-        timings=tuple(_timed(phase, one) for one in wait.times),
-        owing=tuple(_timed(phase, one) for one in wait.owing),
+        timings=tuple(_timed(phase, job) for job in wait.times),
+        owing=tuple(_timed(phase, job) for job in wait.owing),
         bytes_down=wait.bytes_down,
         bytes_up=wait.bytes_up,
         seconds=PhaseSeconds(waiting=wait.seconds, decoding=decoding),

@@ -56,9 +56,9 @@ def encode(value: Any, blobs: list[bytes]) -> Any:
     kind = type(value).__name__
     if type(value) in (list, tuple, set, frozenset):
         items = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
-        return {_TYPE: kind, _VALUE: [encode(one, blobs) for one in items]}
+        return {_TYPE: kind, _VALUE: [encode(item, blobs) for item in items]}
     if isinstance(value, deque):
-        return {_TYPE: "deque", _VALUE: [encode(one, blobs) for one in value], "length": value.maxlen}
+        return {_TYPE: "deque", _VALUE: [encode(item, blobs) for item in value], "length": value.maxlen}
     if isinstance(value, bytes):
         return {_TYPE: "bytes", _VALUE: _blob(value, blobs)}
     if isinstance(value, np.generic):
@@ -79,7 +79,7 @@ def encode(value: Any, blobs: list[bytes]) -> Any:
     if isinstance(value, ConfigRecord | MetricRecord):
         return {_TYPE: kind, _VALUE: encode(dict(value.items()), blobs)}
     if isinstance(value, dict):
-        pairs = [[encode(key, blobs), encode(one, blobs)] for key, one in value.items()]
+        pairs = [[encode(key, blobs), encode(item, blobs)] for key, item in value.items()]
         if type(value) is defaultdict and value.default_factory in (None, *_FACTORIES.values()):
             factory = value.default_factory
             return {_TYPE: "defaultdict", _VALUE: pairs, "factory": getattr(factory, "__name__", None)}
@@ -113,9 +113,9 @@ def decode(tree: Any, blobs: list[bytes]) -> Any:
         return tree
     kind, value = tree[_TYPE], tree[_VALUE]
     if kind in _LISTS:
-        return _LISTS[kind](decode(one, blobs) for one in value)
+        return _LISTS[kind](decode(item, blobs) for item in value)
     if kind == "deque":
-        return deque((decode(one, blobs) for one in value), tree["length"])
+        return deque((decode(item, blobs) for item in value), tree["length"])
     if kind == "bytes":
         return blobs[value]
     if kind == "scalar":
@@ -125,11 +125,11 @@ def decode(tree: Any, blobs: list[bytes]) -> Any:
     if kind == "Array":
         return Array(dtype=tree["dtype"], shape=tuple(tree["shape"]), stype=tree["stype"], data=blobs[value])
     if kind == "ArrayRecord":
-        return ArrayRecord({name: decode(one, blobs) for name, one in value})
+        return ArrayRecord({name: decode(item, blobs) for name, item in value})
     if kind in _RECORDS:
         return _RECORDS[kind](decode(value, blobs))
     if kind in _DICTS or kind == "defaultdict":
-        pairs = ((decode(key, blobs), decode(one, blobs)) for key, one in value)
+        pairs = ((decode(key, blobs), decode(item, blobs)) for key, item in value)
         return _DICTS[kind](dict(pairs)) if kind in _DICTS else defaultdict(_FACTORIES.get(tree["factory"]), pairs)
     if kind == "tensor":
         import torch
