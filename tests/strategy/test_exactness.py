@@ -55,7 +55,7 @@ def digits_model() -> ArrayRecord:
 
 
 def spy(strategy: FedAvg) -> list[ArrayRecord]:
-    """The arrays of the one reply that the inner strategy gets in each round: the decoded means."""
+    """The arrays of the one reply that the wrapped strategy gets in each round: the decoded means."""
     seen: list[ArrayRecord] = []
     aggregate = strategy.aggregate_train
 
