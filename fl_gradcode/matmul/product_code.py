@@ -130,7 +130,7 @@ def choose(
         if best > _WARN:
             n, k = evaluation.D.shape
             warnings.warn(
-                f"This {name} code (n={n}, k={k}) has a condition number of at least {best:.1g}; float64 bears "
+                f"This {name} code (n={n}, k={k}) has a condition number of at least {best:.1g}; float64 tolerates "
                 "about 1e8. Take numbers=PrimeField(...), which is exact, fewer spare workers (n - k up to 6), or "
                 "polynomial(), whose random basis stays sound at any size.",
                 ConditionWarning,
@@ -141,8 +141,8 @@ def choose(
     condition = worst_condition(made.D)[0]
     if condition > _WARN:
         warnings.warn(
-            f"basis={basis!r} has a condition number of at least {condition:.1g} at n={len(made.D)}, of which float64 "
-            f"bears about 1e8; basis={auto!r} has {best:.1g} here, and numbers=PrimeField(...) is exact.",
+            f"basis={basis!r} has a condition number of at least {condition:.1g} at n={len(made.D)}; float64 tolerates "
+            f"about 1e8. basis={auto!r} has {best:.1g} here, and numbers=PrimeField(...) is exact.",
             ConditionWarning,
             stacklevel=4,
         )

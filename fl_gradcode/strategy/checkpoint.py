@@ -91,7 +91,7 @@ class Checkpoint:
                 )
             if error is not None:
                 _log.warning(
-                    "The checkpoint %s cannot be locked (%s): see to it that no second run takes it.",
+                    "The checkpoint %s cannot be locked (%s): make sure that no second run uses it.",
                     self.path,
                     error.strerror,
                 )

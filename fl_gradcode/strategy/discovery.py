@@ -195,9 +195,9 @@ def discover(grid: EarlyStopGrid, holdings: Holdings, registry: WorkerRegistry, 
             "Worker %d's shards %s do not count: they do not exist, %s.%s",
             worker,
             shards,
-            "or hold other data than the other holders'"
+            "or their data differ from the other holders'"
             if holdings.required is None
-            else "or hold other data than the manifest says, or the node says numbers alone (shards-dir says more)",
+            else "or their data differ from the manifest, or the node reports only numbers (use shards-dir)",
             f" The same of workers {[*wrong][1:]}." if len(wrong) > 1 else "",
         )
     if holdings.code() is None:
@@ -207,7 +207,7 @@ def discover(grid: EarlyStopGrid, holdings: Holdings, registry: WorkerRegistry, 
         orphans = [shard for shard, who in holdings.holders().items() if not who]
         without = numbered("shard", orphans, 11)
         raise RoundFailed(
-            f"Nobody holds {without}: {len(holdings.told)} nodes told what they hold within {timeout:g} s. Start "
+            f"No node holds {without}: {len(holdings.told)} nodes reported their shards within {timeout:g} s. Start "
             f"the nodes that hold them, or lower k={holdings.wish.k}.{' ' + reasons if reasons else ''}"
         )
 

@@ -118,8 +118,7 @@ class GradientCoding(Strategy):
             self.options.check_code(code)
         elif isinstance(self.options.send, Adaptive):
             raise InvalidSetting(
-                "send='adaptive' chooses among ways to send for one fixed code; with Discovered choose 'coded' or "
-                "'shards'."
+                "send='adaptive' needs a fixed code to choose its modes; with Discovered, choose 'coded' or 'shards'."
             )
         self.strategy = strategy
         self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
@@ -143,7 +142,7 @@ class GradientCoding(Strategy):
         if self._run is not None:
             return self._run.code
         if isinstance(self._asked_code, Discovered):
-            raise InvalidSetting("With Discovered the code is known once start() has asked the nodes what they hold.")
+            raise InvalidSetting("With Discovered, the code is known once start() has asked the nodes what they hold.")
         return self._asked_code
 
     @property

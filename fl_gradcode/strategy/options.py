@@ -167,13 +167,13 @@ class Options:
                 f"send={send!r} sends plain updates; a code over a prime field codes them. Choose one."
             )
         if isinstance(self.send, Adaptive) and (self.fills_in or not code.exact):
-            what = "fill_in remembers what was sent one way" if self.fills_in else f"a {code.name} code is not exact"
+            what = "fill_in works in one mode only" if self.fills_in else f"a {code.name} code is not exact"
             raise InvalidSetting(
-                f"send='adaptive' changes between two exact ways to send: {what}. Choose one of the two."
+                f"send='adaptive' changes between two exact modes, and {what}. Choose send='coded' or 'shards'."
             )
         if not code.exact and not self.shardwise and self.approximation is None:
             raise InvalidSetting(
-                f"A {code.name} code promises no exact sum: say on_undecodable='approximate', or take another code."
+                f"A {code.name} code promises no exact sum: pass on_undecodable='approximate', or take another code."
             )
         if self.approximation is not None and field:
             raise InvalidSetting(

@@ -34,7 +34,7 @@ _COMPARES = (
     "strategy (FedAvg, FedAvgM, FedAdam, FedYogi, FedAdagrad, FedProx)"
 )
 _PRIVACY = (
-    "clips and noises single replies, and a coded reply is a sum over shards. Wrap the strategy inside it, and say "
+    "clips and noises single replies, and a coded reply is a sum over shards. Wrap the strategy inside it, and pass "
     "GradientCoding(..., privacy=CentralNoise(...)) for the same under coding, or privacy=DPSGD(...) for noise in the "
     "clients"
 )

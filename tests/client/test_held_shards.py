@@ -65,7 +65,7 @@ def test_shards_that_do_not_count_are_named_with_what_to_do(caplog: pytest.LogCa
             if digests is None:
                 strategy.start(grid, initial_arrays(), num_rounds=1)
             else:
-                with pytest.raises(RoundFailed, match="Nobody holds shards 0 and 1"):
+                with pytest.raises(RoundFailed, match="No node holds shards 0 and 1"):
                     strategy.start(grid, initial_arrays(), num_rounds=1)
         assert "Worker 0's shards" in caplog.text and told in caplog.text
 

@@ -269,7 +269,7 @@ REFUSED: list[tuple[GradientCode, dict[str, Any], str]] = [
     (CYCLIC, {"send": "shards"}, r"run the strategy by its start\(\)\."),  # somebody else's loop
     (CYCLIC, {"send": "both"}, r"send='both' must be one of coded, shards, adaptive\."),
     (CYCLIC, {"on_undecodable": "retry"}, "'retry' must be one of skip, approximate, raise or an"),
-    (stochastic(6, 2, rng=np.random.default_rng(0)), {}, "stochastic code promises no exact sum: say on_undecodable="),
+    (stochastic(6, 2, rng=np.random.default_rng(0)), {}, "stochastic code promises no exact sum: pass on_undecodable="),
     (reed_solomon(6, 2), {"on_undecodable": "approximate"}, "Over a prime field a sum is exact or unknown"),
     (CYCLIC, {"on_undecodable": Approximation(fill_in=True)}, "a cyclic repetition code mixes them"),
     (fractional_repetition(6, 1, m=2), {"on_undecodable": Approximation(fill_in=True)}, "mixes them. Take fractional"),

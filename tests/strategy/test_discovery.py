@@ -237,7 +237,7 @@ def test_a_node_whose_shards_were_taken_away_says_so_and_the_code_follows() -> N
 def test_a_shard_without_holder_is_waited_for_and_then_named() -> None:
     strategy = coded(node_timeout=0.3)
     grid = LivingGrid(toy_app(), 2, node_config=config_of({0: "0,1", 1: "1,2"}))
-    with inside_a_run(), pytest.raises(RoundFailed, match=r"Nobody holds shard 3: 2 nodes told what they hold"):
+    with inside_a_run(), pytest.raises(RoundFailed, match=r"No node holds shard 3: 2 nodes reported their shards"):
         strategy.start(grid, initial_arrays(), num_rounds=1, timeout=60)
 
 

@@ -76,7 +76,7 @@ def test_a_file_system_without_locks_is_told_and_no_other_run(
     monkeypatch.setattr("fl_gradcode._files.fcntl.flock", unable)
     with caplog.at_level(logging.WARNING):
         start(tmp_path, rounds=1)
-    assert "cannot be locked (No locks available): see to it that no second run takes it" in caplog.text
+    assert "cannot be locked (No locks available): make sure that no second run uses it" in caplog.text
     assert json.loads((tmp_path / "ledger.jsonl").read_text())["round"] == 1
 
 
