@@ -104,7 +104,7 @@ class _Rule(Protocol):
 
 
 class _GroupRule:
-    """Decodable when each group has m replies."""
+    """Decides for codes with groups: the sum is decodable when each group has m replies."""
 
     def __init__(self, code: EncodingMatrix) -> None:
         assert code.groups is not None
@@ -139,7 +139,7 @@ class _GroupRule:
 
 
 class _NullSpaceRule:
-    """Decodable when the small system on the stragglers can be solved."""
+    """Decides over the reals: the sum is decodable when the small system on the stragglers can be solved."""
 
     def __init__(self, code: EncodingMatrix) -> None:
         self._code = code
@@ -204,9 +204,9 @@ class _NullSpaceRule:
 
 
 class _RowSpaceRule:
-    """Decodable when the survivors' rows span the target; used if B has many spare rows.
+    """Decides over the reals if B has many spare rows: the sum is decodable when the survivors' rows span the target.
 
-    The survivors' rows are then the smaller system. In terms of `y = D a`, it reads `y U = t`, where U holds
+    With many spare rows, the survivors' rows are the smaller system. In terms of `y = D a`, it reads `y U = t`, where U holds
     orthonormal columns that span those of B. The survivors' rows of U are orthonormalised one by one. The rest of t
     that they do not span tells whether they suffice.
     """

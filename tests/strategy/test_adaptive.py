@@ -218,7 +218,7 @@ def test_nothing_is_learnt_from_a_skipped_round_but_that_it_failed() -> None:
     [
         (fractional_repetition(6, 1, m=2), {}, "divides them by m=2"),
         (reed_solomon(6, 2), {}, "prime field"),
-        (fractional_repetition(6, 2), {"on_undecodable": Approximation(fill_in=True)}, "fill_in works in one mode only"),
+        (fractional_repetition(6, 2), {"on_undecodable": Approximation(fill_in=True)}, "fill_in works in one mode"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(code: GradientCode, options: dict[str, Any], sentence: str) -> None:
