@@ -206,9 +206,9 @@ class _NullSpaceRule:
 class _RowSpaceRule:
     """Decides over the reals if B has many spare rows: the sum is decodable when the survivors' rows span the target.
 
-    With many spare rows, the survivors' rows are the smaller system. In terms of `y = D a`, it reads `y U = t`, where U holds
-    orthonormal columns that span those of B. The survivors' rows of U are orthonormalised one by one. The rest of t
-    that they do not span tells whether they suffice.
+    With many spare rows, the survivors' rows are the smaller system. In terms of `y = D a`, it reads `y U = t`, where U
+    holds orthonormal columns that span those of B. The survivors' rows of U are orthonormalised one by one. The rest of
+    t that they do not span tells whether they suffice.
     """
 
     def __init__(self, code: EncodingMatrix) -> None:

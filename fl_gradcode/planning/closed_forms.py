@@ -2,7 +2,7 @@
 
 A round ends at an order statistic of the workers' times (wait for all, drop, any n - s), or at the maximum over groups
 of the m-th smallest time in each (fractional repetition). For independent workers, the distribution of the round time
-is known exactly, and the mean is one integral. For exponential and Pareto laws, it is a formula.
+is known exactly, and the mean is one integral. For exponential laws, it is a formula.
 """
 
 from __future__ import annotations
