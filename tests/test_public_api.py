@@ -1,8 +1,10 @@
 """What a user may rely on: the names in `__all__`, and what the wheel installs."""
 
+import importlib
 import re
 import zipfile
 from pathlib import Path
+from typing import Literal, get_origin
 
 import hatchling.build
 import pytest
@@ -50,6 +52,33 @@ def test_the_public_names_of_products_are_documented() -> None:
         docstring = getattr(fl_gradcode.matmul, name).__doc__ or ""
         assert docstring.strip() and not docstring.startswith(f"{name}(")
         assert re.search(rf"`{name}[`(]", api), f"{name} is not in docs/api.md"
+
+
+def documented() -> list[tuple[str, str]]:
+    """(module, name) of each name in the first tables of docs/api.md's sections."""
+    found = []
+    for section in (ROOT / "docs" / "api.md").read_text().split("\n## `")[1:]:
+        module = section.split("`")[0]
+        table = section.split("\n|")[1:]
+        first = section[section.index("|") :].split("\n\n")[0] if table else ""
+        for row in first.splitlines()[2:]:
+            cell = re.split(r"(?<!\\)\|", row)[1]
+            found += [(module, token.split("(")[0].split(".")[0]) for token in re.findall(r"`([^`]+)`", cell)]
+    return found
+
+
+def test_every_public_path_has_a_section() -> None:
+    parts = ["cli", "client", "protocol", "strategy", "_"]
+    folders = {path.parent.name for path in (ROOT / "fl_gradcode").glob("*/__init__.py")} - {*parts}
+    paths = {f"fl_gradcode.{name}" for name in (*folders, "errors", "testing")}
+    assert {module for module, _ in documented()} == {"fl_gradcode", *paths}
+
+
+@pytest.mark.parametrize(("module", "name"), documented())
+def test_a_documented_name_is_there_and_says_what_it_is(module: str, name: str) -> None:
+    value = getattr(importlib.import_module(module), name)
+    if isinstance(value, type) or callable(value):  # not a constant, nor a Literal of words
+        assert (value.__doc__ or "").strip() or get_origin(value) is Literal
 
 
 def test_wheel_holds_the_library_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
