@@ -1,4 +1,4 @@
-"""Sending and waiting: grids that stop early, in real or virtual time."""
+"""Sending messages and waiting for replies: grids that stop early, in real or virtual time."""
 
 from typing import TYPE_CHECKING
 
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .arrivals import Arrival, ArrivalSource, ForwardingGrid
     from .early_stop import EarlyStopGrid
     from .nodes import nodes_of_a_phase, poll_nodes, wait_for_nodes
-    from .stop_rules import CountRule, JobTime, Late, StopRule, Wait
+    from .stop_rule import CountRule, JobTime, Late, StopRule, Wait
     from .virtual import VirtualGrid
 
 __all__ = [
@@ -43,7 +43,7 @@ __getattr__, __dir__ = lazy_names(
             "poll_nodes",
             "wait_for_nodes",
         ],
-        "stop_rules": [
+        "stop_rule": [
             "CountRule",
             "JobTime",
             "Late",

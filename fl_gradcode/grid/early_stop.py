@@ -18,7 +18,7 @@ from ..errors import InvalidSetting
 from ..protocol import Rejection, computing_seconds, content_bytes, loads_of, rejection_of
 from .arrivals import Arrival, ArrivalSource, ForwardingGrid
 from .polling import PollingArrivals
-from .stop_rules import CountRule, JobTime, Late, StopRule, Wait
+from .stop_rule import CountRule, JobTime, Late, StopRule, Wait
 
 __all__ = ["Debt", "EarlyStopGrid", "Waiting"]
 

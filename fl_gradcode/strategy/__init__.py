@@ -1,4 +1,4 @@
-"""The server half of a coded round: the strategy wrapper, its plans, dispatch, replies, report and resume."""
+"""The server half of a coded round: the strategy wrapper, its plans, stop rules, replies, report and resume."""
 
 from typing import TYPE_CHECKING
 

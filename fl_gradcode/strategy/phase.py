@@ -1,6 +1,6 @@
 """One phase, training or evaluation, on the server: it collects replies as a stop rule, and then decodes their mean.
 
-`Phase` contains what both kinds of phase share. The module `phase_rules` contains the two kinds. They decide what a
+`Phase` contains what both kinds of phase share. The module `stop_rules` contains the two kinds. They decide what a
 free node is asked, which replies are read, and when a phase is hopeless.
 """
 

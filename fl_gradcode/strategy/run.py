@@ -26,11 +26,11 @@ from .checkpoint import Saved
 from .discovery import Holdings
 from .options import Adaptive, Coded, Options, Shards
 from .phase import Phase
-from .phase_rules import open_phase
 from .plan_messages import MessageFactory, make_plan, time_to_live
 from .replies import Noise, StaleUpdates
 from .resume import RunKeeper
 from .round_mode import FixedMode, ModeChooser, RoundMode
+from .stop_rules import open_phase
 from .worker_registry import WorkerRegistry
 from .wrapped import ShardGrid, aggregate, arrays_key_of, common_content, has_custom_metrics
 

@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import FedAvg
 from fl_gradcode import EarlyStopGrid, VirtualGrid
 from fl_gradcode.grid.arrivals import Arrival
 from fl_gradcode.grid.polling import PollingArrivals
-from fl_gradcode.grid.stop_rules import CountRule, Wait
+from fl_gradcode.grid.stop_rule import CountRule, Wait
 from fl_gradcode.latency import Latency
 from fl_gradcode.testing import InProcessGrid, inside_a_run
 from tests.conftest import initial_arrays, toy_app

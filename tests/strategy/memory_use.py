@@ -29,7 +29,7 @@ from fl_gradcode._seeding import generators_restored, seed_generators
 from fl_gradcode.codes import reed_solomon
 from fl_gradcode.codes.prime_field import P
 from fl_gradcode.grid.arrivals import Arrival
-from fl_gradcode.grid.stop_rules import Wait
+from fl_gradcode.grid.stop_rule import Wait
 from fl_gradcode.protocol.encoding import payload_encoding
 from fl_gradcode.protocol.packing import as_array
 from fl_gradcode.protocol.records import ARRAYS, METRICS, UPDATE, Plan, Reply

@@ -1,6 +1,6 @@
 """Stop rules, which decide when to stop waiting, and the record of a wait.
 
-The rules of coded rounds are `CodedPhase` and `ShardPhase` in strategy/phase_rules, that of coded products is
+The rules of coded rounds are `CodedPhase` and `ShardPhase` in strategy/stop_rules, that of coded products is
 `ProductRule` in matmul/stop_rule.
 
 To write your own rule, subclass `StopRule` and define when the rule is satisfied and what `send_and_receive` returns.
