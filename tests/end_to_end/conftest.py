@@ -57,6 +57,7 @@ class Run:
         ]
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run everything in this folder in one worker process of pytest-xdist, one test after the other.
 
