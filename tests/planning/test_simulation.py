@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 
 from experiments import rounds as experiment
-from fl_gradcode import EarlyStopGrid, GradientCode, GradientCoding, VirtualGrid, cyclic_repetition
+from fl_gradcode import EarlyStopGrid, GradientCode, GradientCoding, Shards, VirtualGrid, cyclic_repetition
 from fl_gradcode.codes import fractional_repetition
 from fl_gradcode.grid.virtual import Job
 from fl_gradcode.latency import (
@@ -108,8 +108,8 @@ def library(case: Case, latency: Latency, rounds: int = ROUNDS, *, seed: int = 0
 
             fedavg.start(waiting, arrays, rounds, timeout=FOREVER, evaluate_fn=clock)
             return np.diff(times), grid.jobs
-        patience: dict[str, Any] = {"patience": case.scheme.patience} if case.send == "shards" else {}
-        strategy = GradientCoding(fedavg, case.code, send=case.send, **patience)
+        send = Shards(case.scheme.patience) if case.send == "shards" else case.send
+        strategy = GradientCoding(fedavg, case.code, send=send)
         strategy.start(grid, arrays, rounds, timeout=FOREVER)
         return np.array([row["train"]["seconds"]["waiting"] for row in strategy.ledger.rows]), grid.jobs
 

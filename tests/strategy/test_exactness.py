@@ -99,7 +99,8 @@ def test_with_any_stragglers_each_mean_and_the_final_model_equal_full_participat
         expected = STRATEGIES[name]().start(grid, digits_model(), num_rounds=5)
     code = CODES[code_name]()
     patterns = list(itertools.combinations(range(6), code.s))
-    for missing in patterns:
+    # What is decoded does not depend on the wrapped strategy: one of them meets all patterns, the others some.
+    for missing in patterns if name == "FedAvg" else patterns[::5]:
         result, decoded, models = run_coded(name, code, missing)
         assert relative(result.arrays, expected.arrays) < 1e-6
         if missing == patterns[0]:
