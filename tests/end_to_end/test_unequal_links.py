@@ -1,4 +1,4 @@
-"""Four SuperNodes, one of them behind 2.4 Mbit/s: its reply of 6 MB takes 20 s, and nobody waits for it."""
+"""Four SuperNodes, one of them behind a slow link: its reply of 2 MB would take minutes, and nobody waits for it."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ pytestmark = pytest.mark.slow
 APP = Path(__file__).resolve().parent / "apps" / "links"
 # The groups of fractional_repetition(4, 1) are (0, 2) and (1, 3).
 SLOW, ROUNDS, PAUSE = 1, 3, 2
-RATE = 2.4e6 / 8  # bytes a second
-UPLOAD = 4 * client.PARAMETERS / RATE  # seconds: 20
+UPLOAD = 300.0  # seconds, if the link stayed as it is
+RATE = 4 * client.PARAMETERS / UPLOAD  # bytes a second
 
 
 class UnequalEngine(Engine):
     """One SuperNode reaches the SuperLink by way of a slow link."""
 
     link: SlowLink
-    patience = 1.0  # the last upload would take longer
+    patience = 1.0  # a slow upload would take longer
 
     def start_node(self, number: int) -> subprocess.Popen[bytes]:
         direct = self.address
@@ -75,34 +75,42 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     shutil.copytree(APP, folder / "app", ignore=shutil.ignore_patterns("__pycache__"))
     engine = UnequalEngine(4, deployed=True, folder=folder / "engine")
     with SlowLink(engine.address, up=RATE) as engine.link, with_the_library_on_its_path(engine):
+        events = folder / "events.jsonl"
+
+        def speed_up_in_the_pause() -> None:
+            noted = [json.loads(line) for line in events.read_text().splitlines()] if events.exists() else []
+            if any((event["what"], event.get("round")) == ("ended", PAUSE) for event in noted):
+                engine.link.become(up=100 * RATE)
+
         config = {"folder": str(folder), "num-server-rounds": ROUNDS, "slow": SLOW, "pause": PAUSE}
-        outcome = engine.run(folder / "app", config, timeout=500.0)
+        outcome = engine.run(folder / "app", config, timeout=500.0, while_waiting=speed_up_in_the_pause)
         passed, _ = engine.link.passed
     assert outcome.completed, outcome.log
     return Run(outcome, folder, passed)
 
 
-def test_the_slow_reply_takes_as_long_as_its_link_says(run: Run) -> None:
+def test_the_slow_reply_was_on_its_way_until_the_link_became_faster(run: Run) -> None:
     assert run.sent_up > 0.9 * 4 * client.PARAMETERS  # Flower compresses, and the exponents of noise are alike
     (done,) = [e["time"] for e in run.events if e["what"] == "done" and e["worker"] == SLOW][:1]
-    assert run.pulled(1)[SLOW] - done > 0.85 * UPLOAD
+    assert done < run.ended[PAUSE] < run.pulled(1)[SLOW]
 
 
 def test_rounds_decode_without_the_slow_link(run: Run) -> None:
     assert [row["round"] for row in run.rows] == list(range(1, ROUNDS + 1))
     for row in run.rows:
         assert row["train"]["outcome"] == "exact" and row["train"]["ended"] == "decoded"
-        assert SLOW not in row["train"]["used"]
-        assert row["train"]["seconds"]["waiting"] < UPLOAD
+    assert all(SLOW not in row["train"]["used"] for row in run.rows[:PAUSE])
     # All by the clock of the server: a round and a half at least pass while one reply is on its way.
     assert run.ended[1] < run.ended[2] < run.pulled(1)[SLOW]
 
 
-def test_a_round_ends_within_a_second_of_the_reply_that_decides_it(run: Run) -> None:
+def test_a_round_ends_soon_after_the_reply_that_decides_it(run: Run) -> None:
     for row in run.rows:
+        # A second on an idle machine, where a round takes five; no more of a round where all takes longer.
+        soon = max(1.0, row["train"]["seconds"]["waiting"] / 5)
         pulled = run.pulled(row["round"])
         deciding = max(pulled[worker] for worker in row["train"]["used"])
-        assert 0 <= run.ended[row["round"]] - deciding < 1.0
+        assert 0 <= run.ended[row["round"]] - deciding < soon
 
 
 def test_the_slow_reply_is_late_once_and_enters_no_other_round(run: Run) -> None:

@@ -56,6 +56,10 @@ class SlowLink:
         """Bytes so far, up and down."""
         return self._up.passed, self._down.passed
 
+    def become(self, *, up: float) -> None:
+        """From now on let so many bytes a second pass towards the target."""
+        self._up.rate = up
+
     def __enter__(self) -> SlowLink:
         """Begin to listen."""
         self._thread.start()

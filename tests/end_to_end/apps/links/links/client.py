@@ -1,4 +1,4 @@
-"""A model of 6 MB that moves by noise: its replies cannot be compressed."""
+"""A model of 2 MB that moves by noise: its replies cannot be compressed."""
 # As users write it: nobody narrows what a record holds.
 # mypy: disable-error-code="arg-type, union-attr"
 
@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 
 from fl_gradcode import gradient_coding_mod
 
-PARAMETERS = 1_500_000
+PARAMETERS = 500_000
 
 _here = {"worker": -1}
 
