@@ -58,9 +58,9 @@ privacy: $(STAMP) ## accuracy against epsilon: what is missing of it; ARGS=--qui
 report: $(STAMP) ## turn rows of the comparison into a page (runs nothing)
 	$(BIN)/python -m experiments.report $(ARGS)
 
-# Two worker processes; tests of one group run one after the other in one of them (tests/end_to_end/conftest.py).
+# Two worker processes: tests with engines run one after the other in one of them (tests/conftest.py).
 test: $(STAMP) ## run all tests, slow ones included
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 $(ARGS)
 
 check: lint ## what CI runs first: lint, types, architecture, public API
 	$(BIN)/python -m pytest -q tests/test_architecture.py tests/test_public_api.py

@@ -23,6 +23,24 @@ from fl_gradcode import GradientCode, cyclic_repetition, fractional_repetition, 
 from fl_gradcode.testing import InProcessGrid
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Run the tests with engines in one worker process of pytest-xdist, one after the other, from the beginning.
+
+    They start half a dozen processes each and compare seconds: two at once would measure each other. The other worker
+    does the rest of the suite meanwhile. (`--dist loadgroup` is meant for this, and pytest-xdist 3.8 cannot group tests
+    under pytest 9: it sets an attribute of test items that is no longer read.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class EnginesTogether(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            # The largest scope is begun first.
+            return "engines" if nodeid.startswith("tests/end_to_end/") else nodeid
+
+    return EnginesTogether(config, log)
+
+
 @pytest.fixture(autouse=True)
 def quiet_flower() -> Iterator[None]:
     """Flower logs every round; warnings and our own lines stay.

@@ -57,18 +57,6 @@ class Run:
         ]
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run everything in this folder in one worker process of pytest-xdist, one test after the other.
-
-    These tests start engines of half a dozen processes and compare seconds: two at once would measure each other. The
-    largest group is begun first, so that the other worker does the rest of the suite meanwhile.
-    """
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.xdist_group("engines"))
-
-
 _KINDS: dict[str, Callable[[Path], Engine]] = {
     "simulation": lambda folder: Engine(6, folder=folder),
     "fleet": lambda folder: Engine(6, deployed=True, folder=folder),
