@@ -40,7 +40,7 @@ HEAVY = ("exponential", "pareto", "bimodal", "serverless", "virtual-machines", "
 
 @cache
 def plan(name: str) -> RoundPlan:
-    return make_plan(LIGHT.get(name) or named(name), BIG, tolerances=(1, 3), populations=20)
+    return make_plan(LIGHT.get(name) or named(name), BIG, tolerances=(1, 3), populations=8)
 
 
 # The verdict.
