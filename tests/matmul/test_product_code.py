@@ -213,7 +213,7 @@ def test_condition_numbers_of_the_reference() -> None:
 
 
 def test_ill_conditioned_choices_warn_and_name_the_better_one() -> None:
-    with pytest.warns(ConditionWarning, match=r"basis='integers' .* 1e\+25 at n=20, .* basis='random' has"):
+    with pytest.warns(ConditionWarning, match=r"basis='integers' .* 1e\+25 at n=20; .* basis='random' has"):
         polynomial(20, 4, 4, basis="integers")
     with pytest.warns(ConditionWarning, match="MatDot code .*PrimeField.*polynomial"):
         matdot(110, 50)
