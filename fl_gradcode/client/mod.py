@@ -209,8 +209,11 @@ class _CodedCall:
             del reply
             try:
                 before = self.arrays[self.plan.arrays_key] if self.plan.arrays_key else None
-                result = _read_reply(content, self.plan, shard, before, self.privacy)
-                self.encoder.add(_protected(result, self.plan, self.privacy), coefficients)
+                # No variable holds the result: its update must be gone when the next shard is trained.
+                self.encoder.add(
+                    _protected(_read_reply(content, self.plan, shard, before, self.privacy), self.plan, self.privacy),
+                    coefficients,
+                )
             except (ValueError, Overflow) as error:
                 raise UnsuitableApp(f"Shard {shard}, {self.plan.label}: {str(error).rstrip('.')}.") from error
         return self._answer("coded", row.shards)
