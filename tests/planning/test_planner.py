@@ -215,7 +215,8 @@ def test_every_line_of_python_makes_the_code_that_it_stands_for(n: int) -> None:
     slow = [0, 2, 1][: n - 1] if n < 9 else [0, 4, 8]
     for scheme in candidates(n, slow=slow, m=True):
         with InProcessGrid(toy_app(), n) as inner:
-            names: dict[str, Any] = {**vars(fl_gradcode), **vars(codes), "np": np, "strategy": FedAvg(), "grid": inner}
+            public = {name: getattr(face, name) for face in (fl_gradcode, codes) for name in face.__all__}
+            names: dict[str, Any] = {**public, "np": np, "strategy": FedAvg(), "grid": inner}
             exec(scheme.python, names)
         if not scheme.exact:
             assert isinstance(names["grid"], EarlyStopGrid) and names["grid"].stop_after == scheme.enough

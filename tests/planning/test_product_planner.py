@@ -149,7 +149,7 @@ def test_the_command_says_the_same_as_the_function_and_its_line_makes_the_code()
     assert [one["seconds-over-a-run"] for one in told["lines"]] == pytest.approx([x.steady for x in made.lines])
     for one in told["lines"]:
         names: dict[str, Any] = {}
-        exec(one["python"], dict(vars(codes)), names)
+        exec(one["python"], {name: getattr(codes, name) for name in codes.__all__}, names)
         assert (names["code"].k, names["code"].n) == (one["k"], 12)
 
 
