@@ -1,6 +1,6 @@
 """The latency of a reply, as the sum of a fixed part, a part for each shard, and a part for each megabyte.
 
-`Latency` adds up three laws and multiplies them by a fourth. The module also exports all laws of `laws` and `traces`.
+`Latency` adds up three laws and multiplies them by a fourth.
 """
 
 from __future__ import annotations
@@ -14,42 +14,9 @@ from ..errors import InvalidSetting
 from .laws import (
     Law,
     Marginal,
-    bimodal,
-    bursty,
-    constant,
-    device_classes,
-    exponential,
-    from_quantiles,
-    lognormal,
-    pareto,
-    poisson_stragglers,
-    scaled,
-    shifted_exponential,
 )
-from .traces import Fit, fit, read_trace, replay, trace
 
-__all__ = [
-    "Fit",
-    "Latency",
-    "Law",
-    "Marginal",
-    "Parts",
-    "bimodal",
-    "bursty",
-    "constant",
-    "device_classes",
-    "exponential",
-    "fit",
-    "from_quantiles",
-    "lognormal",
-    "pareto",
-    "poisson_stragglers",
-    "read_trace",
-    "replay",
-    "scaled",
-    "shifted_exponential",
-    "trace",
-]
+__all__ = ["Latency", "Parts"]
 
 _SLOWDOWN_STREAM = 10**9  # offset of the slowdown's seeds, which keeps them apart from the parts' seeds
 
