@@ -95,7 +95,7 @@ class Engine:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             # Ten polls a second of every node, as before, took a sixth of all that the tests of engines compute.
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
             "RAY_USAGE_STATS_ENABLED": "0",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
@@ -163,9 +163,10 @@ class Engine:
         for member in found:
             member.signal(signal.SIGKILL)
 
-    def start_node(self, number: int) -> subprocess.Popen[bytes]:
-        """Start the SuperNode with this partition-id."""
-        command = ["flower-supernode", "--superlink", self.address, "--host", "127.0.0.1", "--port", str(free_port())]
+    def start_node(self, number: int, *, superlink: str = "") -> subprocess.Popen[bytes]:
+        """Start the SuperNode with this partition-id; it reaches the SuperLink at its own address or at another one."""
+        address = superlink or self.address
+        command = ["flower-supernode", "--superlink", address, "--host", "127.0.0.1", "--port", str(free_port())]
         command += self._security.supernode_options(number) if self._security else ["--insecure"]
         command += ["--node-config", f"partition-id={number} num-partitions={self.nodes} {self._node_config(number)}"]
         name = f"supernode-{number}"
@@ -196,7 +197,7 @@ class Engine:
                 self.start_node(number)
 
     def wait_for_nodes(self, count: int, *, timeout: float = 150.0) -> None:
-        """Wait until the SuperLink counts so many nodes as online.
+        """Wait until the nodes that were started have connected and the SuperLink counts so many as online.
 
         One that starts needs seconds; one that was killed is counted for up to a minute.
 
@@ -204,6 +205,8 @@ class Engine:
             EngineError: It still counts others after `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
+        while any(self.node_id(number) is None for number in self._nodes) and time.monotonic() < deadline:
+            self._processes.stopping.wait(0.2)  # logs are cheaper to read than a command is to start
         while (online := sum(node["status"] == "online" for node in self.listed_nodes())) != count:
             if time.monotonic() > deadline:
                 raise EngineError(f"{online} nodes are online after {timeout:g} s, not {count}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from fl_gradcode import Ledger
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import flat
 from tests.end_to_end.apps.straggling.straggling import client
+from tests.end_to_end.flower_commands import write_commands
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(__file__).resolve().parent / "apps" / "straggling"
@@ -59,7 +61,9 @@ class Run:
 
 _KINDS: dict[str, Callable[[Path], Engine]] = {
     "simulation": lambda folder: Engine(6, folder=folder),
-    "fleet": lambda folder: Engine(6, deployed=True, folder=folder),
+    "fleet": lambda folder: Engine(4, deployed=True, folder=folder),
+    # TLS, SuperNodes that prove by a key who they are, and a SuperLink that keeps its state in a file.
+    "secure fleet": lambda folder: Engine(4, deployed=True, secure=True, database=True, folder=folder),
 }
 
 
@@ -75,13 +79,22 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     pytest brings tests with the same parameter of a session's fixture together and ends the fixture after the last of
     them: only one engine runs at a time.
     """
-    with with_the_library_on_its_path(_KINDS[request.param](tmp_path_factory.mktemp(request.param))) as engine:
+    folder = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
+    with prepared(_KINDS[request.param](folder)) as engine:
         yield engine
 
 
-def with_the_library_on_its_path(engine: Engine) -> Engine:
-    """The apps import fl_gradcode: this checkout's, installed or not."""
+def all_nodes(engine: Engine) -> None:
+    """Have all nodes of a fleet running, whatever a test before this one did to them."""
+    engine.keep_nodes(engine.nodes)
+    engine.wait_for_nodes(engine.nodes)
+
+
+def prepared(engine: Engine) -> Engine:
+    """The apps import fl_gradcode, this checkout's, installed or not; and processes start in half the time."""
     engine.environment["PYTHONPATH"] = str(ROOT)
+    commands = write_commands(engine.folder / "commands")
+    engine.environment["PATH"] = f"{commands}{os.pathsep}{engine.environment['PATH']}"
     return engine
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from experiments.engine import Engine, EngineError, free_port
 from experiments.processes import Member, Processes
-from tests.end_to_end.conftest import TEMPLATE, with_the_library_on_its_path
+from tests.end_to_end.conftest import TEMPLATE, on_engine
 
 #: A process that starts another one in a session of its own, as Flower does.
 PARENT = ["sh", "-c", "setsid sleep 300 & echo started; wait"]
@@ -88,50 +88,55 @@ def test_simulated_nodes_have_no_connection_to_secure() -> None:
         Engine(2, secure=True)
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """TLS, authentication, a database, two nodes."""
-    folder = tmp_path_factory.mktemp("engine")
-    engine = Engine(2, deployed=True, secure=True, database=True, folder=folder)
-    with with_the_library_on_its_path(engine):
-        yield engine
-
-
 def statuses(engine: Engine) -> dict[int | None, str]:
-    return {node["number"]: node["status"] for node in engine.listed_nodes()}
+    return {node["number"]: node["status"] for node in engine.listed_nodes() if node["status"] != "unregistered"}
 
 
-def both_online(engine: Engine) -> bool:
-    return statuses(engine) == {0: "online", 1: "online"}
+def all_online(engine: Engine) -> bool:
+    return statuses(engine) == dict.fromkeys(range(engine.nodes), "online")
+
+
+def start_another_node(engine: Engine, name: str, *options: str) -> subprocess.Popen[bytes]:
+    command = ["flower-supernode", "--superlink", engine.address, "--port", str(free_port()), *options]
+    return engine._processes.start(command, name)
 
 
 def words_of_a_refused_node(engine: Engine, *options: str) -> str:
     before = len(engine._processes.log("refused"))
-    command = ["flower-supernode", "--superlink", engine.address, "--port", str(free_port()), *options]
-    process = engine._processes.start(command, "refused")
+    process = start_another_node(engine, "refused", *options)
     assert process.wait(timeout=60) == 1
     engine._processes.kill(process)  # its SuperExec would go on for a while
     return engine._processes.log("refused")[before:]
 
 
+def trust(engine: Engine) -> tuple[str, str]:
+    return "--root-certificates", str(engine.folder / "certificates" / "ca.crt")
+
+
+def new_key(file: Path) -> tuple[str, str]:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(file)], check=True)
+    return "--auth-supernode-private-key", str(file)
+
+
 @pytest.mark.slow
+@on_engine("secure fleet")
 def test_registered_nodes_come_online_under_the_ids_of_their_keys(engine: Engine) -> None:
-    until(lambda: both_online(engine))
+    until(lambda: all_online(engine))
     assert {node["id"] for node in engine.listed_nodes()} == set(engine.node_ids.values())
 
 
 @pytest.mark.slow
+@on_engine("secure fleet")
 def test_a_node_without_a_registered_key_is_refused(engine: Engine, tmp_path: Path) -> None:
-    trust = ("--root-certificates", str(engine.folder / "certificates" / "ca.crt"))
-    words = words_of_a_refused_node(engine, *trust)
+    words = words_of_a_refused_node(engine, *trust(engine))
     assert "SuperNode authentication is enabled. All SuperNodes must be registered via the CLI." in words
-    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(tmp_path / "key")], check=True)
-    words = words_of_a_refused_node(engine, *trust, "--auth-supernode-private-key", str(tmp_path / "key"))
+    words = words_of_a_refused_node(engine, *trust(engine), *new_key(tmp_path / "key"))
     assert "[code: 2004] Failed to activate SuperNode." in words
-    assert statuses(engine).keys() == {0, 1}
+    assert all_online(engine)
 
 
 @pytest.mark.slow
+@on_engine("secure fleet")
 def test_a_superlink_whose_certificate_is_not_trusted_is_not_spoken_to(engine: Engine, tmp_path: Path) -> None:
     script = Path(__file__).resolve().parents[2] / "deploy" / "make-certificates.sh"
     subprocess.run([str(script), str(tmp_path), "127.0.0.1"], check=True, capture_output=True)
@@ -140,8 +145,9 @@ def test_a_superlink_whose_certificate_is_not_trusted_is_not_spoken_to(engine: E
 
 
 @pytest.mark.slow
+@on_engine("secure fleet")
 def test_a_node_keeps_its_id_and_is_refused_while_the_old_one_counts_as_online(engine: Engine) -> None:
-    until(lambda: both_online(engine))
+    until(lambda: all_online(engine))
     old = engine._nodes.pop(0)  # it runs on: the restart finds it online, as one that was killed is for a minute
     back = threading.Thread(target=engine.restart_node, args=(0,), kwargs={"pause": 1.0})
     back.start()
@@ -151,20 +157,22 @@ def test_a_node_keeps_its_id_and_is_refused_while_the_old_one_counts_as_online(e
     back.join(timeout=60)
     assert not back.is_alive()
     assert engine._nodes[0].poll() is None
-    assert both_online(engine)
+    assert all_online(engine)
     assert engine._processes.log("supernode-0").count(f"SuperNode ID: {engine.node_ids[0]}") == 2
 
 
 @pytest.mark.slow
+@on_engine("secure fleet")
 def test_a_superlink_with_a_database_knows_its_nodes_after_it_was_killed(engine: Engine) -> None:
     engine.kill_superlink()
     with pytest.raises(EngineError, match="flwr supernode list failed"):
         engine.listed_nodes()
     engine.start_superlink()
-    until(lambda: both_online(engine))
+    until(lambda: all_online(engine))
 
 
 @pytest.mark.slow
+@on_engine("secure fleet")
 def test_only_the_serverapp_is_killed(engine: Engine, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="No ServerApp is running"):
         engine.kill_serverapp()
@@ -183,12 +191,15 @@ def test_only_the_serverapp_is_killed(engine: Engine, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_node_that_is_unregistered_ends_and_its_key_is_refused_for_ever(engine: Engine) -> None:
-    process = engine._nodes.pop(1)
-    engine.flwr.unregister(engine.node_ids[1])
+@on_engine("secure fleet")
+def test_a_node_that_is_unregistered_ends_and_its_key_is_refused_for_ever(engine: Engine, tmp_path: Path) -> None:
+    options = (*trust(engine), *new_key(tmp_path / "key"))
+    node_id = engine.flwr.register(tmp_path / "key.pub")
+    process = start_another_node(engine, "another", *options)
+    until(lambda: f"SuperNode ID: {node_id}" in engine._processes.log("another"))
+    engine.flwr.unregister(node_id)
     until(lambda: process.poll() is not None)
-    assert "SuperNode terminated gracefully." in engine._processes.log("supernode-1")
-    with pytest.raises(EngineError, match="was refused"):
-        engine.restart_node(1, timeout=1.0)
+    assert "SuperNode terminated gracefully." in engine._processes.log("another")
+    assert "[code: 2004] Failed to activate SuperNode." in words_of_a_refused_node(engine, *options)
     with pytest.raises(EngineError, match="Public key already in use"):
-        engine.flwr.register(engine.folder / "certificates" / "keys" / "node-1.pub")
+        engine.flwr.register(tmp_path / "key.pub")

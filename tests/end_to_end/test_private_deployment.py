@@ -10,7 +10,7 @@ import pytest
 from experiments.engine import Engine
 from fl_gradcode import Ledger, fractional_repetition
 from fl_gradcode.privacy import DPSGD, BudgetLedger, write_keys
-from tests.end_to_end.conftest import ROOT, with_the_library_on_its_path
+from tests.end_to_end.conftest import ROOT, prepared
 
 pytestmark = pytest.mark.slow
 
@@ -37,9 +37,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
     ledger = folder / "ledger.jsonl"
     state = {"killed": False, "back": False}
-    engine = with_the_library_on_its_path(
-        Engine(CODE.n, deployed=True, folder=folder / "engine", node_config=node_config)
-    )
+    engine = prepared(Engine(CODE.n, deployed=True, folder=folder / "engine", node_config=node_config))
     with engine:
 
         def kill_and_restart() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.engine import Engine, Outcome
-from tests.end_to_end.conftest import UNTIL_WOKEN, on_engine
+from tests.end_to_end.conftest import UNTIL_WOKEN, all_nodes, on_engine
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +58,7 @@ def test_in_the_simulation_engine_nobody_waits_for_the_sleeper(engine: Engine, t
 
 @on_engine("fleet")
 def test_against_supernodes_an_error_is_a_straggler(engine: Engine, tmp_path: Path) -> None:
-    engine.keep_nodes(NODES)
+    all_nodes(engine)
     _, products, told = run(engine, tmp_path, raiser=2)
     check(products, told)
     reasons = [reason for report in told["reports"] for _, reason in report["rejected"]]

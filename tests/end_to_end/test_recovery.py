@@ -17,8 +17,8 @@ from tests.end_to_end.conftest import (
     copy_of_the_app,
     distance,
     plain_fedavg,
+    prepared,
     saved_arrays,
-    with_the_library_on_its_path,
 )
 
 pytestmark = pytest.mark.slow
@@ -80,7 +80,7 @@ class InterruptedRun:
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("recovery")
-    with with_the_library_on_its_path(Engine(NODES, deployed=True, database=True, folder=folder)) as engine:
+    with prepared(Engine(NODES, deployed=True, database=True, folder=folder)) as engine:
         yield engine
 
 

@@ -15,7 +15,7 @@ from fl_gradcode import fractional_repetition
 from fl_gradcode.cli.app import app as command_line
 from fl_gradcode.protocol import records
 from fl_gradcode.protocol.records import PROTOCOL, library_version
-from tests.end_to_end.conftest import ROOT, Run, distance, plain_fedavg, run_straggling, with_the_library_on_its_path
+from tests.end_to_end.conftest import ROOT, Run, distance, plain_fedavg, prepared, run_straggling
 
 pytestmark = pytest.mark.slow
 
@@ -66,7 +66,7 @@ def run(placed: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
         folder=folder / "engine",
         node_config=lambda number: f'shards-dir="{placed / f"node-{number}"}"',
     )
-    with with_the_library_on_its_path(engine):
+    with prepared(engine):
         engine.stop_node(OLDER)
         engine.environment["PYTHONPATH"] = str(older_version(tmp_path_factory.mktemp("older")))
         engine.restart_node(OLDER)

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from experiments.engine import Engine
-from tests.end_to_end.conftest import UNTIL_WOKEN, Run, distance, on_engine, plain_fedavg, run_straggling
+from tests.end_to_end.conftest import UNTIL_WOKEN, Run, all_nodes, distance, on_engine, plain_fedavg, run_straggling
 
 pytestmark = [pytest.mark.slow, on_engine("simulation", "fleet")]
 
@@ -18,7 +18,7 @@ SLEEPER, PARTNER, ROUNDS = 1, 3, 3
 @pytest.fixture(scope="module")
 def run(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Run:
     if engine.deployed:
-        engine.keep_nodes(4)
+        all_nodes(engine)
     config = {
         "num-server-rounds": ROUNDS,
         "fraction-evaluate": 0.0 if engine.deployed else 1.0,

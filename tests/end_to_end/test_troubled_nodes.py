@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from experiments.engine import Engine
-from tests.end_to_end.conftest import UNTIL_WOKEN, Run, distance, on_engine, plain_fedavg, run_straggling
+from tests.end_to_end.conftest import UNTIL_WOKEN, Run, all_nodes, distance, on_engine, plain_fedavg, run_straggling
 
 pytestmark = [pytest.mark.slow, on_engine("fleet")]
 
@@ -29,8 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def slept(engine: Engine, folder: Path) -> Run:
     """Worker 1 sleeps whenever it trains. It is woken after three rounds; then the other two begin."""
-    engine.keep_nodes(4)
-    engine.wait_for_nodes(4)
+    all_nodes(engine)
 
     def wake_the_sleeper_after_the_third_round(events: Events) -> None:
         if any((event["what"], event["round"]) == ("ended", PAUSE) for event in events()):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message
+from flwr.app import ArrayRecord, Context, Message
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
@@ -28,9 +28,6 @@ def main(grid: Grid, context: Context) -> None:
     """Run the rounds; leave the final arrays in a file."""
     config: Any = context.run_config
     folder = Path(str(config["folder"]))
-    if config["one-loop"]:
-        _one_loop(grid, folder)
-        return
     noting = _Noting(grid, folder)
 
     def between(server_round: int, arrays: ArrayRecord, row: dict[str, Any]) -> None:
@@ -81,21 +78,3 @@ class _Noting(ForwardingGrid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         return self.inner.send_and_receive(messages, timeout=timeout)
-
-
-def _one_loop(grid: Grid, folder: Path) -> None:
-    """What a deployment without threads does: a pull for all ids, until n - 1 replies are in."""
-    while len(list(grid.get_node_ids())) < _NODES:
-        time.sleep(0.2)
-    messages = list(FedAvg().configure_train(1, initial_arrays(), ConfigRecord(), grid))
-    began = time.monotonic()
-    open_ids = set(grid.push_messages(messages))
-    while len(open_ids) > 1:
-        asked = time.monotonic()
-        replies = list(grid.pull_messages(list(open_ids)))
-        open_ids -= {reply.metadata.reply_to_message_id for reply in replies}
-        took = time.monotonic() - asked
-        if replies or took > 1:
-            note(str(folder), what="pull", took=took, replies=len(replies), after=time.monotonic() - began)
-        time.sleep(0.25)
-    note(str(folder), what="round", seconds=time.monotonic() - began)

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
-import subprocess
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +16,16 @@ from fl_gradcode import Ledger
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import flat
 from tests.end_to_end.apps.links.links import client
-from tests.end_to_end.conftest import with_the_library_on_its_path
+from tests.end_to_end.conftest import all_nodes, on_engine
 from tests.end_to_end.throttle import SlowLink
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, on_engine("fleet")]
 
 APP = Path(__file__).resolve().parent / "apps" / "links"
 # The groups of fractional_repetition(4, 1) are (0, 2) and (1, 3).
 SLOW, ROUNDS, PAUSE = 1, 3, 2
 UPLOAD = 300.0  # seconds, if the link stayed as it is
 RATE = 4 * client.PARAMETERS / UPLOAD  # bytes a second
-
-
-class UnequalEngine(Engine):
-    """One SuperNode reaches the SuperLink by way of a slow link."""
-
-    link: SlowLink
-    patience = 1.0  # a slow upload would take longer
-
-    def start_node(self, number: int) -> subprocess.Popen[bytes]:
-        direct = self.address
-        self.address = self.link.address if number == SLOW else direct
-        try:
-            return super().start_node(number)
-        finally:
-            self.address = direct
 
 
 class Run:
@@ -70,21 +51,25 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("links")
     shutil.copytree(APP, folder / "app", ignore=shutil.ignore_patterns("__pycache__"))
-    engine = UnequalEngine(4, deployed=True, folder=folder / "engine")
-    with SlowLink(engine.address, up=RATE) as engine.link, with_the_library_on_its_path(engine):
+    all_nodes(engine)
+    with SlowLink(engine.address, up=RATE) as link:
+        engine.stop_node(SLOW)
+        engine.start_node(SLOW, superlink=link.address)
+        all_nodes(engine)
         events = folder / "events.jsonl"
 
         def speed_up_in_the_pause() -> None:
             noted = [json.loads(line) for line in events.read_text().splitlines()] if events.exists() else []
             if any((event["what"], event.get("round")) == ("ended", PAUSE) for event in noted):
-                engine.link.become(up=100 * RATE)
+                link.become(up=100 * RATE)
 
         config = {"folder": str(folder), "num-server-rounds": ROUNDS, "slow": SLOW, "pause": PAUSE}
         outcome = engine.run(folder / "app", config, timeout=500.0, while_waiting=speed_up_in_the_pause)
-        passed, _ = engine.link.passed
+        passed, _ = link.passed
+        engine.stop_node(SLOW)
     assert outcome.completed, outcome.log
     return Run(outcome, folder, passed)
 
@@ -127,43 +112,3 @@ def test_the_model_is_that_of_fedavg_with_equal_links(run: Run) -> None:
         result = FedAvg(fraction_evaluate=0.0).start(grid, client.initial_arrays(), num_rounds=ROUNDS)
     expected = flat(result.arrays)
     assert float(np.linalg.norm(run.final - expected) / np.linalg.norm(expected)) < 1e-6
-
-
-def test_the_proxy_keeps_its_rate_and_lets_small_messages_past_large_ones() -> None:
-    """400 kB at 400 kB/s take a second; meanwhile a byte on another connection is answered."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        echo = threading.Thread(target=_answer, args=(server, 2), daemon=True)
-        echo.start()
-        with SlowLink(f"127.0.0.1:{server.getsockname()[1]}", up=400_000) as link:
-            host, _, port = link.address.partition(":")
-            with (
-                socket.create_connection((host, int(port))) as large,
-                socket.create_connection((host, int(port))) as small,
-            ):
-                began = time.monotonic()
-                sender = threading.Thread(target=large.sendall, args=(b"x" * 400_000,), daemon=True)
-                sender.start()
-                small.sendall(b"y" * 1000)
-                assert small.recv(1) == b"!"
-                after_small = time.monotonic() - began
-                left = 399
-                while left:
-                    left -= len(large.recv(left))
-                assert time.monotonic() - began >= 0.95 > after_small
-        assert link.passed[0] == 401_000
-
-
-def _answer(server: socket.socket, connections: int) -> None:
-    """One byte back for each thousand."""
-
-    def serve(connection: socket.socket) -> None:
-        with connection:
-            taken = answered = 0
-            while piece := connection.recv(1 << 16):
-                taken += len(piece)
-                connection.sendall(b"!" * (taken // 1000 - answered))
-                answered = taken // 1000
-
-    for _ in range(connections):
-        connection, _ = server.accept()
-        threading.Thread(target=serve, args=(connection,), daemon=True).start()
