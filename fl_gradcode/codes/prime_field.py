@@ -221,9 +221,12 @@ def combine_mod(vectors: Sequence[NDArray[Any]] | NDArray[Any], coefficients: ND
 
     starts = range(0, length, step)
     threads = min(_MAX_THREADS, os.cpu_count() or 1) if length * len(vectors) * columns >= _WORTH_THREADS else 1
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(work, starts[number::threads]) for number in range(threads)]:
-            done.result()
+    if threads == 1:
+        work(starts)  # starting a thread takes longer than a small product
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            for done in [pool.submit(work, starts[number::threads]) for number in range(threads)]:
+                done.result()
     return out.reshape(-1)
 
 
