@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 
 from clients.app import app as client_app
@@ -23,6 +23,7 @@ from fl_gradcode.latency import Latency, Law
 from fl_gradcode.placement.assignment import assign
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import relative
+from tests.once import Once
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "data"
@@ -32,25 +33,6 @@ HOSPITALS = [4, 4, 2, 2]  # how many hospitals' data each hospital may keep: 12 
 def config(**changes: Any) -> dict[str, Any]:
     with (ROOT / "pyproject.toml").open("rb") as file:
         return {**tomllib.load(file)["tool"]["flwr"]["app"]["config"], **changes}
-
-
-class Once:
-    """The client app, which answers a message that it has answered before without training again."""
-
-    def __init__(self) -> None:
-        self.known: dict[tuple[Any, ...], RecordDict] = {}
-
-    def __call__(self, message: Message, context: Context) -> Message:
-        plan = message.content.get("fl-gradcode.plan")
-        key = (
-            message.metadata.message_type,
-            context.node_config["partition-id"],
-            str(plan),
-            str(message.content["config"]),
-        )
-        if key not in self.known:
-            self.known[key] = client_app(message, context).content
-        return Message(self.known[key], reply_to=message)
 
 
 def silent(workers: Sequence[int]) -> Latency:
@@ -92,7 +74,7 @@ def test_hospitals_of_unequal_capacity_train_as_if_all_took_part(hospitals: dict
     plan = assign(4, HOSPITALS, owners=range(4))
     assert (plan.loads, plan.replication, plan.largest_m(1)) == ((4, 4, 2, 2), 3, 2)
     expected, _ = run(hospitals, 4, client_app, None, [])
-    app = Once()
+    app = Once(client_app)
     for missing in [(), *combinations(range(4), 1)]:
         actual, row = run(hospitals, 4, app, for_assignment(plan, s=1, m=m), missing)
         assert row["outcome"] == "exact" and not set(missing) & set(row["used"])
@@ -130,7 +112,7 @@ def test_twenty_clients_of_three_capacities_upload_a_fraction(clothes: dict[str,
     expected, _ = run(clothes, 20, client_app, None, [])
     weight, rng = {}, np.random.default_rng(0)
     for m in (1, 2, 4):
-        app, code = Once(), FAMILIES[family](plan, m)
+        app, code = Once(client_app), FAMILIES[family](plan, m)
         sets = [(0, 1, 2), (17, 18, 19), *(tuple(rng.choice(20, 3, replace=False).tolist()) for _ in range(4))]
         for missing in sets:
             actual, row = run(clothes, 20, app, code, missing)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,12 @@ LEARNING_RATE = 1.0  # an update as large as the weights: float32 weights would 
 
 
 def model() -> nn.Module:
+    return copy.deepcopy(_model(torch.get_default_dtype()))  # torch takes longer to seed its generators than to copy
+
+
+@cache
+def _model(dtype: torch.dtype) -> nn.Module:
+    """Of the default dtype, which is named so that each has a model of its own."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(8, 16), nn.GroupNorm(4, 16), nn.ReLU(), nn.Linear(16, 3))

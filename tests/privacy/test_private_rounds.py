@@ -29,8 +29,9 @@ from fl_gradcode import (
 )
 from fl_gradcode.codes import for_assignment, reed_solomon
 from fl_gradcode.latency import Latency, lognormal, scaled
-from fl_gradcode.testing import InProcessGrid
+from fl_gradcode.testing import InProcessGrid, inside_a_run
 from tests.conftest import flat
+from tests.once import Once
 from tests.privacy.private_app import initial, keys_for, private_app, settings
 
 HELD = [[0, 1, 2, 5], [1, 2, 3], [2, 3, 4], [3, 4, 5, 0], [4, 5, 0], [5, 0, 1, 3]]
@@ -110,22 +111,25 @@ def float64() -> Iterator[None]:
 def test_any_four_of_six_decode_to_the_sum_of_the_private_updates(name: str, mode: str, tmp_path: Path) -> None:
     code, privacy = CODES[name], settings(grad_sample_mode=mode)
     expected = one_holder_each(code, tmp_path, privacy=privacy)
+    app = Once(private_app())  # whoever is silent, the others are asked the same
     for silent in PAIRS:
-        arrays, (row,) = run(code, tmp_path / "keys", silent, privacy=privacy)
+        arrays, (row,) = run(code, tmp_path / "keys", silent, app=app, privacy=privacy)
         entry = row["train"]
         assert entry["outcome"] == "exact" and not {*entry["used"], *entry["answered"]} & {*silent}
         assert entry["replica-disagreement"] == 0
         # float32 travels: a code with signs amplifies its rounding by kappa, and says so.
         rounding = entry["rounding-error"] if entry["quantisation-error"] is None else entry["quantisation-error"] * 10
         assert apart(arrays, expected) < max(1e-6, 2 * rounding), (silent, entry["kappa"])
+    assert len(app.known) <= code.n  # each holder has trained its shards once at most
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", ["cyclic", "universal"])
 def test_float64_updates_decode_to_nine_digits(name: str, tmp_path: Path) -> None:
     expected = one_holder_each(CODES[name], tmp_path)
+    app = Once(private_app())
     for silent in PAIRS:
-        arrays, _ = run(CODES[name], tmp_path / "keys", silent)
+        arrays, _ = run(CODES[name], tmp_path / "keys", silent, app=app)
         assert apart(arrays, expected) < 1e-9, silent
 
 
@@ -146,8 +150,9 @@ def test_a_sample_of_the_shards_decodes_to_the_sum_of_theirs(name: str, tmp_path
 
     code = CODES[name]
     expected = one_holder_each(code, tmp_path, inner=half())
+    app = Once(private_app())
     for silent in PAIRS:
-        arrays, (row,) = run(code, tmp_path / "keys", silent, inner=half())
+        arrays, (row,) = run(code, tmp_path / "keys", silent, app=app, inner=half())
         assert row["train"]["shards"] == [0, 3, 5] and row["train"]["outcome"] == "exact"
         assert apart(arrays, expected) < max(1e-6, 2 * row["train"]["rounding-error"]), silent
 
@@ -175,23 +180,15 @@ def digests(worker: int, folder: Path) -> str:
 
 
 def test_holders_in_processes_of_their_own_send_the_same_bits(tmp_path: Path) -> None:
+    """The other process is this one, which has done other things before."""
     keys_for(CODES["fractional"], tmp_path)
-    holders = CODES["fractional"].holders_of(0)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TRAINED_BY, str(worker), str(tmp_path)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": str(worker)},
-        )
-        for worker in holders[:2]
-    ]
-    first, second = [process.communicate(timeout=300)[0].strip() for process in processes]
-    assert all(process.returncode == 0 for process in processes)
-    assert first == second and first.count('": "') == 3
-    # Another secret, another update: the digests do not agree whatever happens.
-    keys_for(CODES["fractional"], tmp_path / "others")
-    from fl_gradcode.testing import inside_a_run
-
+    one, other = CODES["fractional"].holders_of(0)[:2]
+    command = [sys.executable, "-c", TRAINED_BY, str(one), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=True)
     with inside_a_run():
-        assert digests(holders[0], tmp_path / "others") != first
+        theirs, ours = done.stdout.strip(), digests(other, tmp_path)
+        assert theirs == ours and ours.count('": "') == 3
+        # Another secret, another update: the digests do not agree whatever happens.
+        keys_for(CODES["fractional"], tmp_path / "others")
+        assert digests(one, tmp_path / "others") != ours
