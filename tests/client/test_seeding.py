@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,44 +37,71 @@ def shard(number):
 """
 
 
-def said_by(program: str) -> str:
-    done = subprocess.run([sys.executable, "-c", NODE + program], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+INSIDE = "with generators_restored():\n"
+#: What is drawn, and the number that torch is seeded with; the same afterwards.
+TOLD = "    print(draw(), sys.modules['torch'].initial_seed())\nprint(sys.modules['torch'].initial_seed())\n"
+IMPORTED_BEFORE = f"import torch\n{INSIDE}    shard(5)\n{TOLD}"
+IMPORTED_INSIDE = f"{INSIDE}    shard(5)\n{TOLD}"
+DRAWN = [
+    IMPORTED_INSIDE,
+    f"{INSIDE}    shard(4)\n    draw()\n    shard(5)\n{TOLD}",
+    # As private training in an app that imports torch nowhere else.
+    f"{INSIDE}    shard(5)\n    {INSIDE}        draw()\n{TOLD}",
+    f"{INSIDE}    shard(5)\n    {INSIDE}        shard(4)\n        draw()\n{TOLD}",
+]
+WATCHERS = "print(len(sys.meta_path))\n"
+WITHOUT_TORCH = f"{INSIDE}    shard(5)\nassert 'torch' not in sys.modules\n{WATCHERS}"
+HEAVY = "print(sorted({'torch', 'scipy.stats', 'opacus', 'pandas', 'matplotlib'} & {*sys.modules}))\n"
+PROGRAMS = [IMPORTED_BEFORE, *DRAWN, WITHOUT_TORCH, WATCHERS, HEAVY]
+
+#: Each program has a process of its own without torch, forked from one that has imported everything else.
+FORKING = """
+import os
+for program in PROGRAMS:
+    print(MARK, flush=True)
+    child = os.fork()
+    if child == 0:
+        try:
+            exec(program)
+            sys.stdout.flush()
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, program
+"""
+MARK = "the next program"
 
 
 @pytest.fixture(scope="module")
-def imported_before() -> str:
-    return said_by("import torch\nwith generators_restored():\n    shard(5)\n    print(draw())")
+def said_by() -> Callable[[str], str]:
+    """What each program prints."""
+    text = f"{NODE}\nPROGRAMS, MARK = {PROGRAMS!r}, {MARK!r}\n{FORKING}"
+    done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    before, *said = done.stdout.split(f"{MARK}\n")
+    assert before == "" and len(said) == len(PROGRAMS)
+    return dict(zip(PROGRAMS, said, strict=True)).__getitem__
 
 
-def test_a_node_that_does_not_need_torch_does_not_import_it() -> None:
-    program = "with generators_restored():\n    shard(5)\nassert 'torch' not in sys.modules\nprint(len(sys.meta_path))"
-    assert said_by(program) == said_by("print(len(sys.meta_path))")
-    heavy = "print(sorted({'torch', 'scipy.stats', 'opacus', 'pandas', 'matplotlib'} & {*sys.modules}))"
-    assert said_by(heavy) == "[]\n"
+def test_a_node_that_does_not_need_torch_does_not_import_it(said_by: Callable[[str], str]) -> None:
+    assert said_by(WITHOUT_TORCH) == said_by(WATCHERS) != ""
+    assert said_by(HEAVY) == "[]\n"
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        "with generators_restored():\n    shard(5)\n    print(draw())",
-        "with generators_restored():\n    shard(4)\n    draw()\n    shard(5)\n    print(draw())",
-        # As private training in an app that imports torch nowhere else.
-        "with generators_restored():\n    shard(5)\n    with generators_restored():\n        draw()\n    print(draw())",
-        "with generators_restored():\n"
-        "    shard(5)\n    with generators_restored():\n        shard(4)\n        draw()\n    print(draw())",
-    ],
-)
-def test_it_draws_the_same_whenever_it_is_imported(program: str, imported_before: str) -> None:
-    assert said_by(program) == imported_before
+@pytest.mark.parametrize("program", DRAWN)
+def test_it_draws_the_same_whenever_it_is_imported(program: str, said_by: Callable[[str], str]) -> None:
+    drawn, _ = said_by(program).splitlines()
+    assert drawn == said_by(IMPORTED_BEFORE).splitlines()[0] != ""
 
 
-def test_what_is_drawn_afterwards_does_not_follow_from_the_seed_of_a_shard() -> None:
-    inside = "with generators_restored():\n    shard(5)\n    draw()\n    print(sys.modules['torch'].initial_seed())\n"
-    shards, afterwards = said_by(inside + "print(sys.modules['torch'].initial_seed())").split()
-    assert afterwards != shards  # torch seeds itself at random when it is imported
-    assert said_by(inside).split() == [shards]
+def test_what_is_drawn_afterwards_does_not_follow_from_the_seed_of_a_shard(said_by: Callable[[str], str]) -> None:
+    inside, afterwards = said_by(IMPORTED_INSIDE).splitlines()
+    seed_of_the_shard = inside.split()[-1]
+    assert seed_of_the_shard.isdigit() and afterwards.isdigit()
+    assert afterwards != seed_of_the_shard  # torch seeds itself at random when it is imported
+    assert said_by(DRAWN[1]).splitlines()[0].split()[-1] == seed_of_the_shard
 
 
 @pytest.mark.parametrize("side", ["client", "server"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -186,19 +188,48 @@ def test_other_data_are_not_overwritten(source: Path, tmp_path: Path) -> None:
         assert {one.kind for one in verify_folder(out / f"node-{worker}", out)} == {"right"}
 
 
-KILLED = """
-import os, sys
+DYING = """
+import json, os, sys
 from fl_gradcode.cli.app import app
 from fl_gradcode.placement import node_folders
-real, left = node_folders.{function}, [{after}]
-def dying(*args, **kwargs):
-    if left[0] == 0:
-        os._exit(9)
-    left[0] -= 1
-    return real(*args, **kwargs)
-node_folders.{function} = dying
-app(sys.argv[1:])
+for request in sys.stdin:
+    function, after, line = json.loads(request)
+    child = os.fork()
+    if child == 0:
+        place = os if function == "replace" else node_folders
+        real, left = getattr(place, function), [after]
+        def dying(*args, **kwargs):
+            if left[0] == 0:
+                os._exit(9)
+            left[0] -= 1
+            return real(*args, **kwargs)
+        setattr(place, function, dying)
+        try:
+            app(line)
+        finally:
+            os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+
+
+@pytest.fixture(scope="module")
+def killed() -> Iterator[Callable[..., int]]:
+    """Runs a command line in a process of its own, which ends in the call of `function` behind the first `after`.
+
+    The processes are forked from one that has imported the command.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", DYING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as one:
+        assert one.stdin is not None and one.stdout is not None
+        requests, answers = one.stdin, one.stdout
+
+        def run(function: str, after: int, *line: object) -> int:
+            print(json.dumps([function, after, [*map(str, line)]]), file=requests, flush=True)
+            return int(answers.readline())
+
+        yield run
+        requests.close()
 
 
 @pytest.mark.parametrize(
@@ -206,14 +237,12 @@ app(sys.argv[1:])
     [("copy_shard", 3), ("_clear", 0), ("_clear", 1), ("_bring", 0), ("_bring", 2), ("replace_file", 0)],
 )
 def test_a_placement_that_is_killed_leaves_nothing_that_seems_whole(
-    function: str, after: int, source: Path, tmp_path: Path
+    function: str, after: int, killed: Callable[..., int], source: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     first = placed(source, out, "-n", 3)
     (source / "s1.csv").write_text("x,y\n8,8\n")
-    program = KILLED.format(function=function, after=after)
-    line = [sys.executable, "-c", program, "place", str(source), str(out), "-n", "3", "--force"]
-    assert subprocess.run(line, check=False).returncode == 9
+    assert killed(function, after, "place", source, out, "-n", 3, "--force") == 9
     if function in ("copy_shard", "replace_file"):  # nothing was taken away yet
         assert Manifest.read(out) == Manifest.read(first["manifest"])
     else:
@@ -227,22 +256,8 @@ def test_a_placement_that_is_killed_leaves_nothing_that_seems_whole(
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
-KILLED_MOVING = """
-import os, sys
-from fl_gradcode.cli.app import app
-real, left = os.replace, [{after}]
-def dying(*args, **kwargs):
-    if left[0] == 0:
-        os._exit(9)
-    left[0] -= 1
-    return real(*args, **kwargs)
-os.replace = dying
-app(sys.argv[1:])
-"""
-
-
 def test_wherever_it_is_killed_nothing_is_left_that_the_next_run_does_not_take_away(
-    source: Path, tmp_path: Path
+    killed: Callable[..., int], source: Path, tmp_path: Path
 ) -> None:
     """Data would stay with a node that must not have them."""
     out = tmp_path / "out"
@@ -252,9 +267,7 @@ def test_wherever_it_is_killed_nothing_is_left_that_the_next_run_does_not_take_a
     (source / "s2.csv").unlink()
     (source / "s7.csv").write_text("x,y\n7,7\n")
     for after in (4, 6, 9, 12, 16, 19, 22):  # while manifests are written, cleared away, brought
-        line = ["place", str(source), str(out), "-n", "3", "--force"]
-        program = KILLED_MOVING.format(after=after)
-        assert subprocess.run([sys.executable, "-c", program, *line], check=False).returncode == 9
+        assert killed("replace", after, "place", source, out, "-n", 3, "--force") == 9
         for node in out.glob("node-*"):
             if (node / "shards.json").exists():
                 assert {one.kind for one in verify_folder(node)} <= {"right", "missing"}

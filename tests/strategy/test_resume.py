@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -284,33 +285,43 @@ def test_a_checkpoint_holds_no_code(tmp_path: Path) -> None:
 def test_a_run_that_is_killed_at_random_moments_ends_as_if_nobody_had(tmp_path: Path) -> None:
     """SIGKILL, seven times, wherever the process is: in a round, in the ledger, in the checkpoint."""
     rounds = 40
-    program = [sys.executable, "-m", "tests.strategy.kept_run"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, "-m", "tests.strategy.kept_run"]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(program, cwd=ROOT, env=environment, text=True, **pipes) as forking:
+        assert forking.stdin is not None and forking.stdout is not None
+        requests, answers = forking.stdin, forking.stdout
 
-    def process(folder: Path) -> subprocess.Popen[bytes]:
-        folder.mkdir(exist_ok=True)
-        arguments = [*program, str(folder), str(rounds)]
-        return subprocess.Popen(arguments, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+        def process(folder: Path) -> int:
+            """Of whom the next line says how it ended."""
+            folder.mkdir(exist_ok=True)
+            print(rounds, folder, file=requests, flush=True)
+            return int(answers.readline())
 
-    whole = process(tmp_path / "whole")
-    rng = np.random.default_rng(1)
-    killed = 0
-    while killed < 7:
-        one = process(tmp_path / "killed")
-        target = killed * 5 + 1
-        deadline = time.monotonic() + 60
-        while one.poll() is None and time.monotonic() < deadline:  # it has got somewhere: now wait for a random moment
-            ledger = tmp_path / "killed" / "ledger.jsonl"
-            if ledger.exists() and ledger.read_bytes().count(b"\n") >= target:
-                break
-            time.sleep(0.002)
-        time.sleep(float(rng.uniform(0, 0.05)))
-        one.send_signal(signal.SIGKILL)
-        if one.wait() == 0:
-            break  # it was faster
-        killed += 1
-    last = process(tmp_path / "killed")
-    assert last.wait(timeout=100) == 0 and whole.wait(timeout=100) == 0
+        process(tmp_path / "whole")
+        assert int(answers.readline()) == 0
+        rng = np.random.default_rng(1)
+        killed = 0
+        while killed < 7:
+            one = process(tmp_path / "killed")
+            target = killed * 5 + 1
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:  # it has got somewhere: now wait for a random moment
+                ledger = tmp_path / "killed" / "ledger.jsonl"
+                if ledger.exists() and ledger.read_bytes().count(b"\n") >= target:
+                    break
+                time.sleep(0.002)
+            time.sleep(float(rng.uniform(0, 0.05)))
+            with suppress(ProcessLookupError):
+                os.kill(one, signal.SIGKILL)
+            ended = int(answers.readline())
+            if ended == 0:
+                break  # it was faster
+            assert ended == -signal.SIGKILL
+            killed += 1
+        process(tmp_path / "killed")
+        assert int(answers.readline()) == 0
+        requests.close()
     assert killed >= 4
     with np.load(tmp_path / "whole" / "final.npz") as a, np.load(tmp_path / "killed" / "final.npz") as b:
         assert all((a[name] == b[name]).all() for name in a.files)
