@@ -16,6 +16,7 @@ from torch import nn
 from clients.data import Dataset, load_dataset
 from clients.errors import AppConfigError
 from clients.models import MODEL_NAMES, build_model
+from clients.partition import partition_indices
 from clients.training import class_accuracies, evaluate, local_seed, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -255,38 +256,34 @@ def test_local_seeds_are_63_bit_hashes_that_differ() -> None:
     assert 0 <= min(seeds) <= max(seeds) < 2**63
 
 
-FINGERPRINT = """
-import hashlib
-import numpy as np
-import torch
-from clients.data import load_dataset
-from clients.models import build_model
-from clients.partition import partition_indices
-from clients.training import local_seed, train
+def fingerprint() -> str:
+    """Of a model that is trained on one part."""
+    digits = load_dataset("digits")
+    part = partition_indices(digits, 10, partitioner="dirichlet", alpha=0.3, seed=0, owners=0)[3]
+    model = build_model("cnn", digits, 0)
+    x, y = torch.tensor(digits.train_x[part]), torch.tensor(digits.train_y[part])
+    train(model, x, y, epochs=2, batch_size=16, learning_rate=0.1, seed=local_seed(0, 1, 3), device=CPU)
+    return hashlib.sha256(flat(model).numpy().tobytes()).hexdigest()
 
+
+FINGERPRINT = """
+import torch
+from tests.programs.test_models_and_training import fingerprint
 torch.set_num_threads(1)
-digits = load_dataset("digits")
-part = partition_indices(digits, 10, partitioner="dirichlet", alpha=0.3, seed=0, owners=0)[3]
-model = build_model("cnn", digits, 0)
-x, y = torch.tensor(digits.train_x[part]), torch.tensor(digits.train_y[part])
-seed = local_seed(0, 1, 3)
-train(model, x, y, epochs=2, batch_size=16, learning_rate=0.1, seed=seed, device=torch.device("cpu"))
-values = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-print(hashlib.sha256(values.numpy().tobytes()).hexdigest())
+print(fingerprint())
 """
 
 
 def test_two_processes_train_the_same_partition_to_the_same_bits() -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", FINGERPRINT],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONHASHSEED": hash_seed},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for hash_seed in ("1", "2")
-    ]
-    first, second = (process.communicate()[0] for process in processes)
-    assert len(first.strip()) == hashlib.sha256().digest_size * 2
-    assert first == second
+    """The other one is this one, whose hashes of strings differ and which has trained before."""
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    command = [sys.executable, "-c", FINGERPRINT]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        ours = fingerprint()
+    finally:
+        torch.set_num_threads(threads)
+    assert len(ours) == hashlib.sha256().digest_size * 2
+    assert done.stdout.strip() == ours
