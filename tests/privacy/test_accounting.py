@@ -136,15 +136,19 @@ def test_an_unknown_accountant_or_delta_is_refused() -> None:
 
 
 # Noise multipliers of privacy.md, section 5, for 30 rounds of 5 steps: sample rate, epsilon, RDP, PRV.
-@pytest.mark.parametrize(
-    ("rate", "epsilon", "rdp", "prv"),
-    [
-        (0.05, 1, 2.734, 2.539),
-        (0.05, 3, 1.270, 1.191),
-        (1 / 7, 3, 2.832, 2.642),
-        (0.25, 8, 2.146, 2.021),
-    ],
-)
+MULTIPLIERS = [(0.05, 1, 2.734, 2.539), (0.05, 3, 1.270, 1.191), (1 / 7, 3, 2.832, 2.642), (0.25, 8, 2.146, 2.021)]
+
+
+@pytest.mark.parametrize(("rate", "epsilon", "rdp", "prv"), MULTIPLIERS)
+def test_the_table_s_noise_is_what_each_epsilon_takes(rate: float, epsilon: float, rdp: float, prv: float) -> None:
+    for accountant, known in (("rdp", rdp), ("prv", prv)):
+        less, more = (
+            epsilon_of([Spend(known * part, rate, 150)], DELTA, accountant=accountant) for part in (0.99, 1.01)
+        )
+        assert more <= epsilon < less
+
+
+@pytest.mark.parametrize(("rate", "epsilon", "rdp", "prv"), MULTIPLIERS[:3:2])
 def test_calibrated_noise_is_the_tables_and_meets_its_target(
     rate: float, epsilon: float, rdp: float, prv: float
 ) -> None:
