@@ -176,11 +176,12 @@ def coded_reply(message: Message, worker: int) -> Message:
     for coefficients in row.coefficients:
         metrics = encoding.add_metrics(metrics, np.ones(1), coefficients[:1])
     length = -(-SIZE // len(row.coefficients[0]))
-    rng = np.random.default_rng(worker)
-    noise: Any = (
-        rng.standard_normal(length, dtype=np.float32)
+    rng, drawn = np.random.default_rng(worker), 1 << 16  # and repeated: drawing it all would take longer than decoding
+    noise: Any = np.resize(
+        rng.standard_normal(drawn, dtype=np.float32)
         if plan.fraction_bits is None
-        else rng.integers(0, P, length, dtype=np.uint32)
+        else rng.integers(0, P, drawn, dtype=np.uint32),
+        length,
     )
     reply = Reply(
         run=plan.run,

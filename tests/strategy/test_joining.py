@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 
-from fl_gradcode import GradientCode, GradientCoding, cyclic_repetition, fractional_repetition
+from fl_gradcode import EarlyStopGrid, GradientCode, GradientCoding, cyclic_repetition, fractional_repetition
 from fl_gradcode.strategy.plan_messages import time_to_live
 from fl_gradcode.testing import inside_a_run
 from tests.conftest import initial_arrays, relative, run_plain, toy_app
@@ -22,10 +23,18 @@ CODES: dict[str, Callable[[], GradientCode]] = {
 }
 
 
+#: How many times faster than ours the server's clock goes: it looks at the nodes once a second.
+HURRY = 10
+
+
+def hurried(grid: LivingGrid) -> EarlyStopGrid:
+    return EarlyStopGrid(grid, poll_interval=0.25 / HURRY, clock=lambda: HURRY * time.monotonic())
+
+
 def run(grid: LivingGrid, code: GradientCode, rounds: int = 1, **options: Any) -> tuple[ArrayRecord, list[Any]]:
     strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), code, **options)
     with inside_a_run():
-        result = strategy.start(grid, initial_arrays(), num_rounds=rounds, timeout=60)
+        result = strategy.start(hurried(grid), initial_arrays(), num_rounds=rounds, timeout=60 * HURRY)
     return result.arrays, strategy.ledger.rows
 
 
@@ -148,7 +157,7 @@ def test_a_round_without_work_for_a_newcomer_sends_it_nothing() -> None:
         FedAvg(fraction_train=0.25, min_train_nodes=1, fraction_evaluate=0.0), CODES["fractional"]()
     )
     with inside_a_run():
-        strategy.start(grid, initial_arrays(), num_rounds=4, timeout=60)
+        strategy.start(hurried(grid), initial_arrays(), num_rounds=4, timeout=60 * HURRY)
     for row in strategy.ledger.rows[1:]:
         assert row["train"]["joined"] == [], "nodes without a sampled shard are no newcomers"
 
@@ -159,7 +168,7 @@ def test_a_hopeless_round_still_ends_at_once() -> None:
     for node in grid.nodes.values():
         node.crashes = node.worker % 2 == 0
     _, rows = run(grid, CODES["fractional"]())
-    assert rows[0]["train"]["ended"] == "hopeless" and rows[0]["train"]["seconds"]["waiting"] < 30
+    assert rows[0]["train"]["ended"] == "hopeless" and rows[0]["train"]["seconds"]["waiting"] < 30 * HURRY
 
 
 @pytest.mark.parametrize("timeout", [None, 1.0, 30.0, 600.0, 3600.0])
