@@ -61,19 +61,13 @@ def error_of(code: GradientCode, a: NDArray[np.float64]) -> float:
     return float(np.abs(matrix.T @ a.reshape(code.n, -1) - target).max())
 
 
-@cache
-def _minimum_norm(code: GradientCode, survivors: tuple[int, ...]) -> NDArray[np.float64]:
-    matrix, target = conditions(code.B)
-    a = np.zeros((code.n, target.shape[1]))
-    if survivors:
-        a[list(survivors)] = np.linalg.lstsq(matrix[list(survivors)].T, target, rcond=RANK)[0]
-    a.flags.writeable = False
-    return a
-
-
 def minimum_norm(code: GradientCode, survivors: Sequence[int]) -> NDArray[np.float64]:
     """The shortest least-squares solution over the survivors, shape (n, m)."""
-    return _minimum_norm(code, tuple(survivors))
+    matrix, target = conditions(code.B)
+    a = np.zeros((code.n, target.shape[1]))
+    if len(survivors):
+        a[list(survivors)] = np.linalg.lstsq(matrix[list(survivors)].T, target, rcond=RANK)[0]
+    return a
 
 
 @cache
