@@ -15,7 +15,6 @@ from clients import training
 from clients.data import Dataset, load_dataset
 from clients.errors import AppConfigError
 from clients.models import build_model
-from clients.partition import partition_indices
 from clients.shards import load_shard
 from fl_gradcode import gradient_coding_mod
 from fl_gradcode.privacy import asks_for_privacy, private_training
@@ -146,6 +145,8 @@ def _cut(
     run_config: Mapping[str, object], partition_id: int, num_partitions: int, seed: int
 ) -> tuple[Dataset, NDArray[np.int64]]:
     """The whole data set, and which of its examples are this partition's."""
+    from clients.partition import partition_indices  # two seconds, which a node with a shards-dir does not need
+
     dataset = load_dataset(
         _text(run_config, "dataset", _RUN),
         _text(run_config, "data-dir", _RUN),
