@@ -1,4 +1,4 @@
-"""Private training against a real SuperLink with four SuperNodes: one is killed and returns, one has a small budget."""
+"""Private training of placed shards with four SuperNodes: one is killed and returns, one has a small budget."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from experiments.engine import Engine
+from experiments.make_shards import main as make_shards
 from fl_gradcode import Ledger, fractional_repetition
+from fl_gradcode.cli.app import app as command_line
 from fl_gradcode.privacy import DPSGD, BudgetLedger, write_keys
 from tests.end_to_end.conftest import ROOT, prepared
 
@@ -30,10 +33,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rows(folder: Path) -> list[dict[str, Any]]:
     write_keys(folder / "keys", [CODE.shards_of(worker) for worker in range(CODE.n)])
+    make_shards(["--dataset", "digits", "--shards", str(CODE.k), "--out", str(folder / "shards")])
+    place = ["place", str(folder / "shards"), str(folder / "placed"), "--workers", str(CODE.n), "--s", str(CODE.s)]
+    assert CliRunner().invoke(command_line, place).exit_code == 0
 
     def node_config(number: int) -> str:
+        node = f"node-{number}"
         budget = f" max-epsilon={BUDGET}" if number == SHORT else ""
-        return f'privacy-dir="{folder / "keys" / f"node-{number}"}"{budget}'
+        return f'shards-dir="{folder / "placed" / node}" privacy-dir="{folder / "keys" / node}"{budget}'
 
     ledger = folder / "ledger.jsonl"
     state = {"killed": False, "back": False}
