@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -47,18 +47,23 @@ class Marginal:
     cdf: Callable[[NDArray[np.float64]], NDArray[np.float64]]
     atoms: tuple[float, ...] | None = None
     weights: tuple[float, ...] | None = None
+    _derived: dict[tuple[str, float], Marginal] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def times(self, factor: float) -> Marginal:
         """Returns the distribution of `factor` X, for a factor above 0."""
         if self.atoms is not None:  # the atoms are scaled, because x / factor may miss an atom by rounding
             return Marginal.of_values([factor * value for value in self.atoms], self.weights)
-        return Marginal(lambda x: self.cdf(x / factor))
+        return self._once("times", factor, lambda x: self.cdf(x / factor))
 
     def plus(self, shift: float) -> Marginal:
         """Returns the distribution of X + `shift`."""
         if self.atoms is not None:
             return Marginal.of_values([shift + value for value in self.atoms], self.weights)
-        return Marginal(lambda x: self.cdf(x - shift))
+        return self._once("plus", shift, lambda x: self.cdf(x - shift))
+
+    def _once(self, how: str, amount: float, cdf: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> Marginal:
+        """Returns one object for equal amounts, so that workers that are alike share the distribution."""
+        return self._derived.setdefault((how, amount), Marginal(cdf))
 
     @staticmethod
     def of_values(values: ArrayLike, probabilities: ArrayLike | None = None) -> Marginal:
@@ -274,11 +279,12 @@ def device_classes(slowness: ArrayLike, *, name: str = "device classes") -> Law:
     if not table.size or not (np.isfinite(table) & (table > 0)).all():
         raise InvalidSetting(f"{name} need at least one device, each with a finite slowness above 0.")
     marginal = Marginal.of_values(table)
-    return Law(
-        name,
-        lambda seed, worker, tick: float(table[_rng(seed, worker, _PERMANENT).integers(len(table))]),
-        lambda worker: marginal,
-    )
+
+    @cache
+    def device(seed: int, worker: int) -> float:
+        return float(table[_rng(seed, worker, _PERMANENT).integers(len(table))])
+
+    return Law(name, lambda seed, worker, tick: device(seed, worker), lambda worker: marginal)
 
 
 def scaled(law: Law, factors: Mapping[int, float] | Sequence[float]) -> Law:

@@ -9,6 +9,7 @@ faster because nothing is sent.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,18 +59,19 @@ def steady_rounds(scheme: Scheme, parts: Parts, *, model_megabytes: float = 0.0)
     if scheme.shardwise:
         return _shardwise(scheme, parts, model_megabytes, idle=False)
     durations = parts.seconds(scheme.loads.astype(np.float64), _megabytes(scheme, model_megabytes))
+    end_of, loads = _end(scheme), scheme.loads
     busy, now = np.zeros(scheme.n), 0.0
     seconds = np.empty(len(durations))
     messages = computed = begun = 0
     for t, duration in enumerate(durations):
         begin = np.maximum(busy, now)
         finish = begin + duration
-        end = float(_end(scheme, finish))
+        end = float(end_of(finish))
         asked = (begin <= end) & (begin < np.inf)
         busy = np.where(asked, finish, busy)
         seconds[t], now = end - now, end
         messages += int(asked.sum())
-        computed += int(scheme.loads[asked].sum())
+        computed += int(loads[asked].sum())
         begun += 1
         if end == np.inf:  # the workers that are waited for never answer, in this and all later rounds
             seconds[t:] = np.inf
@@ -85,19 +87,25 @@ def idle_rounds(scheme: Scheme, parts: Parts, *, model_megabytes: float = 0.0) -
     if scheme.shardwise:
         return _shardwise(scheme, parts, model_megabytes, idle=True)
     durations = parts.seconds(scheme.loads.astype(np.float64), _megabytes(scheme, model_megabytes))
-    return RoundTimes(_end(scheme, durations), float(scheme.loads.sum()), float(scheme.n))
+    return RoundTimes(_end(scheme)(durations), float(scheme.loads.sum()), float(scheme.n))
 
 
 def _megabytes(scheme: Scheme, model: float) -> float:
     return model * (1 + 1 / scheme.m)
 
 
-def _end(scheme: Scheme, finish: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns the time at which a round may end, from the workers' finish times along the last axis."""
+def _end(scheme: Scheme) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+    """Returns the function from the workers' finish times, along the last axis, to when a round may end."""
     if scheme.enough is not None:
-        return np.asarray(np.partition(finish, scheme.enough - 1, axis=-1)[..., scheme.enough - 1])
-    filled = np.concatenate([finish, np.full((*finish.shape[:-1], 1), np.inf)], axis=-1)[..., scheme.table]
-    return np.asarray(np.sort(filled, axis=-1)[..., scheme.m - 1].max(axis=-1))
+        last = scheme.enough - 1
+        return lambda finish: np.asarray(np.partition(finish, last, axis=-1)[..., last])
+    table, m = scheme.table, scheme.m
+
+    def of_groups(finish: NDArray[np.float64]) -> NDArray[np.float64]:
+        filled = np.concatenate([finish, np.full((*finish.shape[:-1], 1), np.inf)], axis=-1)[..., table]
+        return np.asarray(np.sort(filled, axis=-1)[..., m - 1].max(axis=-1))
+
+    return of_groups
 
 
 def _shardwise(scheme: Scheme, parts: Parts, model_megabytes: float, *, idle: bool) -> RoundTimes:
@@ -166,7 +174,8 @@ class _Shardwise:
     def _hand_out(self, workers: list[int]) -> None:
         for worker in workers:
             if self.queue.start(worker, worker, self.closed, self.now) is None:
-                self.idle.append(worker)
+                if not self.closed.issuperset(self.turns[worker]):  # else nothing is left for it in this round
+                    self.idle.append(worker)
                 continue
             heapq.heappush(self.events, (self.now + self.duration[worker], self.order, worker, False))
             self.order += 1

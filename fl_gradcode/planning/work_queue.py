@@ -84,10 +84,21 @@ class ShardQueue:
             closed: Shards that need no further copy, or none from this runner.
             now: The time in seconds.
         """
-        due = [j for j in self._turns[worker] if j not in closed and self._is_due(j, runner, now)]
-        if not due:
+        took = self._took.get(runner) if self._patience else None
+        shard, fewest = None, 0
+        for j in self._turns[worker]:
+            if j in closed:
+                continue
+            copies = self._copies.get(j)
+            number = len(copies) if copies else 0
+            if copies and took is not None and not self._is_due(copies, took, now):
+                continue
+            if shard is None or number < fewest:  # the first of several
+                shard, fewest = j, number
+                if took is None and not number:  # nothing is better, and nobody waits for the others
+                    break
+        if shard is None:
             return None
-        shard = min(due, key=lambda j: len(self._copies.get(j, ())))  # min takes the first of several
         self._working[runner] = shard, now
         self._copies.setdefault(shard, []).append(now)
         return shard
@@ -110,12 +121,9 @@ class ShardQueue:
         self._copies[shard].remove(began)
         return shard, began
 
-    def _is_due(self, shard: int, runner: int, now: float) -> bool:
-        """Returns whether to start a copy now; if not, `wake_at` is set to the time at which it is due."""
-        copies = self._copies.get(shard)
-        if not copies or not self._patience or runner not in self._took:
-            return True
-        due = min(copies) + self._patience * self._took[runner]
+    def _is_due(self, copies: list[float], took: float, now: float) -> bool:
+        """Returns whether to start a further copy now; if not, `wake_at` is set to the time at which it is due."""
+        due = min(copies) + self._patience * took
         if due > now and (self.wake_at is None or self.wake_at <= now or due < self.wake_at):
             self.wake_at = due
         return due <= now
