@@ -153,8 +153,7 @@ class _Shardwise:
             if wake is not None and (not self.events or wake < self.events[0][0]):
                 self.now = max(self.now, wake)
                 woken = wake
-                offered, self.idle = self.idle, []
-                self._hand_out(offered)
+                self._offer_again()
                 continue
             if not self.events or self.events[0][0] == np.inf:
                 self.now = np.inf
@@ -170,6 +169,16 @@ class _Shardwise:
             if len(self.closed) < self.k:
                 self._hand_out(free)
         self.owed = [(finish, worker) for finish, _, worker, _ in sorted(self.events)]
+
+    def _offer_again(self) -> None:
+        offered, self.idle = self.idle, []
+        for worker in offered:
+            due, shard = self.queue.due[worker]
+            if due > self.now and shard not in self.closed:  # no copy is ever lost here
+                self.queue.wake(due, self.now)
+                self.idle.append(worker)
+            else:
+                self._hand_out([worker])
 
     def _hand_out(self, workers: list[int]) -> None:
         for worker in workers:

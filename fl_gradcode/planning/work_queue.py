@@ -5,6 +5,7 @@ The strategy and the planner's simulation use the same `ShardQueue`, so that a p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 from scipy.sparse import csr_array
@@ -66,11 +67,14 @@ class ShardQueue:
 
     Attributes:
         wake_at: Time at which the next second copy is due for an idle worker, in the seconds of `now`; None for never.
+        due: Runner that was given none -> the time at which a second copy is due, and of which shard. It holds until
+            that shard is closed, or a copy is lost.
     """
 
     def __init__(self, turns: Mapping[int, Sequence[int]], patience: float) -> None:
         self._turns, self._patience = turns, patience
         self.wake_at: float | None = None
+        self.due: dict[int, tuple[float, int]] = {}
         self._working: dict[int, tuple[int, float]] = {}  # runner -> (shard, start time)
         self._copies: dict[int, list[float]] = {}  # shard -> start time of each copy in progress
         self._took: dict[int, float] = {}  # runner -> seconds that it took for its last shard
@@ -85,19 +89,24 @@ class ShardQueue:
             now: The time in seconds.
         """
         took = self._took.get(runner) if self._patience else None
-        shard, fewest = None, 0
+        shard, fewest, soonest = None, 0, (math.inf, -1)
         for j in self._turns[worker]:
             if j in closed:
                 continue
             copies = self._copies.get(j)
             number = len(copies) if copies else 0
-            if copies and took is not None and not self._is_due(copies, took, now):
-                continue
+            if copies and took is not None:
+                due = min(copies) + self._patience * took
+                if due > now:
+                    self.wake(due, now)
+                    soonest = min(soonest, (due, j))
+                    continue
             if shard is None or number < fewest:  # the first of several
                 shard, fewest = j, number
                 if took is None and not number:  # nothing is better, and nobody waits for the others
                     break
         if shard is None:
+            self.due[runner] = soonest
             return None
         self._working[runner] = shard, now
         self._copies.setdefault(shard, []).append(now)
@@ -121,9 +130,7 @@ class ShardQueue:
         self._copies[shard].remove(began)
         return shard, began
 
-    def _is_due(self, copies: list[float], took: float, now: float) -> bool:
-        """Returns whether to start a further copy now; if not, `wake_at` is set to the time at which it is due."""
-        due = min(copies) + self._patience * took
-        if due > now and (self.wake_at is None or self.wake_at <= now or due < self.wake_at):
+    def wake(self, due: float, now: float) -> None:
+        """Note that a second copy is due at a later time."""
+        if self.wake_at is None or self.wake_at <= now or due < self.wake_at:
             self.wake_at = due
-        return due <= now
