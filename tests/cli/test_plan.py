@@ -60,15 +60,15 @@ def test_a_light_tail_is_not_coded_and_a_heavy_one_is() -> None:
 
 
 def test_the_table_fits_eighty_columns_and_cuts_nothing() -> None:
-    _, out, _ = plan("phones", "-n", "12", "--model", "20", *QUICK)
+    _, out, _ = plan("phones", "-n", "6", "--model", "20", *QUICK)
     assert "…" not in out
     assert max(len(line) for line in out.splitlines() if "strategy =" not in line) <= 80
     assert all(word in out for word in ("wait for all", "over-select", "any n - s", "m = 2", "at once", "up"))
 
 
 def test_it_says_the_same_as_the_function() -> None:
-    told = as_json("virtual-machines", "-n", "9", *QUICK)
-    made = make_plan(named("virtual-machines"), 9, tolerances=[1, 2])
+    told = as_json("virtual-machines", "-n", "6", *QUICK)
+    made = make_plan(named("virtual-machines"), 6, tolerances=[1, 2])
     assert told["verdict"] == made.verdict
     assert [one["scheme"] for one in told["schemes"]] == [line.scheme.name for line in made.lines]
     assert told["schemes"][0]["seconds-over-a-run"] == pytest.approx(made.lines[0].steady)

@@ -157,7 +157,7 @@ def product(n: int, mu: float, *, rounds: int = ROUNDS) -> Matvec:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chapter")
-    assert main(["--rounds", "400", "--out", str(folder / "out"), "--docs", str(folder / "docs")]) == 0
+    assert main(["--rounds", "200", "--out", str(folder / "out"), "--docs", str(folder / "docs")]) == 0
     return folder
 
 

@@ -138,13 +138,18 @@ def test_simulated_idle_rounds_end_when_the_scheme_says(scheme: Scheme) -> None:
     assert once.messages == N and once.computed == scheme.loads.sum()
 
 
+@cache
+def heavy_draws() -> NDArray[np.float64]:
+    law = pareto(1.5)
+    return np.array([[law.draw(5, worker, t) for worker in range(N)] for t in range(5000)])
+
+
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=list(SCHEMES))
 def test_median_under_an_infinite_variance_is_that_of_drawn_rounds(scheme: Scheme) -> None:
     law = pareto(1.5)
     assert law.marginal is not None
-    seconds = np.array([[law.draw(5, worker, t) for worker in range(N)] for t in range(5000)])
     marginals = [law.marginal(worker) for worker in range(N)]
-    rounds = np.sort(by_hand(scheme, seconds))
+    rounds = np.sort(by_hand(scheme, heavy_draws()))
     for share in (0.1, 0.5, 0.9):
         at = idle_distribution(scheme, marginals, rounds[[int(share * len(rounds))]])
         assert at[0] == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / len(rounds)))

@@ -159,7 +159,7 @@ def test_the_table_fits_eighty_columns_and_shows_the_best_k(tmp_path: Path) -> N
     assert max(len(line) for line in out.splitlines() if "Figure:" not in line) <= 80
     assert "Code: any k = " in out and "code = " in out
     assert (tmp_path / "k.svg").stat().st_size > 5_000
-    assert "Do not code: k = n = 40" in command("none", "-n", "40")[1]
+    assert "Do not code: k = n = 12" in command("none", "-n", "12")[1]
 
 
 def test_what_is_about_rounds_is_refused() -> None:
