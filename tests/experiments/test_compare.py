@@ -81,8 +81,8 @@ def test_every_exact_scheme_follows_the_model_of_waiting_for_all(scheme: str, la
     """Real training: this is why the comparison computes the trajectory once, and only times the schemes."""
     _, make, send, patience = EXACT[scheme]
     assert make is not None
-    send = Shards(patience) if send == "shards" else send
-    coded = trained(law, GradientCoding(FedAvg(**quiet), make(DIGITS.n, DIGITS.s), send=send))
+    how = Shards(patience) if send == "shards" else send
+    coded = trained(law, GradientCoding(FedAvg(**quiet), make(DIGITS.n, DIGITS.s), send=how))
     plain = waiting_for_all(law)
     assert len(plain) == len(coded) == 7
     assert max(relative(a, b) for a, b in zip(coded, plain, strict=True)) < 1e-5
