@@ -34,7 +34,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo deploy-demo chapter compare privacy report test check lint format bench build clean venv
+.PHONY: help demo deploy-demo chapter compare privacy report test test-all check lint format bench build clean venv
 
 help: ## list every command
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -59,7 +59,10 @@ report: $(STAMP) ## turn rows of the comparison into a page (runs nothing)
 	$(BIN)/python -m experiments.report $(ARGS)
 
 # Two worker processes: tests with engines run one after the other in one of them (tests/conftest.py).
-test: $(STAMP) ## run all tests, slow ones included
+test: $(STAMP) ## run the tests, slow ones included, but for a few that repeat others under more trouble
+	$(BIN)/python -m pytest -q -n 2 -m "not stress" $(ARGS)
+
+test-all: $(STAMP) ## run every test
 	$(BIN)/python -m pytest -q -n 2 $(ARGS)
 
 check: lint ## what CI runs first: lint, types, architecture, public API

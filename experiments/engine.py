@@ -34,7 +34,10 @@ _NODE_ID = re.compile(r"SuperNode ID: (\d+)")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: Flower's status, such as "finished:completed", and everything it logged."""
+    """How a run ended: Flower's status, such as "finished:completed", and everything it logged.
+
+    The log of a completed run is empty if the engine does not keep them (`Engine.logs_of_all`).
+    """
 
     run_id: str
     status: str
@@ -61,6 +64,8 @@ class Engine:
 
     #: Seconds that processes have to end by themselves when all is stopped.
     patience = 8.0
+    #: Whether to fetch the log of a run that completed, too: a command of a second.
+    logs_of_all = True
 
     def __init__(
         self,
@@ -307,7 +312,8 @@ class Engine:
                 status = self.flwr.status(run_id)
                 last_look = time.monotonic()
             time.sleep(0.3)
-        return Outcome(run_id, status, self.flwr.log(run_id))
+        wanted = self.logs_of_all or status != "finished:completed"
+        return Outcome(run_id, status, self.flwr.log(run_id) if wanted else "")
 
     def _running_apps(self, *names: str) -> list[Member]:
         """Processes of this SuperLink that run apps."""

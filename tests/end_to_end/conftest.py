@@ -67,9 +67,13 @@ _KINDS: dict[str, Callable[[Path], Engine]] = {
 }
 
 
-def on_engine(*kinds: str) -> pytest.MarkDecorator:
-    """Run a test on the engine of each of these kinds, which it shares with all other tests that name it."""
-    return pytest.mark.parametrize("engine", kinds, indirect=True, scope="session")
+def on_engine(*kinds: str, stress: tuple[str, ...] = ()) -> pytest.MarkDecorator:
+    """Run a test on the engine of each of these kinds, which it shares with all other tests that name it.
+
+    On those in `stress`, only `make test-all` runs it.
+    """
+    more = [pytest.param(kind, marks=pytest.mark.stress) for kind in stress]
+    return pytest.mark.parametrize("engine", [*kinds, *more], indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +96,7 @@ def all_nodes(engine: Engine) -> None:
 
 def prepared(engine: Engine) -> Engine:
     """The apps import fl_gradcode, this checkout's, installed or not; and processes start in half the time."""
+    engine.logs_of_all = False
     engine.environment["PYTHONPATH"] = str(ROOT)
     commands = write_commands(engine.folder / "commands")
     engine.environment["PATH"] = f"{commands}{os.pathsep}{engine.environment['PATH']}"

@@ -12,7 +12,7 @@ import pytest
 from experiments.engine import Engine
 from tests.end_to_end.conftest import Run, distance, plain_fedavg, prepared, run_straggling
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.stress]
 
 Events = Callable[[], list[dict[str, Any]]]
 

@@ -48,7 +48,7 @@ def check(products: dict[str, np.ndarray], told: dict[str, Any]) -> None:
         assert len(report["stragglers"]) + len(report["rejected"]) == 1
 
 
-@on_engine("simulation")
+@on_engine(stress=("simulation",))
 def test_in_the_simulation_engine_nobody_waits_for_the_sleeper(engine: Engine, tmp_path: Path) -> None:
     _, products, told = run(engine, tmp_path, sleeper=1, **{"sleep-seconds": UNTIL_WOKEN})
     check(products, told)

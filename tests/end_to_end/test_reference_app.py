@@ -38,37 +38,23 @@ def results(file: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @on_engine("simulation")
-def test_coded_rounds_test_as_plain_ones(engine: Engine, tmp_path: Path) -> None:
-    plain = {**SHORT, "strategy": "fedavg", "results": str(tmp_path / "plain.jsonl")}
+def test_a_run_in_the_engine_learns_as_a_plain_one_and_leaves_times_to_plan_with(
+    engine: Engine, tmp_path: Path
+) -> None:
+    plain = {**SHORT, "num-server-rounds": 5, "strategy": "fedavg", "results": str(tmp_path / "plain.jsonl")}
     run_config = with_defaults(plain)
     with InProcessGrid(client_app, NODES, run_config=run_config) as grid:
         main(grid, Context(1, 0, {}, RecordDict(), run_config))
-    coded = {
-        **plain,
-        "code": "fractional",
-        "stragglers": 2,
-        "results": str(tmp_path / "coded.jsonl"),
-        "ledger": str(tmp_path / "ledger.jsonl"),
-    }
-    outcome = engine.run(ROOT, coded, timeout=500)
+    ledger = tmp_path / "ledger.jsonl"
+    coded = {**plain, "code": "fractional", "stragglers": 2, "results": str(tmp_path / "coded.jsonl")}
+    outcome = engine.run(ROOT, {**coded, "send": "adaptive", "ledger": str(ledger)}, timeout=500)
     assert outcome.completed, outcome.log
     expected, actual = results(tmp_path / "plain.jsonl"), results(tmp_path / "coded.jsonl")
-    assert [row["round"] for row in actual] == [row["round"] for row in expected] == [0, 1, 2, 3]
+    assert [row["round"] for row in actual] == [row["round"] for row in expected] == [*range(6)]
     for one, other in zip(actual, expected, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["accuracy"] == pytest.approx(other["accuracy"], abs=1e-5)
     assert actual[-1]["loss"] < actual[0]["loss"], "nothing was learnt"
-    rows = Ledger.read(tmp_path / "ledger.jsonl")
-    assert [row["train"]["outcome"] for row in rows] == ["exact"] * 3
-
-
-@pytest.mark.slow
-@on_engine("simulation")
-def test_a_run_in_the_engine_chooses_its_way_and_leaves_times_to_plan_with(engine: Engine, tmp_path: Path) -> None:
-    ledger = tmp_path / "ledger.jsonl"
-    config = {**SHORT, "num-server-rounds": 5, "fraction-evaluate": 0.0, "code": "fractional", "stragglers": 2}
-    outcome = engine.run(ROOT, {**config, "send": "adaptive", "ledger": str(ledger)}, timeout=500)
-    assert outcome.completed, outcome.log
     rows = Ledger.read(ledger)
     assert [row["train"]["outcome"] for row in rows] == ["exact"] * 5
     assert rows[0]["way"] == {"send": "shards", "patience": 2.0, "load": 1}

@@ -226,6 +226,7 @@ def test_suites_hold_what_they_promise() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.stress
 def test_a_comparison_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     command = [sys.executable, "-m", "experiments.compare", "--suite", "smoke", "--rows", str(rows), "--processes", "1"]

@@ -67,6 +67,7 @@ def test_every_round_of_coded_private_training_gives_the_model_of_waiting_for_al
         arrays = coded
 
 
+@pytest.mark.stress
 def test_a_killed_run_goes_on_and_a_complete_one_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = [Task(task.problem, task.law, task.scheme, 0, 1, task.options) for task in SUITES["quick"]()]
     first = {task.scheme: task for task in tasks}
