@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from fl_gradcode import GradientCode, cyclic_repetition, fractional_repetition, gradient_coding_mod, uncoded
 from fl_gradcode.testing import InProcessGrid
 
+_ENGINES = "tests/end_to_end/"
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
@@ -35,10 +37,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class EnginesTogether(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            # The largest scope is begun first.
-            return "engines" if nodeid.startswith("tests/end_to_end/") else nodeid
+            # Files are handed out as they are collected; a test at a time would cost a question for each of thousands.
+            return "engines" if nodeid.startswith(_ENGINES) else nodeid.partition("::")[0]
 
+    config.option.loadscopereorder = False
     return EnginesTogether(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bring the tests with engines to the front: they take longest, and nothing else in their process can go beside."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_ENGINES))
 
 
 @pytest.fixture(autouse=True)

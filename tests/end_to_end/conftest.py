@@ -113,8 +113,8 @@ def run_straggling(
 ) -> Run:
     """Copy the app to `folder`, run it there, and wake up whoever still sleeps at its end.
 
-    `while_waiting` is called a few times a second, with a function that reads the events so far. A simulation gets two
-    actors more than nodes: a sleeping client occupies one.
+    `while_waiting` is called a few times a second, with a function that reads the events so far. A simulation gets as
+    many actors as nodes: a sleeping client occupies one.
     """
     app = copy_of_the_app(folder)
     nodes = config.get("nodes", 4)
@@ -135,7 +135,7 @@ def run_straggling(
             timeout=timeout,
             while_waiting=look,
             nodes=nodes,
-            cpus=nodes + 2,
+            cpus=nodes,
         )
     finally:
         (folder / "wake-up").touch()

@@ -12,6 +12,7 @@ from experiments.engine import free_port
 from experiments.processes import Processes
 from fl_gradcode import Ledger
 from tests.end_to_end.conftest import ROOT
+from tests.end_to_end.flower_commands import write_commands
 
 MARK = "<!-- run by tests/end_to_end/test_guide.py -->\n```bash\n"
 
@@ -22,7 +23,7 @@ def test_the_commands_of_the_guide(tmp_path: Path) -> None:
     commands = text.split(MARK)[1].split("```")[0]
     ports = " ".join(str(free_port()) for _ in range(4))
     for ours, here in {
-        "$PWD/.venv/bin": str(Path(sys.executable).parent),
+        "$PWD/.venv/bin": f"{write_commands(tmp_path / 'commands')}:{Path(sys.executable).parent}",
         "$PWD/out": str(tmp_path),
         "8000": str(free_port()),
         "910$i": "${ports[i]}",
