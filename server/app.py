@@ -29,8 +29,6 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the experiment that the run-config describes."""
     _log.addFilter(_one_sentence)
-    logging.getLogger("fl_gradcode").parent = _log  # the library's lines go where Flower's go
-    logging.getLogger("fl_gradcode").setLevel(logging.INFO)
     settings = Settings.read(context.run_config)
     n = settings.num_clients or _online(grid)
     dataset = load_dataset(settings.dataset, settings.data_dir, settings.train_examples, seed=settings.seed)
