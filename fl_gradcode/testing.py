@@ -59,6 +59,7 @@ class InProcessGrid(Grid, ArrivalSource):
 
     immediate = False
     fixed_nodes = True
+    late_nodes = False
 
     def __init__(
         self,

@@ -7,11 +7,12 @@ from .._lazy import lazy_names
 if TYPE_CHECKING:
     from .arrivals import Arrival, ArrivalSource, ForwardingGrid
     from .early_stop import EarlyStopGrid
-    from .nodes import nodes_of_a_phase, poll_nodes, wait_for_nodes
+    from .nodes import SETTLED, nodes_of_a_phase, poll_nodes, wait_for_nodes
     from .stop_rule import CountRule, JobTime, Late, StopRule, Wait
     from .virtual import VirtualGrid
 
 __all__ = [
+    "SETTLED",
     "Arrival",
     "ArrivalSource",
     "CountRule",
@@ -39,6 +40,7 @@ __getattr__, __dir__ = lazy_names(
             "EarlyStopGrid",
         ],
         "nodes": [
+            "SETTLED",
             "nodes_of_a_phase",
             "poll_nodes",
             "wait_for_nodes",

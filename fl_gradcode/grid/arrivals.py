@@ -44,6 +44,8 @@ class ArrivalSource(ABC):
     immediate: bool = True
     #: Whether the set of nodes never changes, as in a simulation. Deployed nodes connect and disconnect.
     fixed_nodes: bool = False
+    #: Whether nodes may still be missing when the strategy starts. Even a simulation may register them afterwards.
+    late_nodes: bool = True
 
     @abstractmethod
     def now(self) -> float:

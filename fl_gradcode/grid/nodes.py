@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -10,21 +11,28 @@ from flwr.serverapp import Grid
 
 from ..errors import RoundFailed
 
-__all__ = ["nodes_of_a_phase", "poll_nodes", "wait_for_nodes"]
+__all__ = ["SETTLED", "nodes_of_a_phase", "poll_nodes", "wait_for_nodes"]
+
+#: Seconds after which a simulation registers no further node, if it has registered some and none since.
+SETTLED = 5.0
 
 _log = logging.getLogger(__name__)
 
 
-def wait_for_nodes(grid: Grid, n: int, s: int, timeout: float, *, surplus: bool = False) -> None:
+def wait_for_nodes(
+    grid: Grid, n: int, s: int, timeout: float, *, settled: float = math.inf, surplus: bool = False
+) -> None:
     """Wait up to `timeout` seconds for n nodes; afterwards n - s nodes are enough.
 
     With a timeout of 0, the nodes are listed once. With `surplus`, more than n nodes are allowed, because nodes that
-    were restarted after a breakdown are listed twice for a while.
+    were restarted after a breakdown are listed twice for a while. For `settled` see `poll_nodes`.
 
     Raises:
         RoundFailed: More than n nodes are online, or fewer than n - s.
     """
-    online = len(poll_nodes(grid, timeout, f"{n} nodes", lambda nodes: len(nodes) == n))
+    began = time.monotonic()
+    online = len(poll_nodes(grid, timeout, f"{n} nodes", lambda nodes: len(nodes) == n, settled=settled))
+    waited = min(timeout, round(time.monotonic() - began))
     if online > n and not surplus:
         raise RoundFailed(
             f"{online} nodes are online, but the code has n={n} workers. Build the code for {online}, or stop "
@@ -32,7 +40,7 @@ def wait_for_nodes(grid: Grid, n: int, s: int, timeout: float, *, surplus: bool 
         )
     if online < n - s:
         raise RoundFailed(
-            f"{online} nodes are online after {timeout:g} s; the code has n={n} workers and needs at "
+            f"{online} nodes are online after {waited:g} s; the code has n={n} workers and needs at "
             f"least n - s = {n - s}. Start more nodes, or build the code for fewer."
         )
     if online < n:
@@ -49,11 +57,21 @@ def nodes_of_a_phase(grid: Grid, n: int, s: int, timeout: float, hopeless: Calla
     return poll_nodes(grid, timeout, wanted, lambda nodes: len(nodes) >= least or not hopeless(nodes))
 
 
-def poll_nodes(grid: Grid, timeout: float, wanted: str, enough: Callable[[list[int]], bool]) -> list[int]:
-    """Returns the online nodes once `enough` of them are, or after `timeout` seconds; logs once what is `wanted`."""
-    deadline = time.monotonic() + timeout
-    logged = False
+def poll_nodes(
+    grid: Grid, timeout: float, wanted: str, enough: Callable[[list[int]], bool], *, settled: float = math.inf
+) -> list[int]:
+    """Returns the online nodes once `enough` of them are, or after `timeout` seconds; logs once what is `wanted`.
+
+    It also returns once there are nodes and their number has not changed for `settled` seconds.
+    """
+    changed = time.monotonic()
+    deadline = changed + timeout
+    logged, before = False, 0
     while not enough(nodes := list(grid.get_node_ids())) and time.monotonic() < deadline:
+        if len(nodes) != before:
+            changed, before = time.monotonic(), len(nodes)
+        if nodes and time.monotonic() - changed >= settled:
+            break
         if not logged:
             _log.info("Waiting up to %g s for %s; %d are online.", timeout, wanted, len(nodes))
             logged = True

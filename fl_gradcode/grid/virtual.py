@@ -108,6 +108,7 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
         real_timeout: float = 3600.0,
     ) -> None:
         super().__init__(grid)
+        self.late_nodes = bool(getattr(grid, "late_nodes", True))
         self.latency = latency
         self.seed = seed
         self._workers = dict(workers or {})

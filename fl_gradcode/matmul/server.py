@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import uuid
 from collections.abc import Callable, Collection, Mapping
@@ -15,7 +16,7 @@ from flwr.serverapp import Grid
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import InvalidSetting, RoundFailed
-from ..grid import EarlyStopGrid, Wait, poll_nodes
+from ..grid import SETTLED, EarlyStopGrid, Wait, poll_nodes
 from ..protocol import as_array
 from .product_code import ProductCode
 from .records import QUERY, Task
@@ -47,8 +48,16 @@ class Nodes:
         Raises:
             RoundFailed: Fewer than `least` nodes are online.
         """
-        settling = 0.0 if self._grid.source.fixed_nodes else timeout
-        online = sorted(poll_nodes(self._grid, settling, f"{wanted} nodes", lambda nodes: len(nodes) >= wanted))
+        source = self._grid.source
+        online = sorted(
+            poll_nodes(
+                self._grid,
+                timeout if source.late_nodes else 0.0,
+                f"{wanted} nodes",
+                lambda nodes: len(nodes) >= wanted,
+                settled=SETTLED if source.fixed_nodes else math.inf,
+            )
+        )
         if len(online) < least:
             raise RoundFailed(
                 f"{len(online)} nodes are online after {timeout:g} s; the product needs {least} answers. Start more "

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .._text import listed, numbered
 from ..codes import GradientCode, check_count, for_assignment
 from ..errors import InvalidSetting, RoundFailed, UnsuitableApp, VersionMismatch
-from ..grid import Arrival, EarlyStopGrid, StopRule, Wait
+from ..grid import SETTLED, Arrival, EarlyStopGrid, StopRule, Wait
 from ..placement import WITHHELD
 from ..protocol import Reply, probe_content, rejection_of
 from .worker_registry import WorkerRegistry
@@ -178,6 +178,7 @@ def discover(grid: EarlyStopGrid, holdings: Holdings, registry: WorkerRegistry, 
     deadline = grid.source.now() + timeout
     rule = _ProbeRule(holdings, registry, grid)
     asked: set[int] = set()
+    newest = time.monotonic()  # a virtual clock stands still here
     while True:
         nodes = [node for node in grid.get_node_ids() if node not in asked | rule.joined]
         asked.update(nodes)
@@ -185,7 +186,10 @@ def discover(grid: EarlyStopGrid, holdings: Holdings, registry: WorkerRegistry, 
             grid.expect(rule)
             left = max(1.0, deadline - grid.source.now())
             grid.send_and_receive([rule.probe(node) for node in nodes], timeout=left)
-        if not holdings.lacking() or grid.source.fixed_nodes or grid.source.now() >= deadline:
+            newest = time.monotonic()
+        source, silent = grid.source, time.monotonic() - newest
+        settled = source.fixed_nodes and silent >= (SETTLED if asked else timeout)
+        if not holdings.lacking() or not source.late_nodes or settled or source.now() >= deadline:
             break
         time.sleep(0.5)
     wrong = holdings.wrong()
