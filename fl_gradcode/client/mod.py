@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from .._seeding import generators_restored, seed_generators
@@ -43,6 +43,7 @@ from ..protocol import (
     Reply,
     Row,
     as_array,
+    difference_between,
     flatten_metrics,
     flatten_update,
     is_probe,
@@ -125,11 +126,14 @@ def gradient_coding_mod(message: Message, context: Context, call_next: _Call) ->
 
     The functions are called once for each shard that this node is asked for. They choose their data by
     `context.node_config["partition-id"]`. All holders of a shard must compute the same update, so the result may depend
-    on nothing but the message, the shard and the seeded generators. Each shard has its own `context.state`. A message
-    without a plan, as plain strategies send it, passes through unchanged.
+    on nothing but the message, the shard and the seeded generators. Each shard has a `context.state` of its own; the
+    shard with the node's number has the node's, where `@app.query` and plain code find it. A message without a plan, as
+    plain strategies send it, passes through unchanged.
 
-    Flower's privacy mods (`fixedclipping_mod`, `adaptiveclipping_mod`, `LocalDpMod`) are refused, before and after this
-    one. A coded reply has no model arrays to clip, and each holder of a shard would add different noise to it.
+    List it first. A mod before it would see coded vectors instead of model arrays; one after it is called once for each
+    shard, and sees what it would see in plain Flower. Flower's privacy mods (`fixedclipping_mod`,
+    `adaptiveclipping_mod`, `LocalDpMod`) are refused under coded vectors. The two clipping mods work after this one if
+    the server asks for one shard a message and the strategy sees each reply.
 
     Raises:
         UnsuitableApp: This node has no `partition-id`, or one that the plan does not contain, or the function's reply
@@ -160,8 +164,10 @@ def _answered(message: Message, context: Context, call_next: _Call) -> Message:
         raise UnsuitableApp(
             f"The plan says {plan.kind!r}, and the message does not: does the server have this version?"
         )
+    if plan.as_returned and plan.privacy:
+        raise UnsuitableApp("The plan promises privacy and asks for records as they are returned, which keeps none.")
     refuse_unprotected(message, context, privacy_from_json(plan.privacy) if plan.privacy else None)
-    refuse_clipping_mods(call_next)
+    refuse_clipping_mods(call_next, as_returned=plan.as_returned)
     with generators_restored():
         return _CodedCall(plan, Plan.remove_from(message.content), message, context, call_next).run()
 
@@ -205,6 +211,8 @@ class _CodedCall:
                 if self.plan.arrays_key:
                     return self._answer("fixed-data")
                 self.fixed_data = True  # evaluating on one common test set is fine; the server warns
+            if self.plan.as_returned:
+                return self._answer("returned", (shard,), reply.content)
             content = RecordDict({**reply.content})  # a shallow copy that is emptied to free large arrays early
             del reply
             try:
@@ -228,7 +236,8 @@ class _CodedCall:
 
     def _call_user(self, shard: int) -> tuple[Message, bool]:
         node_config = RecordingConfig({**self.context.node_config, PARTITION_ID: shard, NUM_PARTITIONS: self.plan.k})
-        state = _take_state(self.context.state, shard)
+        own = shard == self.worker
+        state = _take_state(self.context.state, shard, own=own)
         context = Context(
             self.context.run_id,
             self.context.node_id,
@@ -249,7 +258,7 @@ class _CodedCall:
         reply = call_silently(self.call_next, message, context, private=isinstance(self.privacy, DPSGD))
         self.seconds.append(time.perf_counter() - started)
         self.stateful |= bool(context.state)
-        _put_state(self.context.state, shard, context.state)
+        _put_state(self.context.state, shard, context.state, own=own)
         return reply, node_config.was_read
 
     def _as_it_came(self, key: str, record: Any) -> Any:
@@ -266,7 +275,7 @@ class _CodedCall:
             mine = self.given[key] = ArrayRecord(arrays)
         return mine
 
-    def _answer(self, outcome: str, shards: tuple[int, ...] = ()) -> Message:
+    def _answer(self, outcome: str, shards: tuple[int, ...] = (), returned: RecordDict | None = None) -> Message:
         encoder, coded = self.encoder, outcome == "coded"
         reply = Reply(
             run=self.plan.run,
@@ -287,7 +296,8 @@ class _CodedCall:
             holds=told_by(self.context.node_config) if self.plan.open else (),
         )
         records = {UPDATE: encoder.record()} if coded else {}
-        return Message(reply.content(**records), reply_to=self.message)
+        content = RecordDict({**(returned or {}), **reply.content(**records)})
+        return Message(content, reply_to=self.message)
 
 
 @dataclass(frozen=True)
@@ -332,8 +342,12 @@ def _read_reply(
     metric_records = [(name, r) for name, r in content.items() if isinstance(r, MetricRecord)]
     if len(metric_records) != 1:
         raise ValueError(f"a reply needs exactly one MetricRecord, not {len(metric_records)}")
-    if len(content) > len(array_records) + len(metric_records) + (spent is not None):
-        _log.warning("ConfigRecords in a reply cannot be coded; they are dropped.")
+    dropped = [name for name, record in content.items() if isinstance(record, ConfigRecord)]
+    if dropped and spent is None:  # private training brings a record of its own, and nothing else leaves the node
+        raise ValueError(
+            f"the reply holds the ConfigRecord {dropped[0]!r}, which coded vectors cannot carry; leave it out, or let "
+            "the server pass send='shards', under which every record arrives as it was returned"
+        )
     metrics_name, metrics = metric_records[0]
     if before is None:
         return _ShardResult(shard, ("", metrics_name), (), np.zeros(0, np.float32), metrics, spent)
@@ -418,8 +432,10 @@ class _Encoder:
         if self.layout is None or self.metrics_layout is None:
             self.layout, self.metrics_layout, self.names = result.layout, metrics_layout, result.names
             return
-        if result.layout != self.layout or [m[:2] for m in metrics_layout] != [m[:2] for m in self.metrics_layout]:
-            raise ValueError("its arrays or metrics differ in name, dtype, shape or length from another shard's")
+        other = "those of the shards before it"
+        wrong = difference_between(result.layout, metrics_layout, self.layout, self.metrics_layout, other)
+        if wrong:
+            raise ValueError(wrong)
         if not metrics_layout[0][2]:  # one fractional weight makes the sum of weights fractional
             self.metrics_layout = metrics_layout
 
@@ -446,18 +462,17 @@ def _worker_of(context: Context) -> int:
     return value
 
 
-def _take_state(state: RecordDict, shard: int) -> RecordDict:
-    if not state:
-        return RecordDict()
+def _take_state(state: RecordDict, shard: int, *, own: bool) -> RecordDict:
+    """Returns what the app has kept for a shard. The node's own shard has the names that the app gave."""
     prefix = f"{_STATE}.{shard}."
-    return RecordDict({key[len(prefix) :]: state[key] for key in state if key.startswith(prefix)})
+    if own:
+        return RecordDict({key: record for key, record in state.items() if not key.startswith(f"{_STATE}.")})
+    return RecordDict({key[len(prefix) :]: record for key, record in state.items() if key.startswith(prefix)})
 
 
-def _put_state(state: RecordDict, shard: int, kept: RecordDict) -> None:
-    if not state and not kept:
-        return
-    prefix = f"{_STATE}.{shard}."
-    for key in [key for key in state if key.startswith(prefix)]:
+def _put_state(state: RecordDict, shard: int, kept: RecordDict, *, own: bool) -> None:
+    prefix = "" if own else f"{_STATE}.{shard}."
+    for key in [key for key in state if (not key.startswith(f"{_STATE}.") if own else key.startswith(prefix))]:
         del state[key]
     for key, record in kept.items():
         state[prefix + key] = record

@@ -19,6 +19,7 @@ _INSTEAD = (
     "different noise. Leave it out, and say GradientCoding(..., privacy=DPSGD(...)) for noise that holders share, or "
     "privacy=CentralNoise(...) for clipping with noise on the server."
 )
+_NOISES = "LocalDpMod"
 # Just below the bound: rounding while the factor is applied must not exceed it.
 _BELOW = 1 - 2**-20
 
@@ -36,20 +37,23 @@ def clip(update: NDArray[np.floating], norm: float) -> None:
         update *= update.dtype.type(norm / length * _BELOW)
 
 
-def refuse_clipping_mods(call_next: Callable[..., Any]) -> None:
-    """Refuse Flower's mods that clip or noise replies, wherever the app lists them.
+def refuse_clipping_mods(call_next: Callable[..., Any], *, as_returned: bool = False) -> None:
+    """Refuse Flower's mods that clip or noise replies where the app lists them.
 
     Listed before our mod they would clip a coded reply, which has no model arrays. Listed after it, each holder of a
-    shard would clip and add noise of its own.
+    shard would add noise of its own, and the server would take a clipped sum for an unclipped one. A reply that holds
+    the function's own records may be clipped: all holders of a shard clip it alike, as in plain Flower.
 
     Args:
         call_next: What our mod was given to call.
+        as_returned: Whether the reply holds the function's records as returned.
 
     Raises:
         UnsuitableApp: Naming the mod, and what to do instead.
     """
     for name in clipping_mods_around_or_inside(call_next):
-        raise UnsuitableApp(f"{name} {_INSTEAD}")
+        if name == _NOISES or not as_returned:
+            raise UnsuitableApp(f"{name} {_INSTEAD}")
 
 
 def clipping_mod_named_in(reason: str) -> str | None:

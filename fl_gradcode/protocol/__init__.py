@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         MetricsLayout,
         all_finite,
         as_array,
+        difference_between,
         encode_row,
         flatten_metrics,
         flatten_update,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
         report_key,
     )
     from .rejection import Rejection, RejectionKind, last_line, rejection_of, with_kind
+    from .returned import NotFiniteRecord, difference_of, names_of
 
 __all__ = [
     "ARRAYS",
@@ -62,6 +64,7 @@ __all__ = [
     "FixedPointEncoding",
     "Layout",
     "MetricsLayout",
+    "NotFiniteRecord",
     "PayloadEncoding",
     "Plan",
     "Rejection",
@@ -72,6 +75,8 @@ __all__ = [
     "as_array",
     "computing_seconds",
     "content_bytes",
+    "difference_between",
+    "difference_of",
     "encode_row",
     "flatten_metrics",
     "flatten_update",
@@ -80,6 +85,7 @@ __all__ = [
     "last_line",
     "load_of",
     "loads_of",
+    "names_of",
     "payload_encoding",
     "plan_bytes",
     "probe_content",
@@ -125,6 +131,7 @@ __getattr__, __dir__ = lazy_names(
             "MetricsLayout",
             "all_finite",
             "as_array",
+            "difference_between",
             "encode_row",
             "flatten_metrics",
             "flatten_update",
@@ -158,6 +165,11 @@ __getattr__, __dir__ = lazy_names(
             "last_line",
             "rejection_of",
             "with_kind",
+        ],
+        "returned": [
+            "NotFiniteRecord",
+            "difference_of",
+            "names_of",
         ],
     },
 )

@@ -1,6 +1,7 @@
 """Converts arrays and metrics to one flat vector each, and back.
 
-An update is `arrays_after - arrays_before`, flattened in the order of `arrays_after`. Its dtype is float64 if any array
+An update is `arrays_after - arrays_before`, flattened in the order of `arrays_before`, and metrics are in alphabetical
+order: a node may name the same things in another order than the next. An update's dtype is float64 if any array
 is float64, else float32. Whole numbers (counters) and booleans are sent as floats, and rounded again after the wrapped
 strategy has aggregated them. bfloat16 arrays, which NumPy lacks, are read from their 16-bit payload.
 """
@@ -22,6 +23,7 @@ __all__ = [
     "MetricsLayout",
     "all_finite",
     "as_array",
+    "difference_between",
     "encode_row",
     "flatten_metrics",
     "flatten_update",
@@ -90,6 +92,36 @@ def all_finite(values: NDArray[np.floating]) -> bool:
         return bool(np.isfinite(np.dot(values, values))) or bool(np.isfinite(values).all())
 
 
+def difference_between(
+    one: Layout, one_metrics: MetricsLayout, other: Layout, other_metrics: MetricsLayout, whose: str
+) -> str:
+    """Returns a sentence part about the first array or metric in which two replies differ, or an empty string.
+
+    Args:
+        one, one_metrics: Layouts of the reply that the sentence is about.
+        other, other_metrics: Layouts of the reply that it is compared with.
+        whose: The other reply, such as "shard 3's".
+    """
+    kinds = [("array", _arrays(one), _arrays(other)), ("metric", _metrics(one_metrics), _metrics(other_metrics))]
+    for what, mine, theirs in kinds:
+        for name in sorted({*mine, *theirs}):
+            if name not in theirs:
+                return f"its {what} {name!r} is not among {whose}"
+            if name not in mine:
+                return f"it lacks the {what} {name!r}, which is among {whose}"
+            if mine[name] != theirs[name]:
+                return f"its {what} {name!r} is {mine[name]}, and {whose} is {theirs[name]}"
+    return ""
+
+
+def _arrays(layout: Layout) -> dict[str, str]:
+    return {name: f"{dtype} of shape {[*shape]}" for name, dtype, shape in layout}
+
+
+def _metrics(layout: MetricsLayout) -> dict[str, str]:
+    return {name: "one number" if size < 0 else f"a list of {size}" for name, size, _ in layout}
+
+
 def wire_dtype(layout: Layout) -> np.dtype[np.floating]:
     """Returns the dtype of the flat vector: float64 if an array has a wider float dtype than float32, else float32."""
     wide = any(d != _BFLOAT16 and np.dtype(d).kind == "f" and np.dtype(d).itemsize > 4 for _, d, _ in layout)
@@ -110,9 +142,13 @@ def flatten_update(before: Mapping[str, Array], after: dict[str, Array]) -> tupl
         ValueError: `after` contains a name that was not sent, another shape, or a dtype that cannot be averaged.
     """
     layout = []
-    for name, array in after.items():
-        if name not in before:
-            raise ValueError(f"train() returned an array named {name!r} that the server did not send")
+    new_names = [name for name in after if name not in before]
+    if new_names:
+        raise ValueError(f"train() returned an array named {new_names[0]!r} that the server did not send")
+    for name in before:
+        if name not in after:
+            continue
+        array = after[name]
         if tuple(array.shape) != tuple(before[name].shape):
             raise ValueError(
                 f"train() returned {name!r} with shape {tuple(array.shape)}; the server sent "
@@ -240,7 +276,7 @@ def flatten_metrics(metrics: MetricRecord, weight_key: str) -> tuple[MetricsLayo
         )
     layout = [(weight_key, -1, isinstance(weight, int))]
     values = [float(weight)]
-    for name, value in metrics.items():
+    for name, value in sorted(metrics.items()):
         if name == weight_key:
             continue
         several = value if isinstance(value, list) else [value]

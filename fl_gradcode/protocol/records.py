@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 #: Version of the records' format. It changes with every change of a plan or a reply that the other side would misread.
-PROTOCOL = 2
+PROTOCOL = 3
 _JSON, _PROTOCOL, _VERSION = "json", "protocol", "version"
 
 
@@ -93,7 +93,7 @@ ARRAYS, METRICS = "arrays", "metrics"
 MOST_WORKERS = 10_000
 
 #: Possible outcomes of a reply; see `Reply`.
-OUTCOMES = ("coded", "idle", "gave-up", "fixed-data")
+OUTCOMES = ("coded", "returned", "idle", "gave-up", "fixed-data")
 
 #: Flower's own keys of `Context.node_config`. The first one is set to the shard number when `train()` is called.
 PARTITION_ID, NUM_PARTITIONS = "partition-id", "num-partitions"
@@ -130,6 +130,8 @@ class Plan:
         digests: Shard -> SHA-256 of its data, if the server has a manifest.
         open: Whether the code is built for the shards that nodes report. Then every node reports its shards, even if it
             has no row.
+        as_returned: Whether a reply holds the records of one shard as `train()` or `evaluate()` returned them, instead
+            of coded vectors. Each row then has one shard.
     """
 
     run: str
@@ -148,6 +150,7 @@ class Plan:
     releases: dict[int, tuple[int, tuple[tuple[int, int], ...]]] = field(default_factory=dict)
     digests: dict[int, str] = field(default_factory=dict)
     open: bool = False
+    as_returned: bool = False
 
     @property
     def label(self) -> str:
@@ -192,9 +195,10 @@ class Reply:
         round: The server round, copied from the plan.
         kind: "train" or "evaluate", copied from the plan, or "probe".
         worker: Worker that answers, which is the node's own `partition-id`.
-        outcome: "coded"; "idle" (the row is empty), "gave-up" (after `give_up_after`), or "fixed-data" (the app did not
-            read `partition-id`). Only a coded reply contains vectors.
-        shards: The shards that were combined.
+        outcome: "coded"; "returned" (the message also holds the function's own records, for one shard); "idle" (the row
+            is empty), "gave-up" (after `give_up_after`), or "fixed-data" (the app did not read `partition-id`). Only a
+            coded reply contains vectors.
+        shards: The shards that were combined, or the one whose records were returned.
         layout: Name, dtype and shape of each array that `train()` returned.
         metrics_layout: Name, length (-1 for a scalar) and whether it is a whole number, for the weight and each metric.
         arrays_name: The user's name of the ArrayRecord.
@@ -233,6 +237,11 @@ class Reply:
     def content(self, **records: Any) -> RecordDict:
         """Returns a RecordDict with this reply and further records."""
         return RecordDict({_REPLY: self.to_record(), **records})
+
+    @staticmethod
+    def remove_from(content: RecordDict) -> RecordDict:
+        """Returns a new RecordDict with all records except the reply."""
+        return RecordDict({key: value for key, value in content.items() if key != _REPLY})
 
     @classmethod
     def find_in(cls, content: RecordDict) -> Reply | None:

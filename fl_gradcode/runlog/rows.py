@@ -258,7 +258,9 @@ class PhaseRow(_Line):
         coverage: Share of each sampled shard in the sum.
         quantisation_error: Largest error of an entry of the mean from fixed point; None unless over a prime field.
         filled_in: Shards whose last known update stands in for a missing one.
-        replica_disagreement: Largest relative difference between two holders of a shard.
+        replica_disagreement: Largest relative difference between two holders of a shard; None if no shard was received
+            from two.
+        model: Whether the wrapped strategy made a model of what was decoded; None unless training was decoded.
         privacy: What was promised and spent; None without privacy, and in evaluation.
         timings: Jobs whose replies came in meanwhile, late ones too.
         owing: Jobs whose replies are not in yet.
@@ -290,7 +292,8 @@ class PhaseRow(_Line):
     coverage: tuple[float | None, ...]
     quantisation_error: float | None = None
     filled_in: tuple[FilledIn, ...] = ()
-    replica_disagreement: float | None = 0.0
+    replica_disagreement: float | None = None
+    model: bool | None = None
     privacy: PrivacyLine | None = None
     timings: tuple[JobLine, ...] = ()
     owing: tuple[JobLine, ...] = ()

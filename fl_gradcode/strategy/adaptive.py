@@ -50,11 +50,12 @@ class AdaptiveModes(ModeChooser):
     Args:
         code: The code whose shards the workers store, with m = 1, over the reals.
         smaller: Whether a shard may be computed by fewer workers than hold it.
+        coded: Whether coded vectors are candidates; if not, every mode sends one shard a message.
         every: Number of rounds between two decisions.
     """
 
-    def __init__(self, code: GradientCode, *, smaller: bool = True, every: int = 3) -> None:
-        self.code, self.smaller, self.every = code, smaller, every
+    def __init__(self, code: GradientCode, *, smaller: bool = True, coded: bool = True, every: int = 3) -> None:
+        self.code, self.smaller, self.coded, self.every = code, smaller, coded, every
         self.mode = self._safe = RoundMode(code, "shards", 2.0)
         #: Mode -> mean duration of a round in seconds, as predicted at the last decision.
         self.predicted: dict[str, float] = {}
@@ -138,11 +139,12 @@ class AdaptiveModes(ModeChooser):
         modes = [RoundMode(self.code, "shards", patience) for patience in _PATIENCES]
         stored = RoundMode(self.code, "coded")
         heard = all(self._heard.get(i, -_WINDOW) > self._round - _RECENT for i in range(self.code.n))
-        if self.code.groups and self.smaller and heard and self._failed <= self._round - _WINDOW:
+        if self.coded and self.code.groups and self.smaller and heard and self._failed <= self._round - _WINDOW:
             largest = max(map(len, self.code.groups))
             fewer = [RoundMode(regrouped(self.code, size, speeds), "coded") for size in range(2, largest)]
             modes += [mode for mode in fewer if mode.load < stored.load]
-        modes.append(stored)
+        if self.coded:
+            modes.append(stored)
         free = [mode for mode in modes if self._banned.get(_kind(mode), (0, 0))[0] <= self._round]
         return {_name(mode): mode for mode in free or [self._safe]}
 

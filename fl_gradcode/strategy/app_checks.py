@@ -58,6 +58,11 @@ def refuse_unsuitable(replies: ReplyCollector, *, ever_decoded: bool) -> None:
     if kinds <= _FINAL:
         raise UnsuitableApp(f"No client can take part: {rejections[0].reason}")
     if kinds == {"clipping-mod"}:
+        if replies.plan.as_returned:
+            raise UnsuitableApp(
+                "No client can take part: the app lists a clipping mod before gradient_coding_mod, where it sees the "
+                "plan of the round beside the config. List gradient_coding_mod first."
+            )
         raise UnsuitableApp(f"No client can take part: {clipping_mod_named_in(rejections[0].reason)}")
     if kinds == {"no-mod"}:
         raise UnsuitableApp(
@@ -88,7 +93,7 @@ def broken_promises(replies: ReplyCollector) -> Iterator[tuple[str, str]]:
             "their noise to different requests, so it differs: they got other weights or settings, or have other keys, "
             "data, or versions of torch and opacus.",
         )
-    if replies.disagreement > DISAGREEMENT:
+    if replies.disagreement is not None and replies.disagreement > DISAGREEMENT:
         yield (
             "replicas",
             f"Holders of shards {sorted(replies.disagreeing)} sent updates that differ by up to "

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from .._flower_internals import isolate_flower_random
+from .._logging import speak_through_flower
 from .._seeding import set_global_states
 from ..codes import GradientCode
 from ..errors import InvalidSetting
@@ -27,7 +28,7 @@ from .resume import ResumedRounds, RunKeeper, fingerprint_of, request_of
 from .run import Run
 from .strategy_state import StrategyState
 from .worker_registry import WorkerRegistry
-from .wrapped import check_bounds, check_strategy
+from .wrapped import check_bounds, check_strategy, check_what_it_sees
 
 __all__ = ["GradientCoding"]
 
@@ -39,7 +40,8 @@ class GradientCoding(Strategy):
 
     Every shard of the training data is stored on several clients. Each client answers with one coded update over its
     shards. A round ends as soon as the received replies determine the update of *all* shards. The wrapped strategy
-    sees one reply, the exact weighted mean, as if every client had answered in time.
+    sees one reply, the exact weighted mean, as if every client had answered in time; with `send="shards"` it sees one
+    reply for each shard, as in plain Flower.
 
         strategy = GradientCoding(FedAvg(), fractional_repetition(n=12, s=2))
         result = strategy.start(grid, initial_arrays, num_rounds=10)
@@ -48,19 +50,26 @@ class GradientCoding(Strategy):
     samples half the shards, and the code still protects them.
 
     Args:
-        strategy: An averaging strategy: FedAvg, FedAvgM, FedAdam, FedYogi, FedAdagrad, FedProx or one of your own.
+        strategy: With `send="shards"`, any Flower strategy. With coded vectors, one that averages: FedAvg, FedAvgM,
+            FedAdam, FedYogi, FedAdagrad, FedProx, or a subclass that leaves their aggregation and metrics as they are.
         code: The code, which says which worker holds which shards. Worker i is the node whose client reports
             `partition-id` i. Pass `Discovered` to have a code built for the shards that the nodes report to hold.
         send: What a message asks for, as a value or a word. `Coded(...)` or "coded" asks each worker for one coded
             vector a round, which needs the least upload. `Shards(...)` or "shards" asks for one shard a message, which
             is best if computing takes most of the time. `Adaptive()` or "adaptive" takes the mode that was faster over
             recent rounds.
+        sees: What the wrapped strategy gets in a round with one shard a message: "replies", as in plain Flower, one for
+            each sampled shard (the default where possible), or "mean", one reply with their weighted mean. With coded
+            vectors it gets the mean. `sees="mean"` there says that a strategy with an aggregation of its own needs no
+            more than that, because it only saves, logs or schedules.
         on_undecodable: What to do if a round ends undecodable, at the timeout or as soon as it is hopeless. "skip"
             leaves the model as it is. "approximate" (or an `Approximation`) uses the least-squares estimate and reports
             its error and coverage. "raise" ends the run.
         seed: Seed from which the holders of a shard derive their common random numbers.
         ledger: A `Ledger`, or the absolute path of a file that gets one JSON line a round.
         node_timeout: Seconds to wait for n nodes before the first round, which then starts if n - s are connected.
+        give_up_rounds: End the run after so many rounds in succession without a model, since the next would hardly
+            differ; None for never.
         allow_fixed_data: Accept an app that does not choose its data by `partition-id`.
         on_round_end: Called with (round, current arrays, ledger row) after each round. It is called again for a round
             that is repeated because the server was killed right after it.
@@ -74,7 +83,8 @@ class GradientCoding(Strategy):
             docs/privacy.md).
 
     Raises:
-        IncompatibleStrategy: The strategy cannot work on one decoded reply. The message says what to do instead.
+        IncompatibleStrategy: The strategy cannot be wrapped, or needs more than one decoded mean. The message says what
+            to do instead.
         InvalidSetting: A setting is invalid, or does not fit the code.
 
     References:
@@ -87,10 +97,12 @@ class GradientCoding(Strategy):
         code: GradientCode | Discovered,
         *,
         send: Literal["coded", "shards", "adaptive"] | Coded | Shards | Adaptive = "coded",
+        sees: Literal["mean", "replies"] | None = None,
         on_undecodable: Literal["skip", "approximate", "raise"] | Approximation = "skip",
         seed: int = 0,
         ledger: Ledger | str | os.PathLike[str] | None = None,
         node_timeout: float = 60.0,
+        give_up_rounds: int | None = 3,
         allow_fixed_data: bool = False,
         on_round_end: Callable[[int, ArrayRecord, dict[str, Any]], None] | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
@@ -108,12 +120,15 @@ class GradientCoding(Strategy):
         self.options = Options(
             on_undecodable=on_undecodable,
             send=send_of(send),
+            sees=sees,
             seed=int(seed),
             node_timeout=node_timeout,
+            give_up_rounds=give_up_rounds,
             allow_fixed_data=allow_fixed_data,
             privacy=privacy,
             digests=None if manifest is None else Manifest.for_all_shards(manifest, code.k).digests,
         )
+        check_what_it_sees(strategy, self.options)
         if isinstance(code, GradientCode):
             self.options.check_code(code)
         elif isinstance(self.options.send, Adaptive):
@@ -181,12 +196,13 @@ class GradientCoding(Strategy):
         whose names start with `fl-gradcode.`.
 
         Raises:
-            RoundFailed: Too few or too many nodes are connected, or a round was undecodable under
-                `on_undecodable="raise"`.
+            RoundFailed: Too few or too many nodes are connected, a round was undecodable under
+                `on_undecodable="raise"`, or `give_up_rounds` rounds in succession made no model.
             UnsuitableApp: The clients lack the mod, or do not choose their data by `partition-id`.
         """
         early_stop = grid if isinstance(grid, EarlyStopGrid) else EarlyStopGrid(grid)
         isolate_flower_random()
+        speak_through_flower()
         keeper = self._new_keeper()
         with keeper.locked():
             saved = keeper.saved
@@ -238,7 +254,7 @@ class GradientCoding(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Returns the arrays and metrics that the wrapped strategy makes of the one decoded reply."""
+        """Returns the arrays and metrics that the wrapped strategy makes of what was decoded."""
         run = self._current_run()
         arrays, metrics = run.aggregate(server_round, replies)
         if arrays is not None:
@@ -247,7 +263,7 @@ class GradientCoding(Strategy):
         return arrays, metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Returns the metrics that the wrapped strategy makes of the one decoded reply."""
+        """Returns the metrics that the wrapped strategy makes of what was decoded."""
         run = self._current_run()
         _, metrics = run.aggregate(server_round, replies)
         row = self._close_row()

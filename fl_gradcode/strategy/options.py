@@ -131,8 +131,10 @@ class Options:
 
     on_undecodable: Literal["skip", "approximate", "raise"] | Approximation = "skip"
     send: Send = Coded()
+    sees: Literal["mean", "replies"] | None = None
     seed: int = 0
     node_timeout: float = 60.0
+    give_up_rounds: int | None = 3
     allow_fixed_data: bool = False
     privacy: Privacy | None = None
     digests: Mapping[int, str] | None = None
@@ -141,10 +143,25 @@ class Options:
         if not isinstance(self.on_undecodable, Approximation) and self.on_undecodable not in _POLICIES:
             known = ", ".join(_POLICIES)
             raise InvalidSetting(f"on_undecodable={self.on_undecodable!r} must be one of {known} or an Approximation.")
+        if self.sees not in ("mean", "replies", None):
+            raise InvalidSetting(f"sees={self.sees!r} must be 'mean' or 'replies'.")
+        if self.sees == "replies" and self.only_mean:
+            raise InvalidSetting(f"sees='replies' needs send='shards' or 'adaptive', and {self.only_mean}.")
         if not self.node_timeout > 0:
             raise InvalidSetting(f"node_timeout={self.node_timeout} must be a number of seconds greater than 0.")
+        if self.give_up_rounds is not None and not self.give_up_rounds >= 1:
+            raise InvalidSetting(f"give_up_rounds={self.give_up_rounds} must be at least 1, or None for never.")
         if self.privacy is not None and not isinstance(self.privacy, DPSGD | CentralNoise):
             raise InvalidSetting(f"privacy={self.privacy!r}: pass a DPSGD(...) or a CentralNoise(...).")
+
+    @property
+    def only_mean(self) -> str:
+        """Why there is no more than a mean for the wrapped strategy to see; empty if it may see each shard's reply."""
+        if not self.shardwise:
+            return f"send={str(self.send)!r} gives it one decoded mean"
+        if self.privacy is not None:
+            return "privacy= protects only the mean"
+        return "" if self.approximation is None else "on_undecodable='approximate' estimates a mean"
 
     @property
     def shardwise(self) -> bool:

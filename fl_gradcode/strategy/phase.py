@@ -18,7 +18,7 @@ from ..grid import Arrival, Late, StopRule, Wait
 from ..protocol import Plan, Rejection, Reply, Row
 from .options import Approximation
 from .plan_messages import MessageFactory
-from .replies import Decoded, Noise, ReplyCollector, StaleUpdate, StaleUpdates
+from .replies import Decoded, Noise, ReplyCollector, Returned, ReturnedReplies, StaleUpdate, StaleUpdates
 from .worker_registry import WorkerRegistry
 
 __all__ = ["Phase"]
@@ -143,8 +143,10 @@ class Phase(StopRule):
         approximation: Approximation | None = None,
         stale_updates: StaleUpdates | None = None,
         noise: Noise | None = None,
-    ) -> Decoded | None:
-        """Returns the decoded mean, or an estimate of it; returns None and may set `failure` if there is neither.
+    ) -> Decoded | Returned | None:
+        """Returns the decoded mean, an estimate of it, or the records of all shards if they come as returned.
+
+        Returns None and may set `failure` if there is none of them.
 
         Args:
             approximation: Settings of the estimate for an undecodable phase; None for no estimate.
@@ -154,11 +156,13 @@ class Phase(StopRule):
         best = self.replies.best
         if best is None:
             return None
+        if isinstance(best, ReturnedReplies):
+            return best.gather(self.shards)
         vector = best.decoder.vector()
         if self.mixes_garbage(vector):
             disagreeing = sorted(self.replies.disagreeing.items())[:3]
             pairs = "; ".join(f"{a} and {b} of shard {j}" for j, (a, b) in disagreeing)
-            self.failure = f"holders {pairs} disagree by up to {self.replies.disagreement:.1e} (relative)"
+            self.failure = f"holders {pairs} disagree by up to {self.replies.disagreement or 0.0:.1e} (relative)"
             return None
         stale: tuple[StaleUpdate, ...] = ()
         if vector is None:
@@ -183,10 +187,11 @@ class Phase(StopRule):
         """
         if self.code.groups is not None and self.code.m == 1:
             return False
+        apart = self.replies.disagreement or 0.0
         if isinstance(self.code.numbers, PrimeField):
-            return self.replies.disagreement > 0
+            return apart > 0
         kappa = 1.0 if vector is None else max(1.0, self.code.kappa_of(vector))
-        return self.replies.disagreement * kappa > _GARBAGE
+        return apart * kappa > _GARBAGE
 
     @property
     def survivors(self) -> list[int]:

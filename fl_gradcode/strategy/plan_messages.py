@@ -34,6 +34,7 @@ def make_plan(
     privacy: str = "",
     releases: Releases | None = None,
     is_open: bool = False,
+    as_returned: bool = False,
 ) -> Plan:
     """Returns the plan of a phase, with every worker's row; making a plan changes and charges nothing.
 
@@ -50,6 +51,7 @@ def make_plan(
         privacy: The privacy promise that training has to keep, as JSON; empty for none.
         releases: For each shard, its number of holders and the earlier rounds in which they were asked.
         is_open: Whether the code is built for the shards that nodes report to hold.
+        as_returned: Whether replies hold a shard's records as the function returned them.
     """
     sampled = set(shards)
     return Plan(
@@ -69,6 +71,7 @@ def make_plan(
         releases=releases or {},
         digests={shard: digest for shard, digest in (options.digests or {}).items() if shard in sampled},
         open=is_open,
+        as_returned=as_returned,
     )
 
 

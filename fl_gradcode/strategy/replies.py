@@ -1,14 +1,18 @@
-"""Reads, checks, groups and adds up the replies of one phase."""
+"""Reads, checks, groups and adds up the replies of one phase.
+
+With one shard a message there may be nothing to add up: each shard's records are kept as the function returned them,
+and the wrapped strategy gets one reply for each sampled shard, as from k clients in plain Flower.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from ..codes import GradientCode, IncrementalDecoder, P, PrimeField
@@ -19,13 +23,17 @@ from ..protocol import (
     METRICS,
     UPDATE,
     Layout,
+    NotFiniteRecord,
     PayloadEncoding,
     Plan,
     Rejection,
     RejectionKind,
     Reply,
     all_finite,
+    difference_between,
+    difference_of,
     last_line,
+    names_of,
     payload_encoding,
     rebuild_arrays,
     rebuild_metrics,
@@ -44,6 +52,8 @@ __all__ = [
     "Rejected",
     "ReplyCollector",
     "ReplyGroup",
+    "Returned",
+    "ReturnedReplies",
     "StaleUpdate",
     "StaleUpdates",
     "vectors_of",
@@ -195,6 +205,53 @@ class ReplyGroup:
         return Decoded(arrays, record, self.reply.layout, names, vector, workers, tuple(stale))
 
 
+@dataclass(frozen=True)
+class Returned:
+    """The records of all sampled shards.
+
+    Attributes:
+        contents: Shard -> the records that the function returned.
+        vector: The decoding vector over the sampled shards, all ones.
+        used: Workers whose replies were used, ascending.
+    """
+
+    contents: Mapping[int, RecordDict]
+    vector: NDArray[Any]
+    used: tuple[int, ...]
+
+
+@dataclass
+class ReturnedReplies:
+    """Replies whose records have the same names; one for each shard, the first that came.
+
+    Attributes:
+        decoder: Tracks which shards have a reply.
+        key: Names of the records and of what they hold.
+    """
+
+    decoder: IncrementalDecoder
+    key: object
+    #: Row, which is the shard's place among the sampled ones -> the (node, worker) that sent it; likewise the records.
+    senders: dict[int, tuple[int, int]] = field(default_factory=dict)
+    contents: dict[int, RecordDict] = field(default_factory=dict)
+
+    def add(self, row: int, sender: tuple[int, int], content: RecordDict) -> bool:
+        """Add a reply unless the row has one already; returns whether it was added."""
+        if row in self.senders:
+            return False
+        self.senders[row], self.contents[row] = sender, content
+        self.decoder.add(row)
+        return True
+
+    def gather(self, shards: list[int]) -> Returned | None:
+        """Returns the records of all sampled shards, or None if one has no reply."""
+        vector = self.decoder.vector()
+        if vector is None:
+            return None
+        contents = {shard: self.contents[row] for row, shard in enumerate(shards)}
+        return Returned(contents, vector, tuple(sorted({worker for _, worker in self.senders.values()})))
+
+
 def _no_mean(code: GradientCode, vector: NDArray[Any], filled: int) -> str:
     """Returns why an estimate is no mean of the shards, or an empty string if it is one."""
     coverage = code.coverage_of(vector)
@@ -312,6 +369,15 @@ def _explained(rejection: Rejection) -> Rejection:
     return rejection if clipping is None else Rejection("clipping-mod", rejection.reason)
 
 
+def _difference(one: ReplyGroup | ReturnedReplies, other: ReplyGroup | ReturnedReplies) -> str:
+    """Returns in what the replies of a group differ from those of another."""
+    whose = "most other replies'"
+    if isinstance(one, ReplyGroup) and isinstance(other, ReplyGroup):
+        mine, theirs = one.reply, other.reply
+        return difference_between(mine.layout, mine.metrics_layout, theirs.layout, theirs.metrics_layout, whose)
+    return f"its records, {one.key}, differ from {whose}, {other.key}"
+
+
 @dataclass(frozen=True)
 class Rejected:
     """A reply that does not count.
@@ -359,19 +425,20 @@ class ReplyCollector:
         self.rejected: list[Rejected] = []
         self.stateful = False
         self.fixed_data = False
-        self.disagreement = 0.0
+        #: Largest relative difference between two holders of a shard; None if no shard has come from two.
+        self.disagreement: float | None = None
         #: Shard -> two of its holders that disagree.
         self.disagreeing: dict[int, tuple[int, int]] = {}
         #: Largest epsilon that a holder reports, for this run and for all runs; None without privacy.
         self.spent: tuple[float, float] | None = None
         #: Shard -> two of its holders whose keys were bound to different requests.
         self.other_requests: dict[int, tuple[int, int]] = {}
-        self.groups: dict[object, ReplyGroup] = {}
+        self.groups: dict[object, ReplyGroup | ReturnedReplies] = {}
         self._contexts: dict[int, tuple[int, str]] = {}
         self._sketches: dict[int, tuple[int, tuple[float, ...]]] = {}
 
     @property
-    def best(self) -> ReplyGroup | None:
+    def best(self) -> ReplyGroup | ReturnedReplies | None:
         """The group of replies that is decodable, else the largest one; None if there is no reply."""
         return max(self.groups.values(), key=lambda b: (b.decoder.decodable, len(b.decoder.survivors)), default=None)
 
@@ -387,11 +454,10 @@ class ReplyCollector:
     def outvoted(self) -> list[Rejected]:
         """Returns the replies that are not used because most others have different names, dtypes or shapes."""
         best = self.best
-        why = Rejection("outvoted", "its arrays or metrics differ in name, dtype or shape from the other replies'")
         return [
-            Rejected(*sender, why)
+            Rejected(*sender, Rejection("outvoted", _difference(group, best)))
             for group in self.groups.values()
-            if group is not best
+            if best is not None and group is not best
             for sender in group.senders.values()
         ]
 
@@ -439,6 +505,9 @@ class ReplyCollector:
         return self._accept(node, reply, message)
 
     def _accept(self, node: int, reply: Reply, message: Message) -> Rejection | None:
+        if (reply.outcome == "returned") != self.plan.as_returned:
+            wrong = "coded vectors instead of records" if self.plan.as_returned else "records instead of coded vectors"
+            return Rejection("layout", f"it holds {wrong}")
         row = self._row_of(reply)
         if isinstance(row, Rejection):
             return row
@@ -447,6 +516,8 @@ class ReplyCollector:
             if sender[0] == node:
                 return Rejection("duplicate", "duplicate")
             return Rejection("duplicate-worker", f"duplicate: node {sender[0]} answered as worker {reply.worker}")
+        if reply.outcome == "returned":
+            return self._accept_records(node, row, reply, message)
         if wrong := self._misnamed(reply):
             return Rejection("layout", wrong)
         try:
@@ -458,10 +529,27 @@ class ReplyCollector:
         self._note_spent(reply)
         self.answered.append(reply.worker)
         key = (reply.layout, tuple((name, length) for name, length, _ in reply.metrics_layout))
-        if key not in self.groups:
-            self.groups[key] = ReplyGroup(self.code.incremental(), reply, key, self._encoding)
-        if not self.groups[key].add(row, (node, reply.worker), reply, update, metrics):
+        group = self.groups.setdefault(key, ReplyGroup(self.code.incremental(), reply, key, self._encoding))
+        assert isinstance(group, ReplyGroup)
+        if not group.add(row, (node, reply.worker), reply, update, metrics):
             self.spare_from.add(reply.worker)
+        return None
+
+    def _accept_records(self, node: int, row: int, reply: Reply, message: Message) -> Rejection | None:
+        """Take the records of a shard as they came; a second copy is only compared with the first."""
+        content = Reply.remove_from(message.content)
+        try:
+            key = names_of(content, self.plan.weight_key)
+        except ValueError as error:
+            kind: RejectionKind = "not-finite" if isinstance(error, NotFiniteRecord) else "layout"
+            return Rejection(kind, last_line(str(error)))
+        self.answered.append(reply.worker)
+        group = self.groups.setdefault(key, ReturnedReplies(self.code.incremental(), key))
+        assert isinstance(group, ReturnedReplies)
+        if not group.add(row, (node, reply.worker), content):
+            self.spare_from.add(reply.worker)
+            apart = difference_of(group.contents[row], content, self.plan.weight_key)
+            self._note_difference(reply.shards[0], group.senders[row][1], reply.worker, apart)
         return None
 
     def _misnamed(self, reply: Reply) -> str:
@@ -488,8 +576,12 @@ class ReplyCollector:
         """Remember how much the holders of one shard disagree."""
         for shard, sketch in zip(reply.shards, reply.sketches, strict=False):
             holder, first = self._sketches.setdefault(shard, (reply.worker, sketch))
-            scale = max(abs(first[0]), abs(sketch[0]), 1e-30)
-            apart = max((abs(x - y) / scale for x, y in zip(first, sketch, strict=False)), default=0.0)
-            if apart > DISAGREEMENT:
-                self.disagreeing[shard] = (holder, reply.worker)
-            self.disagreement = min(max(self.disagreement, apart), 1e300)  # a ledger row holds finite numbers
+            if holder != reply.worker:
+                scale = max(abs(first[0]), abs(sketch[0]), 1e-30)
+                apart = max((abs(x - y) / scale for x, y in zip(first, sketch, strict=False)), default=0.0)
+                self._note_difference(shard, holder, reply.worker, apart)
+
+    def _note_difference(self, shard: int, holder: int, other: int, apart: float) -> None:
+        if apart > DISAGREEMENT:
+            self.disagreeing[shard] = (holder, other)
+        self.disagreement = min(max(self.disagreement or 0.0, apart), 1e300)  # a ledger row holds finite numbers

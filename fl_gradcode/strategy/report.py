@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from flwr.serverapp import Grid
 
+from .._text import numbered
 from ..codes import EXACT, GradientCode, PrimeField
 from ..grid import JobTime
 from ..grid import Late as LateReply
@@ -15,7 +16,7 @@ from ..privacy import RunAccount
 from ..protocol import report_key, wire_dtype
 from ..runlog import CodeLine, FilledIn, JobLine, Late, Outcome, PhaseRow, PhaseSeconds, Rejected, RoundRow
 from .phase import Phase
-from .replies import Decoded
+from .replies import Decoded, Returned
 
 __all__ = ["figures", "new_row", "phase_row", "why_undecodable"]
 
@@ -34,7 +35,9 @@ def new_row(
     )
 
 
-def phase_row(phase: Phase, decoded: Decoded | None, account: RunAccount | None, *, decoding: float) -> PhaseRow:
+def phase_row(
+    phase: Phase, decoded: Decoded | Returned | None, account: RunAccount | None, *, decoding: float
+) -> PhaseRow:
     """Returns the ledger entry of one phase; `docs/ledger.md` explains every field."""
     wait, replies, code = phase.wait, phase.replies, phase.code
 
@@ -48,6 +51,7 @@ def phase_row(phase: Phase, decoded: Decoded | None, account: RunAccount | None,
     kappa = None if decoded is None else code.kappa_of(decoded.vector)
     outcome: Outcome = "skipped" if decoded is None else "exact" if error <= EXACT else "approximate"
     after = phase.decodable_after
+    stale = decoded.stale if isinstance(decoded, Decoded) else ()
 
     return PhaseRow(
         outcome=outcome,
@@ -77,7 +81,7 @@ def phase_row(phase: Phase, decoded: Decoded | None, account: RunAccount | None,
         rounding_error=None if decoded is None or kappa is None else _unit_roundoff(decoded) * kappa,
         coverage=tuple(round(float(c), 6) for c in coverage),
         quantisation_error=_quantisation(phase, decoded),
-        filled_in=tuple(FilledIn(stale.shards, stale.round) for stale in (decoded.stale if decoded else ())),
+        filled_in=tuple(FilledIn(old.shards, old.round) for old in stale),
         replica_disagreement=replies.disagreement,
         privacy=account.line(replies.spent, replies.other_requests) if account and phase.plan.privacy else None,
         timings=tuple(_timed(phase, job) for job in wait.times),
@@ -94,7 +98,24 @@ def why_undecodable(phase: Phase, entry: PhaseRow) -> str:
     reasons = "".join(f"; worker {rejected.worker}: {rejected.reason}" for rejected in entry.rejected[:5])
     return (
         f"Round {phase.plan.round}, {phase.plan.kind}: {what}, from "
-        f"{len(entry.answered)} of {len(phase.participants)} workers{reasons}"
+        f"{len(entry.answered)} of {len(phase.participants)} workers{_failed_everywhere(phase, entry)}{reasons}"
+    )
+
+
+def _failed_everywhere(phase: Phase, entry: PhaseRow) -> str:
+    """Returns a clause about the shards whose holders have all failed, which no code can make up for."""
+    failed = {rejected.worker for rejected in entry.rejected}
+    holders: dict[int, list[int]] = {}
+    for worker, row in phase.plan.rows.items():
+        for shard in row.shards:
+            holders.setdefault(shard, []).append(worker)
+    lost = {shard: who for shard, who in sorted(holders.items()) if failed.issuperset(who)}
+    if not lost:
+        return ""
+    shard, who = next(iter(lost.items()))
+    return (
+        f"; all holders of {numbered('shard', [*lost], 11)} failed, which are {numbered('worker', who, 11)} for shard "
+        f"{shard}, and plain Flower would have gone on without that data"
     )
 
 
@@ -134,15 +155,17 @@ def _timed(phase: Phase, job: JobTime) -> JobLine:
     )
 
 
-def _quantisation(phase: Phase, decoded: Decoded | None) -> float | None:
+def _quantisation(phase: Phase, decoded: Decoded | Returned | None) -> float | None:
     """Returns the largest error that fixed point causes in an entry of the mean, or None if replies are floats."""
     numbers = phase.code.numbers
-    if decoded is None or not isinstance(numbers, PrimeField):
+    if not isinstance(decoded, Decoded) or not isinstance(numbers, PrimeField):
         return None
     return numbers.rounding(phase.code.k) / float(decoded.metrics[phase.plan.weight_key])  # type: ignore[arg-type]
 
 
-def _unit_roundoff(decoded: Decoded) -> float:
-    """Returns the relative rounding error of one number on the wire."""
+def _unit_roundoff(decoded: Decoded | Returned) -> float:
+    """Returns the relative rounding error of one number on the wire; records that come as returned are not rounded."""
+    if isinstance(decoded, Returned):
+        return 0.0
     dtype = np.float64 if decoded.arrays is None else wire_dtype(decoded.layout)
     return float(np.finfo(dtype).eps) / 2

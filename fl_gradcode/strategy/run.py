@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import uuid
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..codes import GradientCode
 from ..errors import InvalidSetting, RoundFailed
-from ..grid import Arrival, EarlyStopGrid, nodes_of_a_phase, wait_for_nodes
+from ..grid import SETTLED, Arrival, EarlyStopGrid, nodes_of_a_phase, wait_for_nodes
 from ..privacy import RunAccount
 from ..runlog import PhaseRow, RoundRow
 from . import report
@@ -32,7 +33,7 @@ from .resume import RunKeeper
 from .round_mode import FixedMode, ModeChooser, RoundMode
 from .stop_rules import open_phase
 from .worker_registry import WorkerRegistry
-from .wrapped import ShardGrid, aggregate, arrays_key_of, common_content, has_custom_metrics
+from .wrapped import ShardGrid, aggregate, arrays_key_of, common_content, why_no_average
 
 __all__ = ["Run", "mode_chooser"]
 
@@ -79,7 +80,7 @@ class Run:
         self.done = 0
         self.registry = registry or WorkerRegistry()  # not shared between runs, which may have other nodes and clients
         self.account = RunAccount(options.privacy, code, self.name, send=str(options.send)) if options.privacy else None
-        self.modes = mode_chooser(options, code)
+        self.modes = self._mode_chooser(code)
         self.mode: RoundMode | None = None
         self.row: RoundRow | None = None
         self.phase: Phase | None = None
@@ -90,10 +91,16 @@ class Run:
         self._drafts: list[Message] = []
         self._outage_timeout = 0.0  # seconds that a phase waits for nodes while too few are connected
         self._ever_decoded = self._resumed = False
+        self._without_model = 0  # rounds in succession
         self._told: GradientCode | None = None  # the code whose holders the ledger lists
         self._slowest: float | None = None  # largest latency of a reply, in seconds
         self._warned: set[str] = set()
         self._strangers: set[int] = set()  # nodes that were not known when the last round began
+
+    def _mode_chooser(self, code: GradientCode) -> ModeChooser:
+        """Returns the chooser of modes; a strategy that needs each reply never gets coded vectors."""
+        coded = self.options.sees == "mean" or (self.options.sees is None and not why_no_average(self.strategy))
+        return mode_chooser(self.options, code, coded=coded)
 
     # Beginning and resuming
 
@@ -156,12 +163,19 @@ class Run:
         """
         if self.account is not None:
             self.account.begin(num_rounds)
-        settling = 0.0 if grid.source.fixed_nodes else self.options.node_timeout
+        source = grid.source
         if self._holdings is None:
-            wait_for_nodes(grid, len(self.code.active), self.code.s, settling, surplus=self._resumed)
+            wait_for_nodes(
+                grid,
+                len(self.code.active),
+                self.code.s,
+                self.options.node_timeout if source.late_nodes else 0.0,
+                settled=SETTLED if source.fixed_nodes else math.inf,
+                surplus=self._resumed,
+            )
         else:
             self._tell_lacking(self._holdings, None)
-        self._outage_timeout = settling if self.timeout is None else min(settling, self.timeout)
+        self._outage_timeout = 0.0 if source.fixed_nodes else min(self.options.node_timeout, self.timeout or math.inf)
 
     # A phase
 
@@ -178,11 +192,6 @@ class Run:
         self._drafts = list(configure(server_round, arrays, config, ShardGrid(self.code.k, grid)))
         if not self._drafts:
             return []
-        if has_custom_metrics(self.strategy, kind):
-            self._warn_once(
-                f"metrics {kind}",
-                f"The custom {kind} metric aggregation is called on one decoded record, not on one for each client.",
-            )
         if kind == "train" or self.mode is None:
             self.mode = self.modes.choose(complete=len(list(grid.get_node_ids())) >= len(self.code.active))
         assert self.row is not None
@@ -208,7 +217,8 @@ class Run:
         content = common_content(drafts)
         shards = sorted({message.metadata.dst_node_id for message in drafts})
         code = mode.code.restrict(shards)
-        arrays_key = arrays_key_of(self.strategy, content) if kind == "train" else ""
+        as_returned = mode.send == "shards" and options.sees != "mean" and not options.only_mean
+        arrays_key = arrays_key_of(self.strategy, content, several=as_returned) if kind == "train" else ""
         account = self.account if arrays_key else None
         plan = make_plan(
             code,
@@ -223,6 +233,7 @@ class Run:
             privacy=account.text if account else "",
             releases=account.releases(server_round, shards) if account else None,
             is_open=self._holdings is not None,
+            as_returned=as_returned,
         )
         before = content[arrays_key] if arrays_key else None
         assert before is None or isinstance(before, ArrayRecord)
@@ -249,7 +260,7 @@ class Run:
     def aggregate(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Returns the arrays and metrics that the wrapped strategy makes of the one decoded reply."""
+        """Returns the arrays and metrics that the wrapped strategy makes of the decoded reply, or of all replies."""
         phase, self.phase = self.phase, None
         if phase is None:
             return None, None
@@ -272,11 +283,19 @@ class Run:
             self._undecodable(phase, entry)
             return None, MetricRecord(report.figures(entry))
         self._ever_decoded = True
+        if kind == "train":
+            self._without_model = 0
         del phase  # its replies are large, and the wrapped strategy needs room
         began = time.perf_counter()
-        arrays, metrics = aggregate(self.strategy, self._drafts[0], server_round, decoded)
+        arrays, metrics = aggregate(self.strategy, kind, self._drafts, server_round, decoded)
         seconds = replace(entry.seconds, aggregating=time.perf_counter() - began)
-        self._note(kind, replace(entry, seconds=seconds))
+        self._note(kind, replace(entry, seconds=seconds, model=arrays is not None if kind == "train" else None))
+        if kind == "train" and arrays is None:
+            self._warn_once(
+                "no model",
+                f"Round {server_round} was decoded, and {type(self.strategy).__name__} returned no arrays for it: the "
+                "model stays as it is.",
+            )
         return arrays, MetricRecord({**(metrics or {}), **report.figures(entry)})
 
     def _noise(self, server_round: int, phase: Phase) -> Noise | None:
@@ -317,6 +336,19 @@ class Run:
         if self.options.policy == "raise":
             self._note(phase.plan.kind, replace(entry, outcome="raised"))
             raise RoundFailed(f"{why}.")
+        if phase.plan.kind == "evaluate":
+            _log.warning("%s. The evaluation is skipped.", why)
+            return
+        self._without_model += 1
+        most = self.options.give_up_rounds
+        if most is not None and self._without_model >= most:
+            self._note("train", replace(entry, outcome="raised"))
+            times = "No round" if most == 1 else f"None of the last {most} rounds"
+            without = "" if self.options.approximation else ", pass on_undecodable='approximate' to go on without them"
+            raise RoundFailed(
+                f"{times} made a model, and the next would hardly differ, so the run ends here. {why}. Bring the "
+                f"missing shards back{without}, or pass give_up_rounds= to wait longer."
+            )
         _log.warning("%s. The round is skipped: the model stays as it is.", why)
 
     # A code that follows the nodes' holdings
@@ -340,7 +372,7 @@ class Run:
         code = holdings.code(there)
         if code is not None and (code.B.shape != self.code.B.shape or (code.B != self.code.B).any()):
             self.code = code
-            self.modes = mode_chooser(self.options, code)
+            self.modes = self._mode_chooser(code)
             if self.account is not None:
                 self.account.follow(code)
             _log.info("The code is built again for workers %s: %r.", [*code.active], code)
@@ -371,13 +403,19 @@ class Run:
             _log.warning("%s", text)
 
 
-def mode_chooser(options: Options, code: GradientCode) -> ModeChooser:
-    """Returns the object that chooses the modes of a run with these options."""
+def mode_chooser(options: Options, code: GradientCode, *, coded: bool = True) -> ModeChooser:
+    """Returns the object that chooses the modes of a run with these options.
+
+    Args:
+        options: Settings of the run.
+        code: The code.
+        coded: Whether an adaptive run may send coded vectors.
+    """
     if isinstance(options.send, Adaptive):
         # Imported here because replaying rounds needs the planner and scipy.stats, which no other run needs.
         from .adaptive import AdaptiveModes
 
-        return AdaptiveModes(code, smaller=options.policy != "raise")
+        return AdaptiveModes(code, smaller=options.policy != "raise", coded=coded)
     if isinstance(options.send, Shards):
         return FixedMode(RoundMode(code, "shards", options.send.patience))
     return FixedMode(RoundMode(code, "coded"))

@@ -1,7 +1,7 @@
 """The interface to the wrapped strategy, and the checks of whether a strategy can be wrapped.
 
 The wrapped strategy sees a grid whose nodes are the k shards. Its messages are never sent; only their content is used.
-Later the strategy gets one ordinary reply, which contains the decoded mean.
+Later the strategy gets one ordinary reply for each sampled shard, or a single one that contains the decoded mean.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from flwr.serverapp.strategy import Strategy
 from ..errors import IncompatibleStrategy
 from ..grid import ForwardingGrid
 from ..protocol import restore_types
-from .replies import Decoded
+from .options import Options
+from .replies import Decoded, Returned
 
 __all__ = [
     "PRIVACY_WRAPPERS",
@@ -25,19 +26,23 @@ __all__ = [
     "arrays_key_of",
     "check_bounds",
     "check_strategy",
+    "check_what_it_sees",
     "common_content",
-    "has_custom_metrics",
+    "why_no_average",
 ]
 
-_COMPARES = (
-    "compares the clients' replies with each other, and under coding there is one decoded reply. Wrap an averaging "
-    "strategy (FedAvg, FedAvgM, FedAdam, FedYogi, FedAdagrad, FedProx)"
+#: Flower's strategies that make a weighted mean of the replies, and what they make of it depends on the mean alone.
+_AVERAGES = (
+    flower.FedAvg,
+    flower.FedAvgM,
+    flower.FedAdagrad,
+    flower.FedAdam,
+    flower.FedYogi,
+    flower.FedProx,
+    flower.FedAdam.__mro__[1],  # FedOpt, the base of the adaptive ones
 )
-_PRIVACY = (
-    "clips and noises single replies, and a coded reply is a sum over shards. Wrap the strategy inside it, and pass "
-    "GradientCoding(..., privacy=CentralNoise(...)) for the same under coding, or privacy=DPSGD(...) for noise in the "
-    "clients"
-)
+#: What they make of the metrics if the user passes no function.
+_MEAN_OF_METRICS = flower.FedAvg().train_metrics_aggr_fn
 #: Flower's strategies that wrap another strategy to add differential privacy.
 PRIVACY_WRAPPERS = (
     flower.DifferentialPrivacyClientSideFixedClipping,
@@ -45,31 +50,25 @@ PRIVACY_WRAPPERS = (
     flower.DifferentialPrivacyClientSideAdaptiveClipping,
     flower.DifferentialPrivacyServerSideAdaptiveClipping,
 )
-_REFUSED: dict[type[Strategy], str] = {
-    **dict.fromkeys(
-        (
-            flower.Krum,
-            flower.MultiKrum,
-            flower.Bulyan,
-            flower.FedMedian,
-            flower.FedTrimmedAvg,
-            flower.QFedAvg,
-        ),
-        _COMPARES,
-    ),
-    **dict.fromkeys(
-        (flower.FedXgbBagging, flower.FedXgbCyclic),
-        "combines trees, and coding adds vectors. Run it without coding",
-    ),
-    **dict.fromkeys(PRIVACY_WRAPPERS, _PRIVACY),
-}
+#: Flower's strategies for which a mean is not enough, whatever the user says.
+_NEED_REPLIES = (
+    flower.Krum,
+    flower.MultiKrum,
+    flower.Bulyan,
+    flower.FedMedian,
+    flower.FedTrimmedAvg,
+    flower.QFedAvg,
+    flower.FedXgbBagging,
+    flower.FedXgbCyclic,
+    *PRIVACY_WRAPPERS,
+)
 
 # A strategy that waits for more nodes than there are polls get_node_ids forever. Other strategies call it a few times.
 _MAX_QUESTIONS = 20
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuse a strategy that cannot work on one decoded reply.
+    """Refuse a strategy that cannot be wrapped in any way.
 
     Raises:
         IncompatibleStrategy: The strategy cannot be wrapped. The message says what to do instead.
@@ -79,10 +78,6 @@ def check_strategy(strategy: Strategy) -> None:
         raise IncompatibleStrategy(f"{strategy.__name__} is a class; pass an instance: {strategy.__name__}().")
     if not isinstance(strategy, Strategy):
         raise IncompatibleStrategy(f"{name} is not a flwr.serverapp.strategy.Strategy; wrap one, such as FedAvg().")
-    for kind, reason in _REFUSED.items():
-        if isinstance(strategy, kind):
-            of = "" if type(strategy) is kind else f" (a {kind.__name__})"
-            raise IncompatibleStrategy(f"{name}{of} cannot be wrapped: it {reason}.")
     if type(strategy).start is not Strategy.start:
         raise IncompatibleStrategy(
             f"{name} cannot be wrapped: it overrides start(), which the wrapper has to run itself. Move what it adds "
@@ -105,10 +100,40 @@ def check_bounds(strategy: Strategy, k: int) -> None:
             )
 
 
-def has_custom_metrics(strategy: Strategy, kind: str) -> bool:
-    """Returns whether the user passed a custom metric aggregation to FedAvg or a strategy like it."""
-    function = getattr(strategy, f"{kind}_metrics_aggr_fn", None)
-    return function is not None and getattr(function, "__name__", "") != "aggregate_metricrecords"
+def why_no_average(strategy: Strategy) -> str:
+    """Returns what makes a strategy more than a weighted mean of the replies, or an empty string if it is one."""
+    for method in ("aggregate_train", "aggregate_evaluate"):
+        owner = next(kind for kind in type(strategy).__mro__ if method in vars(kind))
+        if owner not in _AVERAGES or method in vars(strategy):
+            return f"aggregates replies by its own {method}()"
+    for kind in ("train", "evaluate"):
+        if getattr(strategy, f"{kind}_metrics_aggr_fn", _MEAN_OF_METRICS) is not _MEAN_OF_METRICS:
+            return f"has a {kind}_metrics_aggr_fn of its own"
+    return ""
+
+
+def check_what_it_sees(strategy: Strategy, options: Options) -> None:
+    """Refuse a strategy that needs each reply if it would see a mean.
+
+    Raises:
+        IncompatibleStrategy: The message says what the strategy would see, and both ways out.
+    """
+    name = type(strategy).__name__
+    needs = next((kind for kind in _NEED_REPLIES if isinstance(strategy, kind)), None)
+    if isinstance(strategy, PRIVACY_WRAPPERS) and options.privacy is not None:
+        raise IncompatibleStrategy(
+            f"{name} adds privacy, and so does privacy=: wrap the strategy inside {name}, or leave privacy= out."
+        )
+    why = options.only_mean or ("sees='mean' gives it one decoded mean" if options.sees == "mean" else "")
+    reason = why_no_average(strategy)
+    if not why or not reason or (options.sees == "mean" and needs is None):
+        return
+    shards = "pass send='shards'" + (" without privacy=" if options.privacy is not None else "")
+    shards += " and on_undecodable='skip' or 'raise'" if options.approximation is not None else ""
+    mean = "" if needs else ", or sees='mean' if a mean is all it needs (it saves, logs or schedules)"
+    raise IncompatibleStrategy(
+        f"{name} {reason}, and {why}: {shards}, which brings it one reply for each shard as in plain Flower{mean}."
+    )
 
 
 class ShardGrid(ForwardingGrid):
@@ -169,8 +194,13 @@ def common_content(drafts: Sequence[Message]) -> RecordDict:
     return first
 
 
-def arrays_key_of(strategy: Strategy, content: RecordDict) -> str:
+def arrays_key_of(strategy: Strategy, content: RecordDict, *, several: bool = False) -> str:
     """Returns the name of the ArrayRecord that training starts from.
+
+    Args:
+        strategy: The wrapped strategy.
+        content: What it sends.
+        several: Accept several ArrayRecords of which none is known to be meant, because no update is computed.
 
     Raises:
         IncompatibleStrategy: There is no ArrayRecord, or several and it is not clear which one is meant.
@@ -181,6 +211,8 @@ def arrays_key_of(strategy: Strategy, content: RecordDict) -> str:
     preferred = getattr(strategy, "arrayrecord_key", None)
     if preferred in names:
         return str(preferred)
+    if several and names:
+        return names[0]
     raise IncompatibleStrategy(
         f"The wrapped strategy sends {len(names)} ArrayRecords ({', '.join(names) or 'none'}); an update is the "
         "difference to exactly one."
@@ -188,13 +220,30 @@ def arrays_key_of(strategy: Strategy, content: RecordDict) -> str:
 
 
 def aggregate(
-    strategy: Strategy, draft: Message, server_round: int, decoded: Decoded
+    strategy: Strategy, kind: str, drafts: Sequence[Message], server_round: int, decoded: Decoded | Returned
 ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-    """Returns what the wrapped strategy makes of the decoded mean, given to it as one ordinary reply to `draft`."""
+    """Returns what the wrapped strategy makes of the decoded mean, or of all sampled shards' records.
+
+    Args:
+        strategy: The wrapped strategy.
+        kind: "train" or "evaluate".
+        drafts: The messages that it wanted to send.
+        server_round: The round.
+        decoded: A mean, which it gets as one ordinary reply; or the records of each shard, which it gets as one reply
+            for each of its messages, from the node that the message was for.
+    """
+    if isinstance(decoded, Returned):
+        replies = [
+            Message(decoded.contents[draft.metadata.dst_node_id], reply_to=draft)
+            for draft in {draft.metadata.dst_node_id: draft for draft in drafts}.values()
+        ]
+        if kind == "evaluate":
+            return None, strategy.aggregate_evaluate(server_round, replies)
+        return strategy.aggregate_train(server_round, replies)
     arrays_name, metrics_name = decoded.names
     content = RecordDict({metrics_name: decoded.metrics})
     if decoded.arrays is None:
-        return None, strategy.aggregate_evaluate(server_round, [Message(content, reply_to=draft)])
+        return None, strategy.aggregate_evaluate(server_round, [Message(content, reply_to=drafts[0])])
     content[arrays_name] = decoded.arrays
-    arrays, metrics = strategy.aggregate_train(server_round, [Message(content, reply_to=draft)])
+    arrays, metrics = strategy.aggregate_train(server_round, [Message(content, reply_to=drafts[0])])
     return None if arrays is None else restore_types(decoded.layout, arrays), metrics

@@ -81,7 +81,7 @@ def test_each_reply_is_used_in_its_own_round_or_not_at_all() -> None:
 def test_a_debt_lapses_after_three_timeouts() -> None:
     # Worker 0 loses its first message for good and would be fine afterwards.
     law = Law("", lambda seed, worker, tick: float("inf") if worker == 0 and tick == 2 else 1.0)
-    _, rows, _ = run(uncoded(2), Latency(fixed=law), rounds=6, timeout=10.0)
+    _, rows, _ = run(uncoded(2), Latency(fixed=law), rounds=6, timeout=10.0, give_up_rounds=None)
     outcomes = [row["train"]["outcome"] for row in rows]
     assert outcomes[:3] == ["skipped"] * 3
     assert 0 in rows[3]["train"]["lapsed"]

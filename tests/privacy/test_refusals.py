@@ -126,9 +126,13 @@ def test_a_wrapper_is_refused_around_a_strategy_that_has_run_without_it() -> Non
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_flower_s_privacy_wrappers_do_not_go_inside(name: str) -> None:
-    with pytest.raises(IncompatibleStrategy, match=rf"^{name} cannot be wrapped: .*privacy=CentralNoise"):
+def test_flower_s_privacy_wrappers_go_inside_where_they_see_each_reply(name: str) -> None:
+    with pytest.raises(IncompatibleStrategy, match=rf"^{name} aggregates .*: pass send='shards', which brings it one"):
         GradientCoding(WRAPPERS[name](FedAvg()), CODE)
+    GradientCoding(WRAPPERS[name](FedAvg()), CODE, send="shards")
+    noise = CentralNoise(noise_multiplier=1.0, clipping_norm=1.0)
+    with pytest.raises(IncompatibleStrategy, match=rf"^{name} adds privacy, and so does privacy=: "):
+        GradientCoding(WRAPPERS[name](FedAvg()), CODE, send="shards", privacy=noise)
 
 
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {

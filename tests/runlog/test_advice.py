@@ -29,6 +29,7 @@ def ledger_of(path: Path, rounds: int, *, send: str = "coded", s: int = 2, slow:
     latency = Latency(fixed=0.2, compute=0.8, slowdown=scaled(lognormal(1.0, 0.3), {0: slow, 1: slow}))
     with InProcessGrid(toy_app(), 9, tamper=options.pop("tamper", None)) as inner:
         code = options.pop("code", fractional_repetition(9, s))
+        options = {"give_up_rounds": None, **options}
         strategy = GradientCoding(FedAvg(), code, send=send, ledger=path, **options)  # type: ignore[arg-type]
         strategy.start(VirtualGrid(inner, latency, seed=5), initial_arrays(), rounds, timeout=1e6)
     return path

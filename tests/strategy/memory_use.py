@@ -91,7 +91,7 @@ def server(case: str) -> dict[str, float]:
         return _flower_alone()
     watched: list[Peak] = []
     inner = Watching(lambda: watched[0])
-    strategy = GradientCoding(inner, AT_THE_SERVER[case]())
+    strategy = GradientCoding(inner, AT_THE_SERVER[case](), sees="mean")
     with InProcessGrid(ClientApp(), WORKERS) as grid:
         plan = list(strategy.configure_train(1, model(), ConfigRecord(), grid))
         replies = [coded_reply(message, worker) for worker, message in enumerate(plan)]

@@ -299,7 +299,7 @@ def test_what_cannot_work_is_refused_at_once() -> None:
         coded(send="adaptive")
     with pytest.raises(IncompatibleStrategy, match="asks for 9 nodes"):
         coded(inner=FedAvg(min_available_nodes=9))
-    with pytest.raises(IncompatibleStrategy, match="cannot be wrapped"):
+    with pytest.raises(IncompatibleStrategy, match="pass send='shards'"):
         coded(inner=FedTrimmedAvg())
     with pytest.raises(InvalidCode, match="k=0"):
         Discovered(k=0)

@@ -98,7 +98,7 @@ def run_coded(
     inner = STRATEGIES[name]()
     decoded = spy(inner)
     models = [digits_model()]
-    strategy = GradientCoding(inner, code, on_round_end=lambda r, arrays, row: models.append(arrays))
+    strategy = GradientCoding(inner, code, sees="mean", on_round_end=lambda r, arrays, row: models.append(arrays))
     with InProcessGrid(reference_app, 6, run_config=RUN_CONFIG) as grid:
         result = strategy.start(VirtualGrid(grid, silent(missing)), models[0], num_rounds=ROUNDS)
     return result, decoded, models

@@ -70,6 +70,7 @@ def start(
         if server_round == killed_in:
             raise Killed
 
+    options.setdefault("sees", None if "send" in options else "mean")  # strategies of a test's own only keep things
     strategy = GradientCoding(
         inner or sampled("FedAdam"),
         options.pop("code", None) or fractional_repetition(6, 1),

@@ -189,7 +189,7 @@ def test_the_row_tells_what_happened_even_if_the_inner_strategy_raises() -> None
         def aggregate_train(self, server_round: int, replies: Any) -> Any:
             raise RuntimeError("out of memory")
 
-    strategy = GradientCoding(Broken(), fractional_repetition(4, 1))
+    strategy = GradientCoding(Broken(), fractional_repetition(4, 1), sees="mean")
     with InProcessGrid(toy_app(), 4) as grid, pytest.raises(RuntimeError, match="out of memory"):
         strategy.start(grid, initial_arrays(), num_rounds=1)
     (row,) = strategy.ledger.rows
@@ -220,7 +220,7 @@ class Silent(Strategy):
 
 def test_schemes_meet_the_same_slow_moments_whatever_the_strategy_sends() -> None:
     seconds = []
-    for strategy in (Silent(), GradientCoding(Silent(), uncoded(3))):
+    for strategy in (Silent(), GradientCoding(Silent(), uncoded(3), sees="mean")):
         with InProcessGrid(app_with(1.0, 1), 3) as grid:
             virtual = VirtualGrid(grid, Latency(compute=lognormal()))
             strategy.start(virtual, initial_arrays(), num_rounds=4)

@@ -193,7 +193,7 @@ def test_the_first_copy_of_a_shard_wins_and_a_second_changes_nothing(deployed: b
         return with_update(lambda x: x + np.float32(worker + 1))(reply)
 
     times = table({0: 1.0, 1: 1.6, 2: 10.0})
-    result, (row,), grid = run(fractional_repetition(3, 2), times, tamper=mark, deployed=deployed)
+    result, (row,), grid = run(fractional_repetition(3, 2), times, tamper=mark, deployed=deployed, sees="mean")
     entry = row["train"]
     assert off(result.arrays, [0, 1, 2], more=(1 + 2 + 1) / 6) < 1e-6
     assert [(w, shard) for w, _, shard in grid.asked][-3:] == [(0, 1), (1, 2), (0, 2)]
@@ -228,7 +228,8 @@ BAD: dict[str, tuple[Any, str]] = {
 def test_a_bad_copy_is_replaced_by_another_holders(case: str, deployed: bool) -> None:
     change, reason = BAD[case]
     bad = (lambda w, message, reply: reply if w else change(reply)) if change else broken(0)
-    result, rows, grid = run(CODES["fractional, k=8"], table({0: 0.6, 1: 1.1}), rounds=3, deployed=deployed, tamper=bad)
+    options: dict[str, Any] = {"rounds": 3, "deployed": deployed, "tamper": bad, "sees": "mean"}
+    result, rows, grid = run(CODES["fractional, k=8"], table({0: 0.6, 1: 1.1}), **options)
     assert relative(result.arrays, run_plain(toy_app(), 8, FedAvg(fraction_evaluate=0.0)).arrays) < 1e-6
     rejected = [one for row in rows for one in row["train"]["rejected"]]
     assert rejected and all(one["worker"] in (0, None) and re.search(reason, one["reason"]) for one in rejected)
@@ -241,7 +242,7 @@ def test_a_node_that_is_first_with_another_dtype_does_not_hold_up_the_round() ->
     wide, latency = with_update(lambda x: x.astype(np.float64)), table({1: 0.9})
     layout = with_reply(layout=[["0", "float64", [3, 2]], ["1", "float64", [5]]])
     lie = lambda w, message, reply: reply if w else layout(wide(reply))  # noqa: E731
-    result, (row,), _ = run(fractional_repetition(2, 1, k=3), latency, tamper=lie)
+    result, (row,), _ = run(fractional_repetition(2, 1, k=3), latency, tamper=lie, sees="mean")
     assert row["train"]["ended"] == "decoded"
     assert off(result.arrays, [0, 1, 2]) < 1e-6
 
@@ -252,7 +253,7 @@ def test_a_node_whose_copy_does_not_count_is_not_asked_for_it_again(deployed: bo
     wide = with_reply(layout=[["0", "float64", [3, 2]], ["1", "float64", [5]]])
     lie = lambda w, message, reply: reply if w else wide(with_update(lambda x: x.astype(np.float64))(reply))  # noqa: E731
     latency = table({3: float("inf")})
-    _, (row,), _ = run(fractional_repetition(6, 1), latency, tamper=lie, deployed=deployed)
+    _, (row,), _ = run(fractional_repetition(6, 1), latency, tamper=lie, deployed=deployed, sees="mean")
     assert row["train"]["outcome"] == "skipped"
     assert row["train"]["asked"].count(0) <= 2
     assert row["train"]["asked"].count(None) == (1 if deployed else 0)  # worker 3 has never said who it is

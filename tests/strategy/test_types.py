@@ -50,7 +50,7 @@ def moving_app(returned: Any = None) -> ClientApp:
 def run(
     arrays: ArrayRecord, app: ClientApp | None = None, strategy: Any = None, rounds: int = 1, code: Any = None
 ) -> Any:
-    coding = GradientCoding(strategy or FedAvg(fraction_evaluate=0.0), code or fractional_repetition(4, 1))
+    coding = GradientCoding(strategy or FedAvg(fraction_evaluate=0.0), code or fractional_repetition(4, 1), sees="mean")
     with InProcessGrid(app or moving_app(), 4) as grid:
         return coding.start(grid, arrays, num_rounds=rounds).arrays
 
