@@ -1,4 +1,4 @@
-"""Private training of placed shards with three SuperNodes: one is killed and returns, one has a small budget."""
+"""Private training of placed shards with four SuperNodes: one is killed and returns, one has a small budget."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.end_to_end.conftest import ROOT, prepared
 
 pytestmark = pytest.mark.slow
 
-ROUNDS = 3
-CODE = fractional_repetition(3, 2)  # one group: whoever drops out, the others hold all shards
+ROUNDS = 4  # what comes after a round is told in the next one
+CODE = fractional_repetition(4, 1)  # groups (0, 2) and (1, 3): the two that drop out have a partner each
 KILLED, SHORT = 2, 1
 PRIVACY = DPSGD(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.1, steps=2)
 #: Enough for one round.
