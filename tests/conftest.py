@@ -72,11 +72,11 @@ def update_of(server_round: int, shard: int, size: int) -> NDArray[np.float64]:
     return np.random.default_rng((server_round, shard)).standard_normal(size)
 
 
-def toy_app(mods: Sequence[Any] = (gradient_coding_mod,), **kwargs: Any) -> ClientApp:
+def toy_app(mods: Sequence[Any] = (gradient_coding_mod,), train_mods: Sequence[Any] = (), **kwargs: Any) -> ClientApp:
     """An app whose model moves by `update_of`; shard j has j + 1 examples."""
     app = ClientApp(mods=[*mods], **kwargs)
 
-    @app.train()
+    @app.train(mods=[*train_mods])
     def train(message: Message, context: Context) -> Message:
         shard = int(context.node_config["partition-id"])
         content: Any = message.content

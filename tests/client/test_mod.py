@@ -283,3 +283,21 @@ def test_a_node_without_a_usable_partition_id_says_so(value: Any) -> None:
     row = strategy.ledger.rows[0]["train"]
     assert row["outcome"] == "exact"
     assert all("must be its worker number" in one["reason"] for one in row["rejected"])
+
+
+def test_the_nodes_own_shard_has_the_nodes_state_and_copies_have_theirs() -> None:
+    def keep(message: Message, context: Context, call_next: Any) -> Message:
+        shard = int(context.node_config["partition-id"])
+        before = context.state.get("head")
+        assert before is None or before["shard"] == shard
+        context.state["head"] = MetricRecord({"shard": shard})
+        return call_next(message, context)  # type: ignore[no-any-return]
+
+    with InProcessGrid(toy_app([gradient_coding_mod, keep]), 4) as grid:
+        GradientCoding(FedAvg(), fractional_repetition(4, 1)).start(grid, initial_arrays(), num_rounds=2)
+        answered = [(grid._worker[node], context.state) for node, context in grid._contexts.items() if context.state]
+    assert answered
+    for worker, state in answered:
+        head: Any = state["head"]  # where @app.query finds it
+        assert head["shard"] == worker
+        assert sum(name.endswith("head") for name in state) == 2

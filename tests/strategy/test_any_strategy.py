@@ -21,7 +21,7 @@ from fl_gradcode.errors import IncompatibleStrategy, InvalidSetting, UnsuitableA
 from fl_gradcode.latency import Latency, constant, scaled
 from fl_gradcode.privacy import DPSGD, CentralNoise
 from fl_gradcode.testing import InProcessGrid
-from tests.conftest import initial_arrays, relative, toy_app, update_of
+from tests.conftest import initial_arrays, relative, toy_app
 
 N, S, ROUNDS = 9, 2, 5
 NOISE = DPSGD(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.1, steps=2)
@@ -42,33 +42,6 @@ class NumberedGrid(InProcessGrid):
         contexts = {self._worker[node]: context for node, context in self._contexts.items()}
         self._worker = {i: i for i in range(num_nodes)}
         self._contexts = contexts
-
-
-def client(mods: Sequence[Any] = (), train_mods: Sequence[Any] = ()) -> ClientApp:
-    """An app whose update and loss are known functions of round and shard, clipped or not by the mods."""
-    app = ClientApp(mods=[*mods])
-
-    @app.train(mods=[*train_mods])
-    def train(message: Message, context: Context) -> Message:
-        shard = int(context.node_config["partition-id"])
-        content: Any = message.content
-        server_round = int(content["config"]["server-round"])
-        old = content["arrays"]
-        new = {
-            name: array.numpy() + update_of(server_round, shard, array.numpy().size).reshape(array.shape) * (1 + shard)
-            for name, array in old.items()
-        }
-        arrays = ArrayRecord({name: ArrayRecord([value.astype(np.float32)])["0"] for name, value in new.items()})
-        metrics = MetricRecord({"num-examples": shard + 1, "train_loss": 1.0 + shard, "pair": [1.0, float(shard)]})
-        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
-
-    @app.evaluate()
-    def evaluate(message: Message, context: Context) -> Message:
-        shard = int(context.node_config["partition-id"])
-        metrics = MetricRecord({"num-examples": shard + 1, "accuracy": shard / 10})
-        return Message(RecordDict({"metrics": metrics}), reply_to=message)
-
-    return app
 
 
 def booster(trees: int, first: int) -> bytes:
@@ -104,7 +77,7 @@ def tree_client(mods: Sequence[Any] = (), train_mods: Sequence[Any] = ()) -> Cli
 def largest(replies: list[RecordDict], weighted_by_key: str) -> MetricRecord:
     """A metric function that no mean gives: extremes, and a list of all."""
     values = [next(iter(reply.metric_records.values())) for reply in replies]
-    key = "train_loss" if "train_loss" in values[0] else "accuracy"
+    key = "loss" if "loss" in values[0] else "accuracy"
     every = sorted(float(value[key]) for value in values)  # type: ignore[arg-type]
     return MetricRecord({"largest": every[-1], "smallest": every[0], "all": every, "count": len(values)})
 
@@ -121,7 +94,7 @@ class FedNova(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         contents: list[Any] = [reply.content for reply in replies]
         arrays = [
-            [a / content["metrics"]["train_loss"] for a in content["arrays"].to_numpy_ndarrays()]
+            [a / content["metrics"]["num-examples"] for a in content["arrays"].to_numpy_ndarrays()]
             for content in contents
         ]
         return ArrayRecord([np.mean(each, axis=0) for each in zip(*arrays, strict=True)]), MetricRecord({"steps": 1})
@@ -142,44 +115,44 @@ class Counting(flower.FedMedian):
 
 
 STRATEGIES: dict[str, tuple[Callable[[], Strategy], App, tuple[Any, ...]]] = {
-    "FedAvg": (FedAvg, client, ()),
-    "FedAvg, extremes of metrics": (lambda: FedAvg(**OWN_METRICS), client, ()),
-    "FedAvg, a part of the shards": (lambda: FedAvg(fraction_train=0.6, fraction_evaluate=0.3), client, ()),
-    "FedAvgM": (lambda: flower.FedAvgM(server_momentum=0.9), client, ()),
-    "FedAdagrad": (flower.FedAdagrad, client, ()),
-    "FedAdam": (flower.FedAdam, client, ()),
-    "FedYogi": (flower.FedYogi, client, ()),
-    "FedProx": (lambda: flower.FedProx(proximal_mu=0.1), client, ()),
-    "FedMedian": (flower.FedMedian, client, ()),
-    "FedTrimmedAvg": (lambda: flower.FedTrimmedAvg(beta=0.25), client, ()),
-    "Krum": (lambda: flower.Krum(num_malicious_nodes=2), client, ()),
-    "MultiKrum": (lambda: flower.MultiKrum(num_malicious_nodes=2, num_nodes_to_select=4), client, ()),
-    "Bulyan": (lambda: flower.Bulyan(num_malicious_nodes=1), client, ()),
-    "QFedAvg": (lambda: flower.QFedAvg(client_learning_rate=0.1, q=0.2), client, ()),
+    "FedAvg": (FedAvg, toy_app, ()),
+    "FedAvg, extremes of metrics": (lambda: FedAvg(**OWN_METRICS), toy_app, ()),
+    "FedAvg, a part of the shards": (lambda: FedAvg(fraction_train=0.6, fraction_evaluate=0.3), toy_app, ()),
+    "FedAvgM": (lambda: flower.FedAvgM(server_momentum=0.9), toy_app, ()),
+    "FedAdagrad": (flower.FedAdagrad, toy_app, ()),
+    "FedAdam": (flower.FedAdam, toy_app, ()),
+    "FedYogi": (flower.FedYogi, toy_app, ()),
+    "FedProx": (lambda: flower.FedProx(proximal_mu=0.1), toy_app, ()),
+    "FedMedian": (flower.FedMedian, toy_app, ()),
+    "FedTrimmedAvg": (lambda: flower.FedTrimmedAvg(beta=0.25), toy_app, ()),
+    "Krum": (lambda: flower.Krum(num_malicious_nodes=2), toy_app, ()),
+    "MultiKrum": (lambda: flower.MultiKrum(num_malicious_nodes=2, num_nodes_to_select=4), toy_app, ()),
+    "Bulyan": (lambda: flower.Bulyan(num_malicious_nodes=1), toy_app, ()),
+    "QFedAvg": (lambda: flower.QFedAvg(client_learning_rate=0.1, q=0.2, train_loss_key="loss"), toy_app, ()),
     "FedXgbBagging": (flower.FedXgbBagging, tree_client, ()),
     "FedXgbCyclic": (flower.FedXgbCyclic, tree_client, ()),
     "server-side fixed clipping": (
         lambda: flower.DifferentialPrivacyServerSideFixedClipping(FedAvg(), 0.3, 2.0, N),
-        client,
+        toy_app,
         (),
     ),
     "server-side adaptive clipping": (
         lambda: flower.DifferentialPrivacyServerSideAdaptiveClipping(FedAvg(), 0.3, N),
-        client,
+        toy_app,
         (),
     ),
     "client-side fixed clipping": (
         lambda: flower.DifferentialPrivacyClientSideFixedClipping(FedAvg(), 0.3, 2.0, N),
-        client,
+        toy_app,
         (fixedclipping_mod,),
     ),
     "client-side adaptive clipping": (
         lambda: flower.DifferentialPrivacyClientSideAdaptiveClipping(FedAvg(), 0.3, N),
-        client,
+        toy_app,
         (adaptiveclipping_mod,),
     ),
-    "FedNova": (FedNova, client, ()),
-    "counts replies and bytes": (Counting, client, ()),
+    "FedNova": (FedNova, toy_app, ()),
+    "counts replies and bytes": (Counting, toy_app, ()),
 }
 
 
@@ -397,7 +370,7 @@ def test_all_records_of_a_reply_arrive_as_the_function_returned_them() -> None:
 def test_a_clipping_mod_before_ours_is_told_where_to_stand() -> None:
     inner = flower.DifferentialPrivacyClientSideFixedClipping(FedAvg(), 0.3, 2.0, 4)
     with (
-        InProcessGrid(client([fixedclipping_mod, gradient_coding_mod]), 4) as grid,
+        InProcessGrid(toy_app([fixedclipping_mod, gradient_coding_mod]), 4) as grid,
         pytest.raises(UnsuitableApp, match=r"List gradient_coding_mod first\.$"),
     ):
         GradientCoding(inner, fractional_repetition(4, 1), send="shards").start(grid, initial_arrays(), num_rounds=1)
@@ -406,7 +379,7 @@ def test_a_clipping_mod_before_ours_is_told_where_to_stand() -> None:
 def test_noise_of_each_holders_own_is_refused_as_before() -> None:
     mods = [gradient_coding_mod, LocalDpMod(1.0, 1.0, 1.0, 1e-5)]
     with (
-        InProcessGrid(client(mods), 4) as grid,
+        InProcessGrid(toy_app(mods), 4) as grid,
         pytest.raises(UnsuitableApp, match="LocalDpMod does not combine with gradient_coding_mod"),
     ):
         GradientCoding(FedAvg(), fractional_repetition(4, 1), send="shards").start(grid, initial_arrays(), num_rounds=1)
