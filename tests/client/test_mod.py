@@ -301,3 +301,41 @@ def test_the_nodes_own_shard_has_the_nodes_state_and_copies_have_theirs() -> Non
         head: Any = state["head"]  # where @app.query finds it
         assert head["shard"] == worker
         assert sum(name.endswith("head") for name in state) == 2
+
+
+def app_of_any_order(names: list[str], **more: Any) -> ClientApp:
+    """Odd shards name their arrays and metrics the other way round."""
+    app = ClientApp(mods=[gradient_coding_mod])
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        shard, sent = int(context.node_config["partition-id"]), message.content["arrays"]
+        order = names[:: -1 if shard % 2 else 1]
+        arrays = ArrayRecord({name: Array(sent[name].numpy() + shard) for name in order})  # type: ignore[union-attr]
+        metrics = MetricRecord({"num-examples": 1, **{f"of-{name}": float(shard) for name in order}})
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics, **more}), reply_to=message)
+
+    return app
+
+
+@pytest.mark.parametrize("send", ["coded", "shards"])
+def test_arrays_and_metrics_may_come_in_any_order(send: Any) -> None:
+    sent = ArrayRecord({name: Array(np.full(size, 1.0, np.float32)) for size, name in enumerate("wab", 1)})
+    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), fractional_repetition(4, 1, k=8), send=send)
+    with InProcessGrid(app_of_any_order(["w", "a", "b"]), 4) as grid:
+        result = strategy.start(grid, sent, num_rounds=1)
+    assert strategy.ledger.rows[0]["train"]["outcome"] == "exact"
+    for size, name in enumerate("wab", 1):
+        assert result.arrays[name].numpy().tolist() == [4.5] * size
+        assert result.train_metrics_clientapp[1][f"of-{name}"] == pytest.approx(3.5)
+
+
+def test_a_config_record_is_refused_under_coded_vectors_by_its_name() -> None:
+    app = app_of_any_order(["w"], told=ConfigRecord({"trained": True}))
+    with (
+        InProcessGrid(app, 4) as grid,
+        pytest.raises(UnsuitableApp, match="holds the ConfigRecord 'told', which coded vectors cannot carry; .*shards"),
+    ):
+        GradientCoding(FedAvg(), fractional_repetition(4, 1)).start(
+            grid, ArrayRecord({"w": Array(np.zeros(2, np.float32))}), num_rounds=1
+        )
