@@ -175,7 +175,8 @@ class Run:
             )
         else:
             self._tell_lacking(self._holdings, None)
-        self._outage_timeout = 0.0 if source.fixed_nodes else min(self.options.node_timeout, self.timeout or math.inf)
+        settling = 0.0 if source.fixed_nodes else self.options.node_timeout
+        self._outage_timeout = settling if self.timeout is None else min(settling, self.timeout)
 
     # A phase
 
