@@ -9,7 +9,7 @@ import pytest
 from experiments.engine import Engine
 from tests.end_to_end.conftest import UNTIL_WOKEN, Run, all_nodes, distance, on_engine, plain_fedavg, run_straggling
 
-pytestmark = [pytest.mark.slow, on_engine("fleet", stress=("simulation",))]
+pytestmark = [pytest.mark.slow, on_engine("simulation", stress=("fleet",))]
 
 # The groups of fractional_repetition(4, 1) are (0, 2) and (1, 3): worker 3 has to do shards 1 and 3.
 SLEEPER, PARTNER, ROUNDS = 1, 3, 3
