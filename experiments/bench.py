@@ -25,6 +25,7 @@ from clients.models import build_model
 from experiments.bench_codes import bandwidth, field, vectors
 from experiments.bench_matmul import products
 from experiments.bench_privacy import private_encoding, private_step
+from experiments.bench_verification import verification
 from fl_gradcode import GradientCode, GradientCoding, VirtualGrid, cyclic_repetition, fractional_repetition, uncoded
 from fl_gradcode.codes import combine
 from fl_gradcode.grid import Arrival
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         "private_step": private_step,
         "private_encoding": private_encoding,
         "products": products,
+        "verification": verification,
     }
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[*benchmarks, []], help="which; all by default")
@@ -152,7 +154,7 @@ def rounds(number: int = 100, workers: int = 64) -> None:
 
 def _virtual_rounds(model: str, count: int, workers: int, code: GradientCode | None) -> tuple[float, int]:
     arrays = ArrayRecord(build_model(model, load_dataset("digits"), seed=0).state_dict())
-    strategy: Any = FedAvg() if code is None else GradientCoding(FedAvg(), code)
+    strategy: Any = FedAvg() if code is None else GradientCoding(FedAvg(), code, verify=0)
     with InProcessGrid(client_app, workers, run_config=_run_config(model=model)) as grid:
         virtual = VirtualGrid(grid, Latency(compute=lognormal()))
         started = time.perf_counter()

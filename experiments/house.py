@@ -34,6 +34,7 @@ PLACES = (
     "client",
     "strategy",
     "matmul",
+    "appcheck",
     "testing",
     "cli",
 )

@@ -1,4 +1,4 @@
-"""Everything that reaches past public interfaces, each with its reason: five reaches into Flower, one into imports.
+"""Everything that reaches past public interfaces, each with its reason: nine reaches into Flower, one into imports.
 
 They rely on details that Flower does not promise. All were checked with Flower 1.41.0 and 1.42.0, and
 `tests/test_flower_internals.py` looks for each detail in the installed version. When a new version turns that test red,
@@ -7,6 +7,8 @@ this is the file to change.
 | reach | why there is no other way |
 |---|---|
 | `clipping_mods_around_or_inside` | a mod is not told which other mods the app lists |
+| `mods_around` | as above: a mod that stands before ours would change coded vectors |
+| `mods_of`, `has_client_fn`, `is_legacy_server` | an app does not say what it is made of |
 | `caller_among` | a strategy is not told what is wrapped around it |
 | `isolate_flower_random` | Flower's threads draw from the generator that user code is seeded with |
 | `inside_a_run` | Flower builds a `Message` only in a process that it started itself |
@@ -36,8 +38,12 @@ __all__ = [
     "WhenImported",
     "caller_among",
     "clipping_mods_around_or_inside",
+    "has_client_fn",
     "inside_a_run",
+    "is_legacy_server",
     "isolate_flower_random",
+    "mods_around",
+    "mods_of",
     "number_message",
 ]
 
@@ -102,6 +108,64 @@ def _clipping_mods_inside(call: Any) -> list[str]:
         elif getattr(one, "__closure__", None) and getattr(one, "__module__", "").startswith("flwr."):
             left.extend(cell.cell_contents for cell in one.__closure__ if callable(cell.cell_contents))
     return found
+
+
+def mods_of(app: Any, message_type: str) -> list[str] | None:
+    """Returns the names of the mods through which a message of a type passes in an app, the outermost first.
+
+    Args:
+        app: A ClientApp, or any other function, which has no mods.
+        message_type: "train" or "train.name".
+
+    Returns None for an app with a client_fn, Flower's legacy interface.
+    """
+    if getattr(app, "_call", None) is not None:
+        return None
+    category, _, action = message_type.partition(".")
+    call: Any = getattr(app, "_registered_funcs", {}).get(f"{category}.{action or 'default'}")
+    names = []
+    while call is not None and call.__name__ == "new_ffn" and call.__closure__:
+        inside = dict(zip(call.__code__.co_freevars, (cell.cell_contents for cell in call.__closure__), strict=True))
+        names.append(_name_of(inside.get("_mod")))
+        call = inside.get("_ffn")
+    return names
+
+
+def is_legacy_server(app: Any) -> bool:
+    """Returns whether a ServerApp has a server_fn, Flower's legacy interface."""
+    return getattr(app, "_server_fn", None) is not None
+
+
+def _name_of(mod: object) -> str:
+    return getattr(mod, "__name__", type(mod).__name__)
+
+
+def has_client_fn() -> bool:
+    """Returns whether the app that calls has a client_fn, Flower's legacy interface."""
+    for frame in _callers():
+        app: Any = frame.f_locals.get("self")
+        if frame.f_code.co_name == "__call__" and type(app).__name__ == "ClientApp":
+            return getattr(app, "_call", None) is not None
+    return False
+
+
+#: Flower's mods that leave messages as they are.
+_HARMLESS = {"arrays_size_mod", "message_size_mod"}
+
+
+def mods_around() -> list[str]:
+    """Returns the names of the mods that an app lists before the calling mod, the outermost first.
+
+    Flower calls each mod from a function of `make_ffn`, in whose frame the mod is a variable. Two mods of Flower's that
+    only log sizes are left out.
+    """
+    found = []
+    for frame in _callers():
+        if frame.f_code.co_name == "__call__" and type(frame.f_locals.get("self")).__name__ == "ClientApp":
+            break
+        if frame.f_code.co_name == "new_ffn" and frame.f_globals.get("__name__") == "flwr.client.mod.utils":
+            found.append(_name_of(frame.f_locals.get("_mod")))
+    return [name for name in reversed(found[1:]) if name not in _HARMLESS]
 
 
 def caller_among(kinds: tuple[type[object], ...]) -> object | None:

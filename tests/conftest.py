@@ -21,6 +21,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from numpy.typing import NDArray
 
 from fl_gradcode import GradientCode, cyclic_repetition, fractional_repetition, gradient_coding_mod, uncoded
+from fl_gradcode.strategy import report
 from fl_gradcode.testing import InProcessGrid
 
 _ENGINES = "tests/end_to_end/"
@@ -75,6 +76,22 @@ def quiet_flower() -> Iterator[None]:
     library.setLevel(levels[1])
     flower.filters, library.parent = filters, parent
     logging.disable(disabled)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def rows_claim_nothing_unseen() -> Iterator[None]:
+    """Whatever the test: a row has a disagreement where two workers' copies were compared, and null where none were."""
+    make = report.phase_row
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        row = make(*args, **kwargs)
+        assert (row.replica_disagreement is None) == (not row.compared)
+        assert not row.compared or len({*row.answered}) > 1
+        return row
+
+    report.phase_row = checked
+    yield
+    report.phase_row = make
 
 
 def update_of(server_round: int, shard: int, size: int) -> NDArray[np.float64]:

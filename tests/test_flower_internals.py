@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg, Strategy
 from flwr.supercore.task_identity import TaskIdentity
@@ -29,7 +30,10 @@ from fl_gradcode._flower_internals import (
     caller_among,
     clipping_mods_around_or_inside,
     inside_a_run,
+    is_legacy_server,
     isolate_flower_random,
+    mods_around,
+    mods_of,
     number_message,
 )
 from fl_gradcode.strategy.wrapped import PRIVACY_WRAPPERS
@@ -75,6 +79,31 @@ def chain(*mods: Any) -> list[str]:
     return found
 
 
+def test_a_mod_finds_the_mods_before_it_and_an_app_says_which_it_lists() -> None:
+    found: list[list[str]] = []
+
+    def looking(message: Message, context: Context, call_next: Any) -> Message:
+        found.append(mods_around())
+        return Message(RecordDict(), reply_to=message)
+
+    cases: list[tuple[list[Any], list[Any], list[str]]] = [
+        ([passing, looking], [], ["passing"]),
+        ([looking, passing], [], []),
+        ([passing, flwr.clientapp.mod.message_size_mod, looking], [], ["passing"]),
+        ([passing], [looking], ["passing"]),
+        ([], [looking], []),
+    ]
+    with inside_a_run():
+        message = Message(RecordDict(), dst_node_id=1, message_type="train.more")
+        for mods, more, expected in cases:
+            app = ClientApp(mods=[*mods])
+            app.train("more", mods=[*more])(lambda message, context: message)
+            app(message, Context(1, 1, {}, RecordDict(), {}))
+            assert found.pop() == expected
+            assert mods_of(app, "train.more") == [mod.__name__ for mod in [*mods, *more]]
+    assert mods_of(passing, "train") == []
+
+
 def passing(message: Message, context: Context, call_next: Any) -> Message:
     return call_next(message, context)  # type: ignore[no-any-return]
 
@@ -87,6 +116,19 @@ def test_a_mod_finds_clipping_mods_before_and_behind_it(name: str) -> None:
     assert chain(passing, mod, passing, ..., passing) == [name]
     assert chain(passing, ..., passing, functools.partial(mod), passing) == [name]
     assert chain(passing, ..., passing) == []
+
+
+def old_client(context: Context) -> Any:
+    raise AssertionError
+
+
+def old_server(context: Context) -> Any:
+    raise AssertionError
+
+
+def test_the_legacy_interface_is_told_apart() -> None:
+    assert mods_of(ClientApp(client_fn=old_client), "train") is None
+    assert is_legacy_server(ServerApp(server_fn=old_server)) and not is_legacy_server(ServerApp())
 
 
 # Wrappers

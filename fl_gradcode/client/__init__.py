@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .mod import gradient_coding_mod
+    from .mod import LEGACY_CLIENT, RecordingConfig, gradient_coding_mod
 
 __all__ = [
+    "LEGACY_CLIENT",
+    "RecordingConfig",
     "gradient_coding_mod",
 ]
 
@@ -15,6 +17,8 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "mod": [
+            "LEGACY_CLIENT",
+            "RecordingConfig",
             "gradient_coding_mod",
         ],
     },

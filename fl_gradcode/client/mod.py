@@ -13,6 +13,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
+from .._flower_internals import has_client_fn, mods_around
 from .._seeding import generators_restored, seed_generators
 from ..errors import FlGradcodeError, Overflow, ShardMismatch, UnsuitableApp, VersionMismatch
 from ..privacy import (
@@ -52,7 +53,12 @@ from ..protocol import (
 )
 from .held_shards import held_by, refuse_other_shards, told_by
 
-__all__ = ["RecordingConfig", "gradient_coding_mod"]
+__all__ = ["LEGACY_CLIENT", "RecordingConfig", "gradient_coding_mod"]
+
+LEGACY_CLIENT = (
+    "The ClientApp has a client_fn, Flower's legacy interface (NumPyClient), whose messages hold no arrays that can be "
+    "coded. Write a function that takes a Message and returns one, and register it with @app.train()."
+)
 
 
 class RecordingConfig(dict[str, Any]):
@@ -136,9 +142,9 @@ def gradient_coding_mod(message: Message, context: Context, call_next: _Call) ->
     the server asks for one shard a message and the strategy sees each reply.
 
     Raises:
-        UnsuitableApp: This node has no `partition-id`, or one that the plan does not contain, or the function's reply
-            cannot be coded or lacks the privacy that the server promises. Flower sends the error to the server as an
-            error reply.
+        UnsuitableApp: This node has no `partition-id`, or one that the plan does not contain, the app lists another mod
+            before this one, or the function's reply cannot be coded or lacks the privacy that the server promises.
+            Flower sends the error to the server as an error reply.
         PrivacyRefused: This node has a `max-epsilon`, and is asked for an update without noise.
     """
     try:
@@ -167,9 +173,27 @@ def _answered(message: Message, context: Context, call_next: _Call) -> Message:
     if plan.as_returned and plan.privacy:
         raise UnsuitableApp("The plan promises privacy and asks for records as they are returned, which keeps none.")
     refuse_unprotected(message, context, privacy_from_json(plan.privacy) if plan.privacy else None)
+    if has_client_fn():
+        raise UnsuitableApp(LEGACY_CLIENT)
     refuse_clipping_mods(call_next, as_returned=plan.as_returned)
+    _refuse_mods_before()
     with generators_restored():
         return _CodedCall(plan, Plan.remove_from(message.content), message, context, call_next).run()
+
+
+def _refuse_mods_before() -> None:
+    """Refuse an app that lists another mod before ours, where it would see coded vectors in place of model arrays.
+
+    Raises:
+        UnsuitableApp: Naming the mods, and where they belong.
+    """
+    before = mods_around()
+    if before:
+        names = ", ".join(before)
+        raise UnsuitableApp(
+            f"The app lists {names} before gradient_coding_mod, where coded vectors would pass through it. List "
+            f"gradient_coding_mod first: ClientApp(mods=[gradient_coding_mod, {names}])."
+        )
 
 
 class _CodedCall:
@@ -187,7 +211,7 @@ class _CodedCall:
                 else f"This node reports partition-id {self.worker}, but the server took it for another worker."
             )
         self.privacy = privacy_from_json(plan.privacy) if plan.privacy and plan.arrays_key else None
-        self.encoder = _Encoder(plan, self.privacy)
+        self.encoder = _Encoder(plan)
         self.seconds: list[float] = []
         self.arrays: dict[str, dict[str, Array]] = {}  # record name -> arrays as received
         self.given: dict[str, ArrayRecord] = {}  # record name -> the record passed to the user's function
@@ -288,7 +312,7 @@ class _CodedCall:
             metrics_layout=encoder.metrics_layout or () if coded else (),
             arrays_name=encoder.names[0],
             metrics_name=encoder.names[1],
-            sketches=tuple(encoder.sketches) if coded else (),
+            figures=tuple(encoder.figures) if coded else (),
             seconds=tuple(self.seconds),
             stateful=self.stateful,
             fixed_data=self.fixed_data,
@@ -380,25 +404,22 @@ class _Encoder:
 
     Args:
         plan: Plan of the phase.
-        privacy: The privacy promise that training has to keep.
 
     Attributes:
         layout: Layout of the arrays; None before the first result.
         metrics_layout: Layout of the metrics; None before the first result.
         names: The user's names of the two records; empty before the first result.
-        sketches: A few numbers for each shard, by which the server compares the holders of a shard.
+        figures: If the plan asks for them, a few numbers for each shard, by which the server compares its holders.
         spent: With private training, the privacy spent on each shard.
     """
 
-    def __init__(self, plan: Plan, privacy: Privacy | None) -> None:
+    def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._encoding = payload_encoding(plan.fraction_bits, plan.k)
-        # With independent noise, the holders' updates differ by design, so there is nothing to compare.
-        self._compares = not (isinstance(privacy, DPSGD) and privacy.noise == "independent")
         self.layout: Layout | None = None
         self.metrics_layout: MetricsLayout | None = None
         self.names = ("", "")
-        self.sketches: list[tuple[float, ...]] = []
+        self.figures: list[tuple[float, ...]] = []
         self.spent: list[tuple[int, str, float, float]] = []
         self._update: NDArray[Any] | None = None
         self._metrics: NDArray[Any] | None = None
@@ -415,18 +436,19 @@ class _Encoder:
             self.spent.append((result.shard, spent.context, spent.epsilon, spent.total_epsilon))
         metrics_layout, metrics = flatten_metrics(result.metrics, self._plan.weight_key)
         self._check_layout(result, metrics_layout)
-        sketch: tuple[float, ...] | None = None
+        figures: tuple[float, ...] | None = None
         if self._plan.arrays_key:
             update = result.update
             with np.errstate(all="ignore"):  # the server rejects an update that is not finite, and says why
                 update *= update.dtype.type(metrics[0])
-            self._update, sketch = self._encoding.add_update(self._update, update, coefficients)
+            self._update, figures = self._encoding.add_update(
+                self._update, update, coefficients, describe=self._plan.figures
+            )
         # All metrics go into the first of the m blocks, because there are few of them. In several blocks the weight
         # would share an entry with a metric, which may be NaN or differ between holders (seconds, for example).
         self._metrics = self._encoding.add_metrics(self._metrics, metrics, coefficients[:1])
-        whole = self._encoding.with_metrics(sketch, metrics)
-        if whole is not None and self._compares:
-            self.sketches.append(whole)
+        if self._plan.figures:
+            self.figures.append(self._encoding.with_metrics(figures, metrics))
 
     def _check_layout(self, result: _ShardResult, metrics_layout: MetricsLayout) -> None:
         if self.layout is None or self.metrics_layout is None:

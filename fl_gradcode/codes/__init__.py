@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from ._linalg import condition, lstsq
     from ._validation import as_float, as_pattern, check_count, check_tolerance, check_workers
     from .approximate import bernoulli, stochastic
+    from .covering import may_cover
     from .cyclic import cyclic_mds, cyclic_repetition, vandermonde
     from .decoder import IncrementalDecoder
     from .encoding_matrix import EXACT, whole_groups
@@ -42,6 +43,7 @@ __all__ = [
     "lift_mod",
     "lstsq",
     "matmul_mod",
+    "may_cover",
     "reed_solomon",
     "solve_mod",
     "stochastic",
@@ -67,6 +69,9 @@ __getattr__, __dir__ = lazy_names(
         "approximate": [
             "bernoulli",
             "stochastic",
+        ],
+        "covering": [
+            "may_cover",
         ],
         "cyclic": [
             "cyclic_mds",

@@ -39,6 +39,8 @@ class Debt:
     sent: float
     loads: dict[int, int]
     lapses: float
+    #: Whether the reply is wanted even if it comes after its phase.
+    kept: bool = False
     #: Flower's text that says when the node last became active; None before the first look.
     active_since: str | None = None
 
@@ -65,6 +67,7 @@ class Waiting:
         self.idle: list[int] = []  # nodes that the rule had no message for
         self.unread: list[Arrival] = []
         self.woken: float | None = None
+        self.lingered = False  # whether the time is up for which the rule wanted to wait on
         self.lost = True  # whether a reply was lost since the rule was last asked if the phase is hopeless
         self.met: set[int] = set()  # nodes that the rule was asked about
         self.failed: set[int] = set()  # nodes whose message to this phase ended in an error
@@ -99,12 +102,15 @@ class Waiting:
         self.wait.unread = [arrival.node for arrival in self.unread]
         for arrival in self.unread:
             self.source.forget(arrival.token)
-        self.source.abandon([debt.token for debt in self.debts.values() if debt.phase_mark is self.phase_mark])
+        mine = [debt for debt in self.debts.values() if debt.phase_mark is self.phase_mark]
+        for debt in mine:
+            debt.kept = self.rule.keeps_late
+        self.source.abandon([debt.token for debt in mine if not debt.kept])
         return self.wait
 
     def _loop(self) -> str:
         while True:
-            if self.rule.decided:
+            if self.rule.decided and not self._lingers():
                 return "decoded"
             self._look()
             # Replies are read before work is handed out, since they may tell who a node is and what is left to do.
@@ -131,10 +137,17 @@ class Waiting:
             elif (wake := self._wake()) is not None and self.source.now() >= wake:
                 self.woken = wake
                 self._offer_idle()
+            elif self.rule.linger_until is not None and self.source.now() >= self.rule.linger_until:
+                self.lingered = True
             elif self.next_look is not None and self.source.now() >= self.next_look:
                 pass  # the look takes place at the beginning of the loop
             elif not self._lapse():
                 return "timed out"  # nothing is outstanding any more, and there is no deadline to wait for
+
+    def _lingers(self) -> bool:
+        """Returns whether the rule has decided and still wants to wait on."""
+        until = self.rule.linger_until
+        return until is not None and not self.lingered and self.source.now() <= until
 
     def _outstanding(self) -> list[int]:
         """Returns the nodes whose reply to this phase may still come."""
@@ -142,7 +155,7 @@ class Waiting:
 
     def _next_deadline(self) -> float | None:
         lapses = [self.debts[node].lapses for node in self.held if node in self.debts]
-        known = [self.deadline, self._wake(), self.next_look, *lapses]
+        known = [self.deadline, self._wake(), self.rule.linger_until, self.next_look, *lapses]
         moments = [t for t in known if t is not None and t != float("inf")]
         return min(moments) if moments else None
 
@@ -206,6 +219,8 @@ class Waiting:
             rejection = Rejection("no-reply", arrival.failure) if arrival.failure else None
             if reply is not None and reply.has_error():
                 rejection = rejection_of(reply)
+            elif debt.kept and reply is None and not arrival.failure:
+                reply = self.source.fetch([arrival])[0]
             late = Late(arrival.node, debt.label, rejection)
             self.wait.late.append(late)
             self.rule.arrived_late(late, reply)

@@ -121,10 +121,14 @@ class StopRule(ABC):
         label: Name of the phase in the ledger, such as "train 3".
         wake_at: Time at which to offer idle nodes work again even if nothing has arrived, in seconds on the source's
             clock; None for never.
+        linger_until: Time until which to wait on for further replies after the rule has decided; None for not at all.
+        keeps_late: Whether replies that arrive after the phase are wanted; if not, a source may save computing them.
     """
 
     label: str = ""
     wake_at: float | None = None
+    linger_until: float | None = None
+    keeps_late: bool = False
 
     @property
     @abstractmethod

@@ -51,7 +51,8 @@ if TYPE_CHECKING:
         report_key,
     )
     from .rejection import Rejection, RejectionKind, last_line, rejection_of, with_kind
-    from .returned import NotFiniteRecord, difference_of, names_of
+    from .returned import NotFiniteRecord, names_of
+    from .sketch import Sketch, Sketcher
 
 __all__ = [
     "ARRAYS",
@@ -71,12 +72,13 @@ __all__ = [
     "RejectionKind",
     "Reply",
     "Row",
+    "Sketch",
+    "Sketcher",
     "all_finite",
     "as_array",
     "computing_seconds",
     "content_bytes",
     "difference_between",
-    "difference_of",
     "encode_row",
     "flatten_metrics",
     "flatten_update",
@@ -168,8 +170,11 @@ __getattr__, __dir__ = lazy_names(
         ],
         "returned": [
             "NotFiniteRecord",
-            "difference_of",
             "names_of",
+        ],
+        "sketch": [
+            "Sketch",
+            "Sketcher",
         ],
     },
 )

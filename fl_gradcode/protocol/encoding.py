@@ -6,9 +6,7 @@ Client and server use the same kind of `PayloadEncoding`, because both make it f
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,14 +15,16 @@ from numpy.typing import NDArray
 from ..codes import P, PrimeField
 from ..errors import Overflow
 from .packing import Layout, encode_row, wire_dtype
+from .sketch import SUMS, add_up, figures_of, folded_sums
 
 __all__ = ["FixedPointEncoding", "FloatEncoding", "PayloadEncoding", "payload_encoding"]
 
 # A metric is stored in 5 digits of 15 bits each, with 30 fraction bits. Sums of 2^15 shards' digits fit the field.
 _DIGITS, _BITS, _FRACTION = 5, 15, 30
-# Number of entries that fit a core's cache together with the scratch arrays.
+# Number of numbers that a hash becomes.
+_HASHED = 4
+# Number of entries that fit a core's cache together with the scratch arrays; a multiple of the signs' period.
 _CACHED = 1 << 16
-_FOLD = 1024
 _P = np.uint32(P)
 
 
@@ -36,11 +36,16 @@ class PayloadEncoding(Protocol):
     """
 
     def add_update(
-        self, total: NDArray[Any] | None, update: NDArray[np.floating], coefficients: Sequence[float]
-    ) -> tuple[NDArray[Any], tuple[float, ...]]:
-        """Returns the total with one more weighted update, and a sketch of the update.
+        self,
+        total: NDArray[Any] | None,
+        update: NDArray[np.floating],
+        coefficients: Sequence[float],
+        *,
+        describe: bool = False,
+    ) -> tuple[NDArray[Any], tuple[float, ...] | None]:
+        """Returns the total with one more weighted update; with `describe`, also figures of the update, else None.
 
-        The sketch is four numbers, which differ if the holders of a shard disagree.
+        The figures are a few numbers, which differ if the holders of a shard disagree.
         """
 
     def add_metrics(
@@ -48,8 +53,13 @@ class PayloadEncoding(Protocol):
     ) -> NDArray[Any]:
         """Returns the total with one more shard's weight and weighted metrics."""
 
-    def with_metrics(self, sketch: tuple[float, ...] | None, metrics: NDArray[np.float64]) -> tuple[float, ...] | None:
-        """Returns the sketch of an update (None when evaluating), extended to the metrics if they must agree too."""
+    def with_metrics(self, figures: tuple[float, ...] | None, metrics: NDArray[np.float64]) -> tuple[float, ...]:
+        """Returns the figures of an update (None when evaluating), extended to the metrics if they must agree too."""
+
+    def add_up(
+        self, vector: NDArray[Any], coefficients: Sequence[Sequence[float]], figures: Sequence[Sequence[float]]
+    ) -> bool:
+        """Returns whether the figures of a reply's shards are those of updates that add up to its coded vector."""
 
     def sent(self, total: NDArray[Any]) -> NDArray[Any]:
         """Returns a total in the form in which it is sent."""
@@ -68,19 +78,21 @@ class FloatEncoding:
     """Sends updates and metrics as floating-point numbers."""
 
     def add_update(
-        self, total: NDArray[Any] | None, update: NDArray[np.floating], coefficients: Sequence[float]
-    ) -> tuple[NDArray[Any], tuple[float, ...]]:
-        """Returns the total in the update's dtype, and a sketch.
-
-        Sketches are compared with a tolerance, because float arithmetic differs between machines.
-        """
-        sketch = _sketch(update)
+        self,
+        total: NDArray[Any] | None,
+        update: NDArray[np.floating],
+        coefficients: Sequence[float],
+        *,
+        describe: bool = False,
+    ) -> tuple[NDArray[Any], tuple[float, ...] | None]:
+        """Returns the total in the update's dtype, and figures, which are compared with a tolerance."""
+        figures = figures_of(update, len(coefficients)) if describe else None
         if total is None and len(coefficients) == 1 and coefficients[0] != 0:  # in place, to save a second vector
             if coefficients[0] != 1:
                 update *= update.dtype.type(coefficients[0])
             update += 0  # -0 becomes 0
-            return update, sketch
-        return encode_row(total, update, tuple(coefficients)), sketch
+            return update, figures
+        return encode_row(total, update, tuple(coefficients)), figures
 
     def add_metrics(
         self, total: NDArray[Any] | None, metrics: NDArray[np.float64], coefficients: Sequence[float]
@@ -88,9 +100,16 @@ class FloatEncoding:
         """Returns the total of the metrics as float64."""
         return encode_row(total, metrics, tuple(coefficients))
 
-    def with_metrics(self, sketch: tuple[float, ...] | None, metrics: NDArray[np.float64]) -> tuple[float, ...] | None:
-        """Returns the sketch unchanged, because a metric that differs affects no other number."""
-        return sketch
+    def with_metrics(self, figures: tuple[float, ...] | None, metrics: NDArray[np.float64]) -> tuple[float, ...]:
+        """Returns the figures unchanged, because a metric that differs affects no other number."""
+        return figures or ()
+
+    def add_up(
+        self, vector: NDArray[Any], coefficients: Sequence[Sequence[float]], figures: Sequence[Sequence[float]]
+    ) -> bool:
+        """Returns whether the figures of a reply's shards are those of updates that add up to its coded vector."""
+        wanted = {1 + SUMS * len(mine) for mine in coefficients}
+        return {*map(len, figures)} == wanted and add_up(vector, coefficients, figures)
 
     def sent(self, total: NDArray[Any]) -> NDArray[Any]:
         """Returns the total unchanged."""
@@ -126,22 +145,44 @@ class FixedPointEncoding:
         self.field, self.k = field, k
 
     def add_update(
-        self, total: NDArray[Any] | None, update: NDArray[np.floating], coefficients: Sequence[float]
-    ) -> tuple[NDArray[Any], tuple[float, ...]]:
-        """Returns the total with the update rounded to multiples of 2^-fraction_bits, and a sketch.
+        self,
+        total: NDArray[Any] | None,
+        update: NDArray[np.floating],
+        coefficients: Sequence[float],
+        *,
+        describe: bool = False,
+    ) -> tuple[NDArray[Any], tuple[float, ...] | None]:
+        """Returns the total with the update rounded to multiples of 2^-fraction_bits, and figures.
 
-        The sketch is made from a hash, because decoding is meaningless unless the holders agree in every bit.
+        The figures are a hash, because decoding is meaningless unless the holders agree in every bit, and sums modulo
+        p with public signs, which add up to those of the coded vector.
 
         Raises:
             Overflow: An entry is too large or not finite.
         """
-        digest = hashlib.sha256()
-        total = self.add(total, update, coefficients, digest)
-        return total, _numbers(digest)
+        if not describe:
+            return self.add(total, update, coefficients), None
+        digest, sums = hashlib.sha256(), np.zeros((len(coefficients), SUMS), np.int64)
+        total = self.add(total, update, coefficients, digest, sums)
+        return total, (*_numbers(digest), *(sums % P).reshape(-1).tolist())
 
-    def with_metrics(self, sketch: tuple[float, ...] | None, metrics: NDArray[np.float64]) -> tuple[float, ...] | None:
-        """Returns a hash of both, because metrics that differ in one bit would decode to a random number."""
-        return _numbers(hashlib.sha256(repr((sketch, (np.rint(metrics * 2.0**_FRACTION) + 0.0).tolist())).encode()))
+    def with_metrics(self, figures: tuple[float, ...] | None, metrics: NDArray[np.float64]) -> tuple[float, ...]:
+        """Returns the figures with a hash of both, since metrics that differ in one bit decode to a random number."""
+        both = hashlib.sha256(repr((figures, (np.rint(metrics * 2.0**_FRACTION) + 0.0).tolist())).encode())
+        return (*_numbers(both), *(figures or ())[_HASHED:])
+
+    def add_up(
+        self, vector: NDArray[Any], coefficients: Sequence[Sequence[float]], figures: Sequence[Sequence[float]]
+    ) -> bool:
+        """Returns whether the figures of a reply's shards are those of updates that add up to its coded vector."""
+        expected = [0] * SUMS
+        for mine, of_shard in zip(coefficients, figures, strict=True):
+            if len(of_shard) != _HASHED + SUMS * len(mine):
+                return False
+            for block, coefficient in enumerate(mine):
+                sums = of_shard[_HASHED + SUMS * block : _HASHED + SUMS * (block + 1)]
+                expected = [x + int(coefficient) * int(y) for x, y in zip(expected, sums, strict=True)]
+        return bool((folded_sums(vector, np.int64) % P == np.array([x % P for x in expected])).all())
 
     def add(
         self,
@@ -149,10 +190,12 @@ class FixedPointEncoding:
         update: NDArray[np.floating],
         coefficients: Sequence[float],
         digest: Any = None,
+        sums: NDArray[np.int64] | None = None,
     ) -> NDArray[Any]:
         """Returns the total plus the rounded update times the coefficients, uint32.
 
-        Each shard may use 1/k of the range, so that the decoded sum fits.
+        Each shard may use 1/k of the range, so that the decoded sum fits. The hash and the sums with public signs, one
+        row for each block, are extended by the rounded update.
         """
         limit = (P - 1) // 2 // self.k
         length = -(-update.size // len(coefficients))
@@ -169,6 +212,8 @@ class FixedPointEncoding:
                 np.copyto(whole, rounded, casting="unsafe")
                 if digest is not None:
                     digest.update(whole.data)
+                if sums is not None:
+                    sums[block] += folded_sums(whole, np.int64)
                 _add_times(total[start : start + part.size], int(coefficient), rounded, whole, times)
         return total
 
@@ -218,30 +263,6 @@ class FixedPointEncoding:
         rows = whole[: len(whole) // _DIGITS * _DIGITS].reshape(-1, _DIGITS)
         sums = [sum(int(digit) << _BITS * place for place, digit in enumerate(row)) for row in rows]
         return np.array([total / 2**_FRACTION for total in sums])
-
-
-def _sketch(update: NDArray[np.floating]) -> tuple[float, ...]:
-    """Returns the norm and three signed sums of an update, which differ if replicas disagree.
-
-    They are compared with a tolerance, because replicas are not identical in every bit across machines.
-    """
-    whole = update.size // _FOLD * _FOLD
-    folded = np.zeros(_FOLD)
-    with np.errstate(all="ignore"):
-        if whole:
-            folded += update[:whole].reshape(-1, _FOLD).sum(axis=0, dtype=np.float64)
-        folded[: update.size - whole] += update[whole:]
-        square = float(np.dot(update, update))
-        if not math.isfinite(square):
-            square = float(np.square(update, dtype=np.float64).sum())
-        values = (math.sqrt(square), *(float(x) for x in _signs() @ folded))
-    # Zeros keep the sketch valid. An update that is not finite is rejected later, with its own reason.
-    return values if all(map(math.isfinite, values)) else (0.0,) * len(values)
-
-
-@lru_cache(maxsize=1)
-def _signs() -> NDArray[np.float64]:
-    return np.random.Generator(np.random.Philox(0)).choice([-1.0, 1.0], size=(3, _FOLD))
 
 
 def _add_times(

@@ -132,6 +132,8 @@ class Plan:
             has no row.
         as_returned: Whether a reply holds the records of one shard as `train()` or `evaluate()` returned them, instead
             of coded vectors. Each row then has one shard.
+        figures: Whether a coded reply describes the update of each shard by a few numbers, because the code mixes
+            shards and the server cannot compare their holders otherwise.
     """
 
     run: str
@@ -151,6 +153,7 @@ class Plan:
     digests: dict[int, str] = field(default_factory=dict)
     open: bool = False
     as_returned: bool = False
+    figures: bool = False
 
     @property
     def label(self) -> str:
@@ -203,7 +206,7 @@ class Reply:
         metrics_layout: Name, length (-1 for a scalar) and whether it is a whole number, for the weight and each metric.
         arrays_name: The user's name of the ArrayRecord.
         metrics_name: The user's name of the MetricRecord.
-        sketches: Four numbers for each shard, which differ if the holders of a shard disagree.
+        figures: If the plan asks for them, a few numbers for each shard, which differ if its holders disagree.
         seconds: Seconds spent on each shard.
         stateful: Whether the function kept something in `context.state`.
         fixed_data: Whether the function never read `partition-id`.
@@ -223,7 +226,7 @@ class Reply:
     metrics_layout: tuple[tuple[str, int, bool], ...] = ()
     arrays_name: str = ""
     metrics_name: str = ""
-    sketches: tuple[tuple[float, ...], ...] = ()
+    figures: tuple[tuple[float, ...], ...] = ()
     seconds: tuple[float, ...] = field(default=())
     stateful: bool = False
     fixed_data: bool = False
@@ -282,7 +285,7 @@ def _parse_reply(text: str) -> Reply:
     v = json.loads(text)
     v["layout"] = tuple((str(a), str(d), tuple(int(x) for x in s)) for a, d, s in v["layout"])
     v["metrics_layout"] = tuple((str(a), int(x), bool(w)) for a, x, w in v["metrics_layout"])
-    v["sketches"] = tuple(tuple(float(x) for x in sketch) for sketch in v["sketches"])
+    v["figures"] = tuple(tuple(float(x) for x in figures) for figures in v["figures"])
     v["shards"] = tuple(int(x) for x in v["shards"])
     v["seconds"] = tuple(float(x) for x in v["seconds"])
     v["worker"], v["round"] = int(v["worker"]), int(v["round"])
@@ -292,8 +295,8 @@ def _parse_reply(text: str) -> Reply:
     v["arrays_name"], v["metrics_name"] = str(v["arrays_name"]), str(v["metrics_name"])
     if v["outcome"] not in OUTCOMES:
         raise ValueError(f"outcome {v['outcome']!r}")
-    if not all(len(sketch) == 4 and all(map(math.isfinite, sketch)) for sketch in v["sketches"]):
-        raise ValueError("sketches that are not four finite numbers each")
+    if not all(figures and all(map(math.isfinite, figures)) for figures in v["figures"]):
+        raise ValueError("figures that are not finite numbers")
     if not all(0 <= number < math.inf for spent in v["spent"] for number in spent[2:]):
         raise ValueError("an epsilon that is no number of at least 0")
     if not 0 <= v["worker"] < MOST_WORKERS:

@@ -38,6 +38,7 @@ RejectionKind = Literal[
     "duplicate",  # the node has already answered for this row
     "duplicate-worker",  # another node answered as the same worker
     "layout",  # records, names, shapes or types that cannot be added up
+    "wrong-figures",  # the numbers that describe its shards do not add up to its vector
     "not-finite",  # NaN or infinity in its update or weight
     "outvoted",  # most other replies have different names, dtypes or shapes
 ]

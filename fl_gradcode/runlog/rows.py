@@ -134,6 +134,7 @@ class Late(_Line):
         node: Flower's node id.
         from_: The phase that asked, such as "train 3".
         kind, reason: As of `Rejected`, if the reply was an error; else None.
+        replica_disagreement: Relative difference to what another holder had sent; None if it was not compared.
     """
 
     worker: int | None
@@ -141,6 +142,7 @@ class Late(_Line):
     from_: str
     kind: str | None = field(default=None, metadata=_SOMETIMES)
     reason: str | None = field(default=None, metadata=_SOMETIMES)
+    replica_disagreement: float | None = field(default=None, metadata=_SOMETIMES)
 
     @property
     def asked(self) -> tuple[str, int | None]:
@@ -191,11 +193,13 @@ class PhaseSeconds(_Line):
         waiting: Seconds between the first message and the end of waiting, on the grid's clock.
         decoding: Seconds of decoding.
         aggregating: Seconds of the wrapped strategy's aggregation.
+        verifying: Seconds of waiting after the replies sufficed, for second copies to compare.
     """
 
     waiting: float | None
     decoding: float | None
     aggregating: float | None = 0.0
+    verifying: float | None = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,6 +264,7 @@ class PhaseRow(_Line):
         filled_in: Shards whose last known update stands in for a missing one.
         replica_disagreement: Largest relative difference between two holders of a shard; None if no shard was received
             from two.
+        compared: The shards that were received from two holders.
         model: Whether the wrapped strategy made a model of what was decoded; None unless training was decoded.
         privacy: What was promised and spent; None without privacy, and in evaluation.
         timings: Jobs whose replies came in meanwhile, late ones too.
@@ -293,6 +298,7 @@ class PhaseRow(_Line):
     quantisation_error: float | None = None
     filled_in: tuple[FilledIn, ...] = ()
     replica_disagreement: float | None = None
+    compared: tuple[int, ...] = ()
     model: bool | None = None
     privacy: PrivacyLine | None = None
     timings: tuple[JobLine, ...] = ()

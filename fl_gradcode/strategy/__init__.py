@@ -5,22 +5,29 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .comparison import DISAGREEMENT
     from .discovery import Discovered
     from .gradient_coding import GradientCoding
     from .options import Adaptive, Approximation, Coded, Shards
+    from .wrapped import why_no_average
 
 __all__ = [
+    "DISAGREEMENT",
     "Adaptive",
     "Approximation",
     "Coded",
     "Discovered",
     "GradientCoding",
     "Shards",
+    "why_no_average",
 ]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "comparison": [
+            "DISAGREEMENT",
+        ],
         "discovery": [
             "Discovered",
         ],
@@ -32,6 +39,9 @@ __getattr__, __dir__ = lazy_names(
             "Approximation",
             "Coded",
             "Shards",
+        ],
+        "wrapped": [
+            "why_no_average",
         ],
     },
 )

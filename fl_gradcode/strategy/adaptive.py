@@ -99,7 +99,8 @@ class AdaptiveModes(ModeChooser):
         if row.train.outcome != "exact":
             self._failed = self._round
         elif row.way == self.mode.line:  # false for a round that fell back to the safe mode because nodes were missing
-            self._took.append(float(row.train.seconds.waiting or 0.0))
+            seconds = row.train.seconds
+            self._took.append((seconds.waiting or 0.0) - (seconds.verifying or 0.0))
 
     def _worse(self) -> bool:
         """Returns whether the present mode is on trial and has failed it."""

@@ -11,7 +11,7 @@ from .._flower_internals import caller_among
 from ..errors import IncompatibleStrategy, UnsuitableApp
 from ..privacy import clipping_mod_named_in
 from ..protocol import RejectionKind
-from .replies import DISAGREEMENT, ReplyCollector
+from .replies import ReplyCollector
 from .wrapped import PRIVACY_WRAPPERS
 
 __all__ = ["broken_promises", "refuse_unsuitable", "refuse_wrappers"]
@@ -93,10 +93,10 @@ def broken_promises(replies: ReplyCollector) -> Iterator[tuple[str, str]]:
             "their noise to different requests, so it differs: they got other weights or settings, or have other keys, "
             "data, or versions of torch and opacus.",
         )
-    if replies.disagreement is not None and replies.disagreement > DISAGREEMENT:
+    alike = replies.copies.alike
+    if alike is not None and not replies.plan.allow_fixed_data:
         yield (
-            "replicas",
-            f"Holders of shards {sorted(replies.disagreeing)} sent updates that differ by up to "
-            f"{replies.disagreement:.1e} (relative). The update of a shard may depend only on the message, the shard "
-            "and the seeded generators: is there other randomness, kept state, or different data?",
+            "alike",
+            f"{alike.sentence} If their data differ, the app does not choose them by partition-id at each call: is a "
+            "loader or a data set kept in a variable?",
         )

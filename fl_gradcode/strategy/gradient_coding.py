@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -70,6 +70,11 @@ class GradientCoding(Strategy):
         node_timeout: Seconds to wait for n nodes before the first round, which then starts if n - s are connected.
         give_up_rounds: End the run after so many rounds in succession without a model, since the next would hardly
             differ; None for never.
+        verify: At most so many rounds at the start of the run wait on, after they could be decoded, until each shard
+            has been seen from two holders; 0 for none. In all, they wait on for at most as long as one round takes.
+            Copies that come in anyway are always compared.
+        on_disagreement: What to do if two holders of a shard send different updates. "warn" says so once, "skip"
+            leaves the model as it is in that round, "raise" ends the run.
         allow_fixed_data: Accept an app that does not choose its data by `partition-id`.
         on_round_end: Called with (round, current arrays, ledger row) after each round. It is called again for a round
             that is repeated because the server was killed right after it.
@@ -103,6 +108,8 @@ class GradientCoding(Strategy):
         ledger: Ledger | str | os.PathLike[str] | None = None,
         node_timeout: float = 60.0,
         give_up_rounds: int | None = 3,
+        verify: int = 3,
+        on_disagreement: Literal["warn", "skip", "raise"] = "warn",
         allow_fixed_data: bool = False,
         on_round_end: Callable[[int, ArrayRecord, dict[str, Any]], None] | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
@@ -124,6 +131,8 @@ class GradientCoding(Strategy):
             seed=int(seed),
             node_timeout=node_timeout,
             give_up_rounds=give_up_rounds,
+            verify=verify,
+            on_disagreement=on_disagreement,
             allow_fixed_data=allow_fixed_data,
             privacy=privacy,
             digests=None if manifest is None else Manifest.for_all_shards(manifest, code.k).digests,
@@ -146,6 +155,14 @@ class GradientCoding(Strategy):
         self._central = False  # whether each round ends with a central evaluation
         self._run: Run | None = None
         self._in_start = False
+
+    if not TYPE_CHECKING:  # else a misspelt name would pass every type check
+
+        def __getattr__(self, name: str) -> Any:
+            """Returns an attribute of the wrapped strategy, for one that the wrapper does not have."""
+            if name.startswith("__") or "strategy" not in vars(self):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            return getattr(self.strategy, name)
 
     @property
     def code(self) -> GradientCode:
@@ -197,7 +214,8 @@ class GradientCoding(Strategy):
 
         Raises:
             RoundFailed: Too few or too many nodes are connected, a round was undecodable under
-                `on_undecodable="raise"`, or `give_up_rounds` rounds in succession made no model.
+                `on_undecodable="raise"`, `give_up_rounds` rounds in succession made no model, or holders of a shard
+                disagreed under `on_disagreement="raise"`.
             UnsuitableApp: The clients lack the mod, or do not choose their data by `partition-id`.
         """
         early_stop = grid if isinstance(grid, EarlyStopGrid) else EarlyStopGrid(grid)
@@ -233,6 +251,7 @@ class GradientCoding(Strategy):
                 self._in_start = False
                 if early_stop is not grid:
                     early_stop.close()
+            run.tell_unverified()
             result.arrays = result.arrays or self._arrays
             return keeper.complete(result, run.done)
 

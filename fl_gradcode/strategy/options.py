@@ -13,6 +13,7 @@ from ..privacy import DPSGD, CentralNoise, Privacy
 __all__ = ["Adaptive", "Approximation", "Coded", "Options", "Send", "Shards", "can_fill_in", "send_of"]
 
 _POLICIES = ("skip", "approximate", "raise")
+_ON_DISAGREEMENT = ("warn", "skip", "raise")
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ class Options:
     seed: int = 0
     node_timeout: float = 60.0
     give_up_rounds: int | None = 3
+    verify: int = 3
+    on_disagreement: Literal["warn", "skip", "raise"] = "warn"
     allow_fixed_data: bool = False
     privacy: Privacy | None = None
     digests: Mapping[int, str] | None = None
@@ -151,6 +154,11 @@ class Options:
             raise InvalidSetting(f"node_timeout={self.node_timeout} must be a number of seconds greater than 0.")
         if self.give_up_rounds is not None and not self.give_up_rounds >= 1:
             raise InvalidSetting(f"give_up_rounds={self.give_up_rounds} must be at least 1, or None for never.")
+        if type(self.verify) is not int or self.verify < 0:
+            raise InvalidSetting(f"verify={self.verify!r} must be a number of rounds, or 0 for none.")
+        if self.on_disagreement not in _ON_DISAGREEMENT:
+            known = ", ".join(_ON_DISAGREEMENT)
+            raise InvalidSetting(f"on_disagreement={self.on_disagreement!r} must be one of {known}.")
         if self.privacy is not None and not isinstance(self.privacy, DPSGD | CentralNoise):
             raise InvalidSetting(f"privacy={self.privacy!r}: pass a DPSGD(...) or a CentralNoise(...).")
 
@@ -162,6 +170,11 @@ class Options:
         if self.privacy is not None:
             return "privacy= protects only the mean"
         return "" if self.approximation is None else "on_undecodable='approximate' estimates a mean"
+
+    @property
+    def independent(self) -> bool:
+        """Whether holders of a shard send different updates by design, because each draws noise of its own."""
+        return isinstance(self.privacy, DPSGD) and self.privacy.noise == "independent"
 
     @property
     def shardwise(self) -> bool:
@@ -213,8 +226,7 @@ class Options:
                 "CentralNoise is scaled to an exact sum; an estimate may hold a shard several times. Take an exact "
                 "code, and on_undecodable='skip' or 'raise'."
             )
-        independent = isinstance(self.privacy, DPSGD) and self.privacy.noise == "independent"
-        if independent and isinstance(code.numbers, PrimeField):
+        if self.independent and isinstance(code.numbers, PrimeField):
             raise InvalidSetting(
                 "Over a prime field holders of a shard must agree in every bit, and independent noise differs: take "
                 "noise='shared', or a code over the reals."

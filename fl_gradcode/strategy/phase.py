@@ -13,9 +13,11 @@ from typing import Any
 from flwr.app import ArrayRecord, Message
 from numpy.typing import NDArray
 
+from .._text import numbered
 from ..codes import GradientCode, IncrementalDecoder, PrimeField, whole_groups
 from ..grid import Arrival, Late, StopRule, Wait
 from ..protocol import Plan, Rejection, Reply, Row
+from .comparison import Comparisons, Disagreement
 from .options import Approximation
 from .plan_messages import MessageFactory
 from .replies import Decoded, Noise, ReplyCollector, Returned, ReturnedReplies, StaleUpdate, StaleUpdates
@@ -37,6 +39,8 @@ class Phase(StopRule):
         shards: The sampled shards, ascending.
         before: The arrays that were sent; None when evaluating.
         registry: Which node is which worker; the phase updates it from the replies.
+        comparisons: Compares the copies of the run's shards.
+        compares: Whether the copies of a shard should agree in this phase.
         row_of: Returns the row of the code that a reply stands for, or a rejection.
         first_rows: Worker -> the row that it is asked for first.
         spare: Whether several replies for one row are normal.
@@ -48,6 +52,11 @@ class Phase(StopRule):
         asked: (node, worker) of each message, in the order of sending; the worker is None if it was not known then.
         failure: Reason why nothing could be decoded, or empty if there were simply too few replies.
         decodable_after: Number of good replies and seconds after which the phase was decodable; None if it never was.
+        decided_after: Seconds after which the replies were enough; None if they never were.
+        copies: Compares what two holders of a shard sent in this phase.
+        verification: The second copies that this phase waits for; None if it waits for none.
+        late: Node -> difference of its late reply to what was used in an earlier phase.
+        late_disagreements: What late replies disagree about.
     """
 
     def __init__(
@@ -57,7 +66,9 @@ class Phase(StopRule):
         shards: Sequence[int],
         before: ArrayRecord | None,
         registry: WorkerRegistry,
+        comparisons: Comparisons,
         *,
+        compares: bool,
         row_of: Callable[[Reply], int | Rejection],
         first_rows: Mapping[int, Row],
         spare: bool,
@@ -66,12 +77,19 @@ class Phase(StopRule):
         self.plan: Plan = factory.plan
         self.label = self.plan.label
         self.code, self.shards, self.registry = code, list(shards), registry
-        self.replies = ReplyCollector(self.plan, code, before, registry, row_of, spare=spare)
+        self.comparisons, self.compares = comparisons, compares
+        self.copies = comparisons.open(self.plan, compares=compares)
+        self.verification = comparisons.wanted(self.plan) if compares and self.plan.kind == "train" else None
+        self.replies = ReplyCollector(self.plan, code, before, registry, self.copies, row_of, spare=spare)
         self.collected = False
         self.wait = Wait()
         self.asked: list[tuple[int, int | None]] = []
         self.failure = ""
         self.decodable_after: tuple[int, float] | None = None
+        self.decided_after: float | None = None
+        self.late: dict[int, float] = {}
+        self.late_disagreements: list[Disagreement] = []
+        self._lingers: float | None = None
         self._first_rows = first_rows
 
     # Decisions of the mode of dispatch
@@ -102,6 +120,26 @@ class Phase(StopRule):
         best = self.replies.best
         return best is not None and self.enough(best.decoder)
 
+    @property
+    def linger_until(self) -> float | None:  # type: ignore[override]
+        """Time until which to wait on for second copies, in seconds on the grid's clock; None for not at all."""
+        return None if self._lingers is None or not self.unverified else self._lingers
+
+    @property
+    def unverified(self) -> frozenset[int]:
+        """Shards of which a second copy is wanted and has not come."""
+        return frozenset() if self.verification is None else self.verification.wanted - self.copies.compared
+
+    @property
+    def keeps_late(self) -> bool:  # type: ignore[override]
+        """Whether replies that come after the phase are wanted, to be compared."""
+        return bool(self.unverified)
+
+    @property
+    def verifying(self) -> float:
+        """Seconds of waiting after the replies sufficed, for second copies."""
+        return 0.0 if self._lingers is None or self.decided_after is None else self.wait.seconds - self.decided_after
+
     def messages(self, nodes: Iterable[int]) -> list[Message]:
         """Returns the first message for each node."""
         return self.factory.messages(nodes, self.registry, self._first_rows)
@@ -119,8 +157,12 @@ class Phase(StopRule):
         self.registry.forget(node)
 
     def arrived_late(self, late: Late, reply: Message | None) -> None:
-        """Learn from a reply to an earlier phase which worker its node is."""
+        """Learn from a reply to an earlier phase which worker its node is, and compare it with what was used."""
         self.registry.learn_from(late.node, reply, run=self.plan.run)
+        found = self.comparisons.late(late.label, reply)
+        if found is not None:
+            self.late[late.node], disagreement = found
+            self.late_disagreements += [] if disagreement is None else [disagreement]
 
     def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
         """Read one reply, which either counts or is rejected with a reason."""
@@ -129,6 +171,10 @@ class Phase(StopRule):
         best = self.replies.best
         if best is not None and best.decoder.decodable and self.decodable_after is None:
             self.decodable_after = (len(self.replies.answered), at)
+        if self.decided_after is None and self.decided:
+            self.decided_after = at
+            if self.verification is not None:
+                self._lingers = arrival.at + min(at, self.verification.seconds)
 
     def finish(self, wait: Wait) -> list[Message]:
         """End the wait and return no messages, because Flower's loop would hold them in memory for a whole round."""
@@ -160,9 +206,11 @@ class Phase(StopRule):
             return best.gather(self.shards)
         vector = best.decoder.vector()
         if self.mixes_garbage(vector):
-            disagreeing = sorted(self.replies.disagreeing.items())[:3]
-            pairs = "; ".join(f"{a} and {b} of shard {j}" for j, (a, b) in disagreeing)
-            self.failure = f"holders {pairs} disagree by up to {self.replies.disagreement or 0.0:.1e} (relative)"
+            disagreeing = sorted(self.copies.disagreements.items())[:3]
+            pairs = "; ".join(
+                f"{one.holders[0]} and {one.holders[1]} of {numbered('shard', shards)}" for shards, one in disagreeing
+            )
+            self.failure = f"holders {pairs} disagree by up to {self.copies.apart or 0.0:.1e} (relative)"
             return None
         stale: tuple[StaleUpdate, ...] = ()
         if vector is None:
@@ -187,7 +235,7 @@ class Phase(StopRule):
         """
         if self.code.groups is not None and self.code.m == 1:
             return False
-        apart = self.replies.disagreement or 0.0
+        apart = self.copies.apart or 0.0
         if isinstance(self.code.numbers, PrimeField):
             return apart > 0
         kappa = 1.0 if vector is None else max(1.0, self.code.kappa_of(vector))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -35,6 +36,7 @@ def make_plan(
     releases: Releases | None = None,
     is_open: bool = False,
     as_returned: bool = False,
+    figures: bool = False,
 ) -> Plan:
     """Returns the plan of a phase, with every worker's row; making a plan changes and charges nothing.
 
@@ -52,6 +54,7 @@ def make_plan(
         releases: For each shard, its number of holders and the earlier rounds in which they were asked.
         is_open: Whether the code is built for the shards that nodes report to hold.
         as_returned: Whether replies hold a shard's records as the function returned them.
+        figures: Whether coded replies describe the update of each shard.
     """
     sampled = set(shards)
     return Plan(
@@ -63,7 +66,7 @@ def make_plan(
         k=k,
         weight_key=weight_key,
         arrays_key=arrays_key,
-        rows={worker: _row(code, worker, shards) for worker in range(code.n)},
+        rows=_rows(code, shards),
         give_up_after=(options.send.give_up_after or 0.0) if isinstance(options.send, Coded) else 0.0,
         allow_fixed_data=options.allow_fixed_data,
         fraction_bits=code.numbers.fraction_bits if isinstance(code.numbers, PrimeField) else None,
@@ -72,6 +75,7 @@ def make_plan(
         digests={shard: digest for shard, digest in (options.digests or {}).items() if shard in sampled},
         open=is_open,
         as_returned=as_returned,
+        figures=figures,
     )
 
 
@@ -140,7 +144,20 @@ def whole_shard(shard: int) -> Row:
     return Row((shard,), ((1.0,),))
 
 
-def _row(code: GradientCode, worker: int, shards: Sequence[int]) -> Row:
-    columns = code.shards_of(worker)
-    coefficients = code.B[worker, list(columns)].reshape(len(columns), code.m)
-    return Row(tuple(shards[j] for j in columns), tuple(tuple(row) for row in coefficients.tolist()))
+def _rows(code: GradientCode, shards: Sequence[int]) -> dict[int, Row]:
+    """Returns every worker's row.
+
+    Holders of the same shards begin with different ones, so that whatever a client keeps from one call to the next
+    makes their updates differ, and shows.
+    """
+    rows = {}
+    before: Counter[int] = Counter()  # first shard -> workers so far that have it
+    for worker in range(code.n):
+        columns = code.shards_of(worker)
+        if columns:
+            start = before[columns[0]] % len(columns)
+            before[columns[0]] += 1
+            columns = (*columns[start:], *columns[:start])
+        coefficients = code.B[worker, list(columns)].reshape(len(columns), code.m)
+        rows[worker] = Row(tuple(shards[j] for j in columns), tuple(tuple(row) for row in coefficients.tolist()))
+    return rows

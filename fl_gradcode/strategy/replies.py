@@ -31,7 +31,6 @@ from ..protocol import (
     Reply,
     all_finite,
     difference_between,
-    difference_of,
     last_line,
     names_of,
     payload_encoding,
@@ -41,10 +40,10 @@ from ..protocol import (
     size_of,
     view,
 )
+from .comparison import Copies
 from .worker_registry import WorkerRegistry
 
 __all__ = [
-    "DISAGREEMENT",
     "NO_MOD",
     "Decoded",
     "Noise",
@@ -358,10 +357,6 @@ class StaleUpdates:
 
 NO_MOD = Rejection("no-mod", "no fl-gradcode reply: is gradient_coding_mod among the client's mods?")
 
-#: Relative difference between two holders of a shard above which the ledger and a warning report it. Differences
-#: between the float arithmetic of two machines stay below.
-DISAGREEMENT = 1e-5
-
 
 def _explained(rejection: Rejection) -> Rejection:
     """Returns the rejection with kind "clipping-mod" if one of Flower's privacy mods caused it, else unchanged."""
@@ -401,6 +396,7 @@ class ReplyCollector:
         code: The code by which replies add up, with one reply for each of its rows.
         before: The arrays that were sent; None when evaluating.
         registry: Which node is which worker; updated from the replies.
+        copies: Compares what two holders of a shard sent.
         row_of: Returns the row of the code that a reply stands for, or a rejection.
         spare: Whether a second copy of a row is normal, and only not needed; if False, it is rejected.
     """
@@ -411,11 +407,12 @@ class ReplyCollector:
         code: GradientCode,
         before: ArrayRecord | None,
         registry: WorkerRegistry,
+        copies: Copies,
         row_of: Callable[[Reply], int | Rejection],
         *,
         spare: bool = False,
     ) -> None:
-        self.plan, self.code, self.before, self.registry = plan, code, before, registry
+        self.plan, self.code, self.before, self.registry, self.copies = plan, code, before, registry, copies
         self._row_of, self._spare = row_of, spare
         self._encoding = payload_encoding(plan.fraction_bits, plan.k)
         #: Workers whose replies count, in order of arrival; with `spare`, a worker is listed once for each reply.
@@ -425,17 +422,12 @@ class ReplyCollector:
         self.rejected: list[Rejected] = []
         self.stateful = False
         self.fixed_data = False
-        #: Largest relative difference between two holders of a shard; None if no shard has come from two.
-        self.disagreement: float | None = None
-        #: Shard -> two of its holders that disagree.
-        self.disagreeing: dict[int, tuple[int, int]] = {}
         #: Largest epsilon that a holder reports, for this run and for all runs; None without privacy.
         self.spent: tuple[float, float] | None = None
         #: Shard -> two of its holders whose keys were bound to different requests.
         self.other_requests: dict[int, tuple[int, int]] = {}
         self.groups: dict[object, ReplyGroup | ReturnedReplies] = {}
         self._contexts: dict[int, tuple[int, str]] = {}
-        self._sketches: dict[int, tuple[int, tuple[float, ...]]] = {}
 
     @property
     def best(self) -> ReplyGroup | ReturnedReplies | None:
@@ -525,7 +517,9 @@ class ReplyCollector:
         except Exception as error:  # a reply is untrusted input, and must not end the run
             kind: RejectionKind = "not-finite" if isinstance(error, NotFinite) else "layout"
             return Rejection(kind, f"unusable vectors: {last_line(str(error))}")
-        self._compare(reply)
+        if wrong := self.copies.wrong_figures(reply, update):
+            return Rejection("wrong-figures", wrong)
+        self.copies.add(reply, update, metrics)
         self._note_spent(reply)
         self.answered.append(reply.worker)
         key = (reply.layout, tuple((name, length) for name, length, _ in reply.metrics_layout))
@@ -536,7 +530,7 @@ class ReplyCollector:
         return None
 
     def _accept_records(self, node: int, row: int, reply: Reply, message: Message) -> Rejection | None:
-        """Take the records of a shard as they came; a second copy is only compared with the first."""
+        """Take the records of a shard as they came; a second copy is only compared."""
         content = Reply.remove_from(message.content)
         try:
             key = names_of(content, self.plan.weight_key)
@@ -546,10 +540,9 @@ class ReplyCollector:
         self.answered.append(reply.worker)
         group = self.groups.setdefault(key, ReturnedReplies(self.code.incremental(), key))
         assert isinstance(group, ReturnedReplies)
+        self.copies.add_records(reply, content)
         if not group.add(row, (node, reply.worker), content):
             self.spare_from.add(reply.worker)
-            apart = difference_of(group.contents[row], content, self.plan.weight_key)
-            self._note_difference(reply.shards[0], group.senders[row][1], reply.worker, apart)
         return None
 
     def _misnamed(self, reply: Reply) -> str:
@@ -571,17 +564,3 @@ class ReplyCollector:
             holder, first = self._contexts.setdefault(shard, (reply.worker, bound))
             if first != bound:
                 self.other_requests[shard] = (holder, reply.worker)
-
-    def _compare(self, reply: Reply) -> None:
-        """Remember how much the holders of one shard disagree."""
-        for shard, sketch in zip(reply.shards, reply.sketches, strict=False):
-            holder, first = self._sketches.setdefault(shard, (reply.worker, sketch))
-            if holder != reply.worker:
-                scale = max(abs(first[0]), abs(sketch[0]), 1e-30)
-                apart = max((abs(x - y) / scale for x, y in zip(first, sketch, strict=False)), default=0.0)
-                self._note_difference(shard, holder, reply.worker, apart)
-
-    def _note_difference(self, shard: int, holder: int, other: int, apart: float) -> None:
-        if apart > DISAGREEMENT:
-            self.disagreeing[shard] = (holder, other)
-        self.disagreement = min(max(self.disagreement or 0.0, apart), 1e300)  # a ledger row holds finite numbers

@@ -82,13 +82,14 @@ def phase_row(
         coverage=tuple(round(float(c), 6) for c in coverage),
         quantisation_error=_quantisation(phase, decoded),
         filled_in=tuple(FilledIn(old.shards, old.round) for old in stale),
-        replica_disagreement=replies.disagreement,
+        replica_disagreement=phase.copies.apart,
+        compared=tuple(sorted(phase.copies.compared)),
         privacy=account.line(replies.spent, replies.other_requests) if account and phase.plan.privacy else None,
         timings=tuple(_timed(phase, job) for job in wait.times),
         owing=tuple(_timed(phase, job) for job in wait.owing),
         bytes_down=wait.bytes_down,
         bytes_up=wait.bytes_up,
-        seconds=PhaseSeconds(waiting=wait.seconds, decoding=decoding),
+        seconds=PhaseSeconds(waiting=wait.seconds, decoding=decoding, verifying=phase.verifying),
     )
 
 
@@ -139,7 +140,8 @@ def _number(value: float | None) -> float:
 
 def _late(phase: Phase, late: LateReply) -> Late:
     worker, why = phase.registry.named(late.node), late.rejection
-    return Late(worker, str(late.node), late.label, why.kind if why else None, why.reason if why else None)
+    apart = phase.late.get(late.node)
+    return Late(worker, str(late.node), late.label, why.kind if why else None, why.reason if why else None, apart)
 
 
 def _timed(phase: Phase, job: JobTime) -> JobLine:

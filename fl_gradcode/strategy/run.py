@@ -16,7 +16,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
-from ..codes import GradientCode
+from .._text import numbered
+from ..codes import GradientCode, PrimeField
 from ..errors import InvalidSetting, RoundFailed
 from ..grid import SETTLED, Arrival, EarlyStopGrid, nodes_of_a_phase, wait_for_nodes
 from ..privacy import RunAccount
@@ -24,6 +25,7 @@ from ..runlog import PhaseRow, RoundRow
 from . import report
 from .app_checks import broken_promises, refuse_unsuitable
 from .checkpoint import Saved
+from .comparison import Comparisons, not_compared
 from .discovery import Holdings
 from .options import Adaptive, Coded, Options, Shards
 from .phase import Phase
@@ -38,6 +40,7 @@ from .wrapped import ShardGrid, aggregate, arrays_key_of, common_content, why_no
 __all__ = ["Run", "mode_chooser"]
 
 _log = logging.getLogger(__name__)
+_LATER = 2  # rounds after which a run that could not compare says so, since copies may still come late
 
 Kind = Literal["train", "evaluate"]
 
@@ -90,6 +93,9 @@ class Run:
         self._holdings, self._told_lacking = holdings, ""
         self._drafts: list[Message] = []
         self._outage_timeout = 0.0  # seconds that a phase waits for nodes while too few are connected
+        self._comparisons = Comparisons(options.verify, insists=options.on_disagreement == "skip")
+        self._trained: set[int] = set()  # shards of which there should be copies that agree
+        self._rounds_trained = 0
         self._ever_decoded = self._resumed = False
         self._without_model = 0  # rounds in succession
         self._told: GradientCode | None = None  # the code whose holders the ledger lists
@@ -221,6 +227,8 @@ class Run:
         as_returned = mode.send == "shards" and options.sees != "mean" and not options.only_mean
         arrays_key = arrays_key_of(self.strategy, content, several=as_returned) if kind == "train" else ""
         account = self.account if arrays_key else None
+        mixes = mode.send == "coded" and (code.groups is None or code.m > 1)
+        compares = (code.s > 0 or not code.exact) and not options.independent
         plan = make_plan(
             code,
             shards,
@@ -235,13 +243,24 @@ class Run:
             releases=account.releases(server_round, shards) if account else None,
             is_open=self._holdings is not None,
             as_returned=as_returned,
+            figures=mixes and compares and (bool(arrays_key) or isinstance(code.numbers, PrimeField)),
         )
         before = content[arrays_key] if arrays_key else None
         assert before is None or isinstance(before, ArrayRecord)
         ttl = time_to_live(self.timeout, self._slowest)
         factory = MessageFactory(plan, content, message_type=drafts[0].metadata.message_type, ttl=ttl)
         kappa_max = options.send.kappa_max if isinstance(options.send, Coded) else float("inf")
-        return open_phase(mode, factory, code, shards, before, self.registry.copy(), kappa_max=kappa_max)
+        return open_phase(
+            mode,
+            factory,
+            code,
+            shards,
+            before,
+            self.registry.copy(),
+            self._comparisons,
+            compares=compares,
+            kappa_max=kappa_max,
+        )
 
     def _nodes_for(self, phase: Phase, grid: Grid) -> list[int]:
         """Returns the nodes to ask, after waiting while too few of them are connected."""
@@ -271,8 +290,12 @@ class Run:
         self.registry = phase.registry  # the phase has updated its copy
         kind = phase.plan.kind
         began = time.perf_counter()
-        stale_updates = self.stale_updates.get(kind)
-        decoded = phase.decode(self.options.approximation, stale_updates, self._noise(server_round, phase))
+        apart = self._apart(phase)
+        if apart and self.options.on_disagreement != "warn":
+            decoded = None
+        else:
+            stale_updates = self.stale_updates.get(kind)
+            decoded = phase.decode(self.options.approximation, stale_updates, self._noise(server_round, phase))
         entry = report.phase_row(phase, decoded, self.account, decoding=time.perf_counter() - began)
         self._note(kind, entry)  # noted before anything below can raise, so that the row tells what happened
         taken = [self._slowest or 0.0, *(job.seconds for job in [*phase.wait.times, *phase.wait.owing])]
@@ -280,8 +303,9 @@ class Run:
         refuse_unsuitable(phase.replies, ever_decoded=self._ever_decoded)
         for key, text in broken_promises(phase.replies):
             self._warn_once(key, text)
+        self._verified(phase)
         if decoded is None:
-            self._undecodable(phase, entry)
+            self._undecodable(phase, entry, apart or report.why_undecodable(phase, entry))
             return None, MetricRecord(report.figures(entry))
         self._ever_decoded = True
         if kind == "train":
@@ -298,6 +322,50 @@ class Run:
                 "model stays as it is.",
             )
         return arrays, MetricRecord({**(metrics or {}), **report.figures(entry)})
+
+    def _apart(self, phase: Phase) -> str:
+        """Returns what holders disagree about if the round must not count for it, else an empty string.
+
+        Raises:
+            RoundFailed: Holders disagree, and the run is to end then.
+        """
+        policy, replies = self.options.on_disagreement, phase.replies
+        now, late = [*phase.copies.disagreements.values()], phase.late_disagreements
+        if not now and not late:
+            return ""
+        first = (now or late)[0]
+        text = first.sentences(stateful=replies.stateful, alike=phase.copies.alike)
+        more = {shard for one in now for shard in one.shards} - {*first.shards}
+        if more:
+            text += f" So do the holders of {numbered('shard', sorted(more), 11)}."
+        if policy == "raise":
+            self._note(
+                phase.plan.kind, replace(report.phase_row(phase, None, self.account, decoding=0), outcome="raised")
+            )
+            raise RoundFailed(text)
+        if policy == "warn" or not now:
+            used = "" if now else f" Round {first.round} has used one of the two."
+            self._warn_once("apart" if now else "apart late", text + used)
+            return ""
+        return text.removesuffix(".")
+
+    def _verified(self, phase: Phase) -> None:
+        """Take over which copies a phase of training compared, and say so if too few could be."""
+        if phase.plan.kind != "train":
+            return
+        compared = self._comparisons
+        compared.close(phase.copies, took=phase.decided_after or 0.0, waited=phase.verifying)
+        if phase.compares:
+            self._trained |= {*phase.shards}
+        self._rounds_trained += 1
+        if compared.over and self._rounds_trained >= self.options.verify + _LATER:
+            self.tell_unverified()
+
+    def tell_unverified(self) -> None:
+        """Warn of shards whose holders were not compared so far, unless the run was not asked to compare them."""
+        left = self._trained - self._comparisons.twice
+        if left and self.options.verify:
+            self._warn_once("not compared", not_compared(left, self._rounds_trained))
 
     def _noise(self, server_round: int, phase: Phase) -> Noise | None:
         """Returns the noise to add after decoding, or None if the clients add the noise or there is none."""
@@ -332,8 +400,7 @@ class Run:
         self.modes.learn(row)
         return row
 
-    def _undecodable(self, phase: Phase, entry: PhaseRow) -> None:
-        why = report.why_undecodable(phase, entry)
+    def _undecodable(self, phase: Phase, entry: PhaseRow, why: str) -> None:
         if self.options.policy == "raise":
             self._note(phase.plan.kind, replace(entry, outcome="raised"))
             raise RoundFailed(f"{why}.")

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from flwr.app import ArrayRecord, Message
 
-from ..codes import GradientCode, IncrementalDecoder, uncoded
+from ..codes import GradientCode, IncrementalDecoder, may_cover, uncoded
 from ..grid import Arrival
 from ..planning import ShardQueue, turns_of
 from ..protocol import Plan, Rejection, Reply, Row
-from .cover import may_cover
+from .comparison import Comparisons
 from .phase import Phase
 from .plan_messages import MessageFactory, whole_shard
 from .round_mode import RoundMode
@@ -35,7 +35,9 @@ def open_phase(
     shards: Sequence[int],
     before: ArrayRecord | None,
     registry: WorkerRegistry,
+    comparisons: Comparisons,
     *,
+    compares: bool,
     kappa_max: float,
 ) -> Phase:
     """Returns a phase that dispatches its work in the round's mode.
@@ -47,11 +49,13 @@ def open_phase(
         shards: The sampled shards, ascending.
         before: The arrays that are sent; None when evaluating.
         registry: Which node is which worker.
+        comparisons: Compares the copies of the run's shards.
+        compares: Whether the copies of a shard should agree in this phase.
         kappa_max: Noise amplification above which to wait for further replies; see `Coded`.
     """
     if mode.send == "shards":
-        return ShardPhase(factory, shards, before, registry, patience=mode.patience)
-    return CodedPhase(factory, code, shards, before, registry, kappa_max=kappa_max)
+        return ShardPhase(factory, shards, before, registry, comparisons, compares=compares, patience=mode.patience)
+    return CodedPhase(factory, code, shards, before, registry, comparisons, compares=compares, kappa_max=kappa_max)
 
 
 class CodedPhase(Phase):
@@ -63,6 +67,8 @@ class CodedPhase(Phase):
         shards: The sampled shards, ascending.
         before: The arrays that were sent; None when evaluating.
         registry: Which node is which worker.
+        comparisons: Compares the copies of the run's shards.
+        compares: Whether the copies of a shard should agree in this phase.
         kappa_max: Wait for further replies while decoding would amplify noise by more than this factor.
     """
 
@@ -73,12 +79,23 @@ class CodedPhase(Phase):
         shards: Sequence[int],
         before: ArrayRecord | None,
         registry: WorkerRegistry,
+        comparisons: Comparisons,
         *,
+        compares: bool = True,
         kappa_max: float = float("inf"),
     ) -> None:
         plan = factory.plan
         super().__init__(
-            factory, code, shards, before, registry, row_of=_coded_row(plan), first_rows=plan.rows, spare=False
+            factory,
+            code,
+            shards,
+            before,
+            registry,
+            comparisons,
+            compares=compares,
+            row_of=_coded_row(plan),
+            first_rows=plan.rows,
+            spare=False,
         )
         self._kappa_max = kappa_max
         self._participants = {i for i, row in plan.rows.items() if row.shards}
@@ -97,7 +114,9 @@ class CodedPhase(Phase):
         return not self.code.exact and len(decoder.survivors) >= len(self._participants) - self.code.s
 
     def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
-        """Returns the replies that complete the sum."""
+        """Returns the replies that complete the sum, and then those that are second copies."""
+        if self.decided:
+            return list(arrivals)  # the phase waits on, to compare what comes
         worker_of = {arrival.token: self.registry.worker_of(arrival.node) for arrival in arrivals}
         if None in worker_of.values():
             return list(arrivals)  # only reading a reply from an unknown node tells which worker sent it
@@ -169,6 +188,8 @@ class ShardPhase(Phase):
         shards: The sampled shards, ascending.
         before: The arrays that were sent; None when evaluating.
         registry: Which node is which worker.
+        comparisons: Compares the copies of the run's shards.
+        compares: Whether the copies of a shard should agree in this phase.
         patience: Relative time until a second copy of a shard is requested; see `Shards`.
     """
 
@@ -178,17 +199,21 @@ class ShardPhase(Phase):
         shards: Sequence[int],
         before: ArrayRecord | None,
         registry: WorkerRegistry,
+        comparisons: Comparisons,
         *,
+        compares: bool = True,
         patience: float = 0.0,
     ) -> None:
         plan = factory.plan
-        turns = turns_of({worker: row.shards for worker, row in plan.rows.items()})
+        turns = turns_of({worker: tuple(sorted(row.shards)) for worker, row in plan.rows.items()})
         super().__init__(
             factory,
             uncoded(len(shards)),
             shards,
             before,
             registry,
+            comparisons,
+            compares=compares,
             row_of=_shard_row(plan, shards),
             first_rows={worker: whole_shard(mine[0]) if mine else Row((), ()) for worker, mine in turns.items()},
             spare=True,
@@ -229,11 +254,15 @@ class ShardPhase(Phase):
             return None
         # A copy whose layout differs from the other replies' does not count, and a second one would not count either.
         closed = self._covered() | self._sent.get(node, set())
+        if self.linger_until is not None and now <= self.linger_until:
+            closed = (self._row.keys() - self.unverified) | self._sent.get(node, set())
         shard = self._queue.start(node, worker, closed, now)
         return None if shard is None else self.factory.one_shard(node, worker, shard)
 
     def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
-        """Returns the first copy of each shard, once all have one."""
+        """Returns the first copy of each shard, once all have one, and then second copies."""
+        if self.decided:
+            return list(arrivals)  # the phase waits on, to compare what comes
         if any(arrival.token not in self._unread for arrival in arrivals):
             return list(arrivals)  # only reading these replies tells which shards they hold
         done = self._done()

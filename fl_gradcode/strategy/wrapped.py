@@ -76,8 +76,14 @@ def check_strategy(strategy: Strategy) -> None:
     name = type(strategy).__name__
     if isinstance(strategy, type):
         raise IncompatibleStrategy(f"{strategy.__name__} is a class; pass an instance: {strategy.__name__}().")
+    legacy = any(kind.__module__.startswith("flwr.server.strategy") for kind in type(strategy).__mro__)
     if not isinstance(strategy, Strategy):
-        raise IncompatibleStrategy(f"{name} is not a flwr.serverapp.strategy.Strategy; wrap one, such as FedAvg().")
+        raise IncompatibleStrategy(
+            f"{name} is of Flower's legacy interface (flwr.server.strategy). Take the one of flwr.serverapp.strategy, "
+            "and call its start() in an @app.main()."
+            if legacy
+            else f"{name} is not a flwr.serverapp.strategy.Strategy; wrap one, such as FedAvg()."
+        )
     if type(strategy).start is not Strategy.start:
         raise IncompatibleStrategy(
             f"{name} cannot be wrapped: it overrides start(), which the wrapper has to run itself. Move what it adds "

@@ -50,7 +50,7 @@ def test_train_sees_the_shard_as_its_partition_and_k_partitions() -> None:
         return reply_to(message)
 
     start(app_of(train))
-    assert sorted(seen) == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert sorted({*seen}) == [(0, 4), (1, 4), (2, 4), (3, 4)]
 
 
 def test_other_keys_of_the_node_config_and_the_run_config_stay() -> None:
@@ -60,14 +60,14 @@ def test_other_keys_of_the_node_config_and_the_run_config_stay() -> None:
         seen.append((context.node_config["data"], context.run_config["lr"], context.node_config["partition-id"]))
         return reply_to(message)
 
-    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), fractional_repetition(2, 1))
+    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), fractional_repetition(2, 1), verify=0)
 
     def config(i: int) -> dict[str, Any]:
         return {"partition-id": i, "num-partitions": 2, "data": "/d"}
 
     with InProcessGrid(app_of(train), 2, node_config=config, run_config={"lr": 0.5}) as grid:
         strategy.start(grid, initial_arrays(), num_rounds=1)
-    assert seen == [("/d", 0.5, 0), ("/d", 0.5, 1)]
+    assert sorted(seen) == [("/d", 0.5, 0), ("/d", 0.5, 1)]
 
 
 def test_a_message_without_a_plan_passes_unchanged() -> None:
@@ -105,7 +105,7 @@ def test_the_seed_changes_with_round_shard_and_the_strategy_s_seed() -> None:
 
     for seed in (0, 1):
         start(app_of(train), n=2, s=1, rounds=2, seed=seed)
-    assert len(set(draws)) == len(draws) == 8
+    assert len(set(draws)) == 8
 
 
 class Watching(InProcessGrid):
@@ -131,7 +131,7 @@ def test_the_process_gets_its_random_states_back() -> None:
         return reply_to(message)
 
     with Watching(app_of(train), 4) as grid:
-        GradientCoding(FedAvg(fraction_evaluate=0.0), fractional_repetition(4, 1)).start(
+        GradientCoding(FedAvg(fraction_evaluate=0.0), fractional_repetition(4, 1), verify=0).start(
             grid, initial_arrays(), num_rounds=1
         )
         assert sum(grid.calls) == 2
@@ -167,7 +167,7 @@ def test_holders_that_disagree_are_noticed(caplog: pytest.LogCaptureFixture) -> 
         strategy.start(grid, initial_arrays(), num_rounds=2)
     disagreement = strategy.ledger.rows[0]["train"]["replica-disagreement"]
     assert 1e-4 < disagreement < 1e-2
-    assert sum("Holders of shards [3]" in record.message for record in caplog.records) == 1
+    assert sum("both hold shard 3 and sent different" in record.message for record in caplog.records) == 1
 
 
 def test_holders_that_have_nothing_in_common_make_a_combining_code_undecodable() -> None:

@@ -36,7 +36,7 @@ def table(times: dict[int, float], default: float = 1.0) -> Law:
 def run(code: Any, latency: Latency, rounds: int = 4, **kwargs: Any) -> tuple[Any, list[dict[str, Any]], VirtualGrid]:
     fraction_evaluate = kwargs.pop("fraction_evaluate", 0.0)
     timeout = kwargs.pop("timeout", 3600.0)
-    strategy = GradientCoding(FedAvg(fraction_evaluate=fraction_evaluate), code, **kwargs)
+    strategy = GradientCoding(FedAvg(fraction_evaluate=fraction_evaluate), code, **{"verify": 0, **kwargs})
     with InProcessGrid(toy_app(), code.n) as grid:
         virtual = VirtualGrid(grid, latency)
         result = strategy.start(virtual, initial_arrays(), num_rounds=rounds, timeout=timeout)
@@ -112,7 +112,7 @@ def test_a_round_times_out() -> None:
 
 def test_computes_only_what_is_read() -> None:
     code = fractional_repetition(12, 2)
-    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), code)
+    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), code, verify=0)
     with InProcessGrid(toy_app(), 12) as grid:
         virtual = VirtualGrid(grid, Latency(compute=lognormal(sigma=0.5)))
         strategy.start(virtual, initial_arrays(), num_rounds=5)

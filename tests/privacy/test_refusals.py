@@ -74,13 +74,13 @@ def test_flower_s_privacy_mods_are_refused_wherever_they_are_listed(name: str, b
     assert strategy.ledger.rows[0]["train"]["outcome"] == "skipped"
 
 
-def test_other_mods_around_and_inside_are_none_of_our_business() -> None:
+def test_other_mods_inside_are_none_of_our_business() -> None:
     def counting(message: Message, context: Context, call_next: Any) -> Message:
         seen.append(1)
         return call_next(message, context)  # type: ignore[no-any-return]
 
     seen: list[int] = []
-    app = private_app(mods=[counting, gradient_coding_mod, functools.partial(counting)])
+    app = private_app(mods=[gradient_coding_mod, counting, functools.partial(counting)])
     strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), CODE)
     with InProcessGrid(app, 6) as grid:
         result = strategy.start(grid, initial(), num_rounds=1)

@@ -32,7 +32,7 @@ def kept(code: Any, folder: Path, killed_in: int | None = None, **options: Any) 
         if server_round == killed_in:  # the round was answered and charged, its checkpoint is not written
             raise Killed
 
-    options = {"run": "r", "checkpoint": folder / "run.ckpt", "ledger": folder / "ledger.jsonl", **options}
+    options = {"run": "r", "verify": 0, "checkpoint": folder / "run.ckpt", "ledger": folder / "ledger.jsonl", **options}
     return private(code, on_round_end=kill, **options)
 
 

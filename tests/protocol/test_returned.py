@@ -1,4 +1,4 @@
-"""Records that come as the function returned them: what makes two replies alike, and how far two copies are apart."""
+"""Records that come as the function returned them: what makes two replies alike."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
-from fl_gradcode import GradientCoding, cyclic_repetition, fractional_repetition
-from fl_gradcode.protocol.returned import difference_of, names_of
+from fl_gradcode import GradientCoding, fractional_repetition
+from fl_gradcode.protocol.returned import names_of
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import initial_arrays, toy_app
 
@@ -49,43 +49,6 @@ def test_names_count_and_their_order_does_not() -> None:
 def test_what_would_spoil_the_model_or_cannot_be_read_is_told(content: RecordDict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         names_of(content, WEIGHT)
-
-
-def test_copies_are_apart_by_the_relative_distance_of_their_arrays() -> None:
-    assert difference_of(reply(), reply(), WEIGHT) == 0
-    # Only the four floats differ; the counter is compared exactly, and seconds may differ.
-    assert difference_of(reply(), reply(1.001), WEIGHT) == pytest.approx(1e-3, rel=1e-2)
-    assert difference_of(reply(told=ConfigRecord({"a": 1})), reply(told=ConfigRecord({"a": 2})), WEIGHT) == 0
-    zeros = RecordDict({"a": ArrayRecord([np.zeros(3)])})
-    assert difference_of(zeros, zeros, WEIGHT) == 0
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        reply(count=8),
-        reply(more=MetricRecord({"x": 1})),
-        RecordDict({"arrays": ArrayRecord({"w": Array(np.zeros(4))}), "metrics": MetricRecord({WEIGHT: 7})}),
-        RecordDict({**reply(), "arrays": ArrayRecord({"w": Array(np.arange(1.0, 5.0)), "n": Array(np.array([4]))})}),
-        RecordDict({**reply(), "arrays": ArrayRecord({"w": Array(np.zeros(5)), "n": Array(np.array([3]))})}),
-        RecordDict({**reply(), "arrays": ArrayRecord({"w": Array(np.ones(4, "f4")), "n": Array(np.array([3]))})}),
-    ],
-    ids=["weight", "a record more", "an array less", "a counter", "a shape", "a dtype"],
-)
-def test_whatever_is_no_float_must_be_equal(other: RecordDict) -> None:
-    assert difference_of(reply(), other, WEIGHT) == math.inf
-
-
-@pytest.mark.parametrize("code", [fractional_repetition(4, 1), cyclic_repetition(4, 1, rng=np.random.default_rng(0))])
-def test_a_row_claims_no_agreement_where_nothing_was_compared(code: Any) -> None:
-    """Each shard is used once; other copies are not waited for."""
-    for send in ("coded", "shards"):
-        strategy = GradientCoding(FedAvg(), code, send=send)
-        with InProcessGrid(toy_app(), 4) as grid:
-            strategy.start(grid, initial_arrays(), num_rounds=2)
-        compared = code.groups is None and send == "coded"  # replies of a cyclic code share shards
-        for row in strategy.ledger.rows:
-            assert row["train"]["replica-disagreement"] == (0.0 if compared else None)
 
 
 def test_a_reply_with_other_names_is_outvoted_and_its_shard_comes_from_another_holder() -> None:

@@ -35,7 +35,12 @@ def newer_server(message: Message, context: Context, call_next: _Call) -> Messag
 
 
 def app_with(mod: Any) -> ClientApp:
-    return toy_app([mod, gradient_coding_mod])
+    """An app whose coding mod is handed what another function makes of the messages."""
+
+    def both(message: Message, context: Context, call_next: _Call) -> Message:
+        return mod(message, context, lambda *given: gradient_coding_mod(*given, call_next))  # type: ignore[call-arg, no-any-return]
+
+    return toy_app([both])
 
 
 def ledger_of(code: Any, app: ClientApp, **kwargs: Any) -> list[Any]:

@@ -33,6 +33,7 @@ from fl_gradcode.grid.stop_rule import Wait
 from fl_gradcode.protocol.encoding import payload_encoding
 from fl_gradcode.protocol.packing import as_array
 from fl_gradcode.protocol.records import ARRAYS, METRICS, UPDATE, Plan, Reply
+from fl_gradcode.protocol.sketch import folded_sums
 from fl_gradcode.testing import InProcessGrid
 
 WORKERS = 32
@@ -168,21 +169,28 @@ def model() -> ArrayRecord:
 
 
 def coded_reply(message: Message, worker: int) -> Message:
-    """As the mod sends it: noise of the right length and type, and a weight of 1 a shard."""
+    """As the mod sends it: noise of the right length and type, figures, and a weight of 1 a shard."""
     plan = Plan.find_in(message.content)
     assert plan is not None
     row, encoding = plan.rows[worker], payload_encoding(plan.fraction_bits, plan.k)
     metrics: Any = None
     for coefficients in row.coefficients:
         metrics = encoding.add_metrics(metrics, np.ones(1), coefficients[:1])
-    length = -(-SIZE // len(row.coefficients[0]))
-    rng, drawn = np.random.default_rng(worker), 1 << 16  # and repeated: drawing it all would take longer than decoding
-    noise: Any = np.resize(
-        rng.standard_normal(drawn, dtype=np.float32)
-        if plan.fraction_bits is None
-        else rng.integers(0, P, drawn, dtype=np.uint32),
-        length,
-    )
+    m = len(row.coefficients[0])
+    length, drawn = -(-SIZE // m), 1 << 16  # and repeated: drawing it all would take longer than decoding
+    # Each block of shard j's update is j + 1 times the same noise, so that holders agree.
+    rng, times = np.random.default_rng(0), [shard + 1 for shard in row.shards]
+    factor = sum(sum(mine) * number for mine, number in zip(row.coefficients, times, strict=True))
+    if plan.fraction_bits is None:
+        noise: Any = np.resize(rng.standard_normal(drawn, dtype=np.float32), length)
+        sums, beginning = folded_sums(noise, np.float64), (float(np.linalg.norm(noise)),)
+        figures = [tuple(number * x for x in (*beginning, *(m * [*sums]))) for number in times]
+        noise *= np.float32(factor)
+    else:
+        whole = rng.integers(0, 1000, drawn)
+        sums = folded_sums(np.resize(whole, length), np.int64)
+        figures = [(float(number),) * 4 + tuple(float(number * x % P) for x in sums) for number in times]
+        noise = np.resize((whole * int(factor) % P).astype(np.uint32), length)
     reply = Reply(
         run=plan.run,
         round=plan.round,
@@ -194,6 +202,7 @@ def coded_reply(message: Message, worker: int) -> Message:
         metrics_layout=(("num-examples", -1, True),),
         arrays_name="arrays",
         metrics_name="metrics",
+        figures=tuple(figures) if plan.figures else (),
     )
     arrays: dict[str, Array] = {ARRAYS: as_array(noise), METRICS: as_array(encoding.sent(metrics))}
     return Message(reply.content(**{UPDATE: ArrayRecord(arrays)}), reply_to=message)

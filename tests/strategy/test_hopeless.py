@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_gradcode import GradientCode, GradientCoding, cyclic_repetition, fractional_repetition, uncoded
-from fl_gradcode.strategy.cover import may_cover
+from fl_gradcode.codes.covering import may_cover
+from fl_gradcode.strategy.comparison import Comparisons
 from fl_gradcode.strategy.options import Options, send_of
 from fl_gradcode.strategy.phase import Phase
 from fl_gradcode.strategy.plan_messages import MessageFactory, make_plan
@@ -47,7 +48,17 @@ def phase(code: GradientCode, registry: WorkerRegistry, send: Any) -> Phase:
     )
     factory = MessageFactory(plan, RecordDict(), message_type="train", ttl=None)
     mode = mode_chooser(options, code).choose(complete=True)
-    return open_phase(mode, factory, code, range(code.k), None, registry, kappa_max=float("inf"))
+    return open_phase(
+        mode,
+        factory,
+        code,
+        range(code.k),
+        None,
+        registry,
+        Comparisons(0),
+        compares=True,
+        kappa_max=float("inf"),
+    )
 
 
 @pytest.mark.parametrize("send", ["coded", "shards"])

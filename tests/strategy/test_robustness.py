@@ -148,8 +148,8 @@ def test_weights_may_be_whole_numbers_on_some_shards_only() -> None:
 
 
 MALFORMED: dict[str, Any] = {
-    "empty sketches": {"sketches": [[], []]},
-    "infinite sketches": {"sketches": [[1e400, 0, 0, 0]]},
+    "empty figures": {"figures": [[], []]},
+    "infinite figures": {"figures": [[1e400, 0, 0, 0]]},
     "infinite round": {"round": float("inf")},
     "text for seconds": {"outcome": "gave-up", "seconds": ["x"]},
     "unknown outcome": {"outcome": "nonsense"},
@@ -244,18 +244,20 @@ def test_evaluation_on_one_common_test_set_is_allowed_and_mentioned_once(caplog:
 
 
 def test_a_combining_code_says_which_holders_disagree(caplog: pytest.LogCaptureFixture) -> None:
-    def tamper(worker: int, message: Message, reply: Message) -> Message:
-        if worker == 2:
-            record: Any = reply.content["fl-gradcode.reply"]
-            said = json.loads(record["json"])
-            said["sketches"] = [[9.0, 9.0, 9.0, 9.0] for _ in said["sketches"]]
-            record["json"] = json.dumps(said)
-        return reply
+    app = ClientApp(mods=[gradient_coding_mod])
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        int(context.node_config["partition-id"])
+        record: Any = message.content["arrays"]
+        arrays = ArrayRecord([a + np.float32(context.node_id % 97) for a in record.to_numpy_ndarrays()])
+        return Message(RecordDict({"a": arrays, "m": MetricRecord({"num-examples": 1})}), reply_to=message)
 
     strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), cyclic_repetition(5, 2, rng=np.random.default_rng(0)))
-    with InProcessGrid(toy_app(), 5, tamper=tamper) as grid, caplog.at_level(logging.WARNING):
-        strategy.start(grid, initial_arrays(), num_rounds=1)
-    assert "disagree by up to" in caplog.text
+    arrays = ArrayRecord([np.zeros(3, np.float32)])
+    with InProcessGrid(app, 5) as grid, caplog.at_level(logging.WARNING):
+        strategy.start(grid, arrays, num_rounds=1)
+    assert "disagree by up to" in caplog.text and strategy.ledger.rows[0]["train"]["outcome"] == "skipped"
 
 
 def test_counters_of_any_size_are_exact_to_the_wire_s_precision() -> None:
@@ -294,7 +296,7 @@ def test_replies_are_let_go_after_their_round() -> None:
 
     # Worker 0 never answers: its debt keeps the first round in mind.
     law = Law("", lambda seed, worker, tick: 1.0 if worker else float("inf"))
-    strategy = GradientCoding(FedAvg(), fractional_repetition(4, 1), on_round_end=count)
+    strategy = GradientCoding(FedAvg(), fractional_repetition(4, 1), on_round_end=count, verify=0)
     with InProcessGrid(toy_app(), 4, tamper=watch) as grid:
         strategy.start(VirtualGrid(grid, Latency(fixed=law)), initial_arrays(), num_rounds=4)
     assert len(alive) == 16
@@ -331,12 +333,12 @@ def test_deeply_nested_json_counts_as_a_straggler() -> None:
     assert strategy.ledger.rows[0]["train"]["outcome"] == "exact"
 
 
-def test_a_sketch_of_any_size_leaves_a_row_in_the_file(tmp_path: Any) -> None:
+def test_figures_of_any_size_leave_a_row_in_the_file(tmp_path: Any) -> None:
     def tamper(worker: int, message: Message, reply: Message) -> Message:
         record: Any = reply.content["fl-gradcode.reply"]
         said = json.loads(record["json"])
         if worker == 1:
-            said["sketches"] = [[0, 1e308, 0, 0] for _ in said["sketches"]]
+            said["figures"] = [[0, 1e308, 0, 0] for _ in said["figures"]]
         record["json"] = json.dumps(said)
         return reply
 

@@ -1,0 +1,115 @@
+"""Sketches differ where copies differ, and a client's figures add up to those of its coded vector."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from fl_gradcode.codes import P, PrimeField, cyclic_repetition, for_assignment, reed_solomon
+from fl_gradcode.protocol import Sketcher, payload_encoding
+
+WEIGHT = "num-examples"
+RNG = np.random.default_rng(0)
+
+
+def reply(scale: float = 1.0, *, count: int = 7, **more: Any) -> RecordDict:
+    arrays = ArrayRecord({"w": Array(np.arange(1.0, 5.0) * scale), "n": Array(np.array([3]))})
+    return RecordDict({"arrays": arrays, "metrics": MetricRecord({WEIGHT: count, "seconds": scale}), **more})
+
+
+def apart(one: RecordDict, other: RecordDict) -> float:
+    sketcher = Sketcher()
+    return sketcher.of_records(one, WEIGHT).apart(sketcher.of_records(other, WEIGHT))
+
+
+def test_records_are_apart_by_their_floats_and_times_may_differ() -> None:
+    assert apart(reply(), reply()) == 0
+    assert 5e-4 < apart(reply(), reply(1.001)) < 2e-3  # only the four floats differ
+    assert apart(reply(told=ConfigRecord({"a": 1})), reply(told=ConfigRecord({"a": 2}))) == 0
+    assert apart(reply(count=8), reply(count=7)) == pytest.approx(1 / 8)
+    zeros = RecordDict({"a": ArrayRecord([np.zeros(3)])})
+    assert apart(zeros, zeros) == 0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        reply(more=MetricRecord({"x": 1})),
+        RecordDict({"arrays": ArrayRecord({"w": Array(np.zeros(4))}), "metrics": MetricRecord({WEIGHT: 7})}),
+        RecordDict({**reply(), "arrays": ArrayRecord({"w": Array(np.arange(1.0, 5.0)), "n": Array(np.array([4]))})}),
+        RecordDict({**reply(), "arrays": ArrayRecord({"w": Array(np.zeros(5)), "n": Array(np.array([3]))})}),
+        RecordDict({**reply(), "arrays": ArrayRecord({"w": Array(np.ones(4, "f4")), "n": Array(np.array([3]))})}),
+    ],
+    ids=["a record more", "an array less", "a counter", "a shape", "a dtype"],
+)
+def test_whatever_is_no_float_must_be_equal(other: RecordDict) -> None:
+    assert apart(reply(), other) == math.inf
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint32])
+@pytest.mark.parametrize("size", [1, 1000, 70_001])
+def test_one_entry_that_differs_shows_and_rounding_does_not(dtype: Any, size: int) -> None:
+    values = RNG.standard_normal(size).astype(dtype) if dtype != np.uint32 else RNG.integers(0, P, size, dtype=dtype)
+    sketcher = Sketcher()
+    other = values.copy()
+    other[size // 2] = values[size // 2] // 2 if dtype == np.uint32 else values[size // 2] + 1
+    one = sketcher.of_vector(values, 1.0, ())
+    assert one.apart(sketcher.of_vector(values.copy(), 1.0, ())) == 0
+    assert one.apart(sketcher.of_vector(other, 1.0, ())) > 1e-5
+    if dtype != np.uint32:
+        near = sketcher.of_vector((values * (1 + 1e-7)).astype(dtype), 1.0, ())
+        assert one.apart(near) < 1e-5
+
+
+def test_swapped_entries_and_turned_signs_show_though_the_norm_stays() -> None:
+    values = RNG.standard_normal(5000).astype(np.float32)
+    for other in (values[::-1].copy(), -values, np.roll(values, 1), np.roll(values, 1024)):
+        sketcher = Sketcher()
+        assert sketcher.of_vector(values, 1.0, ()).apart(sketcher.of_vector(other, 1.0, ())) > 1e-2
+
+
+def test_large_vectors_are_looked_at_in_part_for_signs_and_as_a_whole_for_the_norm() -> None:
+    values = RNG.standard_normal(3_000_000).astype(np.float32)
+    sketcher = Sketcher()
+    other = values.copy()
+    other[:100_000] *= 1.1  # about 6e-3 of the norm's square
+    one, two = sketcher.of_vector(values, 1.0, ()), sketcher.of_vector(other, 1.0, ())
+    assert one.numbers[0] == pytest.approx(float(np.linalg.norm(values.astype(np.float64))), rel=1e-6)
+    assert one.apart(two) > 1e-3
+    assert one.apart(sketcher.of_vector(-values, 1.0, ())) > 1e-2
+
+
+CODES = {
+    "cyclic": cyclic_repetition(6, 2, rng=np.random.default_rng(0)),
+    "m = 2": for_assignment([[i % 6, (i + 1) % 6, (i + 2) % 6, (i + 3) % 6] for i in range(6)], s=2, m=2),
+    "prime field": reed_solomon(6, 2),
+}
+
+
+@pytest.mark.parametrize("size", [5, 4099])
+@pytest.mark.parametrize("name", CODES)
+def test_figures_add_up_and_wrong_ones_do_not(name: str, size: int) -> None:
+    code = CODES[name]
+    bits = code.numbers.fraction_bits if isinstance(code.numbers, PrimeField) else None
+    encoding = payload_encoding(bits, code.k)
+    for worker in range(code.n):
+        columns = list(code.shards_of(worker))
+        rows = [tuple(row) for row in code.B[worker, columns].reshape(len(columns), code.m).tolist()]
+        total, figures = None, []
+        for coefficients in rows:
+            update = RNG.standard_normal(size).astype(np.float32)
+            total, described = encoding.add_update(total, update, coefficients, describe=True)
+            assert described is not None
+            figures.append(encoding.with_metrics(described, np.array([1.0])))
+        assert total is not None
+        sent = encoding.sent(total)
+        assert encoding.add_up(sent, rows, figures)
+        for shard in range(len(figures)):
+            wrong = [*figures]
+            wrong[shard] = (*wrong[shard][:-1], wrong[shard][-1] + (1 if bits else 10 * abs(wrong[shard][0])))
+            assert not encoding.add_up(sent, rows, wrong)
+            assert not encoding.add_up(sent, rows, [one[:-1] for one in figures])

@@ -1,0 +1,233 @@
+"""Copies of a shard are compared: in the first rounds, late, and whenever two come; and what disagrees is told."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+
+from fl_gradcode import GradientCoding, VirtualGrid, cyclic_repetition, fractional_repetition, gradient_coding_mod
+from fl_gradcode.codes import GradientCode, uncoded
+from fl_gradcode.errors import InvalidSetting, RoundFailed
+from fl_gradcode.latency import Latency, constant, scaled
+from fl_gradcode.testing import InProcessGrid
+from tests.conftest import initial_arrays, toy_app
+
+CODES: dict[str, Callable[[], GradientCode]] = {
+    "fractional": lambda: fractional_repetition(6, 2),
+    "cyclic": lambda: cyclic_repetition(6, 2, rng=np.random.default_rng(0)),
+}
+WAYS = [("coded", "fractional"), ("coded", "cyclic"), ("shards", "fractional"), ("shards", "cyclic")]
+DATA = np.random.default_rng(1).standard_normal((6, 4))
+
+
+def app_of(update: Callable[[Context], Any], weight: Callable[[Context], int] = lambda context: 5) -> ClientApp:
+    app = ClientApp(mods=[gradient_coding_mod])
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        context.node_config["partition-id"]
+        record: Any = message.content["arrays"]
+        w = record["w"].numpy() + update(context)
+        metrics = MetricRecord({"num-examples": weight(context)})
+        return Message(RecordDict({"arrays": ArrayRecord({"w": Array(w)}), "metrics": metrics}), reply_to=message)
+
+    return app
+
+
+def start(
+    app: ClientApp, code: GradientCode, *, rounds: int = 2, latency: Any = None, n: int = 6, **options: Any
+) -> tuple[GradientCoding, Any]:
+    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), code, **options)
+    with InProcessGrid(app, n) as nodes:
+        grid = nodes if latency is None else VirtualGrid(nodes, Latency(compute=latency))
+        return strategy, strategy.start(grid, ArrayRecord({"w": Array(np.zeros(4))}), num_rounds=rounds)
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def kept_loader() -> Callable[[Context], Any]:
+    """Each node is a process, which loads its data at the first call."""
+    loaded: dict[int, Any] = {}
+    return lambda context: loaded.setdefault(context.node_id, DATA[int(context.node_config["partition-id"])])
+
+
+def kept_counter() -> Callable[[Context], Any]:
+    calls: dict[int, int] = {}
+
+    def update(context: Context) -> Any:
+        calls[context.node_id] = calls.get(context.node_id, 0) + 1
+        return DATA[int(context.node_config["partition-id"])] * calls[context.node_id]
+
+    return update
+
+
+def own_generator() -> Callable[[Context], Any]:
+    generator = np.random.default_rng(3)
+    return lambda context: DATA[int(context.node_config["partition-id"])] + generator.random()
+
+
+@pytest.mark.parametrize("broken", [kept_loader, kept_counter, own_generator])
+@pytest.mark.parametrize(("send", "code"), WAYS)
+def test_what_is_kept_between_calls_is_told_in_the_first_rounds(
+    send: Any, code: str, broken: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    strategy, _ = start(app_of(broken()), CODES[code](), rounds=2, send=send)
+    told = [text for text in warnings_of(caplog) if "sent different updates" in text]
+    assert len(told) == 1 and "both hold shard" in told[0]
+    assert max(row["train"]["replica-disagreement"] or 0 for row in strategy.ledger.rows) > 1e-5
+
+
+@pytest.mark.parametrize(("send", "code"), WAYS)
+def test_copies_that_agree_are_seen_in_the_first_round_and_then_not_waited_for(
+    send: Any, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    strategy, _ = start(toy_like(), CODES[code](), rounds=3, send=send, latency=constant(1.0))
+    first, *later = [row["train"] for row in strategy.ledger.rows]
+    assert first["compared"] == [0, 1, 2, 3, 4, 5] and first["replica-disagreement"] < 1e-5
+    assert all(row["seconds"]["verifying"] == 0 for row in later)
+    assert warnings_of(caplog) == []
+
+
+def toy_like() -> ClientApp:
+    return app_of(lambda context: DATA[int(context.node_config["partition-id"])])
+
+
+def test_different_data_are_told_by_the_numbers_of_examples(caplog: pytest.LogCaptureFixture) -> None:
+    app = app_of(lambda context: DATA[0], weight=lambda context: 5 + context.node_id % 7)
+    start(app, fractional_repetition(6, 2))
+    assert any("trained on different data" in text and "examples" in text for text in warnings_of(caplog))
+
+
+def test_a_state_that_differs_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    def update(context: Context) -> Any:
+        context.state["seen"] = MetricRecord({"by": context.node_id})
+        return DATA[int(context.node_config["partition-id"])] + context.node_id % 5
+
+    start(app_of(update), fractional_repetition(6, 2))
+    assert any("keeps something in context.state" in text and "both hold" in text for text in warnings_of(caplog))
+
+
+def test_the_same_update_for_two_shards_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    app = app_of(lambda context: DATA[0])
+    start(app, CODES["cyclic"]())
+    assert any("sent the same update for shards" in text for text in warnings_of(caplog))
+    caplog.clear()
+    start(app, CODES["cyclic"](), allow_fixed_data=True)
+    assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize(("send", "code"), WAYS)
+def test_skip_leaves_the_model_as_it_is(send: Any, code: str) -> None:
+    strategy, result = start(
+        app_of(own_generator()), CODES[code](), send=send, on_disagreement="skip", give_up_rounds=None
+    )
+    assert strategy.ledger.rows[0]["train"]["outcome"] == "skipped"
+    assert send == "shards" or (result.arrays["w"].numpy() == 0).all()  # one copy of each shard may be all that came
+
+
+def test_raise_ends_the_run_with_shard_holders_and_rule() -> None:
+    with pytest.raises(RoundFailed, match="both hold shards .* sent different updates in round 1"):
+        start(app_of(own_generator()), fractional_repetition(6, 2), on_disagreement="raise")
+
+
+def test_skipped_rounds_end_the_run() -> None:
+    with pytest.raises(RoundFailed, match="None of the last 2 rounds"):
+        start(app_of(own_generator()), fractional_repetition(6, 2), on_disagreement="skip", give_up_rounds=2, rounds=4)
+
+
+# How long rounds wait for second copies
+
+#: The groups are (0, 2, 4) and (1, 3, 5).
+SLOW = scaled(constant(1.0), {2: 1.5, 4: 9.0, 3: 2.5, 5: 9.0})
+
+
+def test_a_round_waits_on_for_at_most_as_long_as_it_took() -> None:
+    strategy, _ = start(toy_like(), fractional_repetition(6, 2), rounds=4, latency=SLOW)
+    train = [row["train"] for row in strategy.ledger.rows]
+    # Three shards each take 3 s. Worker 2 of the first group has a second copy after 4.5 s; worker 3 of the other
+    # after 7.5 s, too late for the 6 s that round 1 may take, and compared when it comes.
+    assert train[0]["decodable-after-seconds"] == 3 and train[0]["seconds"]["waiting"] == 6
+    assert train[0]["seconds"]["verifying"] == 3 and train[0]["compared"] == [0, 2, 4]
+    assert next(late for row in train for late in row["late"] if late["worker"] == 3)["replica-disagreement"] == 0
+    assert all(row["seconds"]["verifying"] == 0 for row in train[1:])
+
+
+def test_no_round_waits_on_if_none_may() -> None:
+    strategy, _ = start(toy_like(), fractional_repetition(6, 2), rounds=2, latency=SLOW, verify=0)
+    assert [row["train"]["seconds"]["waiting"] for row in strategy.ledger.rows] == [3, 3]
+    assert all(row["train"]["replica-disagreement"] is None for row in strategy.ledger.rows)
+
+
+def test_a_run_that_could_not_compare_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    silent = scaled(constant(1.0), dict.fromkeys((2, 3, 4, 5), float("inf")))
+    strategy, _ = start(toy_like(), fractional_repetition(6, 2), rounds=2, latency=silent)
+    assert any("no second copy has come of shards 0, 1, 2, 3, 4 and 5" in text for text in warnings_of(caplog))
+    assert all(row["train"]["replica-disagreement"] is None for row in strategy.ledger.rows)
+
+
+def test_a_code_without_replicas_has_nothing_to_compare(caplog: pytest.LogCaptureFixture) -> None:
+    strategy, _ = start(toy_like(), uncoded(6))
+    assert warnings_of(caplog) == []
+    assert all(row["train"]["replica-disagreement"] is None for row in strategy.ledger.rows)
+
+
+@pytest.mark.parametrize("code", ["fractional", "cyclic"])
+def test_a_late_reply_that_differs_is_told_and_in_the_ledger(code: str, caplog: pytest.LogCaptureFixture) -> None:
+    app = app_of(lambda context: DATA[int(context.node_config["partition-id"])] * (2 if context.node_id == 3 else 1))
+    latency = scaled(
+        constant(1.0), {2: 9.0, 4: 9.0, 3: 2.5, 5: 9.0} if code == "fractional" else {3: 2.5, 4: float("inf")}
+    )
+
+    class Numbered(InProcessGrid):
+        def __init__(self) -> None:
+            super().__init__(app, 6)
+            contexts = {self._worker[node]: context for node, context in self._contexts.items()}
+            self._worker = {i: i for i in range(6)}
+            for i, context in contexts.items():
+                context.node_id = i
+            self._contexts = contexts
+
+    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), CODES[code]())
+    with Numbered() as nodes:
+        grid = VirtualGrid(nodes, Latency(compute=latency))
+        strategy.start(grid, ArrayRecord({"w": Array(np.zeros(4))}), num_rounds=4)
+    late = [one for row in strategy.ledger.rows for one in row["train"]["late"] if one["worker"] == 3]
+    assert late and late[0]["replica-disagreement"] > 0.1
+    assert any("has used one of the two" in text for text in warnings_of(caplog))
+
+
+# Clients' own figures
+
+
+def test_figures_that_do_not_add_up_are_rejected_and_the_rest_decodes() -> None:
+    import json
+
+    def tamper(worker: int, message: Message, answer: Message) -> Message:
+        record = answer.content.config_records.get("fl-gradcode.reply")
+        if worker == 2 and record is not None:
+            said = json.loads(str(record["json"]))
+            said["figures"] = [[9.0] * len(one) for one in said["figures"]]
+            record["json"] = json.dumps(said)
+        return answer
+
+    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), CODES["cyclic"]())
+    with InProcessGrid(toy_app(), 6, tamper=tamper) as grid:
+        strategy.start(grid, initial_arrays(), num_rounds=2)
+    for row in strategy.ledger.rows:
+        assert row["train"]["outcome"] == "exact" and row["train"]["replica-disagreement"] < 1e-5
+    assert [one["kind"] for one in strategy.ledger.rows[0]["train"]["rejected"]] == ["wrong-figures"]
+
+
+@pytest.mark.parametrize("setting", [{"verify": -1}, {"verify": True}, {"on_disagreement": "ignore"}])
+def test_settings_that_cannot_be(setting: Any) -> None:
+    with pytest.raises(InvalidSetting, match=next(iter(setting))):
+        GradientCoding(FedAvg(), uncoded(2), **setting)
