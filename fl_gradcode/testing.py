@@ -1,9 +1,10 @@
-"""Tools for tests and experiments: a grid that runs a ClientApp in this process, and a clock that is set by hand.
+"""Tools for tests: a check of an app, a grid that runs a ClientApp in this process, and a clock that is set by hand.
 
     with InProcessGrid(app, num_nodes=6) as grid:
         result = FedAvg().start(grid, arrays, num_rounds=3)
 
-`inside_a_run` allows a `Message` to be built outside of Flower's engines. The grid enters it by itself.
+`check_app` tells whether an app keeps the contract of coding. `inside_a_run` allows a `Message` to be built outside of
+Flower's engines. The grid enters it by itself.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from ._flower_internals import inside_a_run, number_message
+from .appcheck import check_app
 from .grid import Arrival, ArrivalSource, ForwardingGrid
 
-__all__ = ["InProcessGrid", "ManualClock", "inside_a_run"]
+__all__ = ["InProcessGrid", "ManualClock", "check_app", "inside_a_run"]
 
 _RAISED = 2  # Flower's error code for an exception in the ClientApp
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .check import check
 from .place import place
 from .plan import plan
 from .privacy import keys, privacy
@@ -24,6 +25,7 @@ def _commands() -> None:
     """Gradient coding for Flower: rounds that neither wait for slow clients nor lose their data."""
 
 
+app.command()(check)
 app.command()(plan)
 app.command()(place)
 app.command()(privacy)
