@@ -253,5 +253,6 @@ def _resnet18_shapes() -> dict[str, tuple[int, ...]]:
 if __name__ == "__main__":
     import logging
 
-    logging.getLogger("flwr").setLevel(logging.ERROR)
+    for name in ("flwr", "fl_gradcode"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     main()

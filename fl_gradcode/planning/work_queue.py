@@ -6,6 +6,7 @@ The strategy and the planner's simulation use the same `ShardQueue`, so that a p
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Collection, Mapping, Sequence
 
 from scipy.sparse import csr_array
@@ -118,6 +119,15 @@ class ShardQueue:
         if shard is not None:
             self._took[runner] = now - began
         return shard
+
+    def took(self, runner: int) -> float:
+        """Returns the seconds that a runner took for its last shard in this round; infinity if it has finished none."""
+        return self._took.get(runner, math.inf)
+
+    @property
+    def typical(self) -> float:
+        """Median of the seconds that runners took for their last shards in this round; infinity if none is done."""
+        return statistics.median(self._took.values()) if self._took else math.inf
 
     def drop(self, runner: int) -> None:
         """Note that the runner has lost the shard that it was working on."""

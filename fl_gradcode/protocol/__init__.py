@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         rebuild_metrics,
         restore_types,
         size_of,
+        sum_of_squares,
         view,
         wire_dtype,
     )
@@ -101,6 +102,7 @@ __all__ = [
     "restore_types",
     "round_of",
     "size_of",
+    "sum_of_squares",
     "view",
     "wire_dtype",
     "with_kind",
@@ -141,6 +143,7 @@ __getattr__, __dir__ = lazy_names(
             "rebuild_metrics",
             "restore_types",
             "size_of",
+            "sum_of_squares",
             "view",
             "wire_dtype",
         ],

@@ -31,6 +31,7 @@ __all__ = [
     "rebuild_metrics",
     "restore_types",
     "size_of",
+    "sum_of_squares",
     "view",
     "wire_dtype",
 ]
@@ -88,8 +89,13 @@ def all_finite(values: NDArray[np.floating]) -> bool:
     # nothing, so then the entries are checked.
     if values.dtype.itemsize < 4:  # NumPy multiplies float16 slowly
         return bool(np.isfinite(values).all())
+    return math.isfinite(sum_of_squares(values)) or bool(np.isfinite(values).all())
+
+
+def sum_of_squares(values: NDArray[np.floating]) -> float:
+    """Returns the sum of squares in the dtype of the vector; infinity or NaN if it overflows or an entry is none."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(np.dot(values, values))) or bool(np.isfinite(values).all())
+        return float(np.dot(values, values))
 
 
 def difference_between(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,7 +20,7 @@ from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from ..codes import P
-from .packing import view
+from .packing import sum_of_squares, view
 
 __all__ = ["SUMS", "Sketch", "Sketcher", "add_up", "figures_of", "folded_sums"]
 
@@ -29,7 +29,7 @@ SUMS = 3
 _FOLD = 1024  # entries after which the public signs repeat
 _CACHED = 1 << 16  # entries that fit a core's cache, a multiple of _FOLD
 _WHOLE = 16  # pieces of _CACHED entries up to which all enter the signed sums; of more, one in _ONE_IN does
-_ONE_IN = 8
+_ONE_IN = 16
 _ROUNDING = 1e-3  # relative to the norms: how far figures may be from sums of float32 numbers
 _TINY = 1e-30
 
@@ -64,7 +64,7 @@ def _relative(x: float, y: float, scale: float = 0.0) -> float:
 class Sketcher:
     """Makes sketches with secret signs, which are fresh for each object unless a key is given.
 
-    The norm is taken of all entries. Of an array with more than a million entries, the signed sums take an eighth, in
+    The norm is taken of all entries. Of an array with more than a million entries, the signed sums take a sixteenth, in
     pieces at secret places, so that sketching stays cheap beside decoding.
 
     Args:
@@ -73,10 +73,18 @@ class Sketcher:
 
     def __init__(self, key: int | None = None) -> None:
         self._key = secrets.randbits(63) if key is None else key
+        self._drawn: dict[tuple[int, int], tuple[NDArray[np.float64], dict[int, NDArray[np.float32]]]] = {}
 
-    def of_vector(self, values: NDArray[Any], weight: float, form: Hashable) -> Sketch:
-        """Returns the sketch of a coded vector, floats or uint32 numbers of a prime field, shape (d,)."""
-        square, sums = self._scan(values, 0)
+    def of_vector(self, values: NDArray[Any], weight: float, form: Hashable, *, square: float | None = None) -> Sketch:
+        """Returns the sketch of a coded vector, floats or uint32 numbers of a prime field, shape (d,).
+
+        Args:
+            values: The vector.
+            weight: Number of examples.
+            form: Whatever else two copies must have in common.
+            square: Sum of the squares, if it is known.
+        """
+        square, sums = self._scan(values, 0, square)
         return Sketch((math.sqrt(square), *sums.tolist()), weight, form)
 
     def of_records(self, content: RecordDict, weight_key: str) -> Sketch:
@@ -104,39 +112,46 @@ class Sketcher:
                 square, sums = square + more, sums + these
         return Sketch((math.sqrt(square), *sums.tolist()), weight, form.hexdigest())
 
-    def _scan(self, values: NDArray[Any], salt: int) -> tuple[float, NDArray[np.float64]]:
+    def _scan(self, values: NDArray[Any], salt: int, square: float | None = None) -> tuple[float, NDArray[np.float64]]:
         """Returns the sum of squares and the signed sums."""
-        random = np.random.Generator(np.random.Philox(key=[self._key, salt]))
-        signs = random.choice(np.array([-1.0, 1.0], np.float32), size=(_FOLD, SUMS))
-        square, sums = 0.0, np.zeros(SUMS)
-        pieces = -(-values.size // _CACHED)
-        chosen = random.random(pieces) < (1.0 if pieces <= _WHOLE else 1 / _ONE_IN)
+        if (values.size, salt) not in self._drawn:
+            self._drawn[values.size, salt] = self._draw(values.size, salt)
+        signs, turns = self._drawn[values.size, salt]
+        if square is None and values.dtype.kind == "f" and values.dtype.itemsize >= 4:
+            square = sum_of_squares(values)
+        known = square is not None and math.isfinite(square)
+        total = square if square is not None and known else 0.0
+        folded = np.zeros(_FOLD)
         with np.errstate(all="ignore"):
-            for number, piece in enumerate(_pieces(values)):
-                size = float(np.dot(piece, piece))
-                if not math.isfinite(size):  # a float32 product may overflow where a float64 one does not
+            for number in turns if known else range(-(-values.size // _CACHED)):
+                piece = _as_floats(values[number * _CACHED : (number + 1) * _CACHED])
+                if not known:
                     piece = piece.astype(np.float64)
-                    size = float(np.dot(piece, piece))
-                square += size
-                if chosen[number]:
+                    total += float(np.dot(piece, piece))
+                if number in turns:
                     rows = piece[: piece.size // _FOLD * _FOLD].reshape(-1, _FOLD)
-                    turns = random.choice(np.array([-1.0, 1.0], np.float32), size=len(rows) + 1)
-                    sums += turns[:-1] @ (rows @ signs)
+                    folded += turns[number][: len(rows)] @ rows
                     rest = piece[rows.size :]
-                    sums += turns[-1] * (rest @ signs[: rest.size])
-        return square, sums
+                    folded[: rest.size] += turns[number][-1] * rest
+            return total, signs @ folded
+
+    def _draw(self, size: int, salt: int) -> tuple[NDArray[np.float64], dict[int, NDArray[np.float32]]]:
+        """Returns the signs of columns, and for each piece that enters the signed sums, those of its rows."""
+        random = np.random.Generator(np.random.Philox(key=[self._key, salt]))
+        pieces = -(-size // _CACHED)
+        chosen = np.flatnonzero(random.random(pieces) < (1.0 if pieces <= _WHOLE else 1 / _ONE_IN))
+        turns = random.choice(np.array([-1.0, 1.0], np.float32), size=(len(chosen), _CACHED // _FOLD + 1))
+        signs = random.choice([-1.0, 1.0], size=(SUMS, _FOLD))
+        return signs, dict(zip(chosen.tolist(), turns, strict=True))
 
 
-def _pieces(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """Yields a vector in pieces, as floats that are multiplied fast; a number of a field becomes its signed one."""
-    for start in range(0, values.size, _CACHED):
-        piece = values[start : start + _CACHED]
-        if piece.dtype.kind == "u":
-            signed = piece.astype(np.float64)
-            signed[piece > P // 2] -= P
-            yield signed
-        else:
-            yield piece.astype(np.float32) if piece.dtype.itemsize < 4 else piece
+def _as_floats(piece: NDArray[Any]) -> NDArray[Any]:
+    """Returns numbers as floats that are multiplied fast; a number of a prime field becomes its signed one."""
+    if piece.dtype.kind == "u":
+        signed = piece.astype(np.float64)
+        signed[piece > P // 2] -= P
+        return signed
+    return piece.astype(np.float32) if piece.dtype.itemsize < 4 else piece
 
 
 # ---- A client's figures ----
@@ -145,9 +160,9 @@ def _pieces(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
 def figures_of(update: NDArray[np.floating], m: int) -> tuple[float, ...]:
     """Returns the norm of an update and the signed sums of each of its m blocks; zeros if one is not finite."""
     length = -(-update.size // m)
-    with np.errstate(all="ignore"):
-        square = sum(float(np.dot(piece, piece)) for piece in _pieces(update))
-        if not math.isfinite(square):  # a float32 product may overflow where a float64 one does not
+    square = sum_of_squares(update)
+    if not math.isfinite(square):  # a float32 product may overflow where a float64 one does not
+        with np.errstate(all="ignore"):
             square = float(np.square(update, dtype=np.float64).sum())
     values = [math.sqrt(square)]
     for block in range(m):

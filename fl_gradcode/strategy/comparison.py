@@ -149,13 +149,16 @@ class Copies:
             return "the figures by which it describes its shards do not add up to its vector"
         return ""
 
-    def add(self, reply: Reply, update: NDArray[Any], metrics: NDArray[Any]) -> float | None:
+    def add(
+        self, reply: Reply, update: NDArray[Any], metrics: NDArray[Any], square: float | None = None
+    ) -> float | None:
         """Compare a coded reply with earlier ones; returns the largest difference, or None if there was no other copy.
 
         Args:
             reply: The reply.
             update: Its coded update, shape (ceil(d / m),).
             metrics: Its coded metrics.
+            square: The update's sum of squares, if it is known.
         """
         if self._figures:
             found = [
@@ -167,7 +170,7 @@ class Copies:
             return None
         weight = float(self._encoding.restored(self._numbers(metrics))[0])
         form = (reply.layout, tuple((name, length) for name, length, _ in reply.metrics_layout))
-        sketch = self._sketcher.of_vector(update, weight, form)
+        sketch = self._sketcher.of_vector(update, weight, form, square=square)
         return self._note(tuple(sorted(reply.shards)), reply.worker, sketch)
 
     def add_records(self, reply: Reply, content: RecordDict) -> float | None:
@@ -274,18 +277,18 @@ class Comparisons:
             return None
         return Verification(several - self.twice, math.inf if self._seconds is None else self._seconds)
 
-    def close(self, copies: Copies, *, took: float, waited: float) -> None:
+    def close(self, copies: Copies, *, most: float, waited: float) -> None:
         """Take over what a phase of training compared.
 
         Args:
             copies: The copies of the phase.
-            took: Seconds until it could be decoded.
+            most: Seconds that it might have waited on for second copies.
             waited: Seconds that it waited on for second copies.
         """
         self._learn(copies)
         self._left -= 1
-        if took:  # in all, verification takes at most as long as one round
-            self._seconds = max(0.0, (took if self._seconds is None else self._seconds) - waited)
+        if most:  # in all, verification takes no longer than it might have in the first round
+            self._seconds = max(0.0, (most if self._seconds is None else self._seconds) - waited)
 
     def _learn(self, copies: Copies) -> None:
         if copies.plan.kind == "train":

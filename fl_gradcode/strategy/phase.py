@@ -55,6 +55,7 @@ class Phase(StopRule):
         decided_after: Seconds after which the replies were enough; None if they never were.
         copies: Compares what two holders of a shard sent in this phase.
         verification: The second copies that this phase waits for; None if it waits for none.
+        most_verifying: Longest time that it waits on for them, in seconds, once the replies are enough.
         late: Node -> difference of its late reply to what was used in an earlier phase.
         late_disagreements: What late replies disagree about.
     """
@@ -89,6 +90,7 @@ class Phase(StopRule):
         self.decided_after: float | None = None
         self.late: dict[int, float] = {}
         self.late_disagreements: list[Disagreement] = []
+        self.most_verifying = 0.0
         self._lingers: float | None = None
         self._first_rows = first_rows
 
@@ -108,6 +110,10 @@ class Phase(StopRule):
 
         A node that is not known may be any one of the missing workers.
         """
+
+    def longest_linger(self, seconds: float) -> float:
+        """Returns how long to wait on for second copies after the replies sufficed, which took so many seconds."""
+        return seconds
 
     def was_read(self, arrival: Arrival, *, good: bool) -> None:
         """Note that a reply was read, and whether it counts; does nothing by default."""
@@ -174,7 +180,8 @@ class Phase(StopRule):
         if self.decided_after is None and self.decided:
             self.decided_after = at
             if self.verification is not None:
-                self._lingers = arrival.at + min(at, self.verification.seconds)
+                self.most_verifying = min(self.longest_linger(at), self.verification.seconds)
+                self._lingers = arrival.at + self.most_verifying
 
     def finish(self, wait: Wait) -> list[Message]:
         """End the wait and return no messages, because Flower's loop would hold them in memory for a whole round."""

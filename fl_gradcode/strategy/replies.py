@@ -38,6 +38,7 @@ from ..protocol import (
     rebuild_metrics,
     rejection_of,
     size_of,
+    sum_of_squares,
     view,
 )
 from .comparison import Copies
@@ -266,8 +267,10 @@ def _no_mean(code: GradientCode, vector: NDArray[Any], filled: int) -> str:
 
 def vectors_of(
     reply: Reply, message: Message, before: ArrayRecord | None, m: int, encoding: PayloadEncoding
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Returns the coded update and the coded metrics of a reply, checked against the arrays that were sent.
+) -> tuple[NDArray[Any], NDArray[Any], float | None]:
+    """Returns the coded update and metrics of a reply, checked against the arrays that were sent.
+
+    Also returns the update's sum of squares, which is None over a prime field.
 
     Raises:
         ValueError: Something is missing, not finite, or has the wrong shape or dtype. The message says what.
@@ -283,11 +286,12 @@ def vectors_of(
     else:
         _check_layout(reply.layout, before)
         update = _vector(record, ARRAYS, size_of(reply.layout), update_dtype, m)
+    square = None
     if update_dtype.kind == "f":
-        _check_finite(update, metrics)
+        square = _check_finite(update, metrics)
     elif max(update.max(initial=0), metrics.max(initial=0)) >= P:
         raise ValueError(f"an entry is outside the field 0..{P - 1}")
-    return update, metrics
+    return update, metrics, square
 
 
 def _check_layout(layout: Layout, before: ArrayRecord) -> None:
@@ -316,12 +320,15 @@ class NotFinite(ValueError):
     """An update or its weight is NaN or infinite."""
 
 
-def _check_finite(update: NDArray[np.floating], metrics: NDArray[np.floating]) -> None:
+def _check_finite(update: NDArray[np.floating], metrics: NDArray[np.floating]) -> float:
+    """Returns the sum of squares, which is finite if all entries are, unless it overflows."""
     # A metric may be NaN, as in plain Flower (an accuracy over no examples). The weight may not.
-    if not all_finite(update):
+    square = sum_of_squares(update)
+    if not math.isfinite(square) and not all_finite(update):
         raise NotFinite("its weighted update is not finite (NaN or infinity)")
     if not math.isfinite(float(metrics[0])):
         raise NotFinite("its number of examples is not finite (NaN or infinity)")
+    return square
 
 
 class StaleUpdates:
@@ -513,13 +520,13 @@ class ReplyCollector:
         if wrong := self._misnamed(reply):
             return Rejection("layout", wrong)
         try:
-            update, metrics = vectors_of(reply, message, self.before, self.code.m, self._encoding)
+            update, metrics, square = vectors_of(reply, message, self.before, self.code.m, self._encoding)
         except Exception as error:  # a reply is untrusted input, and must not end the run
             kind: RejectionKind = "not-finite" if isinstance(error, NotFinite) else "layout"
             return Rejection(kind, f"unusable vectors: {last_line(str(error))}")
         if wrong := self.copies.wrong_figures(reply, update):
             return Rejection("wrong-figures", wrong)
-        self.copies.add(reply, update, metrics)
+        self.copies.add(reply, update, metrics, square)
         self._note_spent(reply)
         self.answered.append(reply.worker)
         key = (reply.layout, tuple((name, length) for name, length, _ in reply.metrics_layout))

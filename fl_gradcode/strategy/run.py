@@ -354,7 +354,7 @@ class Run:
         if phase.plan.kind != "train":
             return
         compared = self._comparisons
-        compared.close(phase.copies, took=phase.decided_after or 0.0, waited=phase.verifying)
+        compared.close(phase.copies, most=phase.most_verifying, waited=phase.verifying)
         if phase.compares:
             self._trained |= {*phase.shards}
         self._rounds_trained += 1

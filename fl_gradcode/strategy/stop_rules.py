@@ -254,7 +254,10 @@ class ShardPhase(Phase):
             return None
         # A copy whose layout differs from the other replies' does not count, and a second one would not count either.
         closed = self._covered() | self._sent.get(node, set())
-        if self.linger_until is not None and now <= self.linger_until:
+        if self.linger_until is not None:
+            # A second copy, which is not worth it if it makes the node late for the next round.
+            if now + self._queue.took(node) > self.linger_until:
+                return None
             closed = (self._row.keys() - self.unverified) | self._sent.get(node, set())
         shard = self._queue.start(node, worker, closed, now)
         return None if shard is None else self.factory.one_shard(node, worker, shard)
@@ -284,6 +287,10 @@ class ShardPhase(Phase):
             possible.update(set(mine) - self._sent.get(node, set()))
         missing = [set(self._turns[i]) for i in self.registry.missing(self._turns)]
         return not may_cover(set(self._row) - possible, missing, min(strangers, len(missing)))
+
+    def longest_linger(self, seconds: float) -> float:
+        """Returns the time that most nodes take for one shard, if that is less than the phase took."""
+        return min(seconds, self._queue.typical)
 
     def was_read(self, arrival: Arrival, *, good: bool) -> None:
         """Give no more work in this phase to a node whose reply does not count."""

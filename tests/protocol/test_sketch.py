@@ -78,7 +78,7 @@ def test_large_vectors_are_looked_at_in_part_for_signs_and_as_a_whole_for_the_no
     other = values.copy()
     other[:100_000] *= 1.1  # about 6e-3 of the norm's square
     one, two = sketcher.of_vector(values, 1.0, ()), sketcher.of_vector(other, 1.0, ())
-    assert one.numbers[0] == pytest.approx(float(np.linalg.norm(values.astype(np.float64))), rel=1e-6)
+    assert one.numbers[0] == pytest.approx(float(np.linalg.norm(values.astype(np.float64))), rel=1e-4)
     assert one.apart(two) > 1e-3
     assert one.apart(sketcher.of_vector(-values, 1.0, ())) > 1e-2
 
