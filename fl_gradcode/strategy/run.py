@@ -355,7 +355,7 @@ class Run:
             return
         compared = self._comparisons
         compared.close(phase.copies, most=phase.most_verifying, waited=phase.verifying)
-        if phase.compares:
+        if phase.compares and phase.decided:
             self._trained |= {*phase.shards}
         self._rounds_trained += 1
         if compared.over and self._rounds_trained >= self.options.verify + _LATER:

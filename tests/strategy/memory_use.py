@@ -18,6 +18,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from fl_gradcode import (
+    EarlyStopGrid,
     GradientCode,
     GradientCoding,
     cyclic_repetition,
@@ -90,6 +91,10 @@ def server(case: str) -> dict[str, float]:
     """From replies in memory to the new model."""
     if case == "plain":
         return _flower_alone()
+    if case == "plain-32":
+        return _flower_on_all()
+    if case == "as-returned":
+        return _records_as_returned()
     watched: list[Peak] = []
     inner = Watching(lambda: watched[0])
     strategy = GradientCoding(inner, AT_THE_SERVER[case](), sees="mean")
@@ -122,6 +127,47 @@ def _flower_alone() -> dict[str, float]:
         peak = Peak()
         FedAvg().aggregate_train(1, replies)
         return {"peak": peak.vectors()}
+
+
+def _returned(message: Message, worker: int, **records: Any) -> Message:
+    """A model of its own in memory, as `train()` returns it."""
+    arrays = ArrayRecord({f"layer-{i}": as_array(np.full(shape, worker, np.float32)) for i, shape in enumerate(SHAPES)})
+    content = {"arrays": arrays, "metrics": MetricRecord({"num-examples": worker + 1}), **records}
+    return Message(RecordDict(content), reply_to=message)
+
+
+def _flower_on_all() -> dict[str, float]:
+    """FedAvg on all replies, as in plain Flower."""
+    with InProcessGrid(ClientApp(), WORKERS) as grid:
+        messages = FedAvg().configure_train(1, model(), ConfigRecord(), grid)
+        replies = [_returned(message, worker) for worker, message in enumerate(messages)]
+        peak = Peak()
+        FedAvg().aggregate_train(1, replies)
+        return {"peak": peak.vectors()}
+
+
+def _records_as_returned() -> dict[str, float]:
+    """The same through one shard a message, in which the strategy sees each reply."""
+    strategy = GradientCoding(FedAvg(), fractional_repetition(WORKERS, 3), send="shards")
+    with InProcessGrid(ClientApp(), WORKERS) as grid:
+        messages = list(strategy.configure_train(1, model(), ConfigRecord(), EarlyStopGrid(grid)))
+        assert strategy._run is not None and strategy._run.phase is not None
+        phase = strategy._run.phase
+        replies = []
+        for worker, message in enumerate(messages):
+            plan = phase.plan
+            told = Reply(plan.run, plan.round, plan.kind, worker, "returned", shards=(worker,))
+            replies.append(_returned(message, worker, **told.content()))
+        peak = Peak()
+        while replies:
+            reply = replies.pop()
+            phase.offer(Arrival("", reply.metadata.src_node_id, 0.0), reply, 0.0)
+        del reply
+        phase.finish(Wait())
+        del phase
+        arrays, _ = strategy.aggregate_train(1, [])
+        assert arrays is not None and len(arrays) == len(SHAPES)
+    return {"peak": peak.vectors()}
 
 
 def client(case: str, *, sparing: bool) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,7 @@ from fl_gradcode.latency import Latency, constant, scaled
 from fl_gradcode.privacy import DPSGD, CentralNoise
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import initial_arrays, relative, toy_app
+from tests.once import Once
 
 N, S, ROUNDS = 9, 2, 5
 NOISE = DPSGD(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.1, steps=2)
@@ -243,6 +245,18 @@ def test_it_makes_what_it_makes_in_plain_flower(name: str, code: str, plain: Cal
                 assert told[number].keys() == values.keys()
                 for key, value in values.items():
                     assert told[number][key] == pytest.approx(value), (number, key)
+
+
+def test_any_two_may_be_silent() -> None:
+    with NumberedGrid(toy_app([]), N) as grid:
+        expected = run(flower.FedMedian(fraction_evaluate=0.0), grid, toy_app)
+    app: Any = Once(toy_app([gradient_coding_mod]))
+    for silent in itertools.combinations(range(N), S):
+        strategy = GradientCoding(flower.FedMedian(fraction_evaluate=0.0), CODES["fractional"](), send="shards")
+        latency = Latency(compute=scaled(constant(1.0), dict.fromkeys(silent, float("inf"))))
+        with InProcessGrid(app, N) as clients:
+            result = run(strategy, VirtualGrid(clients, latency, seed=1), toy_app)
+        assert relative(result.arrays, expected.arrays) < 1e-6, silent
 
 
 NEED_REPLIES = [

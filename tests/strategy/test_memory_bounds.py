@@ -42,7 +42,7 @@ def peaks(side: str, cases: list[str]) -> dict[str, dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def server() -> dict[str, dict[str, float]]:
-    return peaks("server", ["plain", *SERVER])
+    return peaks("server", ["plain", "plain-32", "as-returned", *SERVER])
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,13 @@ def test_the_replies_are_gone_when_the_inner_strategy_works(server: dict[str, di
     replies = 32 / (2 if case == "two-blocks" else 1)
     assert server[case]["at-entry"] <= 1 - replies + SLACK
     assert server["plain"]["peak"] > 1  # it has been measured at all
+
+
+def test_records_as_they_were_returned_take_one_vector_more_than_in_plain_flower(
+    server: dict[str, dict[str, float]],
+) -> None:
+    assert server["plain-32"]["peak"] > 1
+    assert server["as-returned"]["peak"] <= server["plain-32"]["peak"] + 1 + SLACK
 
 
 def test_enough_replies_were_used(server: dict[str, dict[str, float]]) -> None:

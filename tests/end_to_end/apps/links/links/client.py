@@ -25,12 +25,12 @@ def note_the_worker(message: Message, context: Context, call_next: Callable[[Mes
     """Which node is which worker, said by the client itself: inside train() `partition-id` is a shard."""
     worker = _here["worker"] = int(context.node_config["partition-id"])
     note(str(context.run_config["folder"]), what="began", worker=worker, node=context.node_id)
-    reply = call_next(message, context)
+    reply = gradient_coding_mod(message, context, call_next)
     note(str(context.run_config["folder"]), what="done", worker=worker, node=context.node_id)
     return reply
 
 
-app = ClientApp(mods=[note_the_worker, gradient_coding_mod])
+app = ClientApp(mods=[note_the_worker])
 
 
 @app.train()

@@ -32,12 +32,12 @@ _visit = _Visit()
 
 
 def know_the_worker(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-    """Inside train() `partition-id` is a shard: out here it is the worker."""
+    """Inside train() `partition-id` is a shard: out here, around the mod for coding, it is the worker."""
     _visit.worker, _visit.new = int(context.node_config["partition-id"]), True
-    return call_next(message, context)
+    return gradient_coding_mod(message, context, call_next)
 
 
-app = ClientApp(mods=[know_the_worker, gradient_coding_mod])
+app = ClientApp(mods=[know_the_worker])
 
 
 @app.train()
