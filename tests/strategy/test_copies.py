@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
@@ -75,7 +75,24 @@ def own_generator() -> Callable[[Context], Any]:
     return lambda context: DATA[int(context.node_config["partition-id"])] + generator.random()
 
 
-@pytest.mark.parametrize("broken", [kept_loader, kept_counter, own_generator])
+def data_of_the_node() -> Callable[[Context], Any]:
+    """The partition is read, and the data come from a path that each node has."""
+    return lambda context: DATA[int(context.node_config["partition-id"])] + DATA[context.node_id % 5]
+
+
+def one_file() -> Callable[[Context], Any]:
+    """A state that is named by the partition, on a disk that all nodes share."""
+    files: dict[int, int] = {}
+
+    def update(context: Context) -> Any:
+        shard = int(context.node_config["partition-id"])
+        files[shard] = files.get(shard, 0) + 1
+        return DATA[shard] * files[shard]
+
+    return update
+
+
+@pytest.mark.parametrize("broken", [kept_loader, kept_counter, own_generator, data_of_the_node, one_file])
 @pytest.mark.parametrize(("send", "code"), WAYS)
 def test_what_is_kept_between_calls_is_told_in_the_first_rounds(
     send: Any, code: str, broken: Any, caplog: pytest.LogCaptureFixture
@@ -114,6 +131,34 @@ def test_a_state_that_differs_is_told(caplog: pytest.LogCaptureFixture) -> None:
 
     start(app_of(update), fractional_repetition(6, 2))
     assert any("keeps something in context.state" in text and "both hold" in text for text in warnings_of(caplog))
+
+
+def kept_head(context: Context) -> Any:
+    kept: Any = context.state.get("head")
+    head = np.zeros(4) if kept is None else kept["h"].numpy()
+    context.state["head"] = ArrayRecord({"h": Array(head + 1)})
+    return head + DATA[int(context.node_config["partition-id"])]
+
+
+@pytest.mark.parametrize(("send", "code"), WAYS)
+def test_a_head_that_is_kept_is_told(send: Any, code: str, caplog: pytest.LogCaptureFixture) -> None:
+    start(app_of(kept_head), CODES[code](), rounds=3, send=send, latency=constant(1.0))
+    assert any("keeps something in context.state" in text for text in warnings_of(caplog))
+
+
+def test_a_holder_that_missed_a_round_has_another_head(caplog: pytest.LogCaptureFixture) -> None:
+    class DownInRoundOne(InProcessGrid):
+        def _answer(self, message: Message) -> Message:
+            config: Any = message.content["config"]
+            if self._worker[message.metadata.dst_node_id] == 0 and config["server-round"] == 1:
+                return Message(Error(2, "down"), reply_to=message)
+            return super()._answer(message)
+
+    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), fractional_repetition(6, 1))
+    with DownInRoundOne(app_of(kept_head), 6) as grid:
+        strategy.start(grid, ArrayRecord({"w": Array(np.zeros(4))}), num_rounds=3)
+    told = [text for text in warnings_of(caplog) if "both hold shard" in text]
+    assert len(told) == 1 and "missed a round" in told[0]
 
 
 def test_the_same_update_for_two_shards_is_told(caplog: pytest.LogCaptureFixture) -> None:
