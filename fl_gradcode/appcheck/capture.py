@@ -54,10 +54,6 @@ class Captured:
 class _Started(BaseException):
     """Ends a ServerApp when it starts a strategy; no `except Exception` of the app stops it."""
 
-    def __init__(self, captured: Captured) -> None:
-        super().__init__()
-        self.captured = captured
-
 
 class _NoNodes(Grid):
     """A grid that says that nodes are there, and sends nothing."""
@@ -124,14 +120,22 @@ def capture(server: Any, run_config: dict[str, Any], partitions: int) -> Capture
     def started(strategy: Strategy, grid: Grid, initial_arrays: ArrayRecord, *args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("train_config") or (args[2] if len(args) > 2 else None) or ConfigRecord()
         inner = strategy.strategy if isinstance(strategy, GradientCoding) else strategy
-        most = max([partitions, *(int(getattr(inner, bound, 0) or 0) for bound in _BOUNDS)])
+        nested = [inner]  # Flower's privacy wrappers hold a strategy
+        while isinstance(getattr(nested[-1], "strategy", None), Strategy):
+            nested.append(nested[-1].strategy)  # type: ignore[attr-defined]
+        bounds = [int(getattr(one, bound, 0) or 0) for one in nested for bound in _BOUNDS]
+        most = max([partitions, *bounds])
         messages = list(inner.configure_train(1, initial_arrays, config, _NoNodes(most)))
         if not messages:
             raise UnsuitableApp("The strategy trains on no node in round 1.")
-        weight_key = str(getattr(inner, "weighted_by_key", "num-examples"))
+        weight_key = str(getattr(nested[-1], "weighted_by_key", "num-examples"))
         first = messages[0]
-        raise _Started(Captured(first.content, first.metadata.message_type, weight_key, facts_of(strategy)))
+        found.append(Captured(first.content, first.metadata.message_type, weight_key, facts_of(strategy)))
+        raise _Started
 
+    if not callable(server) or hasattr(server, "_registered_funcs"):
+        raise UnsuitableApp(f"What pyproject.toml names as serverapp is a {type(server).__name__}, not a ServerApp.")
+    found: list[Captured] = []
     kinds: tuple[Any, ...] = (Strategy, GradientCoding)
     starts = [kind.start for kind in kinds]
     for kind in kinds:
@@ -139,9 +143,12 @@ def capture(server: Any, run_config: dict[str, Any], partitions: int) -> Capture
     try:
         with inside_a_run():
             server(_NoNodes(partitions), Context(1, 0, {}, RecordDict(), run_config))
-    except _Started as start:
-        return start.captured
+    except BaseException:
+        if not found:  # else the app had something to do with what start() did not return
+            raise
     finally:
         for kind, its_own in zip(kinds, starts, strict=True):
             kind.start = its_own
-    raise UnsuitableApp("The ServerApp ended without starting a strategy.")
+    if not found:
+        raise UnsuitableApp("The ServerApp ended without starting a strategy.")
+    return found[0]

@@ -202,11 +202,19 @@ class _Project:
             raise InvalidSetting(
                 f"{path} names no Flower app: [tool.flwr.app.components] needs a clientapp and a serverapp."
             ) from None
-        federations = flower.get("federations", {})
-        chosen = federations.get(federations.get("default", ""), {})
-        options = chosen.get("options", {}) if isinstance(chosen, dict) else {}
-        partitions = max(2, int(options.get("num-supernodes", _PARTITIONS)))
-        return cls(folder.absolute(), client, server, _flat(flower["app"].get("config", {})), partitions)
+        config = flower["app"].get("config", {})
+        if not isinstance(config, dict):
+            raise InvalidSetting(f"{path}: [tool.flwr.app.config] is {config!r} and must be a table.")
+        federations = _table(flower.get("federations"))
+        options = _table(_table(federations.get(str(federations.get("default", "")))).get("options"))
+        nodes = options.get("num-supernodes", _PARTITIONS)
+        partitions = max(2, nodes) if type(nodes) is int else _PARTITIONS
+        return cls(folder.absolute(), client, server, _flat(config), partitions)
+
+
+def _table(value: object) -> dict[str, Any]:
+    """Returns a table of a TOML file, or an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,8 +20,9 @@ __all__ = ["Finding", "examined"]
 
 #: "ok"; "note", if the app works and something should be known; "fails", if a coded run would give another model.
 Verdict = Literal["ok", "note", "fails"]
+Clock = Literal["true", "other", "steps"]
 
-_CLOCK = 1_700_000_000.0
+_OTHER_NODE = 987_654_321
 _LARGEST = 100_000_000  # bytes of a file that is put back
 
 
@@ -46,12 +49,16 @@ class _Trials:
     Attributes:
         first: Partition 0 first, then partition 1, partition 0 again, and a second round of it: once with the
             `context.state` that the first left, once without.
-        second: Partition 1 first, then partition 0, then partition 1 with the random numbers of partition 0.
+        second: On another node, with another clock and hash seed: partition 1 first, then partition 0, then partition 1
+            with the random numbers of partition 0, in two rounds.
+        third: Partition 0 in round 2, as the first call, without the files that the others made.
+        mods: Names of the mods that the app lists.
     """
 
     def __init__(self, processes: AppProcesses, inputs: Inputs) -> None:
         self._processes, self._inputs = processes, inputs
         self.mods: tuple[str, ...] = ()
+        self.third: Outcome | None = None
         self.first = self.run(
             {
                 "0": Call(0, node="a"),
@@ -60,22 +67,48 @@ class _Trials:
                 "0 with state": Call(0, round=2, node="a"),
                 "0 without state": Call(0, round=2),
             },
-            hash_seed=1,
         )
-        self.second = self.run({"1": Call(1), "0": Call(0), "1 as 0": Call(1, seed_of=0)}, hash_seed=2)
+        self.second = self.run(
+            {
+                "1": Call(1),
+                "0": Call(0),
+                "1 as 0": Call(1, seed_of=0),
+                "1 as 0 in round 2": Call(1, round=2, seed_of=0),
+            },
+            hash_seed=2,
+            clock="other",
+            node=_OTHER_NODE,
+        )
+        with _away(self.created):
+            self.third = self.run({"0": Call(0, round=2)})["0"]
 
-    def run(self, calls: Mapping[str, Call], *, hash_seed: int, clock: float | None = None) -> Mapping[str, Outcome]:
-        ran = self._processes.run(Trial(calls, self._inputs, hash_seed, clock))
+    def run(
+        self, calls: Mapping[str, Call], *, hash_seed: int = 1, clock: Clock = "true", node: int = 1
+    ) -> Mapping[str, Outcome]:
+        ran = self._processes.run(Trial(calls, self._inputs, hash_seed, clock, node))
         self.mods = ran.mods
         return ran.outcomes
 
-    def alone(self, *, hash_seed: int, clock: float | None = None) -> Outcome:
-        """The outcome of partition 0 as the first call of a fresh process."""
-        return self.run({"0": Call(0)}, hash_seed=hash_seed, clock=clock)["0"]
+    def alone(self, *, hash_seed: int = 1, clock: Clock = "true", node: int = 1, round: int = 1) -> Outcome:
+        """The outcome of partition 0 as the first call of a fresh process, which leaves files as they were."""
+        with _restored(self.shared):
+            calls = {"0": Call(0, round=round)}
+            return self.run(calls, hash_seed=hash_seed, clock=clock, node=node)["0"]
 
     @property
     def all(self) -> list[Outcome]:
-        return [*self.first.values(), *self.second.values()]
+        return [*self.first.values(), *self.second.values(), *([self.third] if self.third else [])]
+
+    @property
+    def created(self) -> set[str]:
+        """Files that calls made."""
+        return {path for outcome in self.all for path in outcome.created}
+
+    @property
+    def shared(self) -> set[str]:
+        """Files that a call wrote and a call read."""
+        written = {path for outcome in self.all for path in outcome.written}
+        return written & {path for outcome in self.all for path in outcome.read}
 
 
 def examined(processes: AppProcesses, inputs: Inputs) -> tuple[list[Finding], tuple[str, ...]]:
@@ -93,7 +126,10 @@ def examined(processes: AppProcesses, inputs: Inputs) -> tuple[list[Finding], tu
     if errors:
         text = f"train() raised {errors[0]}."
         return [Finding("runs", "train() returns", "fails", text)], trials.mods
-    if any(outcome.sketch and not all(map(math.isfinite, outcome.sketch.numbers)) for outcome in trials.all):
+    if any(
+        outcome.sketch and not all(map(math.isfinite, (outcome.sketch.norm or 0.0, *outcome.sketch.sums)))
+        for outcome in trials.all
+    ):
         return [Finding("runs", "train() returns", "fails", "An update is not finite (NaN or infinity).")], trials.mods
     causes = dict(_causes(trials))
     return [
@@ -108,9 +144,10 @@ def examined(processes: AppProcesses, inputs: Inputs) -> tuple[list[Finding], tu
 
 _KINDS = (
     Finding("generators", "random numbers", "ok", "Two processes computed the same update."),
-    Finding("clock", "clock", "ok", "No update depends on the time."),
-    Finding("order", "order of sets", "ok", "No update depends on the order of a set or of unsorted names."),
-    Finding("variables", "variables between calls", "ok", "No update depends on which calls came before."),
+    Finding("clock", "clock", "ok", "An update does not depend on the date and hour."),
+    Finding("order", "order of sets", "ok", "An update does not depend on Python's hash seed."),
+    Finding("node", "node", "ok", "An update does not depend on the node's id."),
+    Finding("variables", "variables between calls", "ok", "An update does not depend on the calls before it."),
 )
 
 
@@ -138,66 +175,102 @@ def _data(trials: _Trials) -> Finding:
             "shard is asked for. Choose the data by it at each call."
         )
         return Finding(key, title, "fails", text)
-    if _same(trials.first["0"], trials.second["1 as 0"]):
-        text = (
-            "Partitions 0 and 1 give the same update for the same random numbers: partition-id is read, but does not "
-            "choose the data. Is the data set or loader chosen by something else, or made once and kept?"
-        )
-        return Finding(key, title, "fails", text)
-    return Finding(key, title, "ok", "Partitions 0 and 1 give different updates for the same random numbers.")
+    pairs = (
+        (trials.first["0"], trials.second["1 as 0"]),
+        (trials.first["0 without state"], trials.second["1 as 0 in round 2"]),
+    )
+    if any(not _same(*pair) for pair in pairs):
+        return Finding(key, title, "ok", "Partitions 0 and 1 give different updates for the same random numbers.")
+    if not any(outcome.sketch and any(outcome.sketch.sums) for pair in pairs for outcome in pair):
+        text = "Partitions 0 and 1 leave the model as it is in rounds 1 and 2, so whether they differ is not seen."
+        return Finding(key, title, "note", text)
+    text = (
+        "Partitions 0 and 1 give the same update for the same random numbers: partition-id is read, but does not "
+        "choose the data. Is the data set or loader chosen by something else, or made once and kept?"
+    )
+    return Finding(key, title, "fails", text)
 
 
 def _causes(trials: _Trials) -> Iterator[tuple[str, str]]:
-    """Yields (key of a finding, what is wrong) for each cause of two calls that should agree and do not."""
-    first, second = trials.first, trials.second
-    across = max(_apart(first["0"], second["0"]), _apart(first["1"], second["1"]))
-    again = _apart(first["0"], first["0 again"])
-    if max(across, again) <= DISAGREEMENT:
+    """Yields (key of a finding, what is wrong) for the cause of two calls that should agree and do not."""
+    first, second, third = trials.first, trials.second, trials.third
+    assert third is not None
+    across = _same(first["0"], second["0"]) and _same(first["1"], second["1"])
+    again, later = _same(first["0"], first["0 again"]), _same(first["0 without state"], third)
+    if across and again and later:
         return
-    shared = _written_and_read(trials)
-    with _restored(shared):
-        alone = trials.alone(hash_seed=1)
-    if not _same(first["0"], alone) and shared:
-        with _restored(shared):
-            once_more = trials.alone(hash_seed=1)
-        if _same(alone, once_more):
-            yield (
-                "files",
-                f"train() writes {listed(sorted(shared), 3)} and reads it in a later call, and the update changes. "
-                "Another holder of the shard has another file. Leave it out, or keep what is needed in the model.",
-            )
-            return
-    if not _same(first["0"], alone):
-        stopped = [trials.alone(hash_seed=1, clock=_CLOCK) for _ in range(2)]
-        if _same(*stopped):
-            yield "clock", "Two updates agree only if the clock shows the same time. Leave the time out of training."
+    alone = trials.alone()
+    if not _same(alone, trials.alone()):
+        if _same(*(trials.alone(clock="steps") for _ in range(2))):
+            yield "clock", _BY_CLOCK
         else:
-            yield (
-                "generators",
-                f"The same call in two processes gives different updates (relative difference "
-                f"{_number(_apart(first['0'], alone))}): is there a generator of the app's own without a seed, "
-                "such as np.random.default_rng() or random.SystemRandom()? The generators of random, NumPy and torch "
-                "are seeded for each shard; draw from those, or seed with a number drawn from them.",
-            )
+            apart = _number(_apart(first["0"], alone))
+            yield "generators", _BY_GENERATOR.format(apart=apart)
         return
-    if not _same(alone, trials.alone(hash_seed=2)):
-        yield (
-            "order",
-            "Updates differ with Python's hash seed, so something depends on the order of a set. Sort it first.",
-        )
-        return
-    if again > DISAGREEMENT:
-        why = (
-            "The same call gives another update when it is repeated in a process: a variable of the app changes from "
-            "call to call, such as a counter, a model that is trained on, or a generator made at import. Make it anew "
-            "in each call."
-        )
+    if trials.shared and not _same_without_files(trials, alone):
+        yield "files", _BY_FILE.format(files=listed(sorted(trials.shared), 3))
+    elif not _same(alone, trials.alone(clock="other")):
+        yield "clock", _BY_CLOCK
+    elif not _same(alone, trials.alone(hash_seed=2)):
+        yield "order", "Updates differ with Python's hash seed: something depends on hash() or the order of a set."
+    elif not _same(alone, trials.alone(node=_OTHER_NODE)):
+        yield "node", "Updates differ with the id of the node, which is another one for each holder of a shard."
+    elif not again:
+        yield "variables", _BY_VARIABLE
+    elif not across:
+        yield "variables", _BY_FIRST_CALL
     else:
-        why = (
-            "What partition is called first decides what the others train on: a data set, loader or model is made at "
-            "the first call and kept in a variable. Make it anew in each call, or keep one for each partition-id."
-        )
-    yield "variables", why
+        yield "variables", _BY_FIRST_ROUND
+
+
+def _same_without_files(trials: _Trials, alone: Outcome) -> bool:
+    """Returns whether calls do the same without the files that calls wrote and read."""
+    with _away(trials.shared):
+        if not _same(alone, trials.run({"0": Call(0)})["0"]) or not _same(trials.first["0"], alone):
+            return False
+    with _away(trials.shared):
+        later = trials.run({"0": Call(0, round=2)})["0"]
+    return _same(later, trials.alone(round=2))
+
+
+_BY_CLOCK = "An update depends on the clock, which differs between holders and runs. Leave the time out of training."
+_BY_GENERATOR = (
+    "The same call in two processes gives different updates (relative difference {apart}): is there a generator of the "
+    "app's own without a seed, such as np.random.default_rng() or random.SystemRandom(), or does something depend on "
+    "the process, such as its number or id()? The generators of random, NumPy and torch are seeded for each shard; "
+    "draw from those, or seed with a number drawn from them."
+)
+_BY_FILE = (
+    "train() writes {files} and reads it in a later call, and the update depends on it. Another holder of the shard "
+    "has another file. Leave it out, or keep what is needed in the model."
+)
+_BY_VARIABLE = (
+    "The same call gives another update when it is repeated in a process: a variable of the app changes from call to "
+    "call, such as a counter, a model that is trained on, or a generator made at import. Make it anew in each call."
+)
+_BY_FIRST_CALL = (
+    "What partition is called first decides what the others train on: a data set, loader or model is made at the first "
+    "call and kept in a variable. Make it anew in each call, or keep one for each partition-id."
+)
+_BY_FIRST_ROUND = (
+    "In which round a partition is first called decides what it trains on later: something that is drawn or computed "
+    "then, such as a random split, is kept in a variable, and another holder is first called in another round. Make it "
+    "anew in each call, or draw it with a seed made of partition-id alone."
+)
+
+
+@contextmanager
+def _away(paths: Iterable[str]) -> Iterator[None]:
+    """Move files away, and put them back at the end in place of what has been made meanwhile."""
+    with tempfile.TemporaryDirectory() as folder:
+        moved = {}
+        for number, path in enumerate(path for path in map(Path, paths) if path.is_file()):
+            moved[path] = shutil.move(path, Path(folder) / str(number))
+        try:
+            yield
+        finally:
+            for path, kept in moved.items():
+                shutil.move(kept, path)
 
 
 @contextmanager
@@ -210,13 +283,6 @@ def _restored(paths: Iterable[str]) -> Iterator[None]:
     finally:
         for path, content in contents.items():
             path.write_bytes(content)
-
-
-def _written_and_read(trials: _Trials) -> set[str]:
-    """Returns the files that a call wrote and a call read."""
-    written = {path for outcome in trials.all for path in outcome.written}
-    read = {path for outcome in trials.all for path in outcome.read}
-    return written & read
 
 
 def _state(trials: _Trials, causes: Mapping[str, str]) -> Iterator[Finding]:
@@ -244,8 +310,8 @@ def _files(trials: _Trials, causes: Mapping[str, str]) -> Finding:
     written = sorted({path for outcome in trials.all for path in outcome.written})
     if key in causes:
         return Finding(key, title, "fails", causes[key])
-    if _written_and_read(trials):
-        text = f"train() writes {listed(sorted(_written_and_read(trials)), 3)} and reads it; the update stays the same."
+    if trials.shared:
+        text = f"train() writes {listed(sorted(trials.shared), 3)} and reads it; the update stays the same."
         return Finding(key, title, "note", text)
     if written:
         return Finding(key, title, "note", f"train() writes {listed(written, 3)}, and reads none of it.")

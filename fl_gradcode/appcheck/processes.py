@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -18,12 +19,16 @@ from typing import Any
 
 from ..errors import FlGradcodeError, UnsuitableApp
 from .capture import Captured, capture
+from .clock import set_clock, set_dates
 from .trial import Ran, Trial, run_trial
 
 __all__ = ["AppProcesses", "ForkedProcesses", "FreshProcesses"]
 
 _CHILD = "fl_gradcode.appcheck.processes"
 _LONGEST = 600.0  # seconds until a process counts as stuck
+_TRUE_TIME = time.time
+_OTHER = 400 * 86_400 + 7 * 3_600 + 13 * 60.0  # seconds: another year, month, day and hour
+_INSTANT = 1_700_000_000.0
 
 
 class AppProcesses(ABC):
@@ -68,7 +73,7 @@ class ForkedProcesses(AppProcesses):
         torch = sys.modules.get("torch")
         if torch is not None:  # OpenMP's threads do not survive a fork
             torch.set_num_threads(1)
-        _answer(out, lambda: _timed(trial, lambda: run_trial(self._app, trial)))
+        _answer(out, lambda: _ran(trial, lambda: self._app))
 
 
 @dataclass(frozen=True)
@@ -141,33 +146,27 @@ def _answer(out: Path, work: Callable[[], Any]) -> None:
     out.write_bytes(pickle.dumps(result))
 
 
-def _timed(trial: Trial, work: Callable[[], Any]) -> Any:
-    if trial.clock is not None:
-        _stop_the_clock(trial.clock)
-    return work()
-
-
-def _stop_the_clock(seconds: float) -> None:
-    """Make `time.time` and `datetime.now` show one moment for ever."""
-    import datetime
-
-    class Stopped(datetime.datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> Any:
-            return cls.fromtimestamp(seconds, tz)
-
-        @classmethod
-        def utcnow(cls) -> Any:
-            return cls.fromtimestamp(seconds, datetime.UTC).replace(tzinfo=None)
-
-    time.time = lambda: seconds
-    time.time_ns = lambda: int(seconds * 1e9)
-    datetime.datetime = Stopped  # type: ignore[misc]
+def _ran(trial: Trial, load: Callable[[], Any]) -> Ran:
+    """Run a trial by its clock, on an app that is loaded under it."""
+    moments = itertools.count()
+    clocks: dict[str, Callable[[], float]] = {
+        "other": lambda: _TRUE_TIME() + _OTHER,
+        "steps": lambda: _INSTANT + next(moments) * 1e-3,
+    }
+    now = clocks.get(trial.clock)
+    if now is not None:
+        set_clock(now, spans=trial.clock == "steps")
+    app = load()
+    if now is not None:
+        set_dates(now)
+    return run_trial(app, trial)
 
 
 def _loaded(folder: str, reference: str) -> Any:
     """Returns an object by its name, "module:attribute"."""
     module, _, attribute = reference.partition(":")
+    if not module or not attribute:
+        raise UnsuitableApp(f"{reference!r} in the app's pyproject.toml must be module:attribute.")
     sys.path.insert(0, folder)
     found: Any = importlib.import_module(module)
     for name in attribute.split("."):
@@ -181,7 +180,7 @@ def _main(job: Path, out: Path) -> None:
     def work() -> Any:
         if task == "capture":
             return capture(_loaded(folder, reference), *value)
-        return _timed(value, lambda: run_trial(_loaded(folder, reference), value))
+        return _ran(value, lambda: _loaded(folder, reference))
 
     _answer(out, work)
 

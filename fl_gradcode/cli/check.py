@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from ._errors import one_sentence
 from ._output import plain_table, print_lines
@@ -48,7 +49,7 @@ def check(
         for heading in ("Looked at", "", "Seen"):
             table.add_column(heading)
         for one in report.findings:
-            table.add_row(one.title, _SHOWN[one.verdict], one.text)
+            table.add_row(one.title, _SHOWN[one.verdict], escape(one.text))
         console.print(table)
         console.print("A coded run trains what a plain one does." if report.passed else "A coded run would train "
                       "another model. Mend what fails, and check again.")  # fmt: skip

@@ -49,6 +49,7 @@ from ..protocol import (
     flatten_update,
     is_probe,
     payload_encoding,
+    rounding_of,
     with_kind,
 )
 from .held_shards import held_by, refuse_other_shards, told_by
@@ -211,7 +212,7 @@ class _CodedCall:
                 else f"This node reports partition-id {self.worker}, but the server took it for another worker."
             )
         self.privacy = privacy_from_json(plan.privacy) if plan.privacy and plan.arrays_key else None
-        self.encoder = _Encoder(plan)
+        self.encoder = _Encoder(plan, self._rounding())
         self.seconds: list[float] = []
         self.arrays: dict[str, dict[str, Array]] = {}  # record name -> arrays as received
         self.given: dict[str, ArrayRecord] = {}  # record name -> the record passed to the user's function
@@ -250,6 +251,12 @@ class _CodedCall:
                 raise UnsuitableApp(f"Shard {shard}, {self.plan.label}: {str(error).rstrip('.')}.") from error
         return self._answer("coded", row.shards)
 
+    def _rounding(self) -> float:
+        """Returns what rounding the model's arrays may change in an update, as far as that may be told."""
+        before = self.content.get(self.plan.arrays_key)
+        told = self.plan.figures and self.privacy is None and isinstance(before, ArrayRecord)
+        return rounding_of(before) if told and isinstance(before, ArrayRecord) else 0.0
+
     def _holds_others(self, row: Row) -> bool:
         """Returns whether the node no longer holds a shard that an open plan asks for.
 
@@ -267,7 +274,7 @@ class _CodedCall:
             self.context.node_id,
             node_config,
             state,
-            self.context.run_config,
+            dict(self.context.run_config),
             self.context.series_id,
         )
         message = copy(self.message)
@@ -404,6 +411,7 @@ class _Encoder:
 
     Args:
         plan: Plan of the phase.
+        rounding: What rounding the model's arrays may change in an update of weight 1.
 
     Attributes:
         layout: Layout of the arrays; None before the first result.
@@ -413,8 +421,8 @@ class _Encoder:
         spent: With private training, the privacy spent on each shard.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    def __init__(self, plan: Plan, rounding: float) -> None:
+        self._plan, self._rounding = plan, rounding
         self._encoding = payload_encoding(plan.fraction_bits, plan.k)
         self.layout: Layout | None = None
         self.metrics_layout: MetricsLayout | None = None
@@ -442,7 +450,11 @@ class _Encoder:
             with np.errstate(all="ignore"):  # the server rejects an update that is not finite, and says why
                 update *= update.dtype.type(metrics[0])
             self._update, figures = self._encoding.add_update(
-                self._update, update, coefficients, describe=self._plan.figures
+                self._update,
+                update,
+                coefficients,
+                describe=self._plan.figures,
+                rounding=float(metrics[0]) * self._rounding,
             )
         # All metrics go into the first of the m blocks, because there are few of them. In several blocks the weight
         # would share an entry with a metric, which may be NaN or differ between holders (seconds, for example).

@@ -137,7 +137,7 @@ class Waiting:
             elif (wake := self._wake()) is not None and self.source.now() >= wake:
                 self.woken = wake
                 self._offer_idle()
-            elif self.rule.linger_until is not None and self.source.now() >= self.rule.linger_until:
+            elif (until := self.rule.linger_until) is not None and not self.lingered and self.source.now() >= until:
                 self.lingered = True
             elif self.next_look is not None and self.source.now() >= self.next_look:
                 pass  # the look takes place at the beginning of the loop
@@ -155,7 +155,8 @@ class Waiting:
 
     def _next_deadline(self) -> float | None:
         lapses = [self.debts[node].lapses for node in self.held if node in self.debts]
-        known = [self.deadline, self._wake(), self.rule.linger_until, self.next_look, *lapses]
+        lingering = None if self.lingered else self.rule.linger_until
+        known = [self.deadline, self._wake(), lingering, self.next_look, *lapses]
         moments = [t for t in known if t is not None and t != float("inf")]
         return min(moments) if moments else None
 

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     )
     from .rejection import Rejection, RejectionKind, last_line, rejection_of, with_kind
     from .returned import NotFiniteRecord, names_of
-    from .sketch import Sketch, Sketcher
+    from .sketch import Sketch, Sketcher, rounding_of
 
 __all__ = [
     "ARRAYS",
@@ -101,6 +101,7 @@ __all__ = [
     "report_key",
     "restore_types",
     "round_of",
+    "rounding_of",
     "size_of",
     "sum_of_squares",
     "view",
@@ -178,6 +179,7 @@ __getattr__, __dir__ = lazy_names(
         "sketch": [
             "Sketch",
             "Sketcher",
+            "rounding_of",
         ],
     },
 )

@@ -42,10 +42,11 @@ class PayloadEncoding(Protocol):
         coefficients: Sequence[float],
         *,
         describe: bool = False,
+        rounding: float = 0.0,
     ) -> tuple[NDArray[Any], tuple[float, ...] | None]:
         """Returns the total with one more weighted update; with `describe`, also figures of the update, else None.
 
-        The figures are a few numbers, which differ if the holders of a shard disagree.
+        The figures are a few numbers, which differ if the holders of a shard disagree by more than rounding may cause.
         """
 
     def add_metrics(
@@ -84,9 +85,10 @@ class FloatEncoding:
         coefficients: Sequence[float],
         *,
         describe: bool = False,
+        rounding: float = 0.0,
     ) -> tuple[NDArray[Any], tuple[float, ...] | None]:
         """Returns the total in the update's dtype, and figures, which are compared with a tolerance."""
-        figures = figures_of(update, len(coefficients)) if describe else None
+        figures = figures_of(update, rounding, len(coefficients)) if describe else None
         if total is None and len(coefficients) == 1 and coefficients[0] != 0:  # in place, to save a second vector
             if coefficients[0] != 1:
                 update *= update.dtype.type(coefficients[0])
@@ -108,7 +110,7 @@ class FloatEncoding:
         self, vector: NDArray[Any], coefficients: Sequence[Sequence[float]], figures: Sequence[Sequence[float]]
     ) -> bool:
         """Returns whether the figures of a reply's shards are those of updates that add up to its coded vector."""
-        wanted = {1 + SUMS * len(mine) for mine in coefficients}
+        wanted = {2 + SUMS * len(mine) for mine in coefficients}
         return {*map(len, figures)} == wanted and add_up(vector, coefficients, figures)
 
     def sent(self, total: NDArray[Any]) -> NDArray[Any]:
@@ -151,6 +153,7 @@ class FixedPointEncoding:
         coefficients: Sequence[float],
         *,
         describe: bool = False,
+        rounding: float = 0.0,
     ) -> tuple[NDArray[Any], tuple[float, ...] | None]:
         """Returns the total with the update rounded to multiples of 2^-fraction_bits, and figures.
 

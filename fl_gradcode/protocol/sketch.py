@@ -10,19 +10,19 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from ..codes import P
 from .packing import sum_of_squares, view
 
-__all__ = ["SUMS", "Sketch", "Sketcher", "add_up", "figures_of", "folded_sums"]
+__all__ = ["SUMS", "Sketch", "Sketcher", "add_up", "figures_of", "folded_sums", "rounding_of"]
 
 #: Number of signed sums.
 SUMS = 3
@@ -32,6 +32,7 @@ _WHOLE = 16  # pieces of _CACHED entries up to which all enter the signed sums; 
 _ONE_IN = 16
 _ROUNDING = 1e-3  # relative to the norms: how far figures may be from sums of float32 numbers
 _TINY = 1e-30
+_BFLOAT16_UNIT = 2.0**-7
 
 
 @dataclass(frozen=True)
@@ -39,26 +40,37 @@ class Sketch:
     """What one copy of an update looks like.
 
     Attributes:
-        numbers: The norm and signed sums, or a client's own figures.
+        norm: The norm of the update; None if it is not known.
+        sums: Its signed sums, or whatever else two copies must have in common as numbers.
         weight: Number of examples.
         form: Names, dtypes and shapes, and a digest of entries that are no floats.
+        rounding: Norm of what rounding the model's arrays to their dtypes may change in the update.
     """
 
-    numbers: tuple[float, ...]
+    norm: float | None
+    sums: tuple[float, ...]
     weight: float = 0.0
     form: Hashable = ()
+    rounding: float = 0.0
+
+    @property
+    def finite(self) -> bool:
+        """Whether all numbers are finite."""
+        return all(map(math.isfinite, (self.norm or 0.0, *self.sums, self.weight, self.rounding)))
 
     def apart(self, other: Sketch) -> float:
-        """Returns the relative difference of two copies; infinity if their names, shapes or counters differ."""
-        if self.form != other.form or len(self.numbers) != len(other.numbers):
+        """Returns the relative difference of two copies, beyond what rounding may cause.
+
+        It is infinity if their names, shapes or counters differ, or a number is not finite.
+        """
+        if self.form != other.form or len(self.sums) != len(other.sums) or not (self.finite and other.finite):
             return math.inf
-        norms = max(abs(self.numbers[0]), abs(other.numbers[0])) if self.numbers else 0.0
-        pairs = zip(self.numbers, other.numbers, strict=True)
-        return max(_relative(self.weight, other.weight), *(_relative(x, y, norms) for x, y in pairs), 0.0)
-
-
-def _relative(x: float, y: float, scale: float = 0.0) -> float:
-    return abs(x - y) / max(abs(x), abs(y), scale, _TINY)
+        norms = [norm for norm in (self.norm, other.norm) if norm is not None]
+        scale, slack = max(norms, default=0.0), max(self.rounding, other.rounding)
+        pairs = [*zip(self.sums, other.sums, strict=True), *([(norms[0], norms[1])] if len(norms) == 2 else [])]
+        found = [max(0.0, abs(x - y) - slack) / max(abs(x), abs(y), scale, _TINY) for x, y in pairs]
+        weights = abs(self.weight - other.weight) / max(abs(self.weight), abs(other.weight), _TINY)
+        return max(weights, *found, 0.0)
 
 
 class Sketcher:
@@ -68,12 +80,29 @@ class Sketcher:
     pieces at secret places, so that sketching stays cheap beside decoding.
 
     Args:
+        before: The arrays that training started from, which are subtracted from what functions return; None if not
+            known.
         key: Key of the signs, for sketches that several processes compare; drawn if None.
     """
 
-    def __init__(self, key: int | None = None) -> None:
+    def __init__(self, before: ArrayRecord | None = None, key: int | None = None) -> None:
         self._key = secrets.randbits(63) if key is None else key
-        self._drawn: dict[tuple[int, int], tuple[NDArray[np.float64], dict[int, NDArray[np.float32]]]] = {}
+        self._signs = np.random.Generator(np.random.Philox(key=self._key)).choice([-1.0, 1.0], size=(SUMS, _FOLD))
+        self._drawn: dict[tuple[int, int], dict[int, NDArray[np.float32]]] = {}
+        self._before: dict[str, NDArray[Any]] | None = None
+        self._sums: dict[str, NDArray[np.float64]] = {}  # array -> signed sums of what training started from
+        #: What rounding the arrays may change in an update of weight 1.
+        self.rounding = 0.0
+        if before is not None:
+            self._before = {name: np.asarray(view(array)).reshape(-1) for name, array in before.items()}
+            self.rounding = rounding_of(before)
+
+    def close(self) -> None:
+        """Let go of the arrays that training started from; their signed sums are kept, and norms no longer known."""
+        for name, values in (self._before or {}).items():
+            if values.dtype.kind == "f":
+                self._sums[name] = self._scan(values, _salt_of(name), None)[1]
+        self._before = None
 
     def of_vector(self, values: NDArray[Any], weight: float, form: Hashable, *, square: float | None = None) -> Sketch:
         """Returns the sketch of a coded vector, floats or uint32 numbers of a prime field, shape (d,).
@@ -84,16 +113,23 @@ class Sketcher:
             form: Whatever else two copies must have in common.
             square: Sum of the squares, if it is known.
         """
-        square, sums = self._scan(values, 0, square)
-        return Sketch((math.sqrt(square), *sums.tolist()), weight, form)
+        if square is None and values.dtype.kind == "f":
+            square = sum_of_squares(values)
+        if square is not None and not math.isfinite(square):
+            square = None
+        total, sums = self._scan(values, 0, None, norm=square is None)
+        norm = math.sqrt(total if square is None else square)
+        return Sketch(norm, tuple(sums.tolist()), weight, form, weight * self.rounding)
 
     def of_records(self, content: RecordDict, weight_key: str) -> Sketch:
         """Returns the sketch of records as a function returned them.
 
-        Floats enter the numbers. Names, shapes and all other entries of arrays enter the form. Metrics other than the
-        weight, and ConfigRecords, may differ between holders, as times do.
+        Floats enter the numbers, less what training started from if it has arrays of the same name and size. Names,
+        shapes and all other entries of arrays enter the form. Metrics other than the weight, and ConfigRecords, may
+        differ between holders, as times do.
         """
-        square, sums, weight = 0.0, np.zeros(SUMS), 0.0
+        square: float | None = 0.0
+        sums, weight = np.zeros(SUMS), 0.0
         form = hashlib.sha256()
         for name, record in sorted(content.items()):
             form.update(repr((name, type(record).__name__)).encode())
@@ -103,46 +139,84 @@ class Sketcher:
                 continue
             for key in sorted(record):
                 values: NDArray[Any] = np.asarray(view(record[key]))
-                form.update(repr((key, str(values.dtype), values.shape)).encode())
+                form.update(repr((key, record[key].dtype, values.shape)).encode())
                 if values.dtype.kind != "f":
-                    form.update(np.ascontiguousarray(values).data)
+                    form.update(values.tobytes())
                     continue
-                salt = int.from_bytes(hashlib.sha256(repr((name, key)).encode()).digest()[:8], "little")
-                more, these = self._scan(values.reshape(-1), salt)
-                square, sums = square + more, sums + these
-        return Sketch((math.sqrt(square), *sums.tolist()), weight, form.hexdigest())
+                old = None if self._before is None else self._before.get(key)
+                if old is not None and (old.dtype.kind != "f" or old.size != values.size):
+                    old = None
+                more, these = self._scan(values.reshape(-1), _salt_of(key), old)
+                if self._before is None and key in self._sums:
+                    these, square = these - self._sums[key], None
+                square, sums = None if square is None else square + more, sums + these
+        norm = None if square is None else math.sqrt(square)
+        return Sketch(norm, tuple(sums.tolist()), weight, form.hexdigest(), self.rounding)
 
-    def _scan(self, values: NDArray[Any], salt: int, square: float | None = None) -> tuple[float, NDArray[np.float64]]:
-        """Returns the sum of squares and the signed sums."""
+    def _scan(
+        self, values: NDArray[Any], salt: int, less: NDArray[Any] | None, *, norm: bool = True
+    ) -> tuple[float, NDArray[np.float64]]:
+        """Returns the sum of squares, or 0 without `norm`, and the signed sums of `values - less`."""
         if (values.size, salt) not in self._drawn:
             self._drawn[values.size, salt] = self._draw(values.size, salt)
-        signs, turns = self._drawn[values.size, salt]
-        if square is None and values.dtype.kind == "f" and values.dtype.itemsize >= 4:
-            square = sum_of_squares(values)
-        known = square is not None and math.isfinite(square)
-        total = square if square is not None and known else 0.0
-        folded = np.zeros(_FOLD)
+        turns = self._drawn[values.size, salt]
+        total, folded = 0.0, np.zeros(_FOLD)
         with np.errstate(all="ignore"):
-            for number in turns if known else range(-(-values.size // _CACHED)):
-                piece = _as_floats(values[number * _CACHED : (number + 1) * _CACHED])
-                if not known:
-                    piece = piece.astype(np.float64)
-                    total += float(np.dot(piece, piece))
+            for number in range(-(-values.size // _CACHED)) if norm else turns:
+                part = slice(number * _CACHED, (number + 1) * _CACHED)
+                piece = _as_floats(values[part])
+                if less is not None:
+                    piece = piece - _as_floats(less[part])
+                if norm:
+                    square = float(np.dot(piece, piece))
+                    if not math.isfinite(square):  # a float32 product may overflow where a float64 one does not
+                        piece = piece.astype(np.float64)
+                        square = float(np.dot(piece, piece))
+                    total += square
                 if number in turns:
                     rows = piece[: piece.size // _FOLD * _FOLD].reshape(-1, _FOLD)
                     folded += turns[number][: len(rows)] @ rows
                     rest = piece[rows.size :]
                     folded[: rest.size] += turns[number][-1] * rest
-            return total, signs @ folded
+            return total, self._signs @ folded
 
-    def _draw(self, size: int, salt: int) -> tuple[NDArray[np.float64], dict[int, NDArray[np.float32]]]:
-        """Returns the signs of columns, and for each piece that enters the signed sums, those of its rows."""
+    def _draw(self, size: int, salt: int) -> dict[int, NDArray[np.float32]]:
+        """Returns, for each piece that enters the signed sums, the signs of its rows."""
         random = np.random.Generator(np.random.Philox(key=[self._key, salt]))
         pieces = -(-size // _CACHED)
         chosen = np.flatnonzero(random.random(pieces) < (1.0 if pieces <= _WHOLE else 1 / _ONE_IN))
-        turns = random.choice(np.array([-1.0, 1.0], np.float32), size=(len(chosen), _CACHED // _FOLD + 1))
-        signs = random.choice([-1.0, 1.0], size=(SUMS, _FOLD))
-        return signs, dict(zip(chosen.tolist(), turns, strict=True))
+        rows = min(_CACHED, size) // _FOLD + 1
+        turns = random.choice(np.array([-1.0, 1.0], np.float32), size=(len(chosen), rows))
+        return dict(zip(chosen.tolist(), turns, strict=True))
+
+
+def _salt_of(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+
+
+def rounding_of(arrays: Mapping[str, Array]) -> float:
+    """Returns the norm of what rounding arrays to their dtypes may change in them."""
+    square = 0.0
+    for array in arrays.values():
+        values: NDArray[Any] = np.asarray(view(array)).reshape(-1)
+        if values.dtype.kind == "f":
+            unit = _BFLOAT16_UNIT if array.dtype == "bfloat16" else float(np.finfo(values.dtype).eps)
+            square += unit**2 * _square(values)
+    return math.sqrt(square)
+
+
+def _square(values: NDArray[Any]) -> float:
+    """Returns the sum of squares, which is the same on every processor but for rounding in the last digits."""
+    total = 0.0
+    with np.errstate(all="ignore"):
+        for start in range(0, values.size, _CACHED):
+            piece = _as_floats(values[start : start + _CACHED])
+            square = float(np.dot(piece, piece))
+            if not math.isfinite(square):  # a float32 product may overflow where a float64 one does not
+                wide = piece.astype(np.float64)
+                square = float(np.dot(wide, wide))
+            total += square
+    return total
 
 
 def _as_floats(piece: NDArray[Any]) -> NDArray[Any]:
@@ -157,14 +231,13 @@ def _as_floats(piece: NDArray[Any]) -> NDArray[Any]:
 # ---- A client's figures ----
 
 
-def figures_of(update: NDArray[np.floating], m: int) -> tuple[float, ...]:
-    """Returns the norm of an update and the signed sums of each of its m blocks; zeros if one is not finite."""
+def figures_of(update: NDArray[np.floating], rounding: float, m: int) -> tuple[float, ...]:
+    """Returns the norm of an update, what rounding may change in it, and the signed sums of each of its m blocks.
+
+    They are zeros if one is not finite.
+    """
     length = -(-update.size // m)
-    square = sum_of_squares(update)
-    if not math.isfinite(square):  # a float32 product may overflow where a float64 one does not
-        with np.errstate(all="ignore"):
-            square = float(np.square(update, dtype=np.float64).sum())
-    values = [math.sqrt(square)]
+    values = [math.sqrt(_square(update)), rounding]
     for block in range(m):
         values += folded_sums(update[block * length : (block + 1) * length], np.float64).tolist()
     # Zeros keep the figures valid. An update that is not finite is rejected with its own reason.
@@ -198,7 +271,7 @@ def add_up(
         figures: For each shard, what `figures_of` returned.
     """
     expected, scale = np.zeros(SUMS), _TINY
-    for mine, (norm, *sums) in zip(coefficients, figures, strict=True):
+    for mine, (norm, _, *sums) in zip(coefficients, figures, strict=True):
         size = sum(map(abs, mine))
         expected += np.asarray(mine) @ np.asarray(sums).reshape(len(mine), SUMS)
         scale += size * max(abs(norm), *map(abs, sums))

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 from numpy.typing import NDArray
 
 from .._text import numbered
-from ..protocol import ARRAYS, METRICS, UPDATE, Plan, Reply, Sketch, Sketcher, payload_encoding, view
+from ..protocol import ARRAYS, METRICS, UPDATE, Plan, Reply, Sketch, Sketcher, payload_encoding, sum_of_squares, view
+from ..runlog import PhaseRow
 
-__all__ = ["DISAGREEMENT", "Comparisons", "Copies", "Disagreement", "Verification", "not_compared"]
+__all__ = ["DISAGREEMENT", "Comparisons", "Copies", "Disagreement", "Verification", "not_compared", "shards_of_several"]
 
 #: Relative difference between two holders of a shard above which they disagree. Differences between the float
 #: arithmetic of two machines stay below.
 DISAGREEMENT = 1e-5
 _MOST = 1e300  # a ledger row holds finite numbers
 _REMEMBERED = 8  # phases whose late replies are compared
+_MOST_ROUNDING = 1e-2  # relative to the norm: what a client may claim that rounding changes
+_MOST_IN_VAIN = 3  # rounds in succession that wait in vain for second copies of shards whose holders disagreed
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Disagreement:
         holders: The two workers, the one whose copy came first in front.
         apart: Relative difference; infinity if names, shapes or counters differ.
         weights: The numbers of examples that they counted.
+        used: Whether the round was decoded, if it was over by then.
     """
 
     round: int
@@ -44,6 +48,7 @@ class Disagreement:
     holders: tuple[int, int]
     apart: float
     weights: tuple[float, float]
+    used: bool = False
 
     def sentences(self, *, stateful: bool, alike: Alike | None) -> str:
         """Returns who disagrees about what, and the rule that the app most likely breaks.
@@ -117,31 +122,42 @@ class Copies:
 
     Args:
         plan: Plan of the phase; `plan.rows` holds every worker's row.
+        before: The arrays that training starts from; None when evaluating.
         compares: Whether copies of a shard should agree at all.
 
     Attributes:
+        used: Whether the phase was decoded.
         compared: Shards of which two holders' copies were compared.
         apart: Largest relative difference between two copies; None if none were compared.
         disagreements: Shards -> the first disagreement about them.
         alike: A worker that sent the same update for two shards; None if none did.
     """
 
-    def __init__(self, plan: Plan, *, compares: bool) -> None:
+    def __init__(self, plan: Plan, before: ArrayRecord | None, *, compares: bool) -> None:
         self.plan = plan
+        self.used = False
         self.compared: set[int] = set()
         self.apart: float | None = None
         self.disagreements: dict[tuple[int, ...], Disagreement] = {}
         self.alike: Alike | None = None
         self._encoding = payload_encoding(plan.fraction_bits, plan.k)
-        self._sketcher = Sketcher() if compares and not plan.figures else None
+        self._sketcher = Sketcher(before) if compares and not plan.figures and before is not None else None
         self._figures = compares and plan.figures
         self._first: dict[tuple[int, ...], tuple[int, Sketch]] = {}
-        self._by_worker: dict[int, dict[tuple[float, ...], tuple[int, ...]]] = {}
+        self._by_worker: dict[int, dict[object, tuple[int, ...]]] = {}
 
-    def wrong_figures(self, reply: Reply, update: NDArray[Any]) -> str:
+    def close(self, *, used: bool) -> None:
+        """Note whether the phase was decoded, and let go of the model that it started from."""
+        self.used = used
+        if self._sketcher is not None:
+            self._sketcher.close()
+
+    def wrong_figures(self, reply: Reply, update: NDArray[Any], square: float | None = None) -> str:
         """Returns what is wrong with the figures by which a reply describes its shards, or an empty string."""
         if not self.plan.figures or not self.plan.arrays_key:
             return ""
+        if square is not None and not math.isfinite(square):
+            return ""  # numbers so large that their squares overflow have figures of zeros
         if len(reply.figures) != len(reply.shards):
             return f"it describes {len(reply.figures)} of its {len(reply.shards)} shards"
         coefficients = self.plan.rows[reply.worker].coefficients
@@ -162,7 +178,7 @@ class Copies:
         """
         if self._figures:
             found = [
-                self._note((shard,), reply.worker, Sketch(figures))
+                self._note((shard,), reply.worker, self._sketch_in(figures))
                 for shard, figures in zip(reply.shards, reply.figures, strict=False)
             ]
             return max((apart for apart in found if apart is not None), default=None)
@@ -172,6 +188,13 @@ class Copies:
         form = (reply.layout, tuple((name, length) for name, length, _ in reply.metrics_layout))
         sketch = self._sketcher.of_vector(update, weight, form, square=square)
         return self._note(tuple(sorted(reply.shards)), reply.worker, sketch)
+
+    def _sketch_in(self, figures: tuple[float, ...]) -> Sketch:
+        """Returns the sketch that a client's figures stand for."""
+        if self.plan.fraction_bits is not None or not self.plan.arrays_key or len(figures) < 2:
+            return Sketch(None, figures)  # every bit has to agree
+        norm, rounding, *sums = figures
+        return Sketch(norm, tuple(sums), rounding=min(abs(rounding), _MOST_ROUNDING * abs(norm)))
 
     def add_records(self, reply: Reply, content: RecordDict) -> float | None:
         """Compare the records of a shard with another holder's; returns the difference, or None without another."""
@@ -197,10 +220,13 @@ class Copies:
                 return None
             if reply.shards != known.shards and not (len(reply.shards) == 1 and reply.shards[0] in known.shards):
                 return None
-            update = view(record[ARRAYS]).reshape(-1) if ARRAYS in record else view(record[METRICS])[:0]
+            update: NDArray[Any] = view(record[ARRAYS]).reshape(-1) if ARRAYS in record else view(record[METRICS])[:0]
             if self.wrong_figures(reply, update):
                 return None
-            return self.add(reply, update, view(record[METRICS]).reshape(-1))
+            metrics = view(record[METRICS]).reshape(-1)
+            if update.dtype.kind == "f" and not math.isfinite(sum_of_squares(update) + float(metrics[0])):
+                return None  # not a number: it would not have been used
+            return self.add(reply, update, metrics)
         except Exception:  # a reply is untrusted input, and this one is not needed
             return None
 
@@ -211,8 +237,9 @@ class Copies:
     def _note(self, shards: tuple[int, ...], worker: int, sketch: Sketch) -> float | None:
         """Compare a copy with the first one of the same shards; returns the difference, or None for the first one."""
         holder, first = self._first.setdefault(shards, (worker, sketch))
-        if any(sketch.numbers) and self.alike is None:
-            other = self._by_worker.setdefault(worker, {}).setdefault(sketch.numbers, shards)
+        if any(sketch.sums) and self.alike is None and self.plan.kind == "train":
+            key = (sketch.norm, sketch.sums, sketch.weight, sketch.form)
+            other = self._by_worker.setdefault(worker, {}).setdefault(key, shards)
             if other != shards:
                 self.alike = Alike(worker, (other[0], shards[0]))
         if holder == worker:
@@ -222,7 +249,9 @@ class Copies:
         self.apart = min(max(self.apart or 0.0, apart), _MOST)
         if apart > DISAGREEMENT and shards not in self.disagreements:
             weights = (first.weight, sketch.weight)
-            self.disagreements[shards] = Disagreement(self.plan.round, shards, (holder, worker), apart, weights)
+            self.disagreements[shards] = Disagreement(
+                self.plan.round, shards, (holder, worker), apart, weights, self.used
+            )
         return apart
 
 
@@ -235,11 +264,13 @@ class Comparisons:
 
     Attributes:
         twice: Shards whose update was seen from two holders, who agreed.
+        compared: Shards whose update was seen from two holders.
     """
 
     def __init__(self, verify: int, *, insists: bool = False) -> None:
         self.twice: set[int] = set()
-        self._insists = insists
+        self.compared: set[int] = set()
+        self._insists, self._in_vain = insists, 0
         self._apart: set[int] = set()  # shards whose holders disagreed when they were last compared
         self._left = verify
         self._seconds: float | None = None  # that verification may still take; None before the first round
@@ -250,14 +281,23 @@ class Comparisons:
         """Whether no further round waits for second copies."""
         return self._left <= 0
 
-    def open(self, plan: Plan, *, compares: bool) -> Copies:
+    def resume(self, rows: Iterable[PhaseRow]) -> None:
+        """Take over what earlier rounds of a resumed run compared."""
+        for row in rows:
+            self._left -= 1
+            self.compared |= {*row.compared}
+            if row.replica_disagreement is not None and row.replica_disagreement <= DISAGREEMENT:
+                self.twice |= {*row.compared}
+
+    def open(self, plan: Plan, before: ArrayRecord | None, *, compares: bool) -> Copies:
         """Returns where the copies of a new phase are noted; the copies of the last phases are remembered.
 
         Args:
             plan: Plan of the phase.
+            before: The arrays that training starts from; None when evaluating.
             compares: Whether copies of a shard should agree at all.
         """
-        copies = Copies(plan, compares=compares)
+        copies = Copies(plan, before, compares=compares)
         self._recent.pop(plan.label, None)
         self._recent[plan.label] = copies
         while len(self._recent) > _REMEMBERED:
@@ -267,11 +307,11 @@ class Comparisons:
     def wanted(self, plan: Plan) -> Verification | None:
         """Returns which second copies a phase of training waits for, and how long; None if it waits for none."""
         done = self.over or self._seconds == 0
-        if done and not (self._insists and self._apart):
+        insists = self._insists and self._apart and self._in_vain < _MOST_IN_VAIN
+        if done and not insists:
             return None
-        holders = Counter(shard for row in plan.rows.values() for shard in row.shards)
-        several = frozenset(shard for shard, number in holders.items() if number > 1)
-        if self._insists and several & self._apart:
+        several = shards_of_several(plan)
+        if insists and several & self._apart:
             return Verification(several & self._apart if done else several - self.twice, math.inf)
         if done or not several - self.twice:
             return None
@@ -287,6 +327,8 @@ class Comparisons:
         """
         self._learn(copies)
         self._left -= 1
+        if self._insists and waited:
+            self._in_vain = 0 if copies.compared & self._apart else self._in_vain + 1
         if most:  # in all, verification takes no longer than it might have in the first round
             self._seconds = max(0.0, (most if self._seconds is None else self._seconds) - waited)
 
@@ -295,6 +337,7 @@ class Comparisons:
             apart = {shard for shards in copies.disagreements for shard in shards}
             self._apart = (self._apart - copies.compared) | apart
             self.twice = (self.twice | copies.compared) - apart
+            self.compared |= copies.compared
 
     def late(self, label: str, message: Message | None) -> tuple[float, Disagreement | None] | None:
         """Compare a reply to an earlier phase with what was used.
@@ -318,6 +361,12 @@ class Comparisons:
         self._learn(copies)
         about = (one for one in copies.disagreements.values() if reply.worker in one.holders)
         return min(apart, _MOST), next(about, None) if apart > DISAGREEMENT else None
+
+
+def shards_of_several(plan: Plan) -> frozenset[int]:
+    """Returns the shards that several workers hold."""
+    holders = Counter(shard for row in plan.rows.values() for shard in row.shards)
+    return frozenset(shard for shard, number in holders.items() if number > 1)
 
 
 def not_compared(shards: Collection[int], rounds: int) -> str:

@@ -79,7 +79,7 @@ class Phase(StopRule):
         self.label = self.plan.label
         self.code, self.shards, self.registry = code, list(shards), registry
         self.comparisons, self.compares = comparisons, compares
-        self.copies = comparisons.open(self.plan, compares=compares)
+        self.copies = comparisons.open(self.plan, before, compares=compares)
         self.verification = comparisons.wanted(self.plan) if compares and self.plan.kind == "train" else None
         self.replies = ReplyCollector(self.plan, code, before, registry, self.copies, row_of, spare=spare)
         self.collected = False
@@ -122,7 +122,9 @@ class Phase(StopRule):
 
     @property
     def decided(self) -> bool:
-        """Whether the replies that count are enough."""
+        """Whether the replies that count are enough; once they were, they stay it."""
+        if self.decided_after is not None:
+            return True
         best = self.replies.best
         return best is not None and self.enough(best.decoder)
 

@@ -524,7 +524,7 @@ class ReplyCollector:
         except Exception as error:  # a reply is untrusted input, and must not end the run
             kind: RejectionKind = "not-finite" if isinstance(error, NotFinite) else "layout"
             return Rejection(kind, f"unusable vectors: {last_line(str(error))}")
-        if wrong := self.copies.wrong_figures(reply, update):
+        if wrong := self.copies.wrong_figures(reply, update, square):
             return Rejection("wrong-figures", wrong)
         self.copies.add(reply, update, metrics, square)
         self._note_spent(reply)
@@ -541,13 +541,13 @@ class ReplyCollector:
         content = Reply.remove_from(message.content)
         try:
             key = names_of(content, self.plan.weight_key)
-        except ValueError as error:
+            self.copies.add_records(reply, content)
+        except Exception as error:  # a reply is untrusted input, and must not end the run
             kind: RejectionKind = "not-finite" if isinstance(error, NotFiniteRecord) else "layout"
             return Rejection(kind, last_line(str(error)))
         self.answered.append(reply.worker)
         group = self.groups.setdefault(key, ReturnedReplies(self.code.incremental(), key))
         assert isinstance(group, ReturnedReplies)
-        self.copies.add_records(reply, content)
         if not group.add(row, (node, reply.worker), content):
             self.spare_from.add(reply.worker)
         return None

@@ -25,7 +25,7 @@ from ..runlog import PhaseRow, RoundRow
 from . import report
 from .app_checks import broken_promises, refuse_unsuitable
 from .checkpoint import Saved
-from .comparison import Comparisons, not_compared
+from .comparison import Comparisons, not_compared, shards_of_several
 from .discovery import Holdings
 from .options import Adaptive, Coded, Options, Shards
 from .phase import Phase
@@ -96,6 +96,7 @@ class Run:
         self._comparisons = Comparisons(options.verify, insists=options.on_disagreement == "skip")
         self._trained: set[int] = set()  # shards of which there should be copies that agree
         self._rounds_trained = 0
+        self._replicas: tuple[GradientCode, bool] | None = None  # a code, and whether several workers compute a shard
         self._ever_decoded = self._resumed = False
         self._without_model = 0  # rounds in succession
         self._told: GradientCode | None = None  # the code whose holders the ledger lists
@@ -107,6 +108,13 @@ class Run:
         """Returns the chooser of modes; a strategy that needs each reply never gets coded vectors."""
         coded = self.options.sees == "mean" or (self.options.sees is None and not why_no_average(self.strategy))
         return mode_chooser(self.options, code, coded=coded)
+
+    def _has_replicas(self, code: GradientCode) -> bool:
+        """Returns whether several workers compute some shard."""
+        if self._replicas is None or self._replicas[0] is not code:
+            holders = np.count_nonzero(code.B if code.m == 1 else code.B.any(axis=2), axis=0)
+            self._replicas = code, bool(holders.max(initial=0) > 1)
+        return self._replicas[1]
 
     # Beginning and resuming
 
@@ -141,6 +149,7 @@ class Run:
             if row.round <= saved.round:
                 self.modes.choose(complete=True)
                 self.modes.learn(row)
+                self._comparisons.resume([] if row.train is None else [row.train])
                 self._ever_decoded |= row.train is not None and row.train.outcome in ("exact", "approximate")
         if self.account is not None:
             self.account.request = request
@@ -228,7 +237,7 @@ class Run:
         arrays_key = arrays_key_of(self.strategy, content, several=as_returned) if kind == "train" else ""
         account = self.account if arrays_key else None
         mixes = mode.send == "coded" and (code.groups is None or code.m > 1)
-        compares = (code.s > 0 or not code.exact) and not options.independent
+        compares = self._has_replicas(mode.code) and not options.independent
         plan = make_plan(
             code,
             shards,
@@ -304,6 +313,7 @@ class Run:
         for key, text in broken_promises(phase.replies):
             self._warn_once(key, text)
         self._verified(phase)
+        phase.copies.close(used=decoded is not None)
         if decoded is None:
             self._undecodable(phase, entry, apart or report.why_undecodable(phase, entry))
             return None, MetricRecord(report.figures(entry))
@@ -330,7 +340,9 @@ class Run:
             RoundFailed: Holders disagree, and the run is to end then.
         """
         policy, replies = self.options.on_disagreement, phase.replies
-        now, late = [*phase.copies.disagreements.values()], phase.late_disagreements
+        training = phase.plan.kind == "train"  # metrics of evaluations may differ, as times do
+        now = [*phase.copies.disagreements.values()] if training else []
+        late = phase.late_disagreements
         if not now and not late:
             return ""
         first = (now or late)[0]
@@ -344,7 +356,7 @@ class Run:
             )
             raise RoundFailed(text)
         if policy == "warn" or not now:
-            used = "" if now else f" Round {first.round} has used one of the two."
+            used = "" if now or not first.used else f" Round {first.round} has used one of the two."
             self._warn_once("apart" if now else "apart late", text + used)
             return ""
         return text.removesuffix(".")
@@ -356,14 +368,14 @@ class Run:
         compared = self._comparisons
         compared.close(phase.copies, most=phase.most_verifying, waited=phase.verifying)
         if phase.compares and phase.decided:
-            self._trained |= {*phase.shards}
+            self._trained |= shards_of_several(phase.plan)
         self._rounds_trained += 1
         if compared.over and self._rounds_trained >= self.options.verify + _LATER:
             self.tell_unverified()
 
     def tell_unverified(self) -> None:
         """Warn of shards whose holders were not compared so far, unless the run was not asked to compare them."""
-        left = self._trained - self._comparisons.twice
+        left = self._trained - self._comparisons.compared
         if left and self.options.verify:
             self._warn_once("not compared", not_compared(left, self._rounds_trained))
 

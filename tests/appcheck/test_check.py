@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import random
 import time
@@ -122,8 +123,63 @@ def test_a_generator_without_a_seed(draw: Callable[[], float]) -> None:
     assert fails(app_of(lambda message, context: mine(context) + draw())) == ["generators"]
 
 
-def test_the_clock() -> None:
-    assert fails(app_of(lambda message, context: mine(context) + time.time() % 1000)) == ["clock"]
+def budgeted() -> int:
+    """Trains for a time, as apps do that have a budget."""
+    began = time.monotonic()
+    return next(step for step in itertools.count() if time.monotonic() > began + 0.01)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: time.time() % 1000,
+        lambda: time.localtime().tm_hour + 24 * time.localtime().tm_yday,
+        lambda: int(time.strftime("%Y%m%d%H")) % 1000,
+        lambda: datetime.datetime.now().toordinal() % 1000,
+        lambda: datetime.date.today().toordinal() % 1000,
+        budgeted,
+    ],
+    ids=["time", "local hour", "strftime", "datetime", "date", "budget of time"],
+)
+def test_the_clock(read: Callable[[], float]) -> None:
+    assert fails(app_of(lambda message, context: mine(context) + read())) == ["clock"]
+
+
+def test_the_node() -> None:
+    assert fails(app_of(lambda message, context: mine(context) * (1 + context.node_id % 7))) == ["node"]
+    ids = app_of(lambda message, context: mine(context) + message.metadata.dst_node_id % 7)
+    assert fails(ids) == ["node"]
+
+
+def test_a_split_that_is_drawn_at_the_first_call() -> None:
+    drawn: dict[int, Any] = {}
+
+    def update(message: Message, context: Context) -> Any:
+        shard = int(context.node_config["partition-id"])
+        return mine(context) * drawn.setdefault(shard, np.random.random(6))  # noqa: NPY002
+
+    report = check_app(app_of(update), arrays=ARRAYS)
+    assert report.failed == ("variables",)
+    assert "random split" in next(one.text for one in report.findings if one.key == "variables")
+
+
+def test_the_model_of_the_round_before() -> None:
+    before: dict[int, Any] = {}
+
+    def in_a_variable(message: Message, context: Context) -> Any:
+        content: Any = message.content
+        w = content["arrays"]["w"].numpy()
+        return mine(context) + w - before.setdefault(int(context.node_config["partition-id"]), w)
+
+    def in_the_state(message: Message, context: Context) -> Any:
+        content: Any = message.content
+        w, kept = content["arrays"]["w"].numpy(), context.state.get("before")
+        context.state["before"] = ArrayRecord({"w": Array(w)})
+        known: Any = {"w": Array(w)} if kept is None else kept
+        return mine(context) + w - known["w"].numpy()
+
+    assert fails(app_of(in_a_variable)) == ["variables"]
+    assert fails(app_of(in_the_state)) == ["state"]
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["a file for each partition", "one file"])
@@ -132,6 +188,32 @@ def test_what_is_kept_in_a_file(tmp_path: Path, shared: bool) -> None:
         path = tmp_path / ("all" if shared else str(context.node_config["partition-id"]))
         count = int(path.read_text()) if path.exists() else 0
         path.write_text(str(count + 1))
+        return mine(context) * (1 + count)
+
+    assert fails(app_of(update)) == ["files"]
+
+
+@pytest.mark.parametrize("how", ["replace", "relative", "torch", "split"])
+def test_other_ways_to_keep_something_in_a_file(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+
+    def update(message: Message, context: Context) -> Any:
+        name = f"state-{context.node_config['partition-id']}"
+        path = tmp_path / name
+        if how == "split":
+            if not path.exists():
+                path.write_text(str(np.random.random()))  # noqa: NPY002
+            return mine(context) * (1 + float(path.read_text()))
+        if how == "torch":
+            count = torch.load(path) if path.exists() else 0
+            torch.save(count + 1, path)
+        else:
+            count = int(Path(name).read_text()) if path.exists() else 0
+            written = tmp_path / ("new" if how == "replace" else name)
+            written.write_text(str(count + 1))
+            written.replace(path)
         return mine(context) * (1 + count)
 
     assert fails(app_of(update)) == ["files"]
@@ -160,6 +242,13 @@ def test_a_mod_that_stands_before_ours() -> None:
 def test_an_app_that_raises() -> None:
     report = check_app(app_of(lambda message, context: mine(context)[99]), arrays=ARRAYS)
     assert report.failed == ("runs",) and "IndexError" in report.findings[0].text
+
+
+def test_a_function_that_returns_nothing() -> None:
+    app = ClientApp()
+    app.train()(lambda message, context: None)  # type: ignore[arg-type, return-value]
+    report = check_app(app, arrays=ARRAYS)
+    assert report.failed == ("runs",) and "returned a NoneType, not a Message" in report.findings[0].text
 
 
 def test_an_update_that_is_not_finite() -> None:
@@ -237,6 +326,10 @@ WELL_BEHAVED: dict[str, Train] = {
         mine(context) + np.random.default_rng(int(context.node_config["partition-id"])).random(6)
     ),
     "a schedule by the round": lambda message, context: mine(context) / message.content["config"]["server-round"],
+    "a warm-up that begins with nothing": lambda message, context: (
+        mine(context) * (message.content["config"]["server-round"] - 1)  # type: ignore[operator]
+    ),
+    "an empty partition": lambda message, context: mine(context) * (int(context.node_config["partition-id"]) > 1),
     "a trainer": with_trainer,
     "a cache by partition": with_a_cache_by_partition,
     "a counter in the state": with_a_counter_in_the_state,

@@ -93,9 +93,15 @@ def test_the_command_says_what_it_found_and_ends_with_a_code(tmp_path: Path) -> 
     [
         ("", "names no Flower app"),
         ("[tool", "cannot be read"),
+        ('[tool.flwr.app]\nconfig = 5\n[tool.flwr.app.components]\nserverapp = "a:b"\nclientapp = "a:b"\n', "a table"),
+        ('[tool.flwr.app.components]\nserverapp = "nowhere"\nclientapp = "a:b"\n', "must be module:attribute"),
+        (
+            '[tool.flwr]\nfederations = "x"\n[tool.flwr.app.components]\nserverapp = "a:b"\nclientapp = "a:b"\n',
+            "No module named",
+        ),
         ('[tool.flwr.app.components]\nserverapp = "nowhere:server"\nclientapp = "nowhere:app"\n', "No module named"),
     ],
-    ids=["no app", "no TOML", "no module"],
+    ids=["no app", "no TOML", "no config", "no attribute", "odd federations", "no module"],
 )
 def test_a_folder_that_is_no_app_is_one_sentence(text: str, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text(text)
@@ -109,13 +115,36 @@ def test_a_folder_that_is_no_app_is_one_sentence(text: str, sentence: str, tmp_p
         ("def main(grid, context): pass", "ended without starting a strategy"),
         ("def main(grid, context): raise OSError('no data')", "OSError: no data"),
         ("def main(grid, context): raise SystemExit(3)", "ended without an answer"),
+        ("main = None", "names as serverapp is a|TypeError|NoneType"),
     ],
-    ids=["nothing", "an error", "an exit"],
+    ids=["nothing", "an error", "an exit", "no function"],
 )
 def test_a_server_that_starts_nothing_is_told(server: str, sentence: str, tmp_path: Path) -> None:
     source = PLAIN.format(body="pass", strategy="FedAvg").partition("def main")[0] + server
     with pytest.raises(UnsuitableApp, match=sentence):
         check_app(folder_of(tmp_path, source, {}))
+
+
+def test_brackets_in_what_an_app_says_are_shown(tmp_path: Path) -> None:
+    app = small(tmp_path, "raise ValueError('no data in [/tmp/x]')")
+    done = CliRunner().invoke(command_line, ["check", str(app)])
+    assert done.exit_code == 1 and "[/tmp/x]" in done.output
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "try: result = FedAvg().start(grid, arrays)\n    finally: print(result.arrays)",
+        "Wrapper(FedAvg(min_available_nodes=40, fraction_train=0.1), 1.0, 1.0, 3).start(grid, arrays, 2, 60.0)",
+    ],
+    ids=["finally", "a wrapper that wants many nodes"],
+)
+def test_a_server_is_stopped_where_it_starts(start: str, tmp_path: Path) -> None:
+    source = PLAIN.format(body="w = w + partition", strategy="FedAvg").replace(
+        "FedAvg().start(grid, arrays, num_rounds=2)", start
+    )
+    imports = "from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping as Wrapper\n"
+    assert check_app(folder_of(tmp_path, imports + source, {"size": 4})).passed
 
 
 @pytest.mark.parametrize("text", ["lr", "lr=", "lr=a", "=3"])

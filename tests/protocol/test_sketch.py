@@ -78,7 +78,7 @@ def test_large_vectors_are_looked_at_in_part_for_signs_and_as_a_whole_for_the_no
     other = values.copy()
     other[:100_000] *= 1.1  # about 6e-3 of the norm's square
     one, two = sketcher.of_vector(values, 1.0, ()), sketcher.of_vector(other, 1.0, ())
-    assert one.numbers[0] == pytest.approx(float(np.linalg.norm(values.astype(np.float64))), rel=1e-4)
+    assert one.norm == pytest.approx(float(np.linalg.norm(values.astype(np.float64))), rel=1e-4)
     assert one.apart(two) > 1e-3
     assert one.apart(sketcher.of_vector(-values, 1.0, ())) > 1e-2
 
@@ -113,3 +113,44 @@ def test_figures_add_up_and_wrong_ones_do_not(name: str, size: int) -> None:
             wrong[shard] = (*wrong[shard][:-1], wrong[shard][-1] + (1 if bits else 10 * abs(wrong[shard][0])))
             assert not encoding.add_up(sent, rows, wrong)
             assert not encoding.add_up(sent, rows, [one[:-1] for one in figures])
+
+
+def test_copies_of_records_differ_by_their_updates_and_not_by_the_model() -> None:
+    before = ArrayRecord({"w": Array(1e3 + RNG.standard_normal(5000))})
+    updates = RNG.standard_normal((2, 5000)) * 1e-3
+
+    def trained(update: Any) -> RecordDict:
+        return RecordDict({"arrays": ArrayRecord({"w": Array(before["w"].numpy() + update)})})
+
+    sketcher = Sketcher(before)
+    one, two = (sketcher.of_records(trained(update), WEIGHT) for update in updates)
+    assert one.apart(two) > 0.1 and one.norm == pytest.approx(float(np.linalg.norm(updates[0])), rel=1e-6)
+    sketcher.close()  # late copies come when the model is gone
+    late = sketcher.of_records(trained(updates[0]), WEIGHT), sketcher.of_records(trained(updates[1]), WEIGHT)
+    assert late[0].norm is None and one.apart(late[0]) < 1e-5 < 0.1 < one.apart(late[1])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_rounding_the_model_is_no_disagreement(dtype: Any) -> None:
+    before = RNG.standard_normal(20_000).astype(dtype)
+    update = RNG.standard_normal(20_000) * (1e-2 if dtype == np.float16 else 1e-4)
+    copies = [(before.astype(np.float64) + update * (1 + error)).astype(dtype) for error in (0, 1e-6)]
+    sketcher = Sketcher(ArrayRecord({"w": Array(before)}))
+    flat = [(copy.astype(np.float64) - before).astype(np.float32) for copy in copies]
+    one, two = (sketcher.of_vector(values, 1.0, ()) for values in flat)
+    assert one.apart(two) < 1e-5
+    other = (before.astype(np.float64) + RNG.permutation(update)).astype(dtype)
+    assert one.apart(sketcher.of_vector((other.astype(np.float64) - before).astype(np.float32), 1.0, ())) > 1e-2
+
+
+def test_what_is_not_finite_agrees_with_nothing() -> None:
+    values = np.ones(2000, np.float32)
+    sketcher = Sketcher()
+    one = sketcher.of_vector(values, 1.0, ())
+    for other in (sketcher.of_vector(values * np.nan, 1.0, ()), sketcher.of_vector(values, math.nan, ())):
+        assert one.apart(other) == math.inf and other.apart(other) == math.inf
+
+
+def test_any_dtype_of_an_array_can_be_sketched() -> None:
+    for values in (np.array(["2020-01-01"], "M8[D]"), np.array([1 + 2j]), np.array([b"x"]), np.array(True)):
+        assert apart(*2 * [RecordDict({"a": ArrayRecord({"x": Array(values)})})]) == 0
