@@ -52,7 +52,7 @@ PACKAGES: dict[str, frozenset[str]] = {
     "client": names("numpy flwr.app flwr.clientapp"),
     "strategy": FLOWER | names("numpy"),
     "matmul": names("numpy scipy flwr.app flwr.serverapp flwr.clientapp"),
-    "appcheck": FLOWER | names("flwr.clientapp"),
+    "appcheck": FLOWER | names("numpy flwr.clientapp"),
     "testing": names("numpy flwr.app flwr.serverapp flwr.clientapp"),
     "cli": names("numpy typer rich matplotlib"),
     # Flower's internals, each with its reason there.

@@ -229,7 +229,7 @@ def coded_reply(message: Message, worker: int) -> Message:
     factor = sum(sum(mine) * number for mine, number in zip(row.coefficients, times, strict=True))
     if plan.fraction_bits is None:
         noise: Any = np.resize(rng.standard_normal(drawn, dtype=np.float32), length)
-        sums, beginning = folded_sums(noise, np.float64), (float(np.linalg.norm(noise)),)
+        sums, beginning = folded_sums(noise, np.float64), (float(np.linalg.norm(noise)), 0.0)
         figures = [tuple(number * x for x in (*beginning, *(m * [*sums]))) for number in times]
         noise *= np.float32(factor)
     else:
