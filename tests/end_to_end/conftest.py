@@ -140,7 +140,11 @@ def run_straggling(
     finally:
         (folder / "wake-up").touch()
     ledger = folder / "ledger.jsonl"
-    return Run(outcome, Ledger.read(ledger) if ledger.exists() else [], events(), saved_arrays(folder / "final.npz"))
+    rows = Ledger.read(ledger) if ledger.exists() else []
+    for row in rows:  # a row claims nothing that was not compared
+        for phase in filter(None, (row["train"], row["evaluate"])):
+            assert (phase["replica-disagreement"] is None) == (not phase["compared"])
+    return Run(outcome, rows, events(), saved_arrays(folder / "final.npz"))
 
 
 def copy_of_the_app(folder: Path) -> Path:
