@@ -26,6 +26,9 @@ __all__ = ["CodedPhase", "ShardPhase", "open_phase"]
 
 #: Most sets of missing workers that are tried to prove a phase hopeless. If there are more, it counts as not hopeless.
 _TRIED = 200
+#: Part of the time that a node took for its last shard, within which it must be able to return a second copy. Less than
+#: all of it, since in an engine the time until a message is sent counts too.
+_LIKELY = 0.8
 
 
 def open_phase(
@@ -256,7 +259,7 @@ class ShardPhase(Phase):
         closed = self._covered() | self._sent.get(node, set())
         if self.linger_until is not None:
             # A second copy, which is not worth it if it makes the node late for the next round.
-            if now + self._queue.took(node) > self.linger_until:
+            if now + _LIKELY * self._queue.took(node) > self.linger_until:
                 return None
             closed = (self._row.keys() - self.unverified) | self._sent.get(node, set())
         shard = self._queue.start(node, worker, closed, now)

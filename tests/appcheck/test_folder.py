@@ -6,14 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord, Context
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
 from typer.testing import CliRunner
 
+from fl_gradcode.appcheck import AppReport, Finding
+from fl_gradcode.appcheck.capture import capture
 from fl_gradcode.cli.app import app as command_line
 from fl_gradcode.errors import InvalidSetting, UnsuitableApp
 from fl_gradcode.testing import check_app
 from tests.programs.test_quickstart_apps import APPS, NAMES, load
 
+ARRAYS = ArrayRecord({"w": Array(np.zeros(3))})
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = "\nfrom flwr.serverapp import ServerApp\nserver = ServerApp()\nserver.main()(main)\n"
 PLAIN = """
@@ -125,26 +132,30 @@ def test_a_server_that_starts_nothing_is_told(server: str, sentence: str, tmp_pa
         check_app(folder_of(tmp_path, source, {}))
 
 
-def test_brackets_in_what_an_app_says_are_shown(tmp_path: Path) -> None:
-    app = small(tmp_path, "raise ValueError('no data in [/tmp/x]')")
-    done = CliRunner().invoke(command_line, ["check", str(app)])
+def test_brackets_in_what_an_app_says_are_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told = AppReport((Finding("runs", "train() returns", "fails", "train() raised no data in [/tmp/x]."),), "", "coded")
+    monkeypatch.setattr("fl_gradcode.appcheck.check_app", lambda *args, **kwargs: told)
+    done = CliRunner().invoke(command_line, ["check", str(tmp_path)])
     assert done.exit_code == 1 and "[/tmp/x]" in done.output
 
 
-@pytest.mark.parametrize(
-    "start",
-    [
-        "try: result = FedAvg().start(grid, arrays)\n    finally: print(result.arrays)",
-        "Wrapper(FedAvg(min_available_nodes=40, fraction_train=0.1), 1.0, 1.0, 3).start(grid, arrays, 2, 60.0)",
-    ],
-    ids=["finally", "a wrapper that wants many nodes"],
-)
-def test_a_server_is_stopped_where_it_starts(start: str, tmp_path: Path) -> None:
-    source = PLAIN.format(body="w = w + partition", strategy="FedAvg").replace(
-        "FedAvg().start(grid, arrays, num_rounds=2)", start
-    )
-    imports = "from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping as Wrapper\n"
-    assert check_app(folder_of(tmp_path, imports + source, {"size": 4})).passed
+def with_something_to_do_afterwards(grid: Grid, context: Context) -> None:
+    try:
+        result = FedAvg().start(grid, ARRAYS)
+    finally:
+        print(result.arrays)
+
+
+def with_a_wrapper_that_wants_many_nodes(grid: Grid, context: Context) -> None:
+    inner = FedAvg(min_available_nodes=40, fraction_train=0.1, weighted_by_key="rows")
+    DifferentialPrivacyServerSideFixedClipping(inner, 1.0, 1.0, 4).start(grid, ARRAYS, 2, 60.0)
+
+
+@pytest.mark.parametrize("main", [with_something_to_do_afterwards, with_a_wrapper_that_wants_many_nodes])
+def test_a_server_is_stopped_where_it_starts(main: Any) -> None:
+    captured = capture(main, {}, 3)
+    assert captured.content["arrays"] == ARRAYS and captured.message_type == "train"
+    assert captured.weight_key == ("rows" if main is with_a_wrapper_that_wants_many_nodes else "num-examples")
 
 
 @pytest.mark.parametrize("text", ["lr", "lr=", "lr=a", "=3"])

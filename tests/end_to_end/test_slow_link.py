@@ -19,7 +19,8 @@ from tests.end_to_end.apps.links.links import client
 from tests.end_to_end.conftest import all_nodes, on_engine
 from tests.end_to_end.throttle import SlowLink
 
-pytestmark = [pytest.mark.slow, on_engine("fleet")]
+#: In the long suite, for its minute. What it shows in an engine, tests of the waiting loop show in virtual time.
+pytestmark = [pytest.mark.slow, on_engine(stress=("fleet",))]
 
 APP = Path(__file__).resolve().parent / "apps" / "links"
 # The groups of fractional_repetition(4, 1) are (0, 2) and (1, 3).

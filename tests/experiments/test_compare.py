@@ -97,7 +97,7 @@ def test_the_app_that_does_nothing_takes_the_time_of_the_one_that_trains(scheme:
     assert make is not None
     with InProcessGrid(client_app, DIGITS.n, run_config=DIGITS.run_config("", 0)) as inner:
         coding = GradientCoding(
-            FedAvg(**quiet), make(DIGITS.n, DIGITS.s), send=Shards(patience) if send == "shards" else send
+            FedAvg(**quiet), make(DIGITS.n, DIGITS.s), send=Shards(patience) if send == "shards" else send, verify=0
         )
         coding.start(VirtualGrid(inner, latency_of("slow-owners"), seed=0), initial, 5, timeout=1e9)
     assert [row["train"]["seconds"]["waiting"] for row in coding.ledger.rows] == pytest.approx(seconds, abs=1e-4)
