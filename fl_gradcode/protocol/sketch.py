@@ -29,7 +29,7 @@ SUMS = 3
 _FOLD = 1024  # entries after which the public signs repeat
 _CACHED = 1 << 16  # entries that fit a core's cache, a multiple of _FOLD
 _WHOLE = 16  # pieces of _CACHED entries up to which all enter the signed sums; of more, one in _ONE_IN does
-_ONE_IN = 16
+_ONE_IN = 32
 _ROUNDING = 1e-3  # relative to the norms: how far figures may be from sums of float32 numbers
 _TINY = 1e-30
 _BFLOAT16_UNIT = 2.0**-7
@@ -76,8 +76,8 @@ class Sketch:
 class Sketcher:
     """Makes sketches with secret signs, which are fresh for each object unless a key is given.
 
-    The norm is taken of all entries. Of an array with more than a million entries, the signed sums take a sixteenth, in
-    pieces at secret places, so that sketching stays cheap beside decoding.
+    The norm is taken of all entries. Of an array with more than a million entries, one piece in 32 enters the signed sums,
+    at secret places, so that sketching stays cheap beside decoding.
 
     Args:
         before: The arrays that training started from, which are subtracted from what functions return; None if not
@@ -91,6 +91,7 @@ class Sketcher:
         self._drawn: dict[tuple[int, int], dict[int, NDArray[np.float32]]] = {}
         self._before: dict[str, NDArray[Any]] | None = None
         self._sums: dict[str, NDArray[np.float64]] = {}  # array -> signed sums of what training started from
+        self._looked_at_records = False
         #: What rounding the arrays may change in an update of weight 1.
         self.rounding = 0.0
         if before is not None:
@@ -99,9 +100,9 @@ class Sketcher:
 
     def close(self) -> None:
         """Let go of the arrays that training started from; their signed sums are kept, and norms no longer known."""
-        for name, values in (self._before or {}).items():
+        for name, values in (self._before or {}).items() if self._looked_at_records else ():
             if values.dtype.kind == "f":
-                self._sums[name] = self._scan(values, _salt_of(name), None)[1]
+                self._sums[name] = self._scan(values, _salt_of(name), None, norm=False)[1]
         self._before = None
 
     def of_vector(self, values: NDArray[Any], weight: float, form: Hashable, *, square: float | None = None) -> Sketch:
@@ -128,6 +129,7 @@ class Sketcher:
         shapes and all other entries of arrays enter the form. Metrics other than the weight, and ConfigRecords, may
         differ between holders, as times do.
         """
+        self._looked_at_records = True
         square: float | None = 0.0
         sums, weight = np.zeros(SUMS), 0.0
         form = hashlib.sha256()
@@ -201,7 +203,7 @@ def rounding_of(arrays: Mapping[str, Array]) -> float:
         values: NDArray[Any] = np.asarray(view(array)).reshape(-1)
         if values.dtype.kind == "f":
             unit = _BFLOAT16_UNIT if array.dtype == "bfloat16" else float(np.finfo(values.dtype).eps)
-            square += unit**2 * _square(values)
+            square += unit**2 * sum_of_squares(values.astype(np.float32) if values.itemsize < 4 else values)
     return math.sqrt(square)
 
 
