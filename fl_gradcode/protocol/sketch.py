@@ -76,8 +76,8 @@ class Sketch:
 class Sketcher:
     """Makes sketches with secret signs, which are fresh for each object unless a key is given.
 
-    The norm is taken of all entries. Of an array with more than a million entries, one piece in 32 enters the signed sums,
-    at secret places, so that sketching stays cheap beside decoding.
+    The norm is taken of all entries. Of an array with more than a million entries, one piece in 32 enters the signed
+    sums, at secret places, so that sketching stays cheap beside decoding.
 
     Args:
         before: The arrays that training started from, which are subtracted from what functions return; None if not
