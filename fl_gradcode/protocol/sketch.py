@@ -28,8 +28,9 @@ __all__ = ["SUMS", "Sketch", "Sketcher", "add_up", "figures_of", "folded_sums", 
 SUMS = 3
 _FOLD = 1024  # entries after which the public signs repeat
 _CACHED = 1 << 16  # entries that fit a core's cache, a multiple of _FOLD
-_WHOLE = 16  # pieces of _CACHED entries up to which all enter the signed sums; of more, one in _ONE_IN does
-_ONE_IN = 32
+_WHOLE = 16  # pieces of _CACHED entries up to which all enter the signed sums
+_ONE_IN = 32  # of more pieces, one in so many does, but never fewer than _FEWEST
+_FEWEST = 8
 _ROUNDING = 1e-3  # relative to the norms: how far figures may be from sums of float32 numbers
 _TINY = 1e-30
 _BFLOAT16_UNIT = 2.0**-7
@@ -76,8 +77,8 @@ class Sketch:
 class Sketcher:
     """Makes sketches with secret signs, which are fresh for each object unless a key is given.
 
-    The norm is taken of all entries. Of an array with more than a million entries, one piece in 32 enters the signed
-    sums, at secret places, so that sketching stays cheap beside decoding.
+    The norm is taken of all entries. Of an array with more than a million entries, one piece of 65,536 in 32 enters
+    the signed sums, and at least 8, at secret places, so that sketching stays cheap beside decoding.
 
     Args:
         before: The arrays that training started from, which are subtracted from what functions return; None if not
@@ -186,7 +187,8 @@ class Sketcher:
         """Returns, for each piece that enters the signed sums, the signs of its rows."""
         random = np.random.Generator(np.random.Philox(key=[self._key, salt]))
         pieces = -(-size // _CACHED)
-        chosen = np.flatnonzero(random.random(pieces) < (1.0 if pieces <= _WHOLE else 1 / _ONE_IN))
+        count = pieces if pieces <= _WHOLE else max(_FEWEST, pieces // _ONE_IN)
+        chosen = np.sort(random.choice(pieces, count, replace=False))
         rows = min(_CACHED, size) // _FOLD + 1
         turns = random.choice(np.array([-1.0, 1.0], np.float32), size=(len(chosen), rows))
         return dict(zip(chosen.tolist(), turns, strict=True))
