@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,6 +53,7 @@ from ..protocol import (
     rounding_of,
     with_kind,
 )
+from .file_watch import watching_files
 from .held_shards import held_by, refuse_other_shards, told_by
 
 __all__ = ["LEGACY_CLIENT", "RecordingConfig", "gradient_coding_mod"]
@@ -217,6 +219,7 @@ class _CodedCall:
         self.arrays: dict[str, dict[str, Array]] = {}  # record name -> arrays as received
         self.given: dict[str, ArrayRecord] = {}  # record name -> the record passed to the user's function
         self.stateful = False
+        self.kept_file = ""
         self.fixed_data = False
 
     def run(self) -> Message:
@@ -286,7 +289,12 @@ class _CodedCall:
             asked.add_to(message.content)
         started = time.perf_counter()
         seed_generators(self.plan.seed, self.plan.round, shard)
-        reply = call_silently(self.call_next, message, context, private=isinstance(self.privacy, DPSGD))
+        private = isinstance(self.privacy, DPSGD)
+        # Under private training, what the app does with files stays on the node.
+        with watching_files() if self.plan.arrays_key and not private else nullcontext() as files:
+            reply = call_silently(self.call_next, message, context, private=private)
+        if files is not None and files.rewritten:
+            self.kept_file = files.rewritten[0]
         self.seconds.append(time.perf_counter() - started)
         self.stateful |= bool(context.state)
         _put_state(self.context.state, shard, context.state, own=own)
@@ -322,6 +330,7 @@ class _CodedCall:
             figures=tuple(encoder.figures) if coded else (),
             seconds=tuple(self.seconds),
             stateful=self.stateful,
+            kept_file=self.kept_file,
             fixed_data=self.fixed_data,
             spent=tuple(encoder.spent) if coded else (),
             holds=told_by(self.context.node_config) if self.plan.open else (),

@@ -35,7 +35,8 @@ __all__ = [
 ]
 
 #: Version of the records' format. It changes with every change of a plan or a reply that the other side would misread.
-PROTOCOL = 3
+PROTOCOL = 4
+_MOST_OF_A_NAME = 100  # letters
 _JSON, _PROTOCOL, _VERSION = "json", "protocol", "version"
 
 
@@ -209,6 +210,7 @@ class Reply:
         figures: If the plan asks for them, a few numbers for each shard, which differ if its holders disagree.
         seconds: Seconds spent on each shard.
         stateful: Whether the function kept something in `context.state`.
+        kept_file: Name of a file that training found, read and rewrote; empty if there is none.
         fixed_data: Whether the function never read `partition-id`.
         spent: With privacy, for each shard: its number, the digest of the request that its key was bound to, and the
             epsilon of this run and of all runs.
@@ -229,6 +231,7 @@ class Reply:
     figures: tuple[tuple[float, ...], ...] = ()
     seconds: tuple[float, ...] = field(default=())
     stateful: bool = False
+    kept_file: str = ""
     fixed_data: bool = False
     spent: tuple[tuple[int, str, float, float], ...] = ()
     holds: tuple[tuple[int, str], ...] = ()
@@ -292,6 +295,7 @@ def _parse_reply(text: str) -> Reply:
     v["stateful"], v["fixed_data"] = bool(v["stateful"]), bool(v["fixed_data"])
     v["spent"] = tuple((int(j), str(c), float(e), float(t)) for j, c, e, t in v["spent"])
     v["holds"] = tuple((int(j), str(digest)) for j, digest in v["holds"])
+    v["kept_file"] = str(v["kept_file"])[:_MOST_OF_A_NAME]
     v["arrays_name"], v["metrics_name"] = str(v["arrays_name"]), str(v["metrics_name"])
     if v["outcome"] not in OUTCOMES:
         raise ValueError(f"outcome {v['outcome']!r}")

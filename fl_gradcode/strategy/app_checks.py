@@ -79,6 +79,13 @@ def broken_promises(replies: ReplyCollector) -> Iterator[tuple[str, str]]:
             "but one that misses a round misses its state too. An update may depend only on the message, the shard "
             "and the seeded generators.",
         )
+    if replies.kept_file:
+        yield (
+            "file",
+            f"train() reads and rewrites a file ({replies.kept_file!r}), so it keeps something from one call to the "
+            "next. A holder that misses a round, or has a disk of its own, misses it too, and its updates differ from "
+            "then on. `fl-gradcode check` says whether the update depends on it.",
+        )
     if replies.fixed_data:
         yield (
             "fixed data",

@@ -428,6 +428,8 @@ class ReplyCollector:
         self.spare_from: set[int] = set()
         self.rejected: list[Rejected] = []
         self.stateful = False
+        #: A file that some client's training read and rewrote.
+        self.kept_file = ""
         self.fixed_data = False
         #: Largest epsilon that a holder reports, for this run and for all runs; None without privacy.
         self.spent: tuple[float, float] | None = None
@@ -488,6 +490,7 @@ class ReplyCollector:
             return Rejection("wrong-worker", f"worker {reply.worker} is not in the code (workers 0..{plan.n - 1})")
         self.registry.answered(node, reply.worker, plan.round)
         self.stateful |= reply.stateful
+        self.kept_file = self.kept_file or reply.kept_file
         self.fixed_data |= reply.fixed_data
         if reply.outcome == "idle":
             asked = plan.rows[reply.worker].shards

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,26 @@ def test_what_is_kept_between_calls_is_told_in_the_first_rounds(
     told = [text for text in warnings_of(caplog) if "sent different updates" in text]
     assert len(told) == 1 and "both hold shard" in told[0]
     assert max(row["train"]["replica-disagreement"] or 0 for row in strategy.ledger.rows) > 1e-5
+
+
+@pytest.mark.parametrize(("send", "code"), WAYS)
+def test_a_file_on_each_node_s_own_disk_is_told_though_copies_agree_in_the_first_rounds(
+    send: Any, code: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Holders drift apart only when one has missed a round, and later copies may never come."""
+
+    def momentum(context: Context) -> Any:
+        shard = int(context.node_config["partition-id"])
+        path = tmp_path / f"{context.node_id}-momentum-{shard}.npy"
+        kept = 0.9 * np.load(path) if path.exists() else 0.0
+        np.save(path, kept + DATA[shard])
+        time.sleep(0.02)  # clocks of file systems are coarse
+        return kept + DATA[shard]
+
+    strategy, _ = start(app_of(momentum), CODES[code](), rounds=2, send=send)
+    told = [text for text in warnings_of(caplog) if "reads and rewrites a file" in text]
+    assert len(told) == 1 and "momentum" in told[0] and "own" in told[0]
+    assert max(row["train"]["replica-disagreement"] or 0 for row in strategy.ledger.rows) <= 1e-5
 
 
 @pytest.mark.parametrize(("send", "code"), WAYS)
