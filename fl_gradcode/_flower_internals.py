@@ -1,4 +1,4 @@
-"""Everything that reaches past public interfaces, each with its reason: nine reaches into Flower, one into imports.
+"""Everything that reaches past public interfaces, each with its reason: ten reaches into Flower, one into imports.
 
 They rely on details that Flower does not promise. All were checked with Flower 1.41.0 and 1.42.0, and
 `tests/test_flower_internals.py` looks for each detail in the installed version. When a new version turns that test red,
@@ -12,6 +12,7 @@ this is the file to change.
 | `caller_among` | a strategy is not told what is wrapped around it |
 | `isolate_flower_random` | Flower's threads draw from the generator that user code is seeded with |
 | `inside_a_run` | Flower builds a `Message` only in a process that it started itself |
+| `message_of_nobody` | private training must not see who asks, and a `Message` has no public way to say nothing |
 | `number_message` | a grid gives each message its id, and Flower's own grids write it past the public interface too |
 | `WhenImported` | torch must be seeded the moment an app imports it, and importing it here would cost a second |
 """
@@ -30,7 +31,7 @@ from importlib.machinery import ModuleSpec
 from types import CodeType, FrameType, ModuleType
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Message, Metadata, RecordDict
 
 __all__ = [
     "CLIPPING_MODS",
@@ -42,6 +43,7 @@ __all__ = [
     "inside_a_run",
     "is_legacy_server",
     "isolate_flower_random",
+    "message_of_nobody",
     "mods_around",
     "mods_of",
     "number_message",
@@ -222,6 +224,15 @@ def isolate_flower_random() -> None:
 _IDENTITY = ("_task_id", "_run_id", "_node_id")
 _pretending = threading.Lock()
 _pretended: list[tuple[Any, ...]] = []  # what was there before, and what is pretended
+
+
+def message_of_nobody(content: RecordDict, message_type: str) -> Message:
+    """Returns a message whose metadata say nothing: not who sent it, to whom, when, or in which run."""
+    nobody = Metadata(0, "", 0, 0, "", "", 0.0, _ENDLESS, message_type)
+    return Message(content, metadata=nobody)  # type: ignore[call-overload,no-any-return]
+
+
+_ENDLESS = 1e12  # seconds, so that the reply to a message from 1970 does not come too late
 
 
 @contextmanager

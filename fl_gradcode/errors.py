@@ -10,6 +10,7 @@
     ├── ShardMismatch       (ValueError)    a node's data differ from a manifest
     ├── InvalidSetting      (ValueError)    an option or a path that cannot be used
     ├── PrivacyRefused      (RuntimeError)  a client's privacy rules forbid the answer
+    ├── TrainingFailed      (RuntimeError)  private training ended in an error that is not told
     └── RoundFailed         (RuntimeError)  a round that must decode did not, or the nodes do not fit the code
 
 Each class also derives from the builtin exception that a caller would expect.
@@ -27,6 +28,7 @@ __all__ = [
     "PrivacyRefused",
     "RoundFailed",
     "ShardMismatch",
+    "TrainingFailed",
     "UnsuitableApp",
     "VersionMismatch",
 ]
@@ -88,6 +90,10 @@ class PrivacyRefused(FlGradcodeError, RuntimeError):
     """An answer that a client's privacy rules forbid: over budget, or a second, different one for the same round."""
 
     kind = "privacy-refused"
+
+
+class TrainingFailed(FlGradcodeError, RuntimeError):
+    """A node's private training ended in an error whose text stays in its log; the next round may go well."""
 
 
 class RoundFailed(FlGradcodeError, RuntimeError):

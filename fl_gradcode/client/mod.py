@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from ..privacy import (
     Privacy,
     Spent,
     asked_of,
-    call_silently,
+    call_privately,
     clip,
     guarded_reply,
     privacy_from_json,
@@ -270,6 +271,8 @@ class _CodedCall:
 
     def _call_user(self, shard: int) -> tuple[Message, bool]:
         node_config = RecordingConfig({**self.context.node_config, PARTITION_ID: shard, NUM_PARTITIONS: self.plan.k})
+        if isinstance(self.privacy, DPSGD):
+            return self._call_privately(shard, node_config, self.privacy), node_config.was_read
         own = shard == self.worker
         state = _take_state(self.context.state, shard, own=own)
         context = Context(
@@ -283,22 +286,32 @@ class _CodedCall:
         message = copy(self.message)
         # The user's function may change its message, but the next shard needs it as received.
         message.content = RecordDict({key: self._as_it_came(key, record) for key, record in self.content.items()})
-        if isinstance(self.privacy, DPSGD):
-            plan, (holders, earlier) = self.plan, self.plan.releases[shard]
-            asked = Asked(self.privacy, plan.run, plan.round, shard, self.worker, holders, earlier, plan.seed)
-            asked.add_to(message.content)
         started = time.perf_counter()
         seed_generators(self.plan.seed, self.plan.round, shard)
-        private = isinstance(self.privacy, DPSGD)
-        # Under private training, what the app does with files stays on the node.
-        with watching_files() if self.plan.arrays_key and not private else nullcontext() as files:
-            reply = call_silently(self.call_next, message, context, private=private)
+        with watching_files() if self.plan.arrays_key else nullcontext() as files:
+            reply = self.call_next(message, context)
         if files is not None and files.rewritten:
             self.kept_file = files.rewritten[0]
         self.seconds.append(time.perf_counter() - started)
         self.stateful |= bool(context.state)
         _put_state(self.context.state, shard, context.state, own=own)
         return reply, node_config.was_read
+
+    def _call_privately(self, shard: int, node_config: RecordingConfig, privacy: DPSGD) -> Message:
+        """Call the function under private training, where it is handed nothing that its noise is not bound to."""
+        plan, (holders, earlier) = self.plan, self.plan.releases[shard]
+        reply_as = json.dumps([plan.arrays_key, plan.weight_key])
+        asked = Asked(privacy, plan.run, plan.round, shard, self.worker, holders, earlier, plan.seed, reply_as)
+
+        def records() -> RecordDict:
+            seed_generators(plan.seed, plan.round, shard)
+            return RecordDict({key: self._as_it_came(key, record) for key, record in self.content.items()})
+
+        context = Context(0, 0, node_config, RecordDict(), self.context.run_config)
+        started = time.perf_counter()
+        reply = call_privately(self.call_next, self.message, context, asked, records=records)
+        self.seconds.append(time.perf_counter() - started)
+        return reply
 
     def _as_it_came(self, key: str, record: Any) -> Any:
         """Returns a copy of a record as received.

@@ -6,12 +6,13 @@ from .._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .accounting import Spend, epsilon_of, noise_multiplier_for
+    from .attempts import call_privately
     from .budget_ledger import BudgetLedger
     from .clipping import clip, clipping_mod_named_in, refuse_clipping_mods
     from .dp_optimizer import wrap
     from .key_derivation import PRFStream
     from .keys import read_keys, rotate_keys, write_keys
-    from .output_guard import call_silently, guarded_reply, refuse_unprotected, spent_by
+    from .output_guard import guarded_reply, refuse_unprotected, spent_by
     from .records import BUDGET, FOLDER, Asked, Spent, asked_of, asks_for_privacy, in_config
     from .run_account import Releases, RunAccount, amplification
     from .settings import DPSGD, CentralNoise, Privacy, privacy_from_json, privacy_to_json
@@ -34,7 +35,7 @@ __all__ = [
     "amplification",
     "asked_of",
     "asks_for_privacy",
-    "call_silently",
+    "call_privately",
     "clip",
     "clipping_mod_named_in",
     "epsilon_of",
@@ -61,6 +62,9 @@ __getattr__, __dir__ = lazy_names(
             "epsilon_of",
             "noise_multiplier_for",
         ],
+        "attempts": [
+            "call_privately",
+        ],
         "budget_ledger": [
             "BudgetLedger",
         ],
@@ -81,7 +85,6 @@ __getattr__, __dir__ = lazy_names(
             "write_keys",
         ],
         "output_guard": [
-            "call_silently",
             "guarded_reply",
             "refuse_unprotected",
             "spent_by",

@@ -20,17 +20,15 @@ from typing import Any
 
 __all__ = [
     "RELIED_ON",
-    "DPLossFastGradientClipping",
     "DPOptimizer",
-    "DPOptimizerFastGradientClipping",
-    "DPTensorFastGradientClipping",
     "GradSampleModule",
     "GradSampleModuleFastGradientClipping",
     "ModuleValidator",
-    "check_processed_flag",
     "check_relied_on",
     "create_accountant",
-    "mark_as_processed",
+    "create_or_accumulate_grad_sample",
+    "ft_compute_per_sample_gradient",
+    "promote_current_grad_sample",
 ]
 
 #: The version of Opacus that the names below were read in.
@@ -41,34 +39,26 @@ CHECKED_WITH = "1.6.0"
 RELIED_ON: dict[str, str] = {
     "accountants.create_accountant": "",
     "validators.ModuleValidator.validate": "",
-    # One step with per-record gradients.
     "optimizers.DPOptimizer.__init__": "max_grad_norm expected_batch_size loss_reduction original_optimizer",
-    "optimizers.DPOptimizer.step": "pre_step original_optimizer step",
-    "optimizers.DPOptimizer.pre_step": "clip_and_accumulate _check_skip_next_step add_noise scale_grad",
-    "optimizers.DPOptimizer.clip_and_accumulate": "params grad_sample _get_flat_grad_sample max_grad_norm summed_grad",
-    "optimizers.DPOptimizer.add_noise": "params summed_grad grad _check_processed_flag _mark_as_processed",
-    "optimizers.DPOptimizer.scale_grad": "grad expected_batch_size",
-    "optimizers.DPOptimizer.zero_grad": "grad_sample summed_grad",
-    "optimizers.DPOptimizer._get_flat_grad_sample": "grad_sample",
-    "optimizers.optimizer._check_processed_flag": "",
-    "optimizers.optimizer._mark_as_processed": "",
+    "optimizers.DPOptimizer.signal_skip_step": "_step_skip_queue",
+    # Gradients of single records.
+    "grad_sample.GradSampleModule.GRAD_SAMPLERS": "",
+    "grad_sample.GradSampleModule.capture_activations_hook": "activations hooks_enabled training",
+    "grad_sample.GradSampleModule.capture_backprops_hook": "hooks_enabled GRAD_SAMPLERS grad_accumulation_allowed",
+    "grad_sample.GradSampleModule.rearrange_grad_samples": "activations max_batch_len",
     "grad_sample.GradSampleModule.forbid_grad_accumulation": "grad_accumulation_allowed",
     "grad_sample.GradSampleModule.to_standard_module": "",
-    # One step with ghost clipping: the loss measures norms in a first backward pass and clips in a second one.
-    "optimizers.DPOptimizerFastGradientClipping.step": "pre_step original_optimizer step",
-    "optimizers.DPOptimizerFastGradientClipping.pre_step": "accumulate _check_skip_next_step add_noise scale_grad",
-    "optimizers.DPOptimizerFastGradientClipping.accumulate": "params summed_grad grad",
-    "grad_sample.GradSampleModuleFastGradientClipping.get_clipping_coef": "max_grad_norm get_norm_sample",
-    "grad_sample.GradSampleModuleFastGradientClipping.get_norm_sample": "_norm_sample trainable_parameters",
-    "grad_sample.GradSampleModuleFastGradientClipping.capture_backprops_hook": "hooks_enabled _norm_sample",
+    "grad_sample.grad_sample_module.create_or_accumulate_grad_sample": "_current_grad_sample",
+    "grad_sample.grad_sample_module.promote_current_grad_sample": "_current_grad_sample grad_sample",
+    "grad_sample.functorch.ft_compute_per_sample_gradient": "ft_compute_sample_grad",
+    # Norms of single records' gradients, in the first backward pass of ghost clipping.
+    "grad_sample.GradSampleModuleFastGradientClipping.NORM_SAMPLERS": "",
+    "grad_sample.GradSampleModuleFastGradientClipping.capture_backprops_hook": (
+        "hooks_enabled _norm_sample NORM_SAMPLERS GRAD_SAMPLERS"
+    ),
     "grad_sample.GradSampleModuleFastGradientClipping.per_sample_gradient_norms": "",
     "grad_sample.GradSampleModuleFastGradientClipping.forbid_grad_accumulation": "grad_accumulation_allowed",
     "grad_sample.GradSampleModuleFastGradientClipping.to_standard_module": "",
-    "utils.fast_gradient_clipping_utils.DPTensorFastGradientClipping.__init__": "module optimizer loss_per_sample",
-    "utils.fast_gradient_clipping_utils.DPTensorFastGradientClipping.backward": "get_clipping_coef loss_per_sample",
-    "utils.fast_gradient_clipping_utils.DPTensorFastGradientClipping.__mul__": "loss_per_sample",
-    "utils.fast_gradient_clipping_utils.DPTensorFastGradientClipping.__add__": "loss_per_sample",
-    "utils.fast_gradient_clipping_utils.DPLossFastGradientClipping.__call__": "criterion module optimizer",
 }
 
 
@@ -129,7 +119,6 @@ try:
         import opacus.accountants
         import opacus.grad_sample
         import opacus.optimizers
-        import opacus.utils.fast_gradient_clipping_utils
         import opacus.validators
 except ImportError as error:
     raise ImportError("Privacy needs Opacus: pip install 'fl-gradcode[privacy]'.") from error
@@ -139,10 +128,8 @@ check_relied_on(opacus)
 create_accountant: Any = opacus.accountants.create_accountant
 ModuleValidator: Any = opacus.validators.ModuleValidator
 DPOptimizer: Any = opacus.optimizers.DPOptimizer
-DPOptimizerFastGradientClipping: Any = opacus.optimizers.DPOptimizerFastGradientClipping
 GradSampleModule: Any = opacus.grad_sample.GradSampleModule
 GradSampleModuleFastGradientClipping: Any = opacus.grad_sample.GradSampleModuleFastGradientClipping
-DPTensorFastGradientClipping: Any = opacus.utils.fast_gradient_clipping_utils.DPTensorFastGradientClipping
-DPLossFastGradientClipping: Any = opacus.utils.fast_gradient_clipping_utils.DPLossFastGradientClipping
-check_processed_flag: Any = opacus.optimizers.optimizer._check_processed_flag
-mark_as_processed: Any = opacus.optimizers.optimizer._mark_as_processed
+create_or_accumulate_grad_sample: Any = opacus.grad_sample.grad_sample_module.create_or_accumulate_grad_sample
+promote_current_grad_sample: Any = opacus.grad_sample.grad_sample_module.promote_current_grad_sample
+ft_compute_per_sample_gradient: Any = opacus.grad_sample.functorch.ft_compute_per_sample_gradient

@@ -1,167 +1,72 @@
-"""Opacus' optimizers with keyed noise, held to what is accounted: one noisy step for each batch that was drawn.
+"""The optimizer of private training: clipped gradients, keyed noise, one noisy step for each batch that was drawn.
 
 Importing this module imports Opacus; `training` does so when a shard is trained.
 """
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import PrivacyRefused
-from ._opacus import (
-    DPLossFastGradientClipping,
-    DPOptimizer,
-    DPOptimizerFastGradientClipping,
-    DPTensorFastGradientClipping,
-    GradSampleModule,
-    GradSampleModuleFastGradientClipping,
-    ModuleValidator,
-    check_processed_flag,
-    mark_as_processed,
-)
+from ._opacus import DPOptimizer
 from .key_derivation import PRFStream
+from .model_checks import refuse_unfit, trainable_layers_in_training, try_out
+from .record_gradients import (
+    GhostLoss,
+    GhostModule,
+    HooksModule,
+    clipped_sums,
+    forget_pass,
+    full_precision,
+    padding_rows,
+)
+from .record_losses import RecordLoss, StandardLosses, mark
+from .step_guards import Misuse, StepGuard, WeightGuard
 
-__all__ = [
-    "KeyedDPOptimizer",
-    "KeyedGhostOptimizer",
-    "KeyedNoise",
-    "PrivateModel",
-    "StepGuard",
-    "WeightGuard",
-    "same_bits",
-    "wrap",
-]
+__all__ = ["KeyedDPOptimizer", "KeyedNoise", "PrivateModel", "wrap"]
 
-_DTYPES = (torch.float32, torch.float64)
+_log = logging.getLogger(__name__)
 
-
-class StepGuard:
-    """Checks that each batch has exactly one step, on its own records.
-
-    Attributes:
-        drawn: Number of records of the batch that was drawn last; None once it had its step.
-        clipped: Number of records whose gradients the last backward pass clipped; only ghost clipping sets it.
-        steps: Number of batches that had their step.
-    """
-
-    def __init__(self) -> None:
-        self.drawn: int | None = None
-        self.clipped: int | None = None
-        self.steps = 0
-
-    def check(self, records: int | None) -> None:
-        """Check that gradients belong to the batch that was drawn.
-
-        Args:
-            records: Number of records that they were computed from; None: they were not clipped.
-
-        Raises:
-            PrivacyRefused: They do not, or there is no batch.
-        """
-        if self.drawn is None:
-            raise PrivacyRefused("A step without a batch of its own: take one step for each batch of batches().")
-        if records is None:
-            raise PrivacyRefused(
-                "A step whose gradients were not clipped: with grad_sample_mode='ghost' wrap the loss by criterion()."
-            )
-        if records != self.drawn:
-            raise PrivacyRefused(
-                "A step on another number of records than was drawn: train on the batches of batches(), whole, with "
-                "records along the first axis of inputs and outputs. Others have not the privacy that is accounted."
-            )
-
-    def use(self, records: int | None) -> int:
-        """Check gradients as `check` does, and let no second step use this batch.
-
-        Returns:
-            The number of records.
-        """
-        self.check(records)
-        assert self.drawn is not None
-        drawn, self.drawn, self.clipped = self.drawn, None, None
-        return drawn
-
-
-class WeightGuard:
-    """Checks that nothing but noisy steps changes a model's parameters, and nothing at all its buffers.
-
-    Args:
-        model: The plain model, as training starts from it.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        self.keep()
-
-    def keep(self) -> None:
-        """Remember the parameters as they are now."""
-        # A copy: version counters of tensors miss what is written through `.data`.
-        self._kept, self._shapes = self._now()
-
-    def check(self) -> None:
-        """Check that the parameters have the bits that `keep` remembered, on whatever device.
-
-        Raises:
-            PrivacyRefused: One has changed.
-        """
-        now, shapes = self._now()
-        if shapes != self._shapes or not all(map(same_bits, now, self._kept)):
-            raise PrivacyRefused(
-                "Something other than a step of the optimizer that optimizer() returned has changed the model, without "
-                "noise: change weights by its step() alone, and set them or their dtype before private_training."
-            )
-
-    def check_buffers(self) -> None:
-        """Check that the buffers are those that training started with.
-
-        Raises:
-            PrivacyRefused: One has changed or is new.
-        """
-        before = self._buffers
-        for name, buffer in self._model.named_buffers():
-            if name not in before or not same_bits(buffer, before[name]):
-                raise PrivacyRefused(
-                    f"Training changed {name!r}, which is no parameter and gets no noise: it would tell of the data. "
-                    "Use layers without running statistics."
-                )
-
-    def _now(self) -> tuple[list[Tensor], list[tuple[str, torch.Size, torch.dtype]]]:
-        """Returns all values, one flat copy for each dtype and device, and name, shape and dtype of each parameter."""
-        # One copy for each kind: many small copies cost more than what is in them.
-        parameters = list(self._model.named_parameters())
-        shapes = [(name, p.shape, p.dtype) for name, p in parameters]
-        kinds = dict.fromkeys((p.dtype, p.device) for _, p in parameters)
-        flat = [
-            torch.cat([p.detach().reshape(-1) for _, p in parameters if (p.dtype, p.device) == kind]) for kind in kinds
-        ]
-        return flat, shapes
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Returns whether both tensors have equal dtype, shape and bits (NaN included), on whatever devices."""
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    one, other = one.detach(), other.detach().to(one.device)
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(one.element_size())
-    return torch.equal(one, other) if whole is None else torch.equal(one.view(whole), other.view(whole))
+#: Largest learning rate: beyond, an update says nothing but that it overflows.
+_MOST_RATE = 1e6
+#: Numbers from which on the next step's noise is drawn by a thread while the step computes.
+_BESIDE = 50_000
 
 
 class KeyedNoise:
     """Gaussian noise from a keyed stream, for the sum of a batch's clipped gradients.
 
-    Attributes:
+    Args:
         stream: Of standard normal numbers, used for nothing else.
         multiplier: Standard deviation of the noise over the clipping norm.
+        steps: Number of steps, if known; the noise of the next one is then drawn while a step computes.
     """
 
-    def __init__(self, stream: PRFStream, multiplier: float) -> None:
+    def __init__(self, stream: PRFStream, multiplier: float, *, steps: int = 0) -> None:
         self.stream, self.multiplier = stream, multiplier
+        self._left = steps
+        self._next: Future[Any] | None = None
+        self._thread: ThreadPoolExecutor | None = None
+
+    def begin(self, numbers: int) -> None:
+        """Draw the next step's noise beside, if there is a next step and it takes a while."""
+        if self._left > 0 and self._next is None and numbers >= _BESIDE:
+            self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="fl-gradcode-noise")
+            self._next = self._thread.submit(self.stream.normal, numbers)
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._thread is not None:
+            self._thread.shutdown()  # what it has drawn is the next step's
+            self._thread = None
 
     def of_a_step(self, parameters: Sequence[Tensor], max_grad_norm: float) -> Iterator[Tensor]:
         """Returns one tensor for each parameter: float64, of its shape and on its device.
@@ -169,19 +74,31 @@ class KeyedNoise:
         Numbers are drawn in the order of the parameters, which all holders of a shard have to share.
         """
         # One draw for all: many small ones cost more than their numbers.
-        scale = self.multiplier * max_grad_norm
-        drawn = torch.from_numpy(self.stream.normal(sum(p.numel() for p in parameters))).mul_(scale)
-        pieces = torch.split(drawn, [p.numel() for p in parameters])
+        numbers = sum(p.numel() for p in parameters)
+        drawn = self.stream.normal(numbers) if self._next is None else self._next.result()
+        self._next = None
+        self._left -= 1
+        self.begin(numbers)
+        scaled = torch.from_numpy(drawn).mul_(self.multiplier * max_grad_norm)
+        pieces = torch.split(scaled, [p.numel() for p in parameters])
         return (piece.view(p.shape).to(p.device) for piece, p in zip(pieces, parameters, strict=True))
 
 
 class KeyedDPOptimizer(DPOptimizer):  # type: ignore[misc] # Opacus has no types
-    """Opacus' optimizer for per-record gradients, with keyed noise and with every step checked.
+    """Opacus' optimizer with keyed noise and with every step checked.
 
-    Attributes:
-        noise: Replaces Opacus' noise.
+    The settings of the inner optimizer stay what they were when this was made, but for the learning rate's schedule:
+    a loop that changes them may do so by what it sees of the data.
+
+    Args:
+        inner: The optimizer that takes the steps.
+        noise: Noise of each step.
+        module: The model, whose backward passes left the gradients.
+        max_grad_norm: Clipping norm.
+        expected_batch_size: Mean number of records of a batch.
         step_guard: Checks that each batch has one step.
         weight_guard: Checks that nothing but a step changes the weights.
+        schedule: Factor of the learning rates in each step of the round, by its number from 0; None for 1.
     """
 
     def __init__(
@@ -189,195 +106,141 @@ class KeyedDPOptimizer(DPOptimizer):  # type: ignore[misc] # Opacus has no types
         inner: torch.optim.Optimizer,
         *,
         noise: KeyedNoise,
-        step_guard: StepGuard,
-        weight_guard: WeightGuard,
+        module: HooksModule | GhostModule,
         max_grad_norm: float,
         expected_batch_size: float,
+        step_guard: StepGuard,
+        weight_guard: WeightGuard,
+        schedule: Callable[[int], float] | None = None,
     ) -> None:
         super().__init__(
             inner,
-            noise_multiplier=noise.multiplier,  # says what the noise is; `add_noise` below draws it
+            noise_multiplier=noise.multiplier,  # says what the noise is; a step below draws it
             max_grad_norm=max_grad_norm,
             expected_batch_size=expected_batch_size,
         )
-        self.noise, self.step_guard, self.weight_guard = noise, step_guard, weight_guard
-        self._summed_norm = math.nan
+        self.noise, self.module, self.step_guard, self.weight_guard = noise, module, step_guard, weight_guard
+        self.penalties: list[Callable[[], Tensor]] = []
+        #: The sums of one batch's records so far, if it is handed out record by record; else None.
+        self.parts: list[Tensor] | None = None
+        self._padding = padding_rows(module)
+        self._schedule = schedule
+        self._settings = [{key: copy.copy(v) for key, v in group.items() if key != "params"} for group in self._groups]
+        for group in self._groups:
+            _check_rate(group.get("lr", 0.0))
+        self._told = False
+        noise.begin(sum(p.numel() for p in self.params))
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self.original_optimizer.param_groups
+        return groups
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one noisy step, as `torch.optim.Optimizer.step`."""
-        loss: float | None = super().step(closure)
-        self.weight_guard.keep()
-        self.step_guard.steps += 1
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._step_skip_queue:
+            raise Misuse("A step was skipped: each batch of batches() has one step, not parts of one.")
+        self.weight_guard.check()
+        sums = self._sums()
+        if self.parts is None:
+            self.take(sums)
+        else:
+            self.parts = [one + other for one, other in zip(self.parts, sums, strict=True)]
         return loss
 
-    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
-        """Clip, sum and add noise, without anything that an earlier step left."""
+    def take(self, sums: Sequence[Tensor] | None) -> None:
+        """Take the step of a batch.
+
+        Args:
+            sums: The sum of its clipped gradients, for each parameter; None: it has no records.
+        """
         self.weight_guard.check()
-        for p in self.params:
-            p.summed_grad = None  # this batch's records, once
-        if not super().pre_step(closure):
-            raise PrivacyRefused("A step was skipped: each batch of batches() has one step, not parts of one.")
-        return True
+        sums = self.nothing() if sums is None else sums
+        noise = self.noise.of_a_step(self.params, self.max_grad_norm)
+        with full_precision():
+            for p, total, drawn in zip(self.params, sums, noise, strict=True):
+                noisy = drawn.add_(total)  # in float64
+                p.grad = noisy.to(p.dtype).div_(self.expected_batch_size)  # one rounding
+                if p in self._padding:
+                    p.grad[self._padding[p]] = 0.0
+            self._add_penalties()
+            self._keep_settings()
+            self.original_optimizer.step()
+        forget_pass(self.module)
+        self.weight_guard.keep()
+        self.step_guard.steps += 1
 
-    def clip_and_accumulate(self) -> None:
-        """Clip and sum the records' gradients, without those records whose gradient is not finite."""
-        self._summed_norm = math.nan
-        if not all(getattr(p, "grad_sample", None) is not None for p in self.params):
-            super().clip_and_accumulate()  # raises, and says what is missing
+    def nothing(self) -> list[Tensor]:
+        """Returns the sum over no records."""
+        return [torch.zeros_like(p) for p in self.params]
+
+    def _sums(self) -> list[Tensor]:
+        sums = clipped_sums(self.params, self.max_grad_norm, self.step_guard)
+        self.step_guard.use(self.step_guard.drawn)
+        return sums
+
+    def _add_penalties(self) -> None:
+        """Add the gradients of terms that are of the weights alone, which need no noise."""
+        if not self.penalties:
             return
-        for p in self.params:
-            check_processed_flag(p.grad_sample)
-            sample = self._get_flat_grad_sample(p)
-            self.step_guard.check(len(sample))
-            if sample.dtype != p.dtype:  # autocast: norms of coarser numbers are too coarse to clip by
-                p.grad_sample = sample.to(p.dtype)
-        super().clip_and_accumulate()
-        self._summed_norm = _norm_of_sum(self.params)
-        # One record that is not finite makes the whole sum so. Looking at the sum costs little, looking at all records'
-        # gradients before each step would cost half a step.
-        if not math.isfinite(self._summed_norm):
-            self._leave_out_records_that_are_not_finite()
-            super().clip_and_accumulate()
-            self._summed_norm = _norm_of_sum(self.params)
+        self.module.disable_hooks()
+        try:
+            with torch.enable_grad():
+                value = sum(penalty() for penalty in self.penalties)
+                if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
+                    raise Misuse("A penalty has to be one number that is computed of the model's parameters.")
+                grads = torch.autograd.grad(value, self.params, allow_unused=True)
+        finally:
+            self.module.enable_hooks()
+        for p, grad in zip(self.params, grads, strict=True):
+            if grad is not None:
+                p.grad.add_(grad)
 
-    def _leave_out_records_that_are_not_finite(self) -> None:
-        """Set their gradients to zero, and undo the sum."""
-        samples = [self._get_flat_grad_sample(p).to(p.dtype) for p in self.params]
-        lengths = [s.reshape(len(s), p.numel()).norm(dim=1) for p, s in zip(self.params, samples, strict=True)]
-        finite = torch.stack([length.to(lengths[0].device) for length in lengths]).norm(dim=0).isfinite()
-        del samples
-        for p in self.params:
-            sample = self._get_flat_grad_sample(p).to(p.dtype)
-            kept = finite.to(sample.device).view(-1, *[1] * (sample.dim() - 1))
-            p.grad_sample = torch.where(kept, sample, 0.0)  # not by a product: 0 times NaN is NaN
-            p.summed_grad = None
-
-    def add_noise(self) -> None:
-        """Add this step's noise to the summed gradients, and check that their sum was clipped."""
-        records = self.step_guard.use(self._records())
-        if not self._norm() <= records * self.max_grad_norm * (1 + 1e-3) + 1e-30:  # NaN is refused too
-            raise PrivacyRefused(
-                "Gradients were not clipped: a weight is used past its layer, as by F.linear(x, layer.weight), "
-                "or a loss mixes records. Use grad_sample_mode='hooks', layers alone, and a loss for each record."
-            )
-        for p, drawn in zip(self.params, self.noise.of_a_step(self.params, self.max_grad_norm), strict=True):
-            check_processed_flag(p.summed_grad)
-            noisy = drawn.add_(p.summed_grad.view(p.shape))  # in float64
-            p.grad = noisy.to(p.dtype)  # one rounding
-            mark_as_processed(p.summed_grad)
-
-    def _records(self) -> int | None:
-        """Returns the number of records that the sum is of; None: they were not clipped."""
-        samples = getattr(self.params[0], "grad_sample", None)
-        return None if samples is None else len(samples)
-
-    def _norm(self) -> float:
-        """Returns the Euclidean norm of the summed gradients, before noise."""
-        return self._summed_norm
-
-
-class KeyedGhostOptimizer(KeyedDPOptimizer, DPOptimizerFastGradientClipping):  # type: ignore[misc] # no types
-    """The same for ghost clipping, where the second backward pass has clipped and summed already.
-
-    `super().pre_step` of `KeyedDPOptimizer` is here that of `DPOptimizerFastGradientClipping`, which calls `accumulate`
-    in place of `clip_and_accumulate`.
-    """
-
-    def _records(self) -> int | None:
-        return self.step_guard.clipped
-
-    def _norm(self) -> float:
-        return _norm_of_sum(self.params)
-
-
-class GuardedGhostModule(GradSampleModuleFastGradientClipping):  # type: ignore[misc] # Opacus has no types
-    """Opacus' model for ghost clipping, which tells `step_guard` how many records it clipped."""
-
-    def __init__(self, model: nn.Module, *, max_grad_norm: float, step_guard: StepGuard) -> None:
-        super().__init__(model, max_grad_norm=max_grad_norm)
-        self.step_guard = step_guard
-
-    def get_clipping_coef(self) -> Tensor:
-        """Returns each record's factor, shape (records,), after checking that it is of the batch that was drawn."""
-        for p in self.trainable_parameters:
-            self.step_guard.check(len(p._norm_sample))
-            if p._norm_sample.dtype != p.dtype:
-                raise PrivacyRefused(
-                    "Ghost clipping got gradients of another precision than the parameters': train without "
-                    "autocast, or with grad_sample_mode='hooks'."
+    def _keep_settings(self) -> None:
+        factor = 1.0 if self._schedule is None else float(self._schedule(self.step_guard.steps))
+        if not 0 <= factor < math.inf:
+            raise Misuse("A factor of the learning rate's schedule has to be a finite number of at least 0.")
+        for group, settings in zip(self._groups, self._settings, strict=True):
+            now = {key: value for key, value in group.items() if key != "params"}
+            if not self._told and self._schedule is None and not _same(now, settings):
+                self._told = True
+                _log.warning(
+                    "The loop changed a setting of the optimizer in private training, which was undone: a change could "
+                    "tell of the data. Use dp.optimizer(..., schedule=) for the learning rate."
                 )
-        coefficients: Tensor = super().get_clipping_coef()
-        if not self.per_sample_gradient_norms.isfinite().all():
-            raise PrivacyRefused(
-                "A gradient is not finite, and ghost clipping cannot leave one record out: use "
-                "grad_sample_mode='hooks', which does."
-            )
-        self.step_guard.clipped = len(coefficients)
-        return coefficients
+            group.update(settings)
+            if "lr" in settings:
+                group["lr"] = settings["lr"] * factor
 
-    def capture_backprops_hook(self, *args: Any, **kwargs: Any) -> None:
-        """Measure norms in the first backward pass of a loss."""
-        # Hooks are enabled in the pass that measures, and not in the one that clips. After a loss that is not wrapped,
-        # or after a second loss, no clipping follows, or not all was clipped.
-        if self.hooks_enabled:
-            self.step_guard.clipped = None
-        super().capture_backprops_hook(*args, **kwargs)
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Clear gradients, and whatever passes left."""
+        for p in self.params:
+            p.grad_sample = p.summed_grad = None
+        self.original_optimizer.zero_grad(set_to_none)
 
 
-class PerRecordLoss(DPTensorFastGradientClipping):  # type: ignore[misc] # Opacus has no types
-    """Opacus' loss for ghost clipping, held to one number for each record: `loss_per_sample` has shape (records,).
+class KeyedGhostOptimizer(KeyedDPOptimizer):
+    """The same for ghost clipping, where the second backward pass has clipped and summed already."""
 
-    Opacus multiplies factors of shape (records,) by the loss; one of shape (records, 1) would become a square.
-    """
-
-    def __init__(self, module: Any, optimizer: Any, loss_per_sample: Tensor, loss_reduction: str = "mean") -> None:
-        several = loss_per_sample.dim() > 1
-        values = loss_per_sample.flatten(1).mean(1) if several else loss_per_sample
-        super().__init__(module, optimizer, values, loss_reduction)
-
-    @classmethod
-    def of(cls, loss: Any) -> PerRecordLoss:
-        """Returns the same loss in this class: operations of Opacus' class return Opacus' class."""
-        return cls(loss.module, loss.optimizer, loss.loss_per_sample, loss.loss_reduction)
-
-    def backward(self) -> None:
-        """Check the number of records, and run both backward passes."""
-        self.optimizer.step_guard.check(len(self.loss_per_sample) if self.loss_per_sample.dim() else -1)
-        super().backward()
-
-    def __mul__(self, other: Any) -> PerRecordLoss:
-        return self.of(super().__mul__(_no_tensor(other)))
-
-    def __truediv__(self, other: Any) -> PerRecordLoss:
-        return self.of(super().__truediv__(_no_tensor(other)))
-
-    def __add__(self, other: Any) -> PerRecordLoss:
-        return self.of(super().__add__(_no_tensor(other)))
-
-    def __sub__(self, other: Any) -> PerRecordLoss:
-        return self.of(super().__sub__(_no_tensor(other)))
-
-    def __rsub__(self, other: Any) -> PerRecordLoss:
-        return self.of(super().__rsub__(_no_tensor(other)))
-
-    def __neg__(self) -> PerRecordLoss:
-        return self * -1
+    def _sums(self) -> list[Tensor]:
+        if any(getattr(p, "grad_sample", None) is not None for p in self.params):
+            return super()._sums()
+        self.step_guard.use(self.step_guard.clipped)
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
 
 
-def _no_tensor(other: Any) -> Any:
-    if isinstance(other, Tensor):
-        raise PrivacyRefused(
-            "Ghost clipping sees no gradients of what is added to a loss or multiplied by it: add losses of "
-            "criterion() and scale them by numbers alone, or use grad_sample_mode='hooks'."
-        )
-    return other
+def _check_rate(rate: Any) -> None:
+    value = float(rate)
+    if not 0 <= value <= _MOST_RATE:
+        raise Misuse(f"The learning rate has to be a number from 0 to {_MOST_RATE:g}.")
 
 
-class PerRecordCriterion(DPLossFastGradientClipping):  # type: ignore[misc] # Opacus has no types
-    """Opacus' loss function for ghost clipping; it returns a `PerRecordLoss`."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> PerRecordLoss:
-        return PerRecordLoss.of(super().__call__(*args, **kwargs))
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(repr(one[key]) == repr(other[key]) for key in one)
 
 
 class PrivateModel:
@@ -385,111 +248,132 @@ class PrivateModel:
 
     Attributes:
         model: To be called in training; `unwrap` gives the plain model back.
+        losses: To be entered while the loop runs.
+        inner: The optimizer; None before `optimizer`.
+        penalties: Terms of the loss that are of the weights alone.
     """
 
     def __init__(
-        self,
-        model: Any,
-        *,
-        ghost: bool,
-        max_grad_norm: float,
-        noise: KeyedNoise,
-        steps: StepGuard,
-        weights: WeightGuard,
+        self, model: nn.Module, *, mode: Literal["hooks", "ghost"], max_grad_norm: float, noise: KeyedNoise
     ) -> None:
-        self.model, self._ghost, self._max_grad_norm, self._noise = model, ghost, max_grad_norm, noise
-        self._step_guard, self._weight_guard = steps, weights
-        self._optimizer: KeyedDPOptimizer | None = None
+        self._guard, self._weights = StepGuard(), WeightGuard(model)
+        self._max_grad_norm, self._noise = max_grad_norm, noise
+        self._ghost = mode == "ghost"
+        self._flags = trainable_layers_in_training(model)
+        self._flags.__enter__()
+        self.model: Any
+        if self._ghost:
+            self.model = GhostModule(model, max_grad_norm=max_grad_norm, guard=self._guard, before=self._try)
+        else:
+            self.model = HooksModule(model, guard=self._guard, before=self._try)
+        self.model.forbid_grad_accumulation()
+        self.losses = StandardLosses(self._guard)
+        self.inner: KeyedDPOptimizer | None = None
+        self.penalties: list[Callable[[], Tensor]] = []
+
+    def _try(self, wrapped: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._guard.drawn:
+            try_out(wrapped, args, kwargs, self._guard.drawn)
 
     @property
     def steps(self) -> int:
         """Number of batches that had their noisy step."""
-        return self._step_guard.steps
+        return self._guard.steps
+
+    @property
+    def stepped(self) -> bool:
+        """Whether the records that were handed out last had their step."""
+        return self._guard.drawn is None
 
     def batch_drawn(self, records: int) -> None:
-        """Note that a batch of so many records was drawn; the next step has to be on it."""
-        self._step_guard.drawn = records
+        """Note that so many records were handed out; the next step has to be on them."""
+        self._guard.draw(records)
 
     def check_unchanged(self) -> None:
         """Check that nothing but noisy steps has changed the model.
 
         Raises:
-            PrivacyRefused: A buffer changed, or a parameter by something else.
+            Misuse: A buffer changed, or a parameter by something else.
         """
-        self._weight_guard.check_buffers()
-        self._weight_guard.check()
+        self._weights.check_buffers()
+        self._weights.check()
 
-    def optimizer(self, inner: torch.optim.Optimizer, *, expected_batch_size: float) -> KeyedDPOptimizer:
+    def restore(self, values: Sequence[Tensor]) -> None:
+        """Set the parameters to values that they had after an earlier step."""
+        with torch.no_grad():
+            for p, value in zip(self.model.parameters(), values, strict=True):
+                p.copy_(value)
+        self._weights.keep()
+
+    def resume_at(self, steps: int) -> None:
+        """Count so many batches as done."""
+        self._guard.steps = steps
+
+    def optimizer(
+        self,
+        inner: torch.optim.Optimizer,
+        *,
+        expected_batch_size: float,
+        schedule: Callable[[int], float] | None = None,
+    ) -> KeyedDPOptimizer:
         """Returns an optimizer that gives `inner` clipped and noisy gradients.
 
         Args:
             inner: With the parameters of the model that are trained, and no others.
             expected_batch_size: Mean number of records of a batch: summed gradients are divided by it.
+            schedule: Factor of the learning rates in each step, by its number from 0.
 
         Raises:
-            PrivacyRefused: It has other parameters.
+            Misuse: It has other parameters, or a learning rate that makes no sense.
         """
         mine = {id(p) for p in self.model.parameters() if p.requires_grad}
         if {id(p) for group in inner.param_groups for p in group["params"] if p.requires_grad} != mine:
-            raise PrivacyRefused(
+            raise Misuse(
                 "The optimizer has other parameters than those of the model that are trained: all of them get noise. "
                 "Make it from model.parameters() alone, and freeze what is not trained."
             )
         kind = KeyedGhostOptimizer if self._ghost else KeyedDPOptimizer
-        self._optimizer = kind(
+        self.inner = kind(
             inner,
             noise=self._noise,
-            step_guard=self._step_guard,
-            weight_guard=self._weight_guard,
+            module=self.model,
             max_grad_norm=self._max_grad_norm,
             expected_batch_size=expected_batch_size,
+            step_guard=self._guard,
+            weight_guard=self._weights,
+            schedule=schedule,
         )
-        return self._optimizer
+        self.inner.penalties = self.penalties
+        return self.inner
 
     def criterion(self, inner: Any) -> Any:
-        """Returns the loss as a mean over records of what each has alone, in a form that ghost clipping sees."""
-        if getattr(inner, "reduction", "mean") == "sum":
-            raise PrivacyRefused("The loss is a sum over records: give criterion() one with reduction='mean'.")
-        if not self._ghost:
-            return _mean_over_records(inner) if getattr(inner, "reduction", None) == "mean" else inner
-        if self._optimizer is None:
-            raise PrivacyRefused("Ghost clipping needs the optimizer before the loss: call optimizer() first.")
-        return PerRecordCriterion(self.model, self._optimizer, inner)
+        """Returns the loss as a mean over records of what each has alone."""
+        loss = RecordLoss(inner)
+
+        def mean(*args: Any, **kwargs: Any) -> Any:
+            drawn = self._guard.drawn
+            if not drawn:
+                raise PrivacyRefused(
+                    "A loss without a batch of its own: call it for the batches of batches(), once for each step."
+                )
+            values = loss(drawn, *args, **kwargs)
+            return GhostLoss(self.model, values) if self._ghost else mark(values.mean(), self._guard)
+
+        return mean
 
     def unwrap(self) -> nn.Module:
         """Returns the plain model, without hooks and without anything that an interrupted pass left."""
+        self._noise.close()
+        self._flags.__exit__(None, None, None)
         plain: nn.Module = self.model.to_standard_module()
-        for module in plain.modules():  # else it would be taken for the next batch's
-            for name in ("activations", "max_batch_len"):
-                if hasattr(module, name):
-                    delattr(module, name)
+        forget_pass(plain)
         for parameter in plain.parameters():
-            if hasattr(parameter, "summed_grad"):  # has no noise yet
-                del parameter.summed_grad
+            for name in [name for name in vars(parameter) if name in _LEFT]:
+                delattr(parameter, name)
         return plain
 
 
-def _mean_over_records(loss: Any) -> Callable[..., Tensor]:
-    """Returns the loss as the mean over records of each record's own loss, as ghost clipping has it.
-
-    PyTorch divides by the sum of class weights, and leaves out ignored labels: the length of one record's gradient
-    would depend on the other records before it is clipped.
-    """
-
-    def mean(*args: Any, **kwargs: Any) -> Tensor:
-        loss.reduction = "none"
-        try:
-            values: Tensor = loss(*args, **kwargs)
-        finally:
-            loss.reduction = "mean"
-        return values.mean()
-
-    return mean
-
-
-def _norm_of_sum(parameters: Sequence[Any]) -> float:
-    """Returns the Euclidean norm of the summed gradients of all parameters together."""
-    return float(torch.nn.utils.get_total_norm([p.summed_grad for p in parameters]))
+_LEFT = ("summed_grad", "grad_sample", "_norm_sample", "_forward_counter")  # has no noise yet, or is Opacus' own
 
 
 def wrap(
@@ -499,6 +383,7 @@ def wrap(
     mode: Literal["hooks", "ghost"],
     noise_multiplier: float,
     max_grad_norm: float,
+    steps: int = 0,
 ) -> PrivateModel:
     """Returns the model wrapped for private training.
 
@@ -508,28 +393,11 @@ def wrap(
         mode: Opacus' way to get single records' gradients.
         noise_multiplier: Standard deviation of the noise over `max_grad_norm`.
         max_grad_norm: Bound of the Euclidean norm of one record's gradient.
+        steps: Number of steps, if known.
 
     Raises:
-        PrivacyRefused: The model mixes records (BatchNorm), has parts whose gradients Opacus cannot tell apart, or is
-            trained at less than single precision.
+        Misuse: The model cannot be trained privately; see `model_checks`.
     """
-    if any(p.requires_grad and p.dtype not in _DTYPES for p in model.parameters()):
-        raise PrivacyRefused(
-            "Parameters that are trained must be float32 or float64: coarser numbers round clipped gradients above the "
-            "clipping norm. Call model.float() first."
-        )
-    model.train()
-    errors = ModuleValidator.validate(model, strict=False)
-    if errors:
-        raise PrivacyRefused(
-            f"This model cannot be trained with differential privacy: {str(errors[0]).rstrip('.')}. "
-            "opacus.validators.ModuleValidator.fix(model) makes one that can, such as GroupNorm for BatchNorm; use it "
-            "on the server too."
-        )
-    ghost = mode == "ghost"
-    steps, weights, noise = StepGuard(), WeightGuard(model), KeyedNoise(stream, noise_multiplier)
-    wrapped = (
-        GuardedGhostModule(model, max_grad_norm=max_grad_norm, step_guard=steps) if ghost else GradSampleModule(model)
-    )
-    wrapped.forbid_grad_accumulation()
-    return PrivateModel(wrapped, ghost=ghost, max_grad_norm=max_grad_norm, noise=noise, steps=steps, weights=weights)
+    refuse_unfit(model)
+    noise = KeyedNoise(stream, noise_multiplier, steps=steps)
+    return PrivateModel(model, mode=mode, max_grad_norm=max_grad_norm, noise=noise)

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from .._files import absolute_path
 from ..errors import InvalidSetting
-from ..protocol import NUM_PARTITIONS, view
-from .records import BUDGET, FOLDER, Asked
+from ..protocol import NUM_PARTITIONS
+from .records import BUDGET, FOLDER, Asked, is_request
 from .settings import privacy_to_json
 
-__all__ = ["SECRET_BYTES", "KeyContext", "PRFStream", "folder_of", "key_context", "needed"]
+__all__ = ["SECRET_BYTES", "KeyContext", "PRFStream", "derived_seed", "folder_of", "key_context", "needed"]
 
 #: Length of a shard's secret.
 SECRET_BYTES = 32
@@ -128,6 +128,11 @@ class PRFStream:
         return words >> np.uint64(11)
 
 
+def derived_seed(key: bytes, step: int, record: int) -> int:
+    """Returns a seed of 64 bits for one record in one step."""
+    return int.from_bytes(hashlib.sha256(key + f"{step}/{record}".encode()).digest()[:8], "little")
+
+
 def _prefixed(field: bytes) -> bytes:
     return len(field).to_bytes(4, "big") + field
 
@@ -143,8 +148,9 @@ def key_context(
 ) -> KeyContext:
     """Returns the key context of a request: everything that the server decides and a shard's update depends on.
 
-    If two requests had one key, their answers would have the same noise, and their difference none. So the weights, the
-    rest of the message, the run config, the seed and the model all go in.
+    If two requests had one key, their answers would have the same noise, and their difference none. So all that
+    `train()` is handed goes in: every record in its order, of whatever kind and name, the run config, the seed and the
+    model.
 
     Args:
         asked: What the shard's training is asked to promise.
@@ -155,18 +161,22 @@ def key_context(
         others: Further values that somebody else decides, as JSON holds them.
     """
     weights = hashlib.sha256()
-    records: dict[str, Any] = {}
-    for name, record in sorted(message.content.items()):
+    records: list[Any] = []
+    for name, record in message.content.items():
+        if is_request(name):
+            continue
         if isinstance(record, ArrayRecord):
+            records.append([name, "ArrayRecord", len(record)])
             for key, array in record.items():
-                values: NDArray[Any] = np.ascontiguousarray(view(array))
-                weights.update(repr((name, key, array.dtype, values.dtype.str, tuple(array.shape))).encode())
-                weights.update(values.reshape(-1).view(np.uint8).data)
-        elif not name.startswith("fl-gradcode."):
-            records[name] = dict(record.items())
+                weights.update(
+                    repr((name, key, array.dtype, array.stype, tuple(array.shape), len(array.data))).encode()
+                )
+                weights.update(array.data)
+        else:
+            records.append([name, type(record).__name__, [[key, value] for key, value in record.items()]])
     start = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        values = np.ascontiguousarray(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        values: NDArray[Any] = np.ascontiguousarray(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         start.update(repr((name, str(tensor.dtype), [*tensor.shape])).encode())
         start.update(values.data)
     config = {
@@ -176,14 +186,15 @@ def key_context(
         "model": start.hexdigest(),
         # The server seeds dropout and augmentation: with another seed it would get another update, with equal noise.
         "seed": asked.seed,
+        "reply-as": asked.reply_as,
         "partitions": context.node_config.get(NUM_PARTITIONS),
-        "run-config": {key: value for key, value in context.run_config.items() if key != FOLDER},
+        "run-config": [[key, value] for key, value in context.run_config.items() if key != FOLDER],
         "others": dict(others),
         "parameters": [[n, [*p.shape], str(p.dtype), p.requires_grad] for n, p in model.named_parameters()],
         # Without the build (+cpu): kinds of processor differ by rounding, versions may by more.
         "versions": _versions(),
     }
-    text = json.dumps(config, sort_keys=True, default=_as_text)
+    text = json.dumps(config, sort_keys=True, default=_as_text)  # lists keep their order
     return KeyContext(
         asked.run,
         asked.round,
@@ -194,13 +205,17 @@ def key_context(
     )
 
 
-def folder_of(context: Context, worker: int) -> Path | None:
+def folder_of(context: Context, asked: Asked) -> Path | None:
     """Returns the node's folder with its keys and its ledger; None if none is configured.
+
+    Args:
+        context: The node's.
+        asked: The request, which holds the run config's folder where `train()` must not see it.
 
     Raises:
         InvalidSetting: The path is relative, or only the server names one although the node has a budget.
     """
-    own, common = context.node_config.get(FOLDER), context.run_config.get(FOLDER)
+    own, common = context.node_config.get(FOLDER), asked.folder or context.run_config.get(FOLDER)
     if BUDGET in context.node_config and not own:
         raise InvalidSetting(
             f"This node has {BUDGET} and no {FOLDER} in its node config: one that the server names could be an empty "
@@ -208,7 +223,7 @@ def folder_of(context: Context, worker: int) -> Path | None:
         )
     if own or common:
         path = absolute_path(str(own or common), FOLDER)
-        return path if own else path / f"node-{worker}"
+        return path if own else path / f"node-{asked.worker}"
     return None
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
+from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 
-from ..errors import FlGradcodeError, PrivacyRefused, UnsuitableApp
+from ..errors import PrivacyRefused, UnsuitableApp
+from .attempts import call_privately
 from .records import BUDGET, Asked, Spent, budget_of
 from .settings import DPSGD, Privacy
 
-__all__ = ["call_silently", "guarded_reply", "refuse_unprotected", "spent_by"]
-
-_log = logging.getLogger(__name__)
+__all__ = ["guarded_reply", "refuse_unprotected", "spent_by"]
 
 _Call = Callable[[Message, Context], Message]
 
@@ -35,28 +34,6 @@ def refuse_unprotected(message: Message, context: Context, privacy: Privacy | No
             f"This node has {BUDGET}={budget_of(context):g}: it trains with noise only, and the server asks for an "
             "update in the clear. Say GradientCoding(..., privacy=DPSGD(...)), or take it out of the node config."
         )
-
-
-def call_silently(call: _Call, message: Message, context: Context, *, private: bool) -> Message:
-    """Returns the reply of the app's function, and hides the text of an exception where training is private.
-
-    Flower sends the text of an exception to the server, and a text may quote data.
-
-    Raises:
-        UnsuitableApp: Training is private and the function raised. Only the exception's type is named; the rest is in
-            this node's log.
-    """
-    try:
-        return call(message, context)
-    except FlGradcodeError:
-        raise
-    except Exception as error:
-        if not private:
-            raise
-        _log.exception("train() raised; the server is told the kind of the exception only")
-        raise UnsuitableApp(
-            f"train() raised {type(error).__name__}. What it says stays in the node's log, since training is private."
-        ) from None
 
 
 def spent_by(content: RecordDict, shard: int, server_round: int, weight_key: str) -> Spent:
@@ -105,9 +82,11 @@ def guarded_reply(asked: Asked | None, message: Message, context: Context, call:
     private = asked is not None and isinstance(asked.privacy, DPSGD)
     if asked is None or not private or message.metadata.message_type.split(".")[0] != MessageType.TRAIN:
         return call(message, context)
-    reply = call_silently(call, message, context, private=True)
-    if reply.has_error():
-        return reply
+
+    def records() -> RecordDict:
+        return RecordDict({key: _copy_of(record) for key, record in message.content.items()})
+
+    reply = call_privately(call, message, context, asked, records=records)
     weight_key = "num-examples"
     try:
         spent_by(reply.content, asked.shard, asked.round, weight_key)
@@ -118,4 +97,11 @@ def guarded_reply(asked: Asked | None, message: Message, context: Context, call:
             reply.content[name] = MetricRecord({weight_key: record[weight_key]})
         elif isinstance(record, ConfigRecord) and Spent.find_in(RecordDict({name: record})) is None:
             del reply.content[name]
-    return reply
+    return Message(reply.content, reply_to=message)
+
+
+def _copy_of(record: Any) -> Any:
+    """Returns a record that a function may change without changing the one that came."""
+    if isinstance(record, ArrayRecord):
+        return ArrayRecord(dict(record))
+    return type(record)({name: list(value) if isinstance(value, list) else value for name, value in record.items()})

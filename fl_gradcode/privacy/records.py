@@ -5,19 +5,36 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from ..errors import InvalidSetting
+from ..errors import InvalidSetting, PrivacyRefused
 from ..protocol import PARTITION_ID
 from .settings import DPSGD, Privacy, privacy_from_json, privacy_to_json
 
-__all__ = ["BUDGET", "FOLDER", "Asked", "Spent", "asked_of", "budget_of", "in_config", "max_delta_of", "trusts_server"]
+__all__ = [
+    "BUDGET",
+    "FOLDER",
+    "Asked",
+    "Spent",
+    "asked_of",
+    "budget_of",
+    "giving",
+    "in_config",
+    "is_request",
+    "max_delta_of",
+    "refuse_mode",
+    "trusts_server",
+]
 
 #: Keys of the node config: the data owner's own limits, and whether the server is trusted to treat holders alike.
 BUDGET, MAX_DELTA, HONEST_SERVER = "max-epsilon", "max-delta", "honest-server"
+#: Key of the node config: which `grad_sample_mode` the owner allows; all by default.
+MODES = "grad-sample-mode"
 #: Key of the node config, and of the run config where all nodes are on one machine: folder with keys and ledger.
 FOLDER = "privacy-dir"
 
@@ -38,6 +55,8 @@ class Asked:
         holders: Number of workers that hold the shard.
         earlier: Ranges (first, last) of earlier rounds in which holders of the shard were asked.
         seed: The run's seed, from which the mod seeds the generators.
+        reply_as: Whatever else of the plan the reply depends on, as one text.
+        folder: The run config's folder with keys and ledgers, where the app is not shown it.
 
     Raises:
         InvalidSetting: A value has another type: a shard 1.0 would find the key of shard 1 and the ledger of another.
@@ -51,6 +70,8 @@ class Asked:
     holders: int = 1
     earlier: tuple[tuple[int, int], ...] = ()
     seed: int = 0
+    reply_as: str = ""
+    folder: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.run, str):
@@ -123,11 +144,15 @@ def in_config(privacy: Privacy) -> dict[str, Any]:
 def asked_of(message: Message, context: Context) -> Asked | None:
     """Returns what a message asks of the shard that `context` names; None if it asks for no privacy.
 
-    It is in a record that the mod added, or in the config of a plain strategy; then run and round are Flower's.
+    The mod gives it beside the message. Without the mod it is in a record of its own, or in the config of a plain
+    strategy; then run and round are Flower's.
 
     Raises:
         InvalidSetting: It cannot be read, or lacks what a key is bound to.
     """
+    given = _given.get()
+    if given is not None:
+        return given
     record = message.content.get(_NAME)
     if isinstance(record, ConfigRecord):
         try:
@@ -151,6 +176,38 @@ def asked_of(message: Message, context: Context) -> Asked | None:
             privacy = privacy_from_json(str(config[_NAME]))
             return Asked(privacy, f"flower-{context.run_id}", server_round, shard, shard, 1, earlier)
     return None
+
+
+@contextmanager
+def giving(asked: Asked) -> Iterator[None]:
+    """Let `asked_of` return this in the block, whatever the message says."""
+    token = _given.set(asked)
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+_given: ContextVar[Asked | None] = ContextVar("fl-gradcode asked", default=None)
+
+
+def refuse_mode(context: Context, mode: str) -> None:
+    """Refuse a way to clip that the node's owner does not allow.
+
+    Raises:
+        PrivacyRefused: It is not among those in the node config.
+    """
+    allowed = str(context.node_config.get(MODES, mode)).replace(",", " ").split()
+    if mode not in allowed:
+        raise PrivacyRefused(
+            f"This node allows {MODES}={' '.join(allowed)!r}, and the server asks for {mode!r}: say "
+            f"DPSGD(grad_sample_mode={allowed[0] if allowed else 'hooks'!r})."
+        )
+
+
+def is_request(name: str) -> bool:
+    """Returns whether a record is the request itself, whose content a key is bound to field by field."""
+    return name == _NAME and _given.get() is None
 
 
 def budget_of(context: Context) -> float:

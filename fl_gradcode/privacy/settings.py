@@ -15,6 +15,14 @@ __all__ = ["DPSGD", "CentralNoise", "Privacy", "privacy_from_json", "privacy_to_
 
 _MODES = ("hooks", "ghost")
 _NOISES = ("shared", "independent")
+# Bounds of what a server may ask for. Gradients of networks have norms far inside those of `max_grad_norm`. Beyond, the
+# clipping factor or the noise is no number that single precision holds: at 1e-6 a factor times a gradient of the least
+# normal size is subnormal, and the noise of a step at both upper bounds, 1e10, is the largest next to which the sums
+# still are exact. The accountant counts a noise multiplier above 1e4 as 1e4, and one below 1e-9 as none.
+_NORMS = (1e-6, 1e6)
+_MULTIPLIERS = (1e-9, 1e4)
+_RATES = (1e-9, 1.0)
+_MOST_STEPS = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,16 +30,16 @@ class DPSGD:
     """Differentially private SGD in each client: protects single records of a shard against the server.
 
     Attributes:
-        noise_multiplier: Standard deviation of the noise, over `max_grad_norm`.
-        max_grad_norm: Bound of one record's gradient in a step.
-        sample_rate: Chance of each record to be in a step's batch, the same for all shards.
-        steps: Steps that a shard is trained a round.
+        noise_multiplier: Standard deviation of the noise, over `max_grad_norm`; from 1e-9 to 10,000.
+        max_grad_norm: Bound of one record's gradient in a step, from 1e-6 to 1e6.
+        sample_rate: Chance of each record to be in a step's batch, the same for all shards; from 1e-9 to 1.
+        steps: Steps that a shard is trained a round, at most 100,000.
         noise: "shared": all holders of a shard add the same noise, from a key that the server never has; one release a
             round. "independent": each holder adds its own: r holders are r releases, and decoding amplifies the noise.
         delta: Probability that the bound on epsilon does not cover; below 1 over the number of records.
         max_epsilon: The run does not start if it would spend more.
         grad_sample_mode: Opacus' way to clip single records: "hooks", or "ghost", which wide linear layers gain by, and
-            which refuses a round in which a record's gradient is not finite ("hooks" counts it as zero).
+            and in which every weight is used through its own layer, once a step.
         honest_server: Whether the server is trusted to send the same weights to all holders of a shard. If not, a round
             counts as a release by each of them.
         accountant: "prv", or the faster and looser "rdp".
@@ -54,11 +62,11 @@ class DPSGD:
     accountant: Literal["prv", "rdp"] = "prv"
 
     def __post_init__(self) -> None:
-        _positive("max_grad_norm", self.max_grad_norm)
-        _number("sample_rate", self.sample_rate)
-        if not 0 < self.sample_rate <= 1:
-            raise InvalidSetting(f"sample_rate={self.sample_rate} must be above 0 and at most 1.")
-        _whole("steps", self.steps)
+        _within("max_grad_norm", self.max_grad_norm, _NORMS)
+        _within("sample_rate", self.sample_rate, _RATES)
+        if _whole("steps", self.steps) > _MOST_STEPS:
+            raise InvalidSetting(f"steps={self.steps} must be at most {_MOST_STEPS}.")
+        _within("noise_multiplier", self.noise_multiplier, _MULTIPLIERS)
         _one_of("noise", self.noise, _NOISES)
         _one_of("grad_sample_mode", self.grad_sample_mode, _MODES)
         if not isinstance(self.honest_server, bool):
@@ -216,6 +224,13 @@ def _number(name: str, value: object) -> None:
 def _positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise InvalidSetting(f"{name}={value!r} must be a finite number greater than 0.")
+
+
+def _within(name: str, value: object, bounds: tuple[float, float]) -> None:
+    _number(name, value)
+    least, most = bounds
+    if not least <= value <= most:  # type: ignore[operator]
+        raise InvalidSetting(f"{name}={value!r} must be a number from {least:g} to {most:g}.")
 
 
 def _whole(name: str, value: object) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +18,16 @@ from flwr.app import ConfigRecord, Context, Message
 from .._seeding import generators_restored, seed_with
 from ..errors import InvalidSetting, PrivacyRefused
 from ..protocol import PARTITION_ID
+from .attempts import Session, current_attempts
 from .budget_ledger import BudgetLedger, Charge, Request
-from .key_derivation import SECRET_BYTES, KeyContext, PRFStream, folder_of, key_context, needed
+from .key_derivation import SECRET_BYTES, KeyContext, PRFStream, derived_seed, folder_of, key_context, needed
 from .keys import read_keys
-from .records import Asked, Spent, asked_of, budget_of, max_delta_of, trusts_server
+from .records import Asked, Spent, asked_of, budget_of, max_delta_of, refuse_mode, trusts_server
 from .settings import DPSGD
+from .step_guards import Misuse
 
 if TYPE_CHECKING:
-    from .dp_optimizer import PrivateModel
+    from .dp_optimizer import KeyedDPOptimizer, KeyedNoise, PrivateModel
 
 __all__ = ["PrivateTraining", "private_training"]
 
@@ -112,43 +115,52 @@ class PrivateTraining:
         self._asked, self._privacy, self._message, self._context = asked, privacy, message, context
         self._plain, self._examples, self._manifest, self._binding = model, examples, manifest, binding
         self._open = ExitStack()
-        self._sampling: PRFStream
+        self._session: Session
         self._wrapped: PrivateModel
         self._steps = 0
+        self._generators = b""
         self._record: ConfigRecord | None = None
-        self._complete = False
 
     def __enter__(self) -> PrivateTraining:
-        from .dp_optimizer import wrap  # imports Opacus, which takes seconds
+        from .dp_optimizer import PrivateModel  # imports Opacus, which takes seconds
+        from .model_checks import refuse_unfit
 
         self._check_examples()
+        refuse_mode(self._context, self._privacy.grad_sample_mode)
+        refuse_unfit(self._plain)
         shared = self._privacy.noise == "shared"
-        folder = folder_of(self._context, self._asked.worker)
+        folder = folder_of(self._context, self._asked)
         keys = read_keys(needed(folder, "the key of its shards")) if shared else None
         bound = self._bound_to(keys.generation if keys else 0)
-        # Without keys of shards: keys of this one answer.
-        secret = os.urandom(SECRET_BYTES) if keys is None else keys.secret(self._asked.shard)
-        noise_key, batch_key = bound.derive(secret, "noise"), bound.derive(secret, "sample")
-        wrapped = wrap(
-            self._plain,
-            PRFStream(noise_key),
-            mode=self._privacy.grad_sample_mode,
-            noise_multiplier=self._privacy.noise_multiplier,
-            max_grad_norm=self._privacy.max_grad_norm,
-        )
-        self._open.callback(wrapped.unwrap)
-        try:
+        attempts = current_attempts()
+        session = attempts.session if attempts is not None else None
+        if session is not None and not session.complete and session.digest != bound.digest:
+            raise Misuse(
+                "train() asks for something else each time that it is called: it depends on a clock or chance."
+            )
+        if session is None or session.complete:
+            # Without keys of shards: keys of this one answer.
+            secret = os.urandom(SECRET_BYTES) if keys is None else keys.secret(self._asked.shard)
             holders = max(self._asked.holders, keys.holders_of(self._asked.shard) if keys else 1)
             charge = self._charge(folder, bound, holders, repeatable=shared)
-        except BaseException:
-            self._open.close()
-            raise
+            session = Session(bound.digest, charge, secret, self._sources(bound, secret))
+            if attempts is not None:
+                attempts.session = session
+        secret, charge = session.secret, session.charge
+        wrapped = PrivateModel(
+            self._plain,
+            mode=self._privacy.grad_sample_mode,
+            max_grad_norm=self._privacy.max_grad_norm,
+            noise=session.noise,
+        )
+        self._open.callback(wrapped.unwrap)
         # The server knows the seed of the mod's generators: dropout and the like are drawn from the key instead.
         self._open.enter_context(generators_restored())
-        seed_with(int.from_bytes(bound.derive(secret, "generators")[:8], "little"))
+        self._generators = bound.derive(secret, "generators")
+        seed_with(int.from_bytes(self._generators[:8], "little"))
         self._open.enter_context(_without_hook_warnings())
-        self._sampling = PRFStream(batch_key)
-        self._wrapped, self.model = wrapped, wrapped.model
+        self._open.enter_context(wrapped.losses)
+        self._session, self._wrapped, self.model = session, wrapped, wrapped.model
         self.epsilon = charge.run_epsilon
         self.record = Spent(
             self._asked.shard,
@@ -172,7 +184,7 @@ class PrivateTraining:
                 "Training ended before its last step: when it ends must not depend on the records. Take one step for "
                 "each batch of batches(), and choose fewer by DPSGD(steps=...)."
             )
-        self._complete = True
+        self._session.complete = True
 
     @property
     def record(self) -> ConfigRecord:
@@ -181,7 +193,7 @@ class PrivateTraining:
         Raises:
             PrivacyRefused: The block has not ended, or not all steps were taken.
         """
-        if self._record is None or not self._complete:
+        if self._record is None or not self._session.complete:
             raise PrivacyRefused(
                 "The record of private training is there after its with block alone, and if that took all steps: "
                 "reply after the block."
@@ -192,51 +204,126 @@ class PrivateTraining:
     def record(self, record: ConfigRecord) -> None:
         self._record = record
 
-    def optimizer(self, inner: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    def optimizer(
+        self, inner: torch.optim.Optimizer, *, schedule: Callable[[int], float] | None = None
+    ) -> torch.optim.Optimizer:
         """Returns an optimizer that gives `inner` clipped and noisy gradients; take one step with it for each batch.
+
+        Call it before `batches`. The settings of `inner` stay what they are then: a loop that changed them could do so
+        by what it sees of the data.
 
         Args:
             inner: A new optimizer of the model's parameters.
+            schedule: Factor of its learning rates in each step of the round, by the step's number from 0.
 
         Raises:
-            PrivacyRefused: `inner` was used before, or has other parameters than the model's.
+            PrivacyRefused: `inner` was used before, has other parameters than the model's, or a learning rate above
+                1e6 or below 0.
         """
         if inner.state:
-            raise PrivacyRefused(
+            raise Misuse(
                 "The optimizer keeps something of earlier steps: make a new one for each shard and round. State would "
                 "carry data from shard to shard, and holders would differ."
             )
         batch = self._privacy.sample_rate * self._examples
-        optimizer: torch.optim.Optimizer = self._wrapped.optimizer(inner, expected_batch_size=batch)
+        optimizer = self._wrapped.optimizer(inner, expected_batch_size=batch, schedule=schedule)
+        session = self._session
+        if session.careful and session.step:  # the steps before are done
+            inner.load_state_dict(copy.deepcopy(session.inner))
+            self._wrapped.restore(session.weights)
+            self._wrapped.resume_at(session.step)
         return optimizer
 
     def criterion(self, inner: Any) -> Any:
-        """Returns the loss function to call in training.
+        """Returns the loss function to call in training: the mean over records of what each has alone.
+
+        Each record's terms are divided by their own number, without those of ignored labels, whatever other records are
+        in the batch. For records of one length that is the loss as written.
 
         Args:
-            inner: The loss as a mean over records.
+            inner: A loss of PyTorch's with reduction="mean", as a module or a function, or any callable of outputs and
+                targets, records first, which is then called for each record by itself.
+
+        Raises:
+            PrivacyRefused: The loss is a sum over records.
         """
         return self._wrapped.criterion(inner)
+
+    def penalty(self, function: Callable[[], torch.Tensor]) -> None:
+        """Add a term to the loss that is of the weights alone, such as FedProx's or an L2 penalty.
+
+            start = [p.detach().clone() for p in model.parameters()]
+            dp.penalty(lambda: mu / 2 * sum(((p - s) ** 2).sum() for p, s in zip(model.parameters(), start)))
+
+        Its gradient is added after the noise, in each step, also of empty batches. It must not depend on records.
+
+        Args:
+            function: Returns the term at the present weights, as one number.
+        """
+        if not callable(function):
+            raise Misuse("penalty() takes a function of no arguments that returns the term at the present weights.")
+        self._wrapped.penalties.append(function)
 
     def batches(self) -> Iterator[torch.Tensor]:
         """Yields the round's batches: indices of records, int64, shape (size of the batch,).
 
-        Each record is in each batch with probability `sample_rate`, independently of all others. A batch may be empty;
-        it still takes one step, of noise alone, and its mean loss is NaN.
+        Each record is in each batch with probability `sample_rate`, independently of all others. A batch may be empty:
+        it takes its step, of noise alone, without being yielded. After a failure, records come one by one.
 
         Raises:
-            PrivacyRefused: The last batch had no step.
+            PrivacyRefused: The last batch had no step, or `optimizer` was not called yet.
         """
+        optimizer = self._wrapped.inner
+        if optimizer is None:
+            raise Misuse("The optimizer comes before the batches: call optimizer() first.")
+        session = self._session
+        self._steps = session.step if session.careful else 0
         while self._steps < self._privacy.steps:
-            if self._wrapped.steps != self._steps:
-                raise PrivacyRefused(
-                    "A batch without a step of its own: call step() of the optimizer that optimizer() returned once "
-                    "for each batch of batches(), also for small and empty ones, before the next is drawn."
-                )
             self._steps += 1
-            chosen = np.flatnonzero(self._sampling.uniform(self._examples) < self._privacy.sample_rate)
+            if session.chosen is None:
+                drawn = session.sampling.uniform(self._examples) < self._privacy.sample_rate
+                session.chosen = np.flatnonzero(drawn).tolist()
+            if session.careful:
+                yield from self._one_by_one(optimizer)
+                continue
+            chosen, session.chosen = session.chosen, None
+            if not chosen:
+                optimizer.take(None)
+                continue
             self._wrapped.batch_drawn(len(chosen))
-            yield torch.from_numpy(chosen)
+            session.drawn = True
+            yield torch.tensor(chosen)
+            if self._wrapped.steps != self._steps:
+                raise PrivacyRefused(_NO_STEP)
+
+    def _one_by_one(self, optimizer: KeyedDPOptimizer) -> Iterator[torch.Tensor]:
+        """Yield a batch record by record, without those that had their turn, and take its step."""
+        session = self._session
+        for record in [one for one in session.chosen or () if one not in session.tried]:
+            session.in_flight, session.drawn = record, True
+            optimizer.parts = session.parts or optimizer.nothing()
+            # Whatever is drawn for a record does not depend on which other records failed.
+            seed_with(derived_seed(self._generators, self._steps, record))
+            self._wrapped.batch_drawn(1)
+            yield torch.tensor([record])
+            if not self._wrapped.stepped:
+                raise PrivacyRefused(_NO_STEP)
+            session.had_its_turn(optimizer.parts)
+        sums, optimizer.parts = session.parts, None
+        optimizer.take(sums)
+        weights = [p.detach().clone() for p in self.model.parameters()]
+        session.step_taken(weights, optimizer.original_optimizer.state_dict())
+
+    def _sources(self, bound: KeyContext, secret: bytes) -> Callable[[], tuple[KeyedNoise, PRFStream]]:
+        """Returns what makes the sources of noise and batches, each from its beginning."""
+        from .dp_optimizer import KeyedNoise
+
+        def start() -> tuple[KeyedNoise, PRFStream]:
+            noise = PRFStream(bound.derive(secret, "noise"))
+            made = KeyedNoise(noise, self._privacy.noise_multiplier, steps=self._privacy.steps)
+            return made, PRFStream(bound.derive(secret, "sample"))
+
+        return start
 
     def _check_examples(self) -> None:
         here = f"Shard {self._asked.shard}"
@@ -289,6 +376,12 @@ class PrivateTraining:
             budget=budget,
             budget_delta=min(self._privacy.delta, max_delta_of(self._context)),
         )
+
+
+_NO_STEP = (
+    "A batch without a step of its own: call step() of the optimizer that optimizer() returned once for each batch of "
+    "batches(), before the next is drawn."
+)
 
 
 @contextmanager

@@ -103,6 +103,9 @@ def released(
     criterion = wrapped.criterion(nn.MSELoss())
     for _ in range(steps):
         batch = np.flatnonzero(sampling.uniform(len(x)) < rate)
+        if not len(batch):
+            optimizer.take(None)
+            continue
         wrapped.batch_drawn(len(batch))
         optimizer.zero_grad()
         criterion(wrapped.model(x[batch]), y[batch]).backward()

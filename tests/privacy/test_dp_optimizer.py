@@ -77,7 +77,7 @@ def test_without_noise_and_sampling_it_is_clipped_sgd_by_hand(node: Node, mode: 
     clipped = by_hand(other, x, y, nn.CrossEntropyLoss(), batches, CLIP, 0.5)
     assert 10 < clipped < 110
     step = torch.linalg.vector_norm(flat(other) - flat(model()))
-    assert step > 0.1 and torch.linalg.vector_norm(flat(net) - flat(other)) < 2e-6 * step
+    assert step > 0.1 and torch.linalg.vector_norm(flat(net) - flat(other)) < 1e-5 * step
 
 
 def test_ghost_clipping_and_hooks_agree(tmp_path: Path) -> None:
@@ -91,6 +91,9 @@ def test_ghost_clipping_and_hooks_agree(tmp_path: Path) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Full backward hook")
             for batch in (range(8), range(8, 21), [], [39]):
+                if not batch:
+                    optimizer.take(None)
+                    continue
                 wrapped.batch_drawn(len(batch))
                 optimizer.zero_grad()
                 criterion(wrapped.model(x[[*batch]]), y[[*batch]]).backward()
@@ -106,7 +109,7 @@ def test_an_empty_batch_is_a_step_of_noise_alone(node: Node, mode: Any) -> None:
     privacy = settings(sample_rate=1e-9, steps=2, grad_sample_mode=mode, noise_multiplier=1e-9)
     x, y = records()
     with node.ask(net, privacy=privacy) as dp:
-        assert move(dp, net, x, y) == [[], []]
+        assert move(dp, net, x, y) == []  # it has no forward pass
     # Twice sigma C / (q n) times a normal: of a size that noise alone has.
     sizes = net.weight.detach().abs().flatten() / (1e-9 / (1e-9 * 40))
     assert net.weight.isfinite().all() and 0 < float(sizes.max()) < 10
@@ -165,21 +168,56 @@ def without_a_batch(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> None
     step(dp, net, x, y)
 
 
-def twice_on_one_batch(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> None:
-    batch = next(dp.batches())
+def before_the_optimizer(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> None:
+    next(dp.batches())
+
+
+def without_a_loss_of_its_own(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> None:
     optimizer = dp.optimizer(torch.optim.SGD(net.parameters(), lr=1.0))
+    batch = next(dp.batches())
+    valid = (y[batch] > 0).float()
+    (((dp.model(x[batch]) - y[batch]) ** 2 * valid).sum() / valid.sum()).backward()
+    optimizer.step()
+
+
+def with_a_square_of_all_with_all(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> None:
+    optimizer = dp.optimizer(torch.optim.SGD(net.parameters(), lr=1.0))
+    batch = next(dp.batches())
+    nn.functional.mse_loss(dp.model(x[batch]), y[batch][:, 0]).backward()
+    optimizer.step()
+
+
+def with_a_penalty_in_the_loss(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> None:
+    optimizer = dp.optimizer(torch.optim.SGD(net.parameters(), lr=1.0))
+    batch = next(dp.batches())
+    (dp.criterion(nn.MSELoss())(dp.model(x[batch]), y[batch]) + (net.weight**2).sum()).backward()
+    optimizer.step()
+
+
+def with_a_factor_of_the_batch(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> None:
+    optimizer = dp.optimizer(torch.optim.SGD(net.parameters(), lr=1.0))
+    batch = next(dp.batches())
+    (dp.criterion(nn.MSELoss())(dp.model(x[batch]), y[batch]) / y[batch].abs().sum()).backward()
+    optimizer.step()
+
+
+def twice_on_one_batch(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> None:
+    optimizer = dp.optimizer(torch.optim.SGD(net.parameters(), lr=1.0))
+    batch = next(dp.batches())
     step(dp, net, x[batch], y[batch], optimizer)
     step(dp, net, x[batch], y[batch], optimizer)
 
 
 def on_another_batch(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> None:
+    optimizer = dp.optimizer(torch.optim.SGD(net.parameters(), lr=1.0))
     next(dp.batches())
-    step(dp, net, x, y)
+    step(dp, net, x, y, optimizer)
 
 
 def on_batches_drawn_before(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> None:
+    optimizer = dp.optimizer(torch.optim.SGD(net.parameters(), lr=1.0))
     for batch in list(dp.batches()):
-        step(dp, net, x[batch], y[batch])
+        step(dp, net, x[batch], y[batch], optimizer)
 
 
 def with_other_parameters(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> None:
@@ -214,13 +252,16 @@ def with_a_second_loss(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> N
     optimizer.step()
 
 
-def with_the_loss_before_the_optimizer(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> None:
-    dp.criterion(nn.MSELoss())
-
-
 MISUSES: list[tuple[str, Callable[..., None], str]] = [
-    ("both", without_a_batch, "A step without a batch of its own"),
-    ("both", twice_on_one_batch, "A step without a batch of its own"),
+    ("both", without_a_batch, "A loss without a batch of its own"),
+    ("both", before_the_optimizer, r"The optimizer comes before the batches: call optimizer\(\) first"),
+    ("hooks", without_a_loss_of_its_own, r"neither one of criterion\(\) nor one of PyTorch's"),
+    ("hooks", with_a_square_of_all_with_all, "compares each record with all others, since outputs and targets"),
+    ("hooks", with_a_penalty_in_the_loss, r"say penalties on weights by penalty\(\)"),
+    ("hooks", with_a_factor_of_the_batch, "scale losses by numbers alone"),
+    ("ghost", with_a_penalty_in_the_loss, r"say penalties on weights by penalty\(\)"),
+    ("ghost", with_a_factor_of_the_batch, "scale them by numbers alone"),
+    ("both", twice_on_one_batch, "A loss without a batch of its own"),
     ("both", on_another_batch, "A step on another number of records than was drawn"),
     ("both", on_batches_drawn_before, "A batch without a step of its own"),
     ("both", with_other_parameters, "The optimizer has other parameters than those of the model"),
@@ -229,7 +270,6 @@ MISUSES: list[tuple[str, Callable[..., None], str]] = [
     ("ghost", with_an_unwrapped_loss, "A step whose gradients were not clipped: .* wrap the loss by criterion"),
     ("ghost", with_a_second_loss, "A step whose gradients were not clipped"),
     ("hooks", with_a_second_loss, "Poisson sampling is not compatible with grad accumulation"),
-    ("ghost", with_the_loss_before_the_optimizer, r"needs the optimizer before the loss: call optimizer\(\) first"),
 ]
 
 

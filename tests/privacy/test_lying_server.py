@@ -184,7 +184,10 @@ def test_a_shard_s_number_stands_for_the_same_records_under_a_budget(tmp_path: P
 
 
 def test_what_an_exception_says_stays_on_the_node(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.ERROR), pytest.raises(RuntimeError, match="train.. raised KeyError") as caught:
+    with (
+        caplog.at_level(logging.ERROR),
+        pytest.raises(RuntimeError, match="train.. failed before it drew a batch") as caught,
+    ):
         ask(tmp_path, app_of(shard_data(0), broken="John Smith"))
     assert "John" not in str(caught.value)
     causes: list[BaseException] = [caught.value]

@@ -48,8 +48,8 @@ def test_a_step_that_no_longer_calls_what_is_overridden_is_told(path: str, monke
 
 
 OTHER_OPACUS = """
-import opacus.optimizers.optimizer as optimizer
-del optimizer._mark_as_processed
+import opacus.grad_sample.grad_sample_module as module
+del module.promote_current_grad_sample
 from fl_gradcode.privacy import Spend, epsilon_of
 try:
     epsilon_of([Spend(1.0, 0.1, 1)], 1e-5)
@@ -61,4 +61,7 @@ except ImportError as error:
 def test_it_is_told_before_anything_is_computed() -> None:
     command = [sys.executable, "-W", "ignore", "-c", OTHER_OPACUS]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
-    assert "has no optimizers.optimizer._mark_as_processed, which private training relies on." in done.stdout
+    assert (
+        "has no grad_sample.grad_sample_module.promote_current_grad_sample, which private training relies on."
+        in done.stdout
+    )

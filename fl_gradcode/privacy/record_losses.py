@@ -1,0 +1,383 @@
+"""Losses that take each record by itself: the mean over records of what each record's own terms give.
+
+PyTorch divides a mean by all terms of a batch. With padded sequences, ignored labels or class weights, the number of
+terms depends on every record, so one record more would change the gradients of all others before they are clipped.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .._seeding import generators_restored
+from ..errors import PrivacyRefused
+from .step_guards import OTHER_RECORDS, Misuse, StepGuard
+
+__all__ = ["RecordLoss", "StandardLosses", "is_whole", "keep_apart", "mark", "synthetic"]
+
+#: Functions whose means are taken record by record wherever they are called in private training.
+_STANDARD: frozenset[Any] = frozenset(
+    {
+        F.binary_cross_entropy,
+        F.binary_cross_entropy_with_logits,
+        F.cosine_embedding_loss,
+        F.cross_entropy,
+        F.gaussian_nll_loss,
+        F.hinge_embedding_loss,
+        F.huber_loss,
+        F.kl_div,
+        F.l1_loss,
+        F.margin_ranking_loss,
+        F.mse_loss,
+        F.multi_margin_loss,
+        F.multilabel_margin_loss,
+        F.multilabel_soft_margin_loss,
+        F.nll_loss,
+        F.poisson_nll_loss,
+        F.smooth_l1_loss,
+        F.soft_margin_loss,
+        F.triplet_margin_loss,
+        F.triplet_margin_with_distance_loss,
+    }
+)
+_MEANS = ("mean", "batchmean")
+_ADDS = frozenset({"add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__", "__rsub__", "rsub", "__isub__"})
+_SCALES = frozenset({"mul", "__mul__", "__rmul__", "__imul__", "div", "__truediv__", "__itruediv__", "true_divide"})
+_KEEPS = frozenset({"neg", "__neg__", "mean", "sum", "squeeze", "to", "float", "double", "clone", "reshape", "view"})
+#: Functions that compute each entry of their result from the same entry of their arguments.
+_BY_ENTRY = (
+    _ADDS
+    | _SCALES
+    | frozenset(
+        {
+            *("neg", "__neg__", "pow", "__pow__", "square", "abs", "__abs__", "exp", "log", "log1p", "expm1", "sqrt"),
+            *("sigmoid", "tanh", "relu", "softplus", "logsigmoid", "clamp", "clamp_min", "clamp_max"),
+            *("float", "double", "to", "clone", "contiguous"),
+        }
+    )
+)
+#: Functions along axes, which keep records apart if the first axis is none of them.
+_ALONG = frozenset({"sum", "mean", "softmax", "log_softmax", "logsumexp", "squeeze", "flatten", "amax", "amin", "norm"})
+_WHOLE = "_fl_gradcode_whole"  # attribute of a loss that is a mean over records of what each has alone
+_APART = "_fl_gradcode_apart"  # attribute of a tensor whose rows belong to one record each
+_ROWS = 3  # of synthetic batches
+
+_OTHER = (
+    "The loss of a step is neither one of criterion() nor one of PyTorch's loss functions, and no mean of what each "
+    "record has alone: pass a loss of your own to criterion(), which takes it record by record, add and scale losses "
+    "by numbers alone, and say penalties on weights by penalty()."
+)
+
+
+def mark(loss: Tensor, guard: StepGuard | None = None) -> Tensor:
+    """Note that a loss is a mean over records of what each record has alone; returns it.
+
+    Args:
+        loss: The loss.
+        guard: Is told when the loss has its backward pass.
+    """
+    setattr(loss, _WHOLE, True)
+    if guard is not None and loss.requires_grad:
+        loss.register_hook(lambda _: setattr(guard, "backward", True))  # type: ignore[no-untyped-call]
+    return loss
+
+
+def keep_apart(outputs: Any, records: int) -> Any:
+    """Note that rows of a model's outputs belong to one record each; returns them."""
+    if isinstance(outputs, Tensor):
+        if outputs.dim() and outputs.shape[0] == records and outputs.requires_grad:
+            setattr(outputs, _APART, True)
+    elif isinstance(outputs, dict):
+        for value in outputs.values():
+            keep_apart(value, records)
+    elif isinstance(outputs, tuple | list):
+        for value in outputs:
+            keep_apart(value, records)
+    return outputs
+
+
+def is_whole(loss: object) -> bool:
+    """Returns whether `mark` noted a loss, or a sum of such losses."""
+    return isinstance(loss, Tensor) and getattr(loss, _WHOLE, False) is True
+
+
+class RecordLoss:
+    """A loss function that returns one number for each record.
+
+    Args:
+        inner: A loss of PyTorch's, as a module or a function, or any callable of outputs and targets that returns the
+            mean over the records of its arguments. What is not PyTorch's is called for each record by itself.
+
+    Raises:
+        Misuse: It is a sum over records.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        if getattr(inner, "reduction", "mean") == "sum":
+            raise Misuse("The loss is a sum over records: give criterion() one with reduction='mean'.")
+        self._inner = inner
+        self._theirs = type(inner).__module__.startswith("torch.nn.") or _function_of(inner) in _STANDARD
+        self._checked = self._theirs
+
+    def __call__(self, records: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the loss of each record, shape (records,).
+
+        Args:
+            records: Number of records that were drawn.
+            *args: Arguments of the loss; tensors have records along their first axis.
+            **kwargs: Further arguments, which are the same for all records.
+
+        Raises:
+            Misuse: The loss mixes records, or returns nothing that could be told apart by them.
+        """
+        if not self._checked:
+            self._checked = True
+            _refuse_mixing(self._inner, args, kwargs)
+        if self._theirs:
+            return self._of_torch(records, args, kwargs)
+        if hasattr(self._inner, "reduction"):
+            values = _with_reduction_none(self._inner, args, kwargs)
+            if values.dim() and values.shape[0] == records:
+                return values.flatten(1).mean(1) if values.dim() > 1 else values
+        return _one_by_one(self._inner, records, args, kwargs)
+
+    def _of_torch(self, records: int, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+        inner = self._inner
+        if isinstance(inner, nn.Module):
+            summed = getattr(inner, "reduction", "") == "batchmean"
+            values = _with_reduction_none(inner, args, kwargs)
+            target = kwargs["target"] if "target" in kwargs else args[1] if len(args) > 1 else None
+            ignored = getattr(inner, "ignore_index", None)
+            return _by_record(values, records, args[:1], target=target, ignored=ignored, summed=summed)
+        return _of_function(inner, records, args, kwargs)
+
+
+class StandardLosses(TorchFunctionMode):
+    """While it is entered, PyTorch's loss functions take means by record, and other losses have no backward pass.
+
+    It holds for the thread that entered it.
+
+    Args:
+        guard: Knows how many records were drawn, and is told of backward passes.
+    """
+
+    def __init__(self, guard: StepGuard) -> None:
+        super().__init__()
+        self._guard = guard
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call a function of PyTorch's."""
+        kwargs = kwargs or {}
+        if func is Tensor.backward:
+            if self._guard.drawn is not None and not is_whole(args[0]):
+                raise Misuse(_OTHER)
+            return func(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if func in _STANDARD and self._guard.drawn and torch.is_grad_enabled():
+            if _reduction_of(func, args, kwargs) in _MEANS:
+                return mark(_of_function(func, self._guard.drawn, args, kwargs).mean(), self._guard)
+            result = func(*args, **kwargs)
+            return keep_apart(result, self._guard.drawn) if args and _is_apart(args[0]) else result
+        result = func(*args, **kwargs)
+        if self._guard.drawn and isinstance(result, Tensor) and result.requires_grad:
+            name = getattr(func, "__name__", "")
+            if result.dim() == 0:
+                if _stays_whole(name, args):
+                    mark(result)
+                elif name == "mean" and len(args) == 1 and not kwargs and _is_apart(args[0]):
+                    mark(result, self._guard)
+            elif _stays_apart(name, result, args, kwargs, self._guard.drawn):
+                setattr(result, _APART, True)
+        return result
+
+
+def _is_apart(value: object) -> bool:
+    return getattr(value, _APART, False) is True
+
+
+def _stays_apart(name: str, result: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], records: int) -> bool:
+    """Returns whether each row of a result belongs to one record, as rows of the arguments do."""
+    tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
+    moving = [one for one in tensors if one.requires_grad]
+    if result.shape[0] != records or not moving or not all(map(_is_apart, moving)):
+        return False
+    if name in _BY_ENTRY:  # (n, 1) and (n,) would become a square of all with all
+        return all(one.dim() in (0, result.dim()) for one in tensors)
+    if name not in _ALONG or len(tensors) != 1 or not args:
+        return False
+    given = kwargs.get("dim", kwargs.get("start_dim", args[1] if len(args) > 1 else None))
+    axes = given if isinstance(given, tuple | list) else (given,)
+    size = tensors[0].dim()
+    return all(isinstance(axis, int) and axis % size for axis in axes)
+
+
+def _stays_whole(name: str, args: tuple[Any, ...]) -> bool:
+    """Returns whether a function makes a mean over records of means over records."""
+    tensors = [one for one in args if isinstance(one, Tensor)]
+    moving = [one for one in tensors if one.requires_grad]
+    if not moving or not all(map(is_whole, moving)):
+        return False
+    if name in _ADDS or name in _KEEPS:
+        return True
+    # A factor that is a tensor may be of the batch, such as one over the number of its terms.
+    return name in _SCALES and len(tensors) == 1
+
+
+def _function_of(inner: Any) -> Any:
+    """Returns the function that a partial calls, or the callable itself."""
+    found = getattr(inner, "func", inner)
+    return found if getattr(found, "__hash__", None) is not None else None
+
+
+@contextmanager
+def _reduction_set(loss: Any, value: str) -> Iterator[None]:
+    kept = loss.reduction
+    loss.reduction = value
+    try:
+        yield
+    finally:
+        loss.reduction = kept
+
+
+def _with_reduction_none(loss: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    with _reduction_set(loss, "none"):
+        values: Tensor = loss(*args, **kwargs)
+    return values
+
+
+def _bound(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound
+
+
+def _reduction_of(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+    return str(_bound(function, args, kwargs).arguments.get("reduction", ""))
+
+
+def _of_function(function: Any, records: int, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    """Returns each record's own loss by a function of torch.nn.functional."""
+    bound = _bound(function, args, kwargs).arguments
+    if bound.get("reduction") == "sum":
+        raise Misuse("The loss is a sum over records: give criterion() one with reduction='mean'.")
+    summed = bound.get("reduction") == "batchmean"
+    values = function(*args, **{**kwargs, "reduction": "none"})
+    return _by_record(
+        values, records, args[:1], target=bound.get("target"), ignored=bound.get("ignore_index"), summed=summed
+    )
+
+
+def _by_record(
+    values: Tensor, records: int, inputs: Sequence[Any], *, target: Any, ignored: int | None, summed: bool = False
+) -> Tensor:
+    """Returns the mean of each record's terms, without those of ignored labels.
+
+    Args:
+        values: The terms, with records along the first axis, or flattened.
+        records: Number of records.
+        inputs: The outputs of the model, if they are known.
+        target: What the loss compares with.
+        ignored: Label that does not count; None if there is none.
+        summed: Whether a record's terms are added up instead.
+    """
+    if not values.dim() or values.numel() % records:
+        raise PrivacyRefused(OTHER_RECORDS)
+    if any(isinstance(one, Tensor) and values.numel() > one.numel() for one in inputs):
+        raise Misuse(
+            "The loss compares each record with all others, since outputs and targets have different shapes: give the "
+            "targets the shape of the outputs."
+        )
+    terms = values.reshape(records, -1)
+    if summed:
+        return terms.sum(1)
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.numel() != terms.numel():
+        return terms.mean(1)
+    if ignored is not None:
+        counted: Tensor = (target.reshape(records, -1) != ignored).sum(1).clamp(min=1)
+        return terms.sum(1) / counted
+    return terms.mean(1)
+
+
+def _one_by_one(loss: Any, records: int, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    """Returns what a loss gives for each record by itself."""
+    values = []
+    for number in range(records):
+        value = loss(*(_rows(one, records, number) for one in args), **kwargs)
+        if not isinstance(value, Tensor):
+            raise Misuse("The loss that criterion() was given returns no tensor.")
+        values.append(value.mean() if value.dim() else value)
+    return torch.stack(values)
+
+
+def _rows(value: Any, records: int, number: int) -> Any:
+    """Returns one record's part of an argument."""
+    if isinstance(value, Tensor):
+        if not value.dim() or value.shape[0] % records:
+            raise PrivacyRefused(OTHER_RECORDS)
+        size = value.shape[0] // records
+        return value[number * size : (number + 1) * size]
+    if isinstance(value, dict):
+        return type(value)({key: _rows(one, records, number) for key, one in value.items()})
+    if isinstance(value, tuple | list):
+        return type(value)(_rows(one, records, number) for one in value)
+    return value
+
+
+def _refuse_mixing(loss: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Refuse a loss of which the mean of single records is not the loss of a batch, tried on synthetic values.
+
+    Raises:
+        Misuse: They differ.
+    """
+    drawn = torch.Generator().manual_seed(0)
+    sizes = {one.shape[0] for one in args if isinstance(one, Tensor) and one.dim()}
+    if len(sizes) != 1:
+        return
+    size = sizes.pop()
+    try:
+        with generators_restored(), torch.no_grad():
+            tried = [synthetic(one, size, drawn) for one in args]
+            whole = loss(*tried, **kwargs)
+            parts = _one_by_one(loss, _ROWS, tried, kwargs)
+    except Exception:  # not made for such values: nothing is known
+        return
+    together = float(whole.float().mean())
+    alone = float(parts.float().mean())
+    if abs(together - alone) > 1e-3 * max(abs(together), abs(alone)):
+        raise Misuse(
+            "The loss mixes records: for a batch it is not the mean of what it is for each record alone. Divide by "
+            "nothing that depends on other records, and compare none with another."
+        )
+
+
+def synthetic(value: Any, records: int, drawn: torch.Generator) -> Any:
+    """Returns a random value of the same form for three records: normal numbers, and whole ones of 0 and 1.
+
+    Args:
+        value: What was given for `records` records; tensors and what holds them.
+        records: Number of records, the length of tensors along the first axis.
+        drawn: Source of the random values.
+    """
+    if isinstance(value, Tensor):
+        rows = _ROWS if value.dim() and value.shape[0] == records else None
+        shape = value.shape if rows is None else (rows, *value.shape[1:])
+        if value.is_floating_point():
+            made: Tensor = torch.randn(shape, generator=drawn).to(value.dtype)
+        elif value.dtype == torch.bool:
+            made = torch.ones(shape, dtype=torch.bool)
+        else:
+            made = torch.randint(0, 2, shape, generator=drawn).to(value.dtype)
+        return made.to(value.device)
+    if isinstance(value, dict):
+        return type(value)({key: synthetic(one, records, drawn) for key, one in value.items()})
+    if type(value) in (tuple, list):
+        return type(value)(synthetic(one, records, drawn) for one in value)
+    return value

@@ -1,0 +1,137 @@
+"""Guards of private training: each batch has one step on its own records, and nothing else changes the model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PrivacyRefused
+
+__all__ = ["OTHER_RECORDS", "Misuse", "StepGuard", "WeightGuard", "same_bits"]
+
+
+OTHER_RECORDS = (
+    "A step on another number of records than was drawn: train on the batches of batches(), whole, with records along "
+    "the first axis of inputs and outputs. Others have not the privacy that is accounted."
+)
+
+
+class Misuse(PrivacyRefused):
+    """Private training is used, or a model is built, in a way that no data could make right.
+
+    Its sentences are fixed, so a server may be told them after data were read.
+    """
+
+
+class StepGuard:
+    """Checks that each step is on the records that were drawn for it.
+
+    Attributes:
+        drawn: Number of records that were handed out last; None once they had their step.
+        clipped: Number of records whose gradients the last backward pass clipped; only ghost clipping sets it.
+        backward: Whether a loss that takes each record by itself has had its backward pass.
+        steps: Number of batches that had their step.
+    """
+
+    def __init__(self) -> None:
+        self.drawn: int | None = None
+        self.clipped: int | None = None
+        self.backward = False
+        self.steps = 0
+
+    def draw(self, records: int) -> None:
+        """Note that so many records were handed out; the next step has to be on them."""
+        self.drawn, self.clipped, self.backward = records, None, False
+
+    def check(self, records: int | None) -> None:
+        """Check that gradients belong to the records that were handed out.
+
+        Args:
+            records: Number of records that they were computed from; None: they were not clipped.
+
+        Raises:
+            PrivacyRefused: They do not, or there is no batch.
+        """
+        if self.drawn is None:
+            raise PrivacyRefused("A step without a batch of its own: take one step for each batch of batches().")
+        if records is None:
+            raise Misuse(
+                "A step whose gradients were not clipped: with grad_sample_mode='ghost' wrap the loss by criterion()."
+            )
+        if records != self.drawn:
+            raise PrivacyRefused(OTHER_RECORDS)
+
+    def use(self, records: int | None) -> None:
+        """Check gradients as `check` does, and let no second step use these records."""
+        self.check(records)
+        if not self.backward:
+            raise Misuse(
+                "A step after a backward pass of something else than its loss: call backward() of a loss of "
+                "criterion(), or of one of PyTorch's loss functions, once for each step."
+            )
+        self.drawn, self.clipped, self.backward = None, None, False
+
+
+class WeightGuard:
+    """Checks that nothing but noisy steps changes a model's parameters, and nothing at all its buffers.
+
+    Args:
+        model: The plain model, as training starts from it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        self.keep()
+
+    def keep(self) -> None:
+        """Remember the parameters as they are now."""
+        # A copy: version counters of tensors miss what is written through `.data`.
+        self._kept, self._shapes = self._now()
+
+    def check(self) -> None:
+        """Check that the parameters have the bits that `keep` remembered, on whatever device.
+
+        Raises:
+            Misuse: One has changed.
+        """
+        now, shapes = self._now()
+        if shapes != self._shapes or not all(map(same_bits, now, self._kept)):
+            raise Misuse(
+                "Something other than a step of the optimizer that optimizer() returned has changed the model, without "
+                "noise: change weights by its step() alone, and set them or their dtype before private_training."
+            )
+
+    def check_buffers(self) -> None:
+        """Check that the buffers are those that training started with.
+
+        Raises:
+            Misuse: One has changed or is new.
+        """
+        before = self._buffers
+        for name, buffer in self._model.named_buffers():
+            if name not in before or not same_bits(buffer, before[name]):
+                raise Misuse(
+                    f"Training changed {name!r}, which is no parameter and gets no noise: it would tell of the data. "
+                    "Use layers without running statistics."
+                )
+
+    def _now(self) -> tuple[list[Tensor], list[tuple[str, torch.Size, torch.dtype]]]:
+        """Returns all values, one flat copy for each dtype and device, and name, shape and dtype of each parameter."""
+        # One copy for each kind: many small copies cost more than what is in them.
+        parameters = list(self._model.named_parameters())
+        shapes = [(name, p.shape, p.dtype) for name, p in parameters]
+        kinds = dict.fromkeys((p.dtype, p.device) for _, p in parameters)
+        flat = [
+            torch.cat([p.detach().reshape(-1) for _, p in parameters if (p.dtype, p.device) == kind]) for kind in kinds
+        ]
+        return flat, shapes
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Returns whether both tensors have equal dtype, shape and bits (NaN included), on whatever devices."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    one, other = one.detach(), other.detach().to(one.device)
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(one.element_size())
+    return torch.equal(one, other) if whole is None else torch.equal(one.view(whole), other.view(whole))
