@@ -64,6 +64,11 @@ EXTRAS = {
     ("privacy/key_derivation.py", "torch"),  # faster than NumPy at logarithms and sines
     ("privacy/key_derivation.py", "cryptography"),
     ("privacy/dp_optimizer.py", "torch"),
+    ("privacy/attempts.py", "torch"),  # for a type alone
+    ("privacy/model_checks.py", "torch"),
+    ("privacy/record_gradients.py", "torch"),
+    ("privacy/record_losses.py", "torch"),
+    ("privacy/step_guards.py", "torch"),
     ("privacy/training.py", "torch"),
     ("strategy/strategy_state.py", "torch"),  # tensors that a strategy keeps; imported where there are any
     ("placement/splitting.py", "flwr_datasets.partitioner"),  # extra "app": the Dirichlet split

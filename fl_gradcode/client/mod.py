@@ -30,6 +30,7 @@ from ..privacy import (
     guarded_reply,
     privacy_from_json,
     refuse_clipping_mods,
+    refuse_statistics,
     refuse_unprotected,
     spent_by,
 )
@@ -46,6 +47,7 @@ from ..protocol import (
     Reply,
     Row,
     as_array,
+    counters_in,
     difference_between,
     flatten_metrics,
     flatten_update,
@@ -346,6 +348,7 @@ class _CodedCall:
             kept_file=self.kept_file,
             fixed_data=self.fixed_data,
             spent=tuple(encoder.spent) if coded else (),
+            environment=encoder.environment if coded else "",
             holds=told_by(self.context.node_config) if self.plan.open else (),
         )
         records = {UPDATE: encoder.record()} if coded else {}
@@ -417,11 +420,14 @@ def _protected(result: _ShardResult, plan: Plan, privacy: Privacy | None) -> _Sh
     """Returns the part of a result that may leave the node under the privacy promise.
 
     Training metrics reveal something about the data, so only the weight is kept. Under `CentralNoise`, the update is
-    clipped and each shard has the same, public weight.
+    clipped, counters stay as they are, and each shard has the same, public weight.
     """
     if privacy is None:
         return result
     if isinstance(privacy, CentralNoise):
+        refuse_statistics(name for name, _, _ in result.layout)
+        for entries in counters_in(result.layout):
+            result.update[entries] = 0  # they would get no noise, and could tell of the data
         clip(result.update, privacy.clipping_norm)
         return replace(result, metrics=MetricRecord({plan.weight_key: 1}))
     kept = {key: value for key, value in result.metrics.items() if key == plan.weight_key}
@@ -441,6 +447,7 @@ class _Encoder:
         names: The user's names of the two records; empty before the first result.
         figures: If the plan asks for them, a few numbers for each shard, by which the server compares its holders.
         spent: With private training, the privacy spent on each shard.
+        environment: With private training, what it was computed with.
     """
 
     def __init__(self, plan: Plan, rounding: float) -> None:
@@ -451,6 +458,7 @@ class _Encoder:
         self.names = ("", "")
         self.figures: list[tuple[float, ...]] = []
         self.spent: list[tuple[int, str, float, float]] = []
+        self.environment = ""
         self._update: NDArray[Any] | None = None
         self._metrics: NDArray[Any] | None = None
 
@@ -464,6 +472,7 @@ class _Encoder:
         if result.spent is not None:
             spent = result.spent
             self.spent.append((result.shard, spent.context, spent.epsilon, spent.total_epsilon))
+            self.environment = spent.environment
         metrics_layout, metrics = flatten_metrics(result.metrics, self._plan.weight_key)
         self._check_layout(result, metrics_layout)
         figures: tuple[float, ...] | None = None

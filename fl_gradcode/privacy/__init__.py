@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .accounting import Spend, epsilon_of, noise_multiplier_for
     from .attempts import call_privately
     from .budget_ledger import BudgetLedger
-    from .clipping import clip, clipping_mod_named_in, refuse_clipping_mods
+    from .clipping import clip, clipping_mod_named_in, refuse_clipping_mods, refuse_statistics
     from .dp_optimizer import wrap
     from .key_derivation import PRFStream
     from .keys import read_keys, rotate_keys, write_keys
@@ -47,6 +47,7 @@ __all__ = [
     "private_training",
     "read_keys",
     "refuse_clipping_mods",
+    "refuse_statistics",
     "refuse_unprotected",
     "rotate_keys",
     "spent_by",
@@ -72,6 +73,7 @@ __getattr__, __dir__ = lazy_names(
             "clip",
             "clipping_mod_named_in",
             "refuse_clipping_mods",
+            "refuse_statistics",
         ],
         "dp_optimizer": [
             "wrap",

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .._files import lock, make_folder, sync_folder
 from ..errors import InvalidSetting, PrivacyRefused
 from .accounting import Spend, epsilon_of
+from .keys import check_own
 
 __all__ = ["BudgetLedger", "Charge", "Entry", "Request"]
 
@@ -171,20 +174,22 @@ class BudgetLedger:
         """Returns the entries, and the size in bytes up to the end of the last whole line."""
         path = self.path_of(shard)
         try:
+            check_own(path)
             content = path.read_bytes()
         except FileNotFoundError:
             return [], 0
         except OSError as error:
             raise InvalidSetting(f"The ledger of spent privacy {path} cannot be read: {error.strerror}.") from None
-        # A last line without its end was being written when the power went: its answer had not left.
-        end = content.rfind(b"\n") + 1
+        *lines, rest = content.split(b"\n")
+        end = len(content) - len(rest)
+        if _is_whole(rest):  # only its newline was lost
+            lines, end = [*lines, rest], len(content)
+        # Any other rest was being written when the power went: its answer had not left.
         entries = []
-        for number, line in enumerate(content[:end].splitlines(), start=1):
+        for number, line in enumerate(lines, start=1):
             try:
-                v = json.loads(line)
-                spend = Spend(float(v["noise-multiplier"]), float(v["sample-rate"]), int(v["steps"]))
-                entries.append(Entry(str(v["run"]), int(v["round"]), str(v["context"]), spend, str(v.get("data", ""))))
-            except (ValueError, KeyError, TypeError):
+                entries.append(_entry_of(json.loads(line)))
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise InvalidSetting(
                     f"Line {number} of the ledger of spent privacy {path} cannot be read. Restore the file; without it "
                     "nobody knows what was spent."
@@ -210,10 +215,12 @@ class BudgetLedger:
         path = self.path_of(shard)
         try:
             first = not path.exists()
-            with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+            with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600), "r+b") as file:
                 file.truncate(end)
+                file.seek(max(0, end - 1))
+                whole = end == 0 or file.read(1) == b"\n"
                 file.seek(end)
-                file.write(lines.encode())
+                file.write(lines.encode() if whole else b"\n" + lines.encode())
                 file.flush()
                 os.fsync(file.fileno())
             if first:
@@ -280,6 +287,30 @@ def _refuse_other_data(request: Request, entries: list[Entry]) -> None:
             f"Shard {request.shard} has other data than the ledger's: its records may have been charged as another "
             "shard's. Where that is not so, give this data a folder of its own (privacy-dir)."
         )
+
+
+def _is_whole(line: bytes) -> bool:
+    """Returns whether a line without a newline is an entry all the same."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _entry_of(v: dict[str, Any]) -> Entry:
+    """Returns the entry in a line.
+
+    Raises:
+        ValueError: A number is none that a charge could have.
+    """
+    noise, rate, steps, number = v["noise-multiplier"], v["sample-rate"], v["steps"], v["round"]
+    if type(steps) is not int or type(number) is not int or steps < 1 or number < 0:
+        raise ValueError("steps and rounds are whole numbers")
+    if isinstance(noise, bool) or isinstance(rate, bool) or not (0 < noise < math.inf and 0 < rate <= 1):
+        raise ValueError("noise and rate are positive numbers")
+    return Entry(
+        str(v["run"]), number, str(v["context"]), Spend(float(noise), float(rate), steps), str(v.get("data", ""))
+    )
 
 
 def _told(spend: Spend) -> str:

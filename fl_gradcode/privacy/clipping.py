@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .._flower_internals import CLIPPING_MODS, clipping_mods_around_or_inside
 from ..errors import UnsuitableApp
 
-__all__ = ["clip", "clipping_mod_named_in", "refuse_clipping_mods"]
+__all__ = ["clip", "clipping_mod_named_in", "refuse_clipping_mods", "refuse_statistics"]
 
 _INSTEAD = (
     "does not combine with gradient_coding_mod: a coded reply is a sum over shards, and holders of a shard would add "
@@ -20,6 +20,7 @@ _INSTEAD = (
     "privacy=CentralNoise(...) for clipping with noise on the server."
 )
 _NOISES = "LocalDpMod"
+_STATISTICS = ("running_mean", "running_var")
 # Just below the bound: rounding while the factor is applied must not exceed it.
 _BELOW = 1 - 2**-20
 
@@ -35,6 +36,21 @@ def clip(update: NDArray[np.floating], norm: float) -> None:
         raise ValueError("its update is not finite (NaN or infinity), and cannot be clipped")
     if length > norm:
         update *= update.dtype.type(norm / length * _BELOW)
+
+
+def refuse_statistics(names: Iterable[str]) -> None:
+    """Refuse running statistics under noise on the server, which would be clipped and noised like weights.
+
+    Raises:
+        UnsuitableApp: Naming the array, and what to use instead.
+    """
+    name = next((name for name in names if name.endswith(_STATISTICS)), None)
+    if name is not None:
+        raise UnsuitableApp(
+            f"The reply holds the running statistics {name!r}, which noise would spoil: a variance may become "
+            "negative. Use GroupNorm or LayerNorm instead of BatchNorm, on the server too, or return the parameters "
+            "alone and keep the statistics on each node."
+        )
 
 
 def refuse_clipping_mods(call_next: Callable[..., Any], *, as_returned: bool = False) -> None:

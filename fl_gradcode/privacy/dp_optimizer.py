@@ -28,7 +28,7 @@ from .record_gradients import (
     full_precision,
     padding_rows,
 )
-from .record_losses import RecordLoss, StandardLosses, mark
+from .record_losses import RecordLoss, StandardLosses, mean_of
 from .step_guards import Misuse, StepGuard, WeightGuard
 
 __all__ = ["KeyedDPOptimizer", "KeyedNoise", "PrivateModel", "wrap"]
@@ -357,7 +357,7 @@ class PrivateModel:
                     "A loss without a batch of its own: call it for the batches of batches(), once for each step."
                 )
             values = loss(drawn, *args, **kwargs)
-            return GhostLoss(self.model, values) if self._ghost else mark(values.mean(), self._guard)
+            return GhostLoss(self.model, values) if self._ghost else mean_of(values, self._guard)
 
         return mean
 

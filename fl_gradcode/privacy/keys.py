@@ -13,7 +13,7 @@ from pathlib import Path
 from .._files import make_folder, replace_file
 from ..errors import InvalidSetting
 
-__all__ = ["KEYS_FILE", "NodeKeys", "check_private", "read_keys", "rotate_keys", "write_keys"]
+__all__ = ["KEYS_FILE", "NodeKeys", "check_own", "check_private", "read_keys", "rotate_keys", "write_keys"]
 
 #: Name of the file in a node's folder.
 KEYS_FILE = "keys.json"
@@ -166,6 +166,23 @@ def read_keys(folder: str | os.PathLike[str]) -> NodeKeys:
         if len(set(secret)) == 1:
             raise InvalidSetting(f"The secret of shard {shard} in {path} is one byte repeated: anybody can guess it.")
     return keys
+
+
+def check_own(path: Path) -> None:
+    """Check that a file is one that this process's user made, which nobody else can read, change or exchange.
+
+    Raises:
+        InvalidSetting: It is a symbolic link, another user's, or open to others; says what to do.
+        OSError: The file is missing, or cannot be looked at.
+    """
+    found = path.lstat()
+    if stat.S_ISLNK(found.st_mode):
+        raise InvalidSetting(f"{path} is a symbolic link, and may be led elsewhere: put the file itself there.")
+    if not stat.S_ISREG(found.st_mode):
+        raise InvalidSetting(f"{path} is no file: move it away, and restore the file.")
+    if os.name == "posix" and found.st_uid not in (os.geteuid(), 0):
+        raise InvalidSetting(f"{path} belongs to another user (uid {found.st_uid}): chown {os.geteuid()} {path}")
+    check_private(path)
 
 
 def check_private(path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .._seeding import generators_restored, seed_with
 from ._opacus import ModuleValidator
 from .record_gradients import GhostModule, HooksModule, forget_pass, full_precision
-from .record_losses import mark, synthetic
+from .record_losses import mark, synthetic, tensors_in
 from .step_guards import Misuse
 
 __all__ = ["misuse_in", "refuse_unfit", "trainable_layers_in_training", "try_out"]
@@ -160,7 +160,7 @@ def _try_twice(wrapped: Any, args: Any, kwargs: Any, records: int) -> None:
     try:
         one = (synthetic(args, records, drawn), synthetic(kwargs, records, drawn))
         two = (synthetic(args, records, drawn), synthetic(kwargs, records, drawn))
-        for value, other in zip(_tensors(one), _tensors(two), strict=True):
+        for value, other in zip(tensors_in(one), tensors_in(two), strict=True):
             if value.dim() and value.shape[0] == 3:
                 other[0] = value[0]
             else:
@@ -214,7 +214,7 @@ def _gradients(wrapped: Any, arguments: Any) -> tuple[list[Tensor], list[Tensor]
         grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         expected.append(_flat(parameters, grads))
     wrapped.enable_hooks()
-    mark(losses.mean()).backward()  # type: ignore[no-untyped-call]
+    mark(losses.sum()).backward()  # type: ignore[no-untyped-call]
     if isinstance(wrapped, GhostModule):
         norms = [p._norm_sample for p in parameters if getattr(p, "_norm_sample", None) is not None]
         lengths = torch.stack([norm.double().square() for norm in norms]).sum(0).sqrt()
@@ -231,19 +231,9 @@ def _flat(parameters: list[Any], grads: Sequence[Any]) -> Tensor:
     return torch.cat([value.flatten() for value in values])
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [found for one in value.values() for found in _tensors(one)]
-    if isinstance(value, tuple | list):
-        return [found for one in value for found in _tensors(one)]
-    return []
-
-
 def _outputs(value: Any) -> list[Tensor]:
     """Returns the tensors of what a model returned that have records along their first axis."""
-    return [one for one in _tensors(value) if one.is_floating_point() and one.dim() and not one.shape[0] % 3]
+    return [one for one in tensors_in(value) if one.is_floating_point() and one.dim() and not one.shape[0] % 3]
 
 
 def _apart(one: Tensor, other: Tensor) -> bool:

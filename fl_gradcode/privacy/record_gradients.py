@@ -90,7 +90,7 @@ class HooksModule(GradSampleModule):  # type: ignore[misc] # Opacus has no types
     GRAD_SAMPLERS = _grad_samplers(GradSampleModule.GRAD_SAMPLERS)
 
     def __init__(self, model: nn.Module, *, guard: StepGuard, before: Callable[..., None]) -> None:
-        super().__init__(model)
+        super().__init__(model, loss_reduction="sum")
         self._before: Callable[..., None] | None = before
         self.guard = guard
 
@@ -125,7 +125,7 @@ class GhostModule(GradSampleModuleFastGradientClipping):  # type: ignore[misc] #
     def __init__(
         self, model: nn.Module, *, max_grad_norm: float, guard: StepGuard, before: Callable[..., None]
     ) -> None:
-        super().__init__(model, max_grad_norm=max_grad_norm)
+        super().__init__(model, max_grad_norm=max_grad_norm, loss_reduction="sum")
         self.guard = guard
         self._before: Callable[..., None] | None = before
         self._seen: dict[nn.Module, deque[list[Tensor]]] = {}  # activations, in the order of the backward pass
@@ -136,7 +136,7 @@ class GhostModule(GradSampleModuleFastGradientClipping):  # type: ignore[misc] #
         if self._before is not None:
             before, self._before = self._before, None
             before(self, args, kwargs)
-        return super().forward(*args, **kwargs)
+        return keep_apart(super().forward(*args, **kwargs), self.guard.drawn or 0)
 
     def clip(self, losses: Tensor) -> None:
         """Run both backward passes.
@@ -148,13 +148,13 @@ class GhostModule(GradSampleModuleFastGradientClipping):  # type: ignore[misc] #
         self._seen.clear()
         for p in self.trainable_parameters:
             p.grad = p.grad_sample = p._norm_sample = None
-        _backward(losses.mean(), retain_graph=True)
+        _backward(losses.sum(), retain_graph=True)
         for p in self.trainable_parameters:
             p.grad = None
         factors = self._factors()
         if factors is None:
             with self._gradients_one_by_one():
-                _backward(losses.mean())
+                _backward(losses.sum())
         else:
             self.disable_hooks()
             try:

@@ -20,7 +20,17 @@ from .._seeding import generators_restored
 from ..errors import PrivacyRefused
 from .step_guards import OTHER_RECORDS, Misuse, StepGuard
 
-__all__ = ["RecordLoss", "StandardLosses", "is_whole", "keep_apart", "mark", "synthetic"]
+__all__ = [
+    "RecordLoss",
+    "StandardLosses",
+    "all_apart",
+    "is_whole",
+    "keep_apart",
+    "mark",
+    "mean_of",
+    "synthetic",
+    "tensors_in",
+]
 
 #: Functions whose means are taken record by record wherever they are called in private training.
 _STANDARD: frozenset[Any] = frozenset(
@@ -64,7 +74,14 @@ _BY_ENTRY = (
     )
 )
 #: Functions along axes, which keep records apart if the first axis is none of them.
-_ALONG = frozenset({"sum", "mean", "softmax", "log_softmax", "logsumexp", "squeeze", "flatten", "amax", "amin", "norm"})
+_ALONG = frozenset(
+    {
+        *("sum", "mean", "softmax", "log_softmax", "logsumexp", "amax", "amin", "norm", "normalize"),
+        *("squeeze", "unsqueeze", "gather", "select", "narrow"),
+    }
+)
+#: Functions that change the shape alone.
+_SHAPES = frozenset({"reshape", "view", "flatten", "contiguous"})
 _WHOLE = "_fl_gradcode_whole"  # attribute of a loss that is a mean over records of what each has alone
 _APART = "_fl_gradcode_apart"  # attribute of a tensor whose rows belong to one record each
 _ROWS = 3  # of synthetic batches
@@ -76,29 +93,59 @@ _OTHER = (
 )
 
 
-def mark(loss: Tensor, guard: StepGuard | None = None) -> Tensor:
-    """Note that a loss is a mean over records of what each record has alone; returns it.
+class _Mean(torch.autograd.Function):
+    """The mean, with the gradient of the sum.
+
+    A gradient that is divided by the number of records, and later multiplied by it, would be rounded in another way
+    for each number of records.
+    """
+
+    @staticmethod
+    def forward(context: Any, values: Tensor) -> Tensor:
+        context.shape = values.shape
+        return values.mean()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return gradient.expand(context.shape)
+
+
+def mean_of(losses: Tensor, guard: StepGuard | None = None) -> Tensor:
+    """Returns the loss of a batch, whose gradients of single records are those of their own losses.
 
     Args:
-        loss: The loss.
-        guard: Is told when the loss has its backward pass.
+        losses: Loss of each record, or terms of which each record has as many.
+        guard: Is told when the loss has its backward pass, and knows the number of records.
     """
+    if losses.dim() > 1:
+        losses = losses.flatten(1).mean(1)
+    loss: Tensor = _Mean.apply(losses)  # type: ignore[no-untyped-call]
     setattr(loss, _WHOLE, True)
     if guard is not None and loss.requires_grad:
         loss.register_hook(lambda _: setattr(guard, "backward", True))  # type: ignore[no-untyped-call]
     return loss
 
 
+def mark(loss: Tensor) -> Tensor:
+    """Note that a loss is a sum over records of what each record has alone; returns it."""
+    setattr(loss, _WHOLE, True)
+    return loss
+
+
 def keep_apart(outputs: Any, records: int) -> Any:
-    """Note that rows of a model's outputs belong to one record each; returns them."""
+    """Note that rows of a model's outputs belong to one record each, equally many to each; returns them."""
     if isinstance(outputs, Tensor):
-        if outputs.dim() and outputs.shape[0] == records and outputs.requires_grad:
+        if records and outputs.dim() and not outputs.shape[0] % records and outputs.requires_grad:
             setattr(outputs, _APART, True)
-    elif isinstance(outputs, dict):
-        for value in outputs.values():
-            keep_apart(value, records)
+        return outputs
+    if isinstance(outputs, dict):
+        parts: Any = outputs.values()
     elif isinstance(outputs, tuple | list):
-        for value in outputs:
+        parts = outputs
+    else:
+        parts = vars(outputs).values() if hasattr(outputs, "__dict__") else ()
+    for value in parts:
+        if isinstance(value, Tensor | dict | tuple | list):
             keep_apart(value, records)
     return outputs
 
@@ -137,6 +184,13 @@ class RecordLoss:
         Raises:
             Misuse: The loss mixes records, or returns nothing that could be told apart by them.
         """
+        if torch.is_grad_enabled() and not all_apart(args, kwargs):
+            if any(one.dim() and one.shape[0] % records for one in tensors_in((args, kwargs)) if one.requires_grad):
+                raise PrivacyRefused(OTHER_RECORDS)
+            raise Misuse(
+                "The loss is of something else than the model's outputs, or of outputs that were mixed: give "
+                "criterion() the outputs as the model returns them, and do the rest in the loss."
+            )
         if not self._checked:
             self._checked = True
             _refuse_mixing(self._inner, args, kwargs)
@@ -182,10 +236,10 @@ class StandardLosses(TorchFunctionMode):
                 raise Misuse(_OTHER)
             return func(*args, **kwargs)  # type: ignore[no-untyped-call]
         if func in _STANDARD and self._guard.drawn and torch.is_grad_enabled():
-            if _reduction_of(func, args, kwargs) in _MEANS:
-                return mark(_of_function(func, self._guard.drawn, args, kwargs).mean(), self._guard)
+            if _reduction_of(func, args, kwargs) in _MEANS and all_apart(args, kwargs):
+                return mean_of(_of_function(func, self._guard.drawn, args, kwargs), self._guard)
             result = func(*args, **kwargs)
-            return keep_apart(result, self._guard.drawn) if args and _is_apart(args[0]) else result
+            return keep_apart(result, self._guard.drawn) if all_apart(args, kwargs) else result
         result = func(*args, **kwargs)
         if self._guard.drawn and isinstance(result, Tensor) and result.requires_grad:
             name = getattr(func, "__name__", "")
@@ -193,7 +247,7 @@ class StandardLosses(TorchFunctionMode):
                 if _stays_whole(name, args):
                     mark(result)
                 elif name == "mean" and len(args) == 1 and not kwargs and _is_apart(args[0]):
-                    mark(result, self._guard)
+                    return mean_of(args[0].reshape(self._guard.drawn, -1), self._guard)
             elif _stays_apart(name, result, args, kwargs, self._guard.drawn):
                 setattr(result, _APART, True)
         return result
@@ -203,19 +257,50 @@ def _is_apart(value: object) -> bool:
     return getattr(value, _APART, False) is True
 
 
+def all_apart(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Returns whether, of the tensors among arguments that gradients flow to, each row belongs to one record."""
+    moving = [one for one in tensors_in((args, kwargs)) if one.requires_grad]
+    return bool(moving) and all(map(_is_apart, moving))
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Returns the tensors in a value, also in what it holds."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return [found for one in parts for found in tensors_in(one)]
+
+
 def _stays_apart(name: str, result: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], records: int) -> bool:
     """Returns whether each row of a result belongs to one record, as rows of the arguments do."""
     tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
     moving = [one for one in tensors if one.requires_grad]
-    if result.shape[0] != records or not moving or not all(map(_is_apart, moving)):
+    if not result.dim() or result.shape[0] % records or not moving or not all(map(_is_apart, moving)):
         return False
     if name in _BY_ENTRY:  # (n, 1) and (n,) would become a square of all with all
         return all(one.dim() in (0, result.dim()) for one in tensors)
-    if name not in _ALONG or len(tensors) != 1 or not args:
+    if len(tensors) > 1 + (name == "gather") or not args:
         return False
-    given = kwargs.get("dim", kwargs.get("start_dim", args[1] if len(args) > 1 else None))
-    axes = given if isinstance(given, tuple | list) else (given,)
     size = tensors[0].dim()
+    if name in _SHAPES:
+        return True  # rows of one record stay next to each other
+    if name == "__getitem__":
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        others = index[1:]
+        return index[0] in (slice(None), Ellipsis) and all(
+            isinstance(one, int | slice) or one is None for one in others
+        )
+    if name in ("transpose", "swapaxes", "permute", "movedim"):
+        axes = args[1] if len(args) == 2 and isinstance(args[1], tuple | list) else args[1:]
+        kept = axes[:1] if name == "permute" else axes
+        return all((axis % size == 0) == (name == "permute") for axis in kept)
+    if name not in _ALONG:
+        return False
+    place = 2 if name == "normalize" else 1
+    given = kwargs.get("dim", kwargs.get("start_dim", args[place] if len(args) > place else None))
+    if given is None and name in ("squeeze", "normalize"):
+        return name == "normalize" or result.shape[0] == tensors[0].shape[0]
+    axes = given if isinstance(given, tuple | list) else (given,)
     return all(isinstance(axis, int) and axis % size for axis in axes)
 
 
@@ -288,7 +373,7 @@ def _by_record(
         ignored: Label that does not count; None if there is none.
         summed: Whether a record's terms are added up instead.
     """
-    if not values.dim() or values.numel() % records:
+    if values.numel() % records:
         raise PrivacyRefused(OTHER_RECORDS)
     if any(isinstance(one, Tensor) and values.numel() > one.numel() for one in inputs):
         raise Misuse(

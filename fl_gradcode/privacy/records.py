@@ -106,6 +106,7 @@ class Spent:
         total_epsilon: Spent in all runs that this holder knows of, at `delta`.
         delta: Probability that the bound on epsilon does not cover.
         weight: Weight of the update; public, and the reply has to state the same.
+        environment: What it was computed with: kind of device, settings and versions, then threads.
     """
 
     shard: int
@@ -115,6 +116,7 @@ class Spent:
     total_epsilon: float
     delta: float
     weight: float = 0.0
+    environment: str = ""
 
     def to_record(self) -> ConfigRecord:
         """Returns the record for the reply."""

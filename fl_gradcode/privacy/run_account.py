@@ -129,13 +129,21 @@ class CentralGaussian:
         self._privacy = privacy
         self._rounding = code.numbers.rounding(1) if isinstance(code.numbers, PrimeField) else 0.0
 
-    def add_to(self, total: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Returns the sum with one Gaussian draw, shape (d,), keyed by the operating system's generator."""
+    def add_to(self, total: NDArray[np.floating], counters: Sequence[slice] = ()) -> NDArray[np.float64]:
+        """Returns the sum with one Gaussian draw, shape (d,), keyed by the operating system's generator.
+
+        Args:
+            total: The sum of clipped updates.
+            counters: Where whole numbers lie, which get no noise: they are set to zero, so that they stay as they were.
+        """
         from .key_derivation import PRFStream
 
         sensitivity = self._privacy.clipping_norm + self._rounding * np.sqrt(total.size)
         noise = PRFStream(os.urandom(32)).normal(total.size)
-        return np.asarray(total + self._privacy.noise_multiplier * sensitivity * noise, np.float64)
+        noisy = np.asarray(total + self._privacy.noise_multiplier * sensitivity * noise, np.float64)
+        for entries in counters:
+            noisy[entries] = 0
+        return noisy
 
 
 def amplification(code: GradientCode) -> tuple[float, float]:

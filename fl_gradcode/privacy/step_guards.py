@@ -22,6 +22,8 @@ class Misuse(PrivacyRefused):
     Its sentences are fixed, so a server may be told them after data were read.
     """
 
+    kind = "unsuitable-app"
+
 
 class StepGuard:
     """Checks that each step is on the records that were drawn for it.

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,6 +172,7 @@ class PrivateTraining:
             charge.total_epsilon,
             self._privacy.delta,
             self._binding["fl-gradcode.weight"],
+            _environment_of(self._plain),
         ).to_record()
         return self
 
@@ -376,6 +378,21 @@ class PrivateTraining:
             budget=budget,
             budget_delta=min(self._privacy.delta, max_delta_of(self._context)),
         )
+
+
+def _environment_of(model: torch.nn.Module) -> str:
+    """Returns what a model is trained with: kind of device, settings that change results, versions; and threads.
+
+    Threads come last, since they change results by rounding alone.
+    """
+    device = next(model.parameters()).device
+    kind = device.type
+    if kind == "cuda":
+        tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+        kind = f"{torch.cuda.get_device_name(device)}{', tf32' if tf32 else ''}"
+    settled = ", deterministic" if torch.are_deterministic_algorithms_enabled() else ""
+    versions = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in ("torch", "opacus"))
+    return f"{kind}{settled}, {versions}; {torch.get_num_threads()} threads"
 
 
 _NO_STEP = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +23,7 @@ __all__ = [
     "MetricsLayout",
     "all_finite",
     "as_array",
+    "counters_in",
     "difference_between",
     "encode_row",
     "flatten_metrics",
@@ -137,6 +138,16 @@ def wire_dtype(layout: Layout) -> np.dtype[np.floating]:
 def size_of(layout: Layout) -> int:
     """Returns the number of entries of the flat vector."""
     return sum(math.prod(shape) for _, _, shape in layout)
+
+
+def counters_in(layout: Layout) -> Iterator[slice]:
+    """Yields where the arrays that are no floats lie in the flat vector."""
+    start = 0
+    for _, dtype, shape in layout:
+        stop = start + math.prod(shape)
+        if dtype != _BFLOAT16 and np.dtype(dtype).kind != "f":
+            yield slice(start, stop)
+        start = stop
 
 
 def flatten_update(before: Mapping[str, Array], after: dict[str, Array]) -> tuple[Layout, NDArray[np.floating]]:

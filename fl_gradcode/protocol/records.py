@@ -214,6 +214,7 @@ class Reply:
         fixed_data: Whether the function never read `partition-id`.
         spent: With privacy, for each shard: its number, the digest of the request that its key was bound to, and the
             epsilon of this run and of all runs.
+        environment: With privacy, what the node computes with: kind of device, settings, versions, and threads.
         holds: Under an open plan, the shards that the node holds and the SHA-256 of each. It is empty if not known, and
             `placement.WITHHELD` if the node keeps it secret to protect its records.
     """
@@ -234,6 +235,7 @@ class Reply:
     kept_file: str = ""
     fixed_data: bool = False
     spent: tuple[tuple[int, str, float, float], ...] = ()
+    environment: str = ""
     holds: tuple[tuple[int, str], ...] = ()
 
     def to_record(self) -> ConfigRecord:
@@ -296,6 +298,7 @@ def _parse_reply(text: str) -> Reply:
     v["spent"] = tuple((int(j), str(c), float(e), float(t)) for j, c, e, t in v["spent"])
     v["holds"] = tuple((int(j), str(digest)) for j, digest in v["holds"])
     v["kept_file"] = str(v["kept_file"])[:_MOST_OF_A_NAME]
+    v["environment"] = str(v["environment"])[:_MOST_OF_A_NAME]
     v["arrays_name"], v["metrics_name"] = str(v["arrays_name"]), str(v["metrics_name"])
     if v["outcome"] not in OUTCOMES:
         raise ValueError(f"outcome {v['outcome']!r}")

@@ -46,6 +46,8 @@ def refuse_unsuitable(replies: ReplyCollector, *, ever_decoded: bool) -> None:
     """
     if ever_decoded:
         return  # the app works: a client that fails from now on counts as a straggler
+    if replies.other_environments:
+        raise UnsuitableApp(_of_other_kinds(replies))
     rejections = sorted({rejected.rejection for rejected in replies.rejected}, key=lambda rejection: rejection.reason)
     kinds = {rejection.kind for rejection in rejections}
     if "fixed-data" in kinds:
@@ -92,6 +94,8 @@ def broken_promises(replies: ReplyCollector) -> Iterator[tuple[str, str]]:
             "evaluate() never read context.node_config['partition-id']. That is fine if every client evaluates on the "
             "same data; if each has its own, choose it by partition-id.",
         )
+    if replies.other_environments:
+        yield "environments", _of_other_kinds(replies)
     if replies.other_requests:
         shard, (one, other) = next(iter(replies.other_requests.items()))
         yield (
@@ -107,3 +111,12 @@ def broken_promises(replies: ReplyCollector) -> Iterator[tuple[str, str]]:
             f"{alike.sentence} If their data differ, the app does not choose them by partition-id at each call: is a "
             "loader or a data set kept in a variable?",
         )
+
+
+def _of_other_kinds(replies: ReplyCollector) -> str:
+    shard, ((one, its), (other, others)) = next(iter(sorted(replies.other_environments.items())))
+    return (
+        f"Holders of shard {shard} train with different devices or versions: worker {one} with {its}, worker {other} "
+        f"with {others}. Under shared noise their updates would differ by more than rounding, and the difference has "
+        "no noise. Give all holders of a shard the same kind, or say DPSGD(noise='independent')."
+    )

@@ -30,6 +30,7 @@ from ..protocol import (
     RejectionKind,
     Reply,
     all_finite,
+    counters_in,
     difference_between,
     last_line,
     names_of,
@@ -91,11 +92,12 @@ class Noise:
 
     Attributes:
         weight: Divisor of the sum. It replaces the decoded weight, which would reveal something about the data.
-        add_to: Returns the sum with noise, shape (d,), float64. The privacy account is charged before noise is drawn.
+        add_to: Returns the sum with noise, shape (d,), float64, and zeros where counters lie. The privacy account is
+            charged before noise is drawn.
     """
 
     weight: float
-    add_to: Callable[[NDArray[Any]], NDArray[np.float64]]
+    add_to: Callable[[NDArray[Any], Sequence[slice]], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ class ReplyGroup:
             else:
                 total = code.numbers.decode(vectors, coefficients, order=order)
                 if noise is not None:
-                    total, weight = noise.add_to(total), noise.weight
+                    total, weight = noise.add_to(total, [*counters_in(self.reply.layout)]), noise.weight
                 pieces = [total]
                 del total
             try:
@@ -435,8 +437,11 @@ class ReplyCollector:
         self.spent: tuple[float, float] | None = None
         #: Shard -> two of its holders whose keys were bound to different requests.
         self.other_requests: dict[int, tuple[int, int]] = {}
+        #: Shard -> two of its holders that share noise and compute with other devices or versions: worker, with what.
+        self.other_environments: dict[int, tuple[tuple[int, str], tuple[int, str]]] = {}
         self.groups: dict[object, ReplyGroup | ReturnedReplies] = {}
         self._contexts: dict[int, tuple[int, str]] = {}
+        self._environments: dict[int, tuple[int, str]] = {}
 
     @property
     def best(self) -> ReplyGroup | ReturnedReplies | None:
@@ -574,3 +579,7 @@ class ReplyCollector:
             holder, first = self._contexts.setdefault(shard, (reply.worker, bound))
             if first != bound:
                 self.other_requests[shard] = (holder, reply.worker)
+            if bound:  # shared noise
+                other, known = self._environments.setdefault(shard, (reply.worker, reply.environment))
+                if known.partition(";")[0] != reply.environment.partition(";")[0]:
+                    self.other_environments[shard] = ((other, known), (reply.worker, reply.environment))

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -386,11 +386,11 @@ class Run:
         if account is None or gaussian is None:
             return None
 
-        def add_to(total: NDArray[Any]) -> NDArray[np.float64]:
+        def add_to(total: NDArray[Any], counters: Sequence[slice]) -> NDArray[np.float64]:
             # The order matters: the draw is charged, the charge is written to disk, and only then noise is drawn.
             account.charge_draw(server_round, shards)
             self.keeper.save_account(self.name, account.state)
-            return gaussian.add_to(total)
+            return gaussian.add_to(total, counters)
 
         return Noise(gaussian.weight, add_to)
 

@@ -200,11 +200,73 @@ def test_a_last_line_cut_anywhere_is_as_if_it_had_not_been_written(ledger: Budge
     second, third = (len(line) for line in whole.splitlines(keepends=True)[1:])
     for size in range(len(whole) - third - second, len(whole)):
         path.write_bytes(whole[:size])
-        known = 1 if size < len(whole) - third else 2
+        # A line that lacks its newline alone is whole, and its charge counts.
+        known = 1 + (size >= len(whole) - third - 1) + (size == len(whole) - 1)
+        if known == 3:
+            continue
         assert [one.round for one in ledger.entries(0)] == [1, 2, 3][:known]
         assert ask(ledger, known + 1).run_epsilon == cost(known + 1)
         lines = path.read_bytes()
         assert whole.startswith(lines) and lines.count(b"\n") == known + 1
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_lost_last_newline_forgets_nothing(ledger: BudgetLedger, times: int) -> None:
+    for number in range(1, times + 1):
+        ask(ledger, number)
+    path = ledger.path_of(0)
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    assert len(ledger.entries(0)) == times
+    assert ask(ledger, times + 1).run_epsilon == cost(times + 1)
+    assert [one.round for one in ledger.entries(0)] == [*range(1, times + 2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("noise-multiplier", value) for value in ("NaN", "Infinity", "-1.0", "0", "true", '"1"', "null")),
+        *(("sample-rate", value) for value in ("NaN", "-0.1", "1.5", "0")),
+        *(("steps", value) for value in ("-3", "0", "1.5", "NaN", "true")),
+        *(("round", value) for value in ("-1", "NaN", "1.0")),
+    ],
+)
+def test_a_number_that_no_charge_has_is_refused_by_its_line(ledger: BudgetLedger, name: str, value: str) -> None:
+    ask(ledger, 1)
+    ask(ledger, 2)
+    path = ledger.path_of(0)
+    first, second = path.read_text().splitlines()
+    damaged = json.loads(first)
+    damaged[name] = "HERE"
+    path.write_text(json.dumps(damaged).replace('"HERE"', value) + "\n" + second + "\n")
+    before = path.read_bytes()
+    with pytest.raises(InvalidSetting, match=r"^Line 1 of the ledger of spent privacy \S+ cannot be read"):
+        ask(ledger, 3)
+    assert path.read_bytes() == before
+
+
+def test_a_ledger_that_others_may_change_is_refused(ledger: BudgetLedger, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask(ledger, 1)
+    path = ledger.path_of(0)
+    path.chmod(0o666)
+    with pytest.raises(InvalidSetting, match=r"is open to others \(mode 0666\): chmod 600"):
+        ask(ledger, 2)
+    path.chmod(0o600)
+    ledger.folder.chmod(0o777)
+    with pytest.raises(InvalidSetting, match=r"Others may exchange the files in .*: chmod 700"):
+        ask(ledger, 2)
+    ledger.folder.chmod(0o700)
+    path.rename(ledger.folder / "elsewhere")
+    path.symlink_to(ledger.folder / "elsewhere")
+    with pytest.raises(InvalidSetting, match="is a symbolic link, and may be led elsewhere"):
+        ask(ledger, 2)
+    path.unlink()
+    (ledger.folder / "elsewhere").rename(path)
+    monkeypatch.setattr("os.geteuid", lambda: path.stat().st_uid + 1)
+    if path.stat().st_uid:
+        with pytest.raises(InvalidSetting, match="belongs to another user"):
+            ask(ledger, 2)
+    monkeypatch.undo()
+    assert ask(ledger, 2).run_epsilon == cost(2)
 
 
 def test_a_torn_line_longer_than_the_next_leaves_nothing(ledger: BudgetLedger) -> None:
@@ -273,5 +335,5 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_sentence(tmp_path: Path)
     with pytest.raises(InvalidSetting, match=r"^The folder for spent privacy \S+ cannot be written: [A-Z][a-z ]+\.$"):
         ask(BudgetLedger(tmp_path / "file" / "below"), 1)
     (tmp_path / "spent" / "shard-0.jsonl").mkdir(parents=True)
-    with pytest.raises(InvalidSetting, match=r"^The ledger of spent privacy \S+ cannot be read: Is a directory\.$"):
+    with pytest.raises(InvalidSetting, match=r"^\S+ is no file: move it away, and restore the file\.$"):
         ask(BudgetLedger(tmp_path / "spent"), 1)
