@@ -28,7 +28,7 @@ from .record_gradients import (
     full_precision,
     padding_rows,
 )
-from .record_losses import RecordLoss, StandardLosses, mean_of
+from .record_losses import RecordLoss, StandardLosses, mean_of, tensors_in
 from .step_guards import Misuse, StepGuard, WeightGuard
 
 __all__ = ["KeyedDPOptimizer", "KeyedNoise", "PrivateModel", "wrap"]
@@ -271,9 +271,15 @@ class PrivateModel:
         self.inner: KeyedDPOptimizer | None = None
         self.penalties: list[Callable[[], Tensor]] = []
 
-    def _try(self, wrapped: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._guard.drawn:
-            try_out(wrapped, args, kwargs, self._guard.drawn)
+    def _try(self, wrapped: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Try the model out on the form of a batch; returns False if this is none."""
+        drawn = self._guard.drawn
+        given = [one for one in tensors_in((args, kwargs)) if one.dim()]
+        if not drawn or not given or given[0].shape[0] != drawn:
+            return False
+        self.model._before = None  # the trial calls the model
+        try_out(wrapped, args, kwargs, drawn)
+        return True
 
     @property
     def steps(self) -> int:

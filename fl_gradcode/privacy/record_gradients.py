@@ -84,21 +84,20 @@ class HooksModule(GradSampleModule):  # type: ignore[misc] # Opacus has no types
     Args:
         model: The plain model.
         guard: Checks that each step is on the records that were drawn.
-        before: Called with the arguments of the first forward pass.
+        before: Called with the arguments of forward passes until it returns that it is done.
     """
 
     GRAD_SAMPLERS = _grad_samplers(GradSampleModule.GRAD_SAMPLERS)
 
-    def __init__(self, model: nn.Module, *, guard: StepGuard, before: Callable[..., None]) -> None:
+    def __init__(self, model: nn.Module, *, guard: StepGuard, before: Callable[..., bool]) -> None:
         super().__init__(model, loss_reduction="sum")
-        self._before: Callable[..., None] | None = before
+        self._before: Callable[..., bool] | None = before
         self.guard = guard
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Returns what the model returns."""
-        if self._before is not None:
-            before, self._before = self._before, None
-            before(self, args, kwargs)
+        if self._before is not None and self._before(self, args, kwargs):
+            self._before = None
         return keep_apart(super().forward(*args, **kwargs), self.guard.drawn or 0)
 
 
@@ -112,7 +111,7 @@ class GhostModule(GradSampleModuleFastGradientClipping):  # type: ignore[misc] #
         model: The plain model.
         max_grad_norm: Bound of the Euclidean norm of one record's gradient.
         guard: Is told how many records were clipped.
-        before: Called with the arguments of the first forward pass.
+        before: Called with the arguments of forward passes until it returns that it is done.
     """
 
     GRAD_SAMPLERS = _grad_samplers(GradSampleModuleFastGradientClipping.GRAD_SAMPLERS)
@@ -123,19 +122,18 @@ class GhostModule(GradSampleModuleFastGradientClipping):  # type: ignore[misc] #
     }
 
     def __init__(
-        self, model: nn.Module, *, max_grad_norm: float, guard: StepGuard, before: Callable[..., None]
+        self, model: nn.Module, *, max_grad_norm: float, guard: StepGuard, before: Callable[..., bool]
     ) -> None:
         super().__init__(model, max_grad_norm=max_grad_norm, loss_reduction="sum")
         self.guard = guard
-        self._before: Callable[..., None] | None = before
+        self._before: Callable[..., bool] | None = before
         self._seen: dict[nn.Module, deque[list[Tensor]]] = {}  # activations, in the order of the backward pass
         self._one_by_one = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Returns what the model returns."""
-        if self._before is not None:
-            before, self._before = self._before, None
-            before(self, args, kwargs)
+        if self._before is not None and self._before(self, args, kwargs):
+            self._before = None
         return keep_apart(super().forward(*args, **kwargs), self.guard.drawn or 0)
 
     def clip(self, losses: Tensor) -> None:
