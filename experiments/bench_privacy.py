@@ -1,6 +1,7 @@
 """What keyed noise costs: a private step against the same step with Opacus' own noise, and encoding private updates.
 
-Seconds are those of the processor, one thread: steps are short, and a busy machine would be measured instead.
+PyTorch has one thread. The noise of a large model is drawn by a thread of its own while a step computes, so steps are
+measured by the clock, several in a row, and both kinds in turns.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ __all__ = ["private_encoding", "private_step"]
 _BATCH = 64
 _SHAPE = (1, 28, 28)
 _NOISE, _CLIP = 1.0, 1.0
+_ROW = 6  # steps in a row
+_MOST = {"hooks": 1.15, "ghost": 1.25}
 _console = Console()
 Mode = Literal["hooks", "ghost"]
 
@@ -54,8 +57,8 @@ def private_step(repeats: int = 150) -> None:
         a, b = statistics.median(ours), statistics.median(theirs)
         _console.print(
             f"{name}, {size:,} parameters, {mode}, batch {_BATCH}: {1e3 * a:.2f} ms a step with keyed noise, "
-            f"{1e3 * b:.2f} ms with Opacus' own, ratio [bold]{a / b:.3f}[/] (asked: at most 1.15); median of ratios of "
-            f"neighbours {statistics.median(x / y for x, y in zip(ours, theirs, strict=True)):.3f}."
+            f"{1e3 * b:.2f} ms with Opacus' own, ratio [bold]{a / b:.3f}[/] (asked: at most {_MOST[mode]}); median of "
+            f"ratios of neighbours {statistics.median(x / y for x, y in zip(ours, theirs, strict=True)):.3f}."
         )
 
 
@@ -98,25 +101,29 @@ def _steps(make: Callable[[], nn.Module], mode: Mode, repeats: int) -> tuple[lis
     try:
         steps = [_keyed(make(), mode, x, y), _plain(make(), mode, x, y)]
         times: list[list[float]] = [[], []]
-        for number in range(repeats + 3):
+        for number in range(repeats // _ROW + 1):
             for which in (0, 1) if number % 2 else (1, 0):  # in turns, so that both meet the machine's moods
-                started = time.process_time()
-                steps[which]()
-                if number >= 3:
-                    times[which].append(time.process_time() - started)
+                started = time.perf_counter()
+                for _ in range(_ROW):
+                    steps[which]()
+                if number:
+                    times[which].append((time.perf_counter() - started) / _ROW)
     finally:
         torch.set_num_threads(threads)
     return times[0], times[1]
 
 
 def _keyed(model: nn.Module, mode: Mode, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
-    wrapped = wrap(model, PRFStream(bytes(range(32))), mode=mode, noise_multiplier=_NOISE, max_grad_norm=_CLIP)
+    wrapped = wrap(
+        model, PRFStream(bytes(range(32))), mode=mode, noise_multiplier=_NOISE, max_grad_norm=_CLIP, steps=10**6
+    )
     optimizer = wrapped.optimizer(torch.optim.SGD(model.parameters(), lr=0.01), expected_batch_size=_BATCH)
     step = _step(wrapped.model, optimizer, wrapped.criterion(nn.CrossEntropyLoss()), x, y)
 
     def one() -> None:
         wrapped.batch_drawn(len(y))
-        step()
+        with wrapped.losses:
+            step()
 
     return one
 

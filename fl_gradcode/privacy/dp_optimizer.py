@@ -28,7 +28,7 @@ from .record_gradients import (
     full_precision,
     padding_rows,
 )
-from .record_losses import RecordLoss, StandardLosses, mean_of, tensors_in
+from .record_losses import RecordLoss, StandardLosses, mean_of, tensors_in, unheard
 from .step_guards import Misuse, StepGuard, WeightGuard
 
 __all__ = ["KeyedDPOptimizer", "KeyedNoise", "PrivateModel", "wrap"]
@@ -144,12 +144,13 @@ class KeyedDPOptimizer(DPOptimizer):  # type: ignore[misc] # Opacus has no types
                 loss = closure()
         if self._step_skip_queue:
             raise Misuse("A step was skipped: each batch of batches() has one step, not parts of one.")
-        self.weight_guard.check()
-        sums = self._sums()
-        if self.parts is None:
-            self.take(sums)
-        else:
-            self.parts = [one + other for one, other in zip(self.parts, sums, strict=True)]
+        with unheard():
+            self.weight_guard.check()
+            sums = self._sums()
+            if self.parts is None:
+                self.take(sums)
+            else:
+                self.parts = [one + other for one, other in zip(self.parts, sums, strict=True)]
         return loss
 
     def take(self, sums: Sequence[Tensor] | None) -> None:
@@ -218,9 +219,10 @@ class KeyedDPOptimizer(DPOptimizer):  # type: ignore[misc] # Opacus has no types
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Clear gradients, and whatever passes left."""
-        for p in self.params:
-            p.grad_sample = p.summed_grad = None
-        self.original_optimizer.zero_grad(set_to_none)
+        with unheard():
+            for p in self.params:
+                p.grad_sample = p.summed_grad = None
+            self.original_optimizer.zero_grad(set_to_none)
 
 
 class KeyedGhostOptimizer(KeyedDPOptimizer):

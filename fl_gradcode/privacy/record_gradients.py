@@ -22,7 +22,7 @@ from ._opacus import (
     ft_compute_per_sample_gradient,
     promote_current_grad_sample,
 )
-from .record_losses import keep_apart, mark
+from .record_losses import keep_apart, mark, unheard
 from .step_guards import Misuse, StepGuard
 
 __all__ = ["GhostLoss", "GhostModule", "HooksModule", "clipped_sums", "forget_pass", "padding_rows"]
@@ -98,7 +98,9 @@ class HooksModule(GradSampleModule):  # type: ignore[misc] # Opacus has no types
         """Returns what the model returns."""
         if self._before is not None and self._before(self, args, kwargs):
             self._before = None
-        return keep_apart(super().forward(*args, **kwargs), self.guard.drawn or 0)
+        with unheard():
+            outputs = super().forward(*args, **kwargs)
+        return keep_apart(outputs, self.guard.drawn or 0)
 
 
 class GhostModule(GradSampleModuleFastGradientClipping):  # type: ignore[misc] # Opacus has no types
@@ -134,7 +136,9 @@ class GhostModule(GradSampleModuleFastGradientClipping):  # type: ignore[misc] #
         """Returns what the model returns."""
         if self._before is not None and self._before(self, args, kwargs):
             self._before = None
-        return keep_apart(super().forward(*args, **kwargs), self.guard.drawn or 0)
+        with unheard():
+            outputs = super().forward(*args, **kwargs)
+        return keep_apart(outputs, self.guard.drawn or 0)
 
     def clip(self, losses: Tensor) -> None:
         """Run both backward passes.

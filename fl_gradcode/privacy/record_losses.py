@@ -132,6 +132,11 @@ def mark(loss: Tensor) -> Tensor:
     return loss
 
 
+def unheard() -> Any:
+    """Returns a context in which `StandardLosses` hears nothing, since each call costs time."""
+    return torch._C.DisableTorchFunction()
+
+
 def keep_apart(outputs: Any, records: int) -> Any:
     """Note that rows of a model's outputs belong to one record each, equally many to each; returns them."""
     if isinstance(outputs, Tensor):
