@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 
 from .._flower_internals import message_of_nobody
 from ..errors import FlGradcodeError, PrivacyRefused, TrainingFailed
@@ -208,10 +208,10 @@ def call_privately(
             outside of private training, without its text.
     """
     asked = replace(asked, folder=str(context.run_config.get(FOLDER, "")))
-    config = {key: value for key, value in context.run_config.items() if key != FOLDER}
+    config = {key: value for key, value in sorted(context.run_config.items()) if key != FOLDER}
     attempts = Attempts(protects=BUDGET in context.node_config)
     while True:
-        given = message_of_nobody(records(), message.metadata.message_type)
+        given = message_of_nobody(_in_order(records()), message.metadata.message_type)
         try:
             with _being(attempts), giving(asked):
                 reply = call(given, Context(0, 0, context.node_config, RecordDict(), dict(config)))
@@ -224,3 +224,14 @@ def call_privately(
         if reply.has_error():
             raise TrainingFailed(_failed("and answered with an error"))
         return reply
+
+
+def _in_order(content: RecordDict) -> RecordDict:
+    """Returns records, and the entries of all but arrays, in the order of their names.
+
+    Flower's messages do not keep it, so holders of a shard would be handed different ones.
+    """
+    ordered: dict[str, Any] = {}
+    for name, record in sorted(content.items()):
+        ordered[name] = record if isinstance(record, ArrayRecord) else type(record)(dict(sorted(record.items())))
+    return RecordDict(ordered)

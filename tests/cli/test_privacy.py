@@ -65,7 +65,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "neither": ("--rounds 3 --sample-rate 0.1", "Say either --epsilon"),
     "both": ("--rounds 3 --sample-rate 0.1 --epsilon 1 --noise-multiplier 1", "Say either --epsilon"),
     "no rate": ("--rounds 3 --epsilon 1", "The sample rate is missing"),
-    "rate": ("--rounds 3 --epsilon 1 --sample-rate 2", "sample_rate=2.0 must be above 0"),
+    "rate": ("--rounds 3 --epsilon 1 --sample-rate 2", "sample_rate=2.0 must be a number from"),
     "rounds": ("--rounds 0 --epsilon 1 --sample-rate 0.1", "--rounds 0 must be at least 1"),
     "holders": ("--rounds 3 --epsilon 1 --sample-rate 0.1 --holders 0", "--holders 0 must be at least 1"),
     "steps": ("--rounds 3 --epsilon 1 --sample-rate 0.1 --steps 0", "steps=0 must be"),

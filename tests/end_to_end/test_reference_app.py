@@ -175,7 +175,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "sample rate": (
         {"dp": "shared", "noise-multiplier": 1.0, "code": "fractional", "sample-rate": 2.0},
         FlGradcodeError,
-        "sample_rate=2.0 must be above 0",
+        "sample_rate=2.0 must be a number from",
     ),
     "relative keys": (
         {"dp": "shared", "noise-multiplier": 1.0, "code": "fractional", "privacy-dir": "keys"},
