@@ -233,5 +233,6 @@ def _in_order(content: RecordDict) -> RecordDict:
     """
     ordered: dict[str, Any] = {}
     for name, record in sorted(content.items()):
-        ordered[name] = record if isinstance(record, ArrayRecord) else type(record)(dict(sorted(record.items())))
+        kind: Any = type(record)
+        ordered[name] = record if isinstance(record, ArrayRecord) else kind(dict(sorted(record.items())))
     return RecordDict(ordered)
