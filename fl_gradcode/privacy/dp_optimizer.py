@@ -145,7 +145,6 @@ class KeyedDPOptimizer(DPOptimizer):  # type: ignore[misc] # Opacus has no types
         if self._step_skip_queue:
             raise Misuse("A step was skipped: each batch of batches() has one step, not parts of one.")
         with unheard():
-            self.weight_guard.check()
             sums = self._sums()
             if self.parts is None:
                 self.take(sums)
@@ -279,7 +278,7 @@ class PrivateModel:
         given = [one for one in tensors_in((args, kwargs)) if one.dim()]
         if not drawn or not given or given[0].shape[0] != drawn:
             return False
-        self.model._before = None  # the trial calls the model
+        self.model.before = None  # the trial calls the model
         try_out(wrapped, args, kwargs, drawn)
         return True
 

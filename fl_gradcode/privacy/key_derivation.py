@@ -32,8 +32,9 @@ SECRET_BYTES = 32
 
 _SALT = b"fl-gradcode/dp/v1"
 _UNIT = 2.0**-53
-# Pairs of normals that are made at a time: they stay in a core's cache.
-_BLOCK = 1 << 14
+# Pairs of normals that are made at a time. More would leave a core's cache; fewer would have a thread that draws beside
+# a training step wait for the interpreter at each piece.
+_BLOCK = 1 << 17
 
 
 @dataclass(frozen=True)

@@ -37,46 +37,38 @@ def data(shard: int, bad: bool) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def plain_loop(dp: Any, net: nn.Module, x: Tensor, y: Tensor) -> None:
-    optimizer = dp.optimizer(torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9))
-    criterion = dp.criterion(nn.CrossEntropyLoss())
-    for batch in dp.batches():
-        optimizer.zero_grad()
-        criterion(dp.model(x[batch]), y[batch]).backward()
-        optimizer.step()
+def loop_with(each: Callable[[Tensor, Tensor], Tensor | None]) -> Loop:
+    """The loop that users write; `each` gets a batch and its records, and returns the batch to train on, or None."""
+
+    def loop(dp: Any, net: nn.Module, x: Tensor, y: Tensor) -> None:
+        optimizer = dp.optimizer(torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9))
+        criterion = dp.criterion(nn.CrossEntropyLoss())
+        for batch in dp.batches():
+            kept = each(batch, x[batch])
+            if kept is None:
+                break
+            optimizer.zero_grad()
+            criterion(dp.model(x[kept]), y[kept]).backward()
+            optimizer.step()
+
+    return loop
 
 
-def raises_at_it(dp: Any, net: nn.Module, x: Tensor, y: Tensor) -> None:
-    optimizer = dp.optimizer(torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9))
-    criterion = dp.criterion(nn.CrossEntropyLoss())
-    for batch in dp.batches():
-        if bool((x[batch] > 1e3).any()):
-            raise ValueError("a record of John Smith")
-        optimizer.zero_grad()
-        criterion(dp.model(x[batch]), y[batch]).backward()
-        optimizer.step()
+def raising(batch: Tensor, x: Tensor) -> Tensor:
+    if bool((x > 1e3).any()):
+        raise ValueError("a record of John Smith")
+    return batch
 
 
-def stops_at_it(dp: Any, net: nn.Module, x: Tensor, y: Tensor) -> None:
-    optimizer = dp.optimizer(torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9))
-    criterion = dp.criterion(nn.CrossEntropyLoss())
-    for batch in dp.batches():
-        if bool((x[batch] > 1e3).any()):
-            break
-        optimizer.zero_grad()
-        criterion(dp.model(x[batch]), y[batch]).backward()
-        optimizer.step()
+def stopping(batch: Tensor, x: Tensor) -> Tensor | None:
+    return None if bool((x > 1e3).any()) else batch
 
 
-def leaves_it_out(dp: Any, net: nn.Module, x: Tensor, y: Tensor) -> None:
-    """Trains on fewer records than were drawn where a batch has that one."""
-    optimizer = dp.optimizer(torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9))
-    criterion = dp.criterion(nn.CrossEntropyLoss())
-    for batch in dp.batches():
-        kept = batch[~(x[batch] > 1e3).any(1)]
-        optimizer.zero_grad()
-        criterion(dp.model(x[kept]), y[kept]).backward()
-        optimizer.step()
+def leaving_it_out(batch: Tensor, x: Tensor) -> Tensor:
+    return batch[~(x > 1e3).any(1)]
+
+
+plain_loop = loop_with(lambda batch, _: batch)
 
 
 def counts_it_as_none(dp: Any, net: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -135,14 +127,14 @@ def run(
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("loop", [raises_at_it, stops_at_it, leaves_it_out])
+@pytest.mark.parametrize("each", [raising, stopping, leaving_it_out])
 def test_a_record_at_which_the_loop_fails_counts_as_none(
-    loop: Loop, mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    each: Any, mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (expected, _), _ = run(counts_it_as_none, tmp_path / "keys", mode)
     for node in (0, 1):
         shutil.rmtree(tmp_path / "keys" / f"node-{node}" / "spent")
-    (moved, seen), (row,) = run(loop, tmp_path / "keys", mode)
+    (moved, seen), (row,) = run(loop_with(each), tmp_path / "keys", mode)
     assert row["outcome"] == "exact" and not row["rejected"]
     assert abs(moved - expected).max() < 1e-4 * abs(expected).max()
     assert len(seen) > 4  # train() was called again
