@@ -146,9 +146,8 @@ class Attempts:
             raise Misuse(told) from None
         if not session.careful:
             _log.error(
-                "train() failed in step %d. It is called again and gets records one by one; a record at which it "
-                "fails counts as one without a gradient, since the server must not learn of it.",
-                session.step,
+                "train() failed. It is called again and gets records one by one; a record at which it fails counts as "
+                "one without a gradient, since the server must not learn of it.",
                 exc_info=error,
             )
             session.restart()

@@ -138,9 +138,18 @@ def _form_of(wrapped: Any, args: Any, kwargs: Any, records: int) -> Any:
             return tuple(map(form, value))
         return repr(value)
 
-    layers = tuple((type(module), module.training) for module in wrapped.modules())
+    layers = tuple((type(module), module.training, *_settings_of(module)) for module in wrapped.modules())
     trained = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in wrapped.named_parameters())
     return (layers, repr(wrapped), trained, form(args), form(kwargs))
+
+
+def _settings_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yields a layer's attributes that may change what it computes, which its text need not show."""
+    for name, value in vars(module).items():
+        if isinstance(value, bool | int | float | str | None):
+            yield name, value
+        elif callable(value) and not isinstance(value, nn.Module):
+            yield name, getattr(value, "__code__", id(value))
 
 
 def _randomise(model: nn.Module) -> None:

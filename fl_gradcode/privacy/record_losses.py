@@ -249,7 +249,9 @@ class StandardLosses(TorchFunctionMode):
         if self._guard.drawn and isinstance(result, Tensor) and result.requires_grad:
             name = getattr(func, "__name__", "")
             if result.dim() == 0:
-                if _stays_whole(name, args):
+                if name == "squeeze" and self._guard.drawn == 1 and all_apart(args, kwargs):
+                    setattr(result, _APART, True)
+                elif _stays_whole(name, args):
                     mark(result)
                 elif name == "mean" and len(args) == 1 and not kwargs and _is_apart(args[0]):
                     return mean_of(args[0].reshape(self._guard.drawn, -1), self._guard)

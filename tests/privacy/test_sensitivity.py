@@ -321,6 +321,27 @@ def clipped_sum(case: Case, mode: Any, count: int, clip: float, autocast: bool =
     return torch.cat([torch.as_tensor(p.grad).flatten() for p in trained]).double()
 
 
+def test_a_verdict_on_one_model_is_none_on_another_of_the_same_layers() -> None:
+    """What was found fit is not tried again, but only that."""
+    fit, unfit = (
+        Case(of_linear(run), vectors, CE())
+        for run in (lambda net, x: net.out(net.layer(x)), lambda net, x: net.out(net.layer(x) - x.mean(0)))
+    )
+    clipped_sum(fit, "hooks", COUNT, 0.1)
+    with pytest.raises(PrivacyRefused, match="The model mixes records"):
+        clipped_sum(unfit, "hooks", COUNT, 0.1)
+
+
+@pytest.mark.parametrize("count", [1, COUNT])
+def test_outputs_may_lose_an_axis_of_length_one(count: int) -> None:
+    case = Case(
+        lambda: mlp_of(8),
+        vectors,
+        plain=lambda out, y: F.mse_loss(out[:, :1].squeeze(), out.detach()[:, 1].squeeze() + y),
+    )
+    assert float(clipped_sum(case, "hooks", count, 0.1).norm()) > 0
+
+
 @pytest.mark.parametrize(("name", "mode"), [(name, mode) for name, case in ACCEPTED.items() for mode in case.modes])
 def test_one_record_more_moves_the_sum_by_the_clipping_norm_at_most(name: str, mode: str) -> None:
     case = ACCEPTED[name]
