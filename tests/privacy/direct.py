@@ -74,10 +74,13 @@ class Node:
         message_type: str = "train",
         binding: dict[str, Any] | None = None,
         manifest: str = "",
+        records: dict[str, Any] | None = None,
         **asked: Any,
     ) -> PrivateTraining:
         values: dict[str, Any] = {"run": "r", "round": 1, "shard": 0, "worker": 0, "holders": 3, **asked}
-        content = RecordDict({"arrays": ArrayRecord(net.state_dict()), "config": ConfigRecord({**(config or {})})})
+        content = RecordDict(
+            {"arrays": ArrayRecord(net.state_dict()), "config": ConfigRecord({**(config or {})}), **(records or {})}
+        )
         Asked(privacy or settings(), **values).add_to(content)
         node = {"partition-id": 0, "num-partitions": 2, "privacy-dir": str(self.folder), **(node_config or {})}
         message = Message(content, dst_node_id=1, message_type=message_type)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
@@ -156,6 +156,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "noise multiplier": {"privacy": settings(noise_multiplier=1.01)},
     "clipping norm": {"privacy": settings(max_grad_norm=2.0)},
     "clipping mode": {"privacy": settings(grad_sample_mode="ghost")},
+    "how the reply is made": {"reply_as": "other arrays"},
+    "a record with a name of the library's": {"records": {"fl-gradcode.x": ConfigRecord({"lr": 0.2})}},
+    "a record of another name": {"records": {"b": ConfigRecord({"lr": 0.1})}},
+    "a record of another kind": {"records": {"a": MetricRecord({"lr": 0.1})}},
+    "the order of records": {"records": {"z": ConfigRecord({}), "a": ConfigRecord({"lr": 0.1})}},
     "delta": {"privacy": settings(delta=1e-6)},
     "seed": {"seed": 8},
     "kind of training": {"message_type": "train.other"},
@@ -171,6 +176,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_whatever_the_server_may_change_makes_another_key(node: Node, name: str) -> None:
     base: dict[str, Any] = {"run_config": {"lr": 0.1}, "config": {"epochs": 1}, "seed": 7}
+    base["records"] = {"a": ConfigRecord({"lr": 0.1})}
+    if name == "the order of records":
+        base["records"] = {"a": ConfigRecord({"lr": 0.1}), "z": ConfigRecord({})}
 
     def digest(holder: Node, **asked: Any) -> str:
         net = linear()

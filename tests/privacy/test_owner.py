@@ -9,9 +9,11 @@ import pytest
 from flwr.serverapp.strategy import FedAvg
 
 from fl_gradcode import GradientCoding, fractional_repetition
+from fl_gradcode.errors import PrivacyRefused
 from fl_gradcode.privacy import CentralNoise
-from fl_gradcode.testing import InProcessGrid
+from fl_gradcode.testing import InProcessGrid, inside_a_run
 from tests.conftest import flat
+from tests.privacy.direct import Node, linear, move, records
 from tests.privacy.private_app import initial, keys_for, private_app, settings
 
 CODE = fractional_repetition(4, 1)  # groups (0, 2) and (1, 3)
@@ -54,6 +56,21 @@ def test_it_trains_privately_within_its_budget(tmp_path: Path) -> None:
         strategy.start(grid, initial(), num_rounds=3)
     assert [row["train"]["outcome"] for row in strategy.ledger.rows] == ["exact", "exact", "skipped"]
     assert all("above the budget" in one["reason"] for one in strategy.ledger.rows[2]["train"]["rejected"])
+
+
+def test_the_owner_may_allow_one_way_to_clip(tmp_path: Path) -> None:
+    node, net = Node(tmp_path / "node"), linear()
+    allowed = {"grad-sample-mode": "hooks"}
+    with (
+        inside_a_run(),
+        pytest.raises(PrivacyRefused, match=r"allows grad-sample-mode='hooks', and the server asks for 'ghost'"),
+        node.ask(net, privacy=settings(grad_sample_mode="ghost"), node_config=allowed),
+    ):
+        pass
+    assert not node.ledger.exists()
+    with inside_a_run(), node.ask(net, node_config=allowed) as dp:
+        move(dp, net, *records())
+    assert dp.record
 
 
 def test_evaluation_is_not_training(tmp_path: Path) -> None:

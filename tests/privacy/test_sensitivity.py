@@ -184,7 +184,7 @@ def tagger(flat: bool = False) -> nn.Module:
     return Of(run, words=nn.Embedding(WORDS, 6, padding_idx=0), out=nn.Linear(6, CLASSES))
 
 
-def words_mean(**settings: Any) -> nn.Module:
+def words_mean(**settings: Any) -> Any:
     layers = {"words": nn.Embedding(WORDS, 6, **settings), "out": nn.Linear(6, CLASSES)}
     return Of(lambda net, x: net.out(net.words(x).mean(1)), **layers)
 
@@ -467,3 +467,14 @@ def test_whatever_would_move_it_by_more_is_refused(name: str, mode: str) -> None
     case, reason = REFUSED[name]
     with pytest.raises(PrivacyRefused, match=reason):
         clipped_sum(case, mode, COUNT, 0.1)
+
+
+def test_the_row_of_padding_gets_neither_gradient_nor_noise() -> None:
+    net = words_mean(padding_idx=3)
+    before = net.words.weight.detach().clone()
+    wrapped = wrap(net, PRFStream(bytes(32)), mode="hooks", noise_multiplier=1.0, max_grad_norm=1.0)
+    optimizer = wrapped.optimizer(torch.optim.SGD(net.parameters(), lr=1.0), expected_batch_size=1.0)
+    optimizer.take(None)
+    wrapped.unwrap()
+    moved = (net.words.weight.detach() - before).abs().sum(1)
+    assert float(moved[3]) == 0 and bool((moved[:3] > 0).all() and (moved[4:] > 0).all())
