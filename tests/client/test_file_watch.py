@@ -83,6 +83,16 @@ def best_of_the_call(folder: Path) -> None:
         json.loads(path.read_text())
 
 
+def best_of_the_call_by_torch(folder: Path) -> None:
+    import torch
+
+    path = folder / "best.pt"
+    time.sleep(0.02)  # clocks of file systems are coarse
+    for epoch in range(3):
+        torch.save(epoch, path)  # in C++, where Python hears nothing of it
+        torch.load(path)
+
+
 def read_only(folder: Path) -> None:
     for name in ("a", "b"):
         if not (folder / name).exists():
@@ -97,7 +107,7 @@ def scratch(folder: Path) -> None:
         (folder / "scratch").unlink()
 
 
-@pytest.mark.parametrize("call", [cached, logged, best_of_the_call, read_only, scratch])
+@pytest.mark.parametrize("call", [cached, logged, best_of_the_call, best_of_the_call_by_torch, read_only, scratch])
 def test_caches_logs_and_files_of_one_call_are_no_state(call: Callable[[Path], None], tmp_path: Path) -> None:
     for _ in range(3):
         with watching_files() as files:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, FedProx
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from fl_gradcode import GradientCoding, fractional_repetition, gradient_coding_mod
 from fl_gradcode.errors import UnsuitableApp
-from fl_gradcode.privacy import BudgetLedger, private_training, write_keys
-from fl_gradcode.testing import InProcessGrid
+from fl_gradcode.privacy import Asked, BudgetLedger, call_privately, private_training, write_keys
+from fl_gradcode.testing import InProcessGrid, inside_a_run
 from tests.conftest import flat
 from tests.privacy.private_app import settings
 
@@ -131,10 +131,10 @@ def run(
 def test_a_record_at_which_the_loop_fails_counts_as_none(
     each: Any, mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (expected, _), _ = run(counts_it_as_none, tmp_path / "keys", mode)
+    (expected, _), _ = run(counts_it_as_none, tmp_path / "keys", mode, sample_rate=1.0)
     for node in (0, 1):
         shutil.rmtree(tmp_path / "keys" / f"node-{node}" / "spent")
-    (moved, seen), (row,) = run(loop_with(each), tmp_path / "keys", mode)
+    (moved, seen), (row,) = run(loop_with(each), tmp_path / "keys", mode, sample_rate=1.0)
     assert row["outcome"] == "exact" and not row["rejected"]
     assert abs(moved - expected).max() < 1e-4 * abs(expected).max()
     assert len(seen) > 4  # train() was called again
@@ -189,6 +189,24 @@ def test_train_is_shown_nothing_that_its_noise_is_not_bound_to(tmp_path: Path) -
         assert not any(name.startswith("fl-gradcode") for name in records)
 
 
+def test_records_and_their_entries_come_in_the_order_of_names() -> None:
+    """Messages of Flower's engines do not keep the order, and the noise of all holders has to be the same."""
+
+    def train(message: Message, context: Context) -> Message:
+        seen.append([(name, [*record]) for name, record in message.content.items()])
+        return Message(RecordDict(), reply_to=message)
+
+    seen: list[Any] = []
+    asked = Asked(settings(), "r", 1, 0, 0)
+    with inside_a_run():
+        message = Message(RecordDict(), dst_node_id=1, message_type="train")
+        for names in ("ab", "ba"):
+            content: Any = {name: ConfigRecord(dict.fromkeys(names, 1)) for name in names}
+            context = Context(1, 1, {}, RecordDict(), {})
+            call_privately(train, message, context, asked, records=lambda content=content: RecordDict(content))  # type: ignore[misc]
+    assert seen[0] == seen[1] == [("a", ["a", "b"]), ("b", ["a", "b"])]
+
+
 def test_settings_that_the_loop_changes_stay_and_a_schedule_is_followed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -198,7 +216,7 @@ def test_settings_that_the_loop_changes_stay_and_a_schedule_is_followed(
             optimizer, criterion = dp.optimizer(inner, schedule=schedule), dp.criterion(nn.CrossEntropyLoss())
             for batch in dp.batches():
                 if change:
-                    inner.param_groups[0]["lr"] = 100.0
+                    inner.param_groups[0].update(lr=100.0, momentum=0.9)
                 optimizer.zero_grad()
                 criterion(dp.model(x[batch]), y[batch]).backward()
                 optimizer.step()

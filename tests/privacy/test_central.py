@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from fl_gradcode import (
     uncoded,
 )
 from fl_gradcode.codes import bernoulli, for_assignment, reed_solomon
-from fl_gradcode.errors import InvalidSetting, PrivacyRefused
+from fl_gradcode.errors import InvalidSetting, PrivacyRefused, UnsuitableApp
 from fl_gradcode.latency import Latency, lognormal, scaled
 from fl_gradcode.privacy import BudgetLedger, CentralNoise
 from fl_gradcode.protocol import packing as pack
@@ -271,6 +272,39 @@ def test_counters_and_bfloat16_keep_their_types(name: str) -> None:
     assert int(arrays["steps"].numpy()) == 7 and not arrays["small"].numpy().any()
     assert np.abs(np.asarray(pack.view(arrays["w"]), np.float32) - [8, 9]).max() < 15
     assert np.abs(arrays["b"].numpy() - 7).max() < 15
+
+
+def app_of(arrays: Callable[[Any], dict[str, Any]]) -> ClientApp:
+    app = ClientApp(mods=[gradient_coding_mod])
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        context.node_config["partition-id"]
+        content: Any = message.content
+        old = {name: array.numpy() for name, array in content["arrays"].items()}
+        reply = ArrayRecord({name: Array(np.asarray(value)) for name, value in arrays(old).items()})
+        return Message(RecordDict({"arrays": reply, "metrics": MetricRecord({"num-examples": 5})}), reply_to=message)
+
+    return app
+
+
+def test_a_counter_takes_nothing_of_the_clipping_norm() -> None:
+    start = ArrayRecord({"w": Array(np.zeros(2, np.float32)), "steps": Array(np.asarray(0, np.int64))})
+    moving = app_of(lambda old: {"w": old["w"] + np.array([0.6, 0.8], np.float32), "steps": old["steps"] + 1000})
+    privacy = settings(noise_multiplier=1e-9, clipping_norm=1.0)
+    result, (row,) = run(CODES["fractional"], updates(1), app=moving, arrays=start, privacy=privacy)
+    assert row["train"]["outcome"] == "exact"
+    assert np.allclose(result.arrays["w"].numpy(), [0.6, 0.8], rtol=1e-4) and result.arrays["steps"].numpy() == 0
+
+
+@pytest.mark.parametrize("name", ["1.running_mean", "norm.running_var"])
+def test_running_statistics_are_refused_with_what_to_use_and_may_be_left_out(name: str) -> None:
+    start = ArrayRecord({"w": Array(np.zeros(2, np.float32)), name: Array(np.ones(2, np.float32))})
+    with pytest.raises(UnsuitableApp, match=rf"holds the running statistics '{name}'.* Use GroupNorm or LayerNorm"):
+        run(CODES["fractional"], updates(1), app=app_of(lambda old: old), arrays=start)
+    kept = app_of(lambda old: {"w": old["w"] + np.float32(0.1)})
+    result, (row,) = run(CODES["fractional"], updates(1), app=kept, arrays=start)
+    assert row["train"]["outcome"] == "exact" and (result.arrays["w"].numpy() != 0).all()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -145,6 +145,16 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "text": (lambda: DPSGD(**{**SPENDS, "max_grad_norm": "1"}), "max_grad_norm='1'"),
     "rate 0": (lambda: DPSGD(**{**SPENDS, "sample_rate": 0.0}), "sample_rate=0.0 must be a number from 1e-09 to 1"),
     "rate 2": (lambda: DPSGD(**{**SPENDS, "sample_rate": 2.0}), "sample_rate=2.0"),
+    "large norm": (
+        lambda: DPSGD(**{**SPENDS, "max_grad_norm": 1e25}),
+        "max_grad_norm=1e+25 must be a number from",
+    ),
+    "small norm": (
+        lambda: DPSGD(**{**SPENDS, "max_grad_norm": 9e-7}),
+        "max_grad_norm=9e-07 must be a number from",
+    ),
+    "much noise": (lambda: DPSGD(**{**SPENDS, "noise_multiplier": 1e5}), "noise_multiplier=100000.0 must be a number"),
+    "many steps": (lambda: DPSGD(**{**SPENDS, "steps": 10**6}), "steps=1000000 must be at most 100000"),
     "no steps": (lambda: DPSGD(**{**SPENDS, "steps": 0}), "steps=0 must be a whole number"),
     "half steps": (lambda: DPSGD(**{**SPENDS, "steps": 1.5}), "steps=1.5"),
     "delta": (lambda: DPSGD(**SPENDS, delta=1.0), "delta=1.0 must lie between 0 and 1"),
