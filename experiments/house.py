@@ -32,6 +32,8 @@ PLACES = (
     "grid",
     "privacy",
     "client",
+    "roster",
+    "copies",
     "strategy",
     "matmul",
     "appcheck",

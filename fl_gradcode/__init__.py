@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from .codes import GradientCode, cyclic_repetition, fractional_repetition, uncoded
     from .errors import FlGradcodeError, NotDecodable
     from .grid import EarlyStopGrid, VirtualGrid
+    from .roster import Discovered
     from .runlog import Ledger
-    from .strategy import Adaptive, Approximation, Coded, Discovered, GradientCoding, Shards
+    from .strategy import Adaptive, Approximation, Coded, GradientCoding, Shards
 
 __all__ = [
     "Adaptive",
@@ -44,6 +45,7 @@ __getattr__, __dir__ = lazy_names(
         "errors": ["FlGradcodeError", "NotDecodable"],
         "grid": ["EarlyStopGrid", "VirtualGrid"],
         "runlog": ["Ledger"],
-        "strategy": ["Adaptive", "Approximation", "Coded", "Discovered", "GradientCoding", "Shards"],
+        "roster": ["Discovered"],
+        "strategy": ["Adaptive", "Approximation", "Coded", "GradientCoding", "Shards"],
     },
 )

@@ -50,6 +50,8 @@ PACKAGES: dict[str, frozenset[str]] = {
     "grid": names("flwr.app flwr.serverapp"),
     "privacy": names("numpy scipy flwr.app"),
     "client": names("numpy flwr.app flwr.clientapp"),
+    "roster": names("numpy flwr.app"),
+    "copies": names("numpy flwr.app"),
     "strategy": FLOWER | names("numpy"),
     "matmul": names("numpy scipy flwr.app flwr.serverapp flwr.clientapp"),
     "appcheck": FLOWER | names("numpy flwr.clientapp"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from .._text import listed
-from ..strategy import DISAGREEMENT
+from ..copies import DISAGREEMENT
 from .processes import AppProcesses
 from .trial import Call, Inputs, Outcome, Trial
 

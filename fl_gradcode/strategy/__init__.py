@@ -5,18 +5,14 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .comparison import DISAGREEMENT
-    from .discovery import Discovered
     from .gradient_coding import GradientCoding
     from .options import Adaptive, Approximation, Coded, Shards
     from .wrapped import why_no_average
 
 __all__ = [
-    "DISAGREEMENT",
     "Adaptive",
     "Approximation",
     "Coded",
-    "Discovered",
     "GradientCoding",
     "Shards",
     "why_no_average",
@@ -25,12 +21,6 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "comparison": [
-            "DISAGREEMENT",
-        ],
-        "discovery": [
-            "Discovered",
-        ],
         "gradient_coding": [
             "GradientCoding",
         ],

@@ -19,15 +19,14 @@ from ..errors import InvalidSetting
 from ..grid import EarlyStopGrid
 from ..placement import Manifest
 from ..privacy import Privacy
+from ..roster import Discovered, Holdings, WorkerRegistry, discover
 from ..runlog import Ledger
 from .app_checks import refuse_wrappers
 from .checkpoint import Checkpoint, Saved
-from .discovery import Discovered, Holdings, discover
 from .options import Adaptive, Approximation, Coded, Options, Shards, send_of
 from .resume import ResumedRounds, RunKeeper, fingerprint_of, request_of
 from .run import Run
 from .strategy_state import StrategyState
-from .worker_registry import WorkerRegistry
 from .wrapped import check_bounds, check_strategy, check_what_it_sees
 
 __all__ = ["GradientCoding"]

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from .._text import numbered
 from ..codes import GradientCode, IncrementalDecoder, PrimeField, whole_groups
+from ..copies import Comparisons, Disagreement
 from ..grid import Arrival, Late, StopRule, Wait
 from ..protocol import Plan, Rejection, Reply, Row
-from .comparison import Comparisons, Disagreement
+from ..roster import WorkerRegistry
 from .options import Approximation
 from .plan_messages import MessageFactory
 from .replies import Decoded, Noise, ReplyCollector, Returned, ReturnedReplies, StaleUpdate, StaleUpdates
-from .worker_registry import WorkerRegistry
 
 __all__ = ["Phase"]
 

@@ -11,8 +11,8 @@ from flwr.app import Message, RecordDict
 from ..codes import GradientCode, PrimeField
 from ..privacy import Releases
 from ..protocol import Plan, Row, without_arrays
+from ..roster import WorkerRegistry
 from .options import Coded, Options
-from .worker_registry import WorkerRegistry
 
 __all__ = ["MessageFactory", "make_plan", "time_to_live", "whole_shard"]
 

@@ -16,6 +16,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from ..codes import GradientCode, IncrementalDecoder, P, PrimeField
+from ..copies import Copies
 from ..errors import VersionMismatch
 from ..privacy import clipping_mod_named_in
 from ..protocol import (
@@ -42,8 +43,7 @@ from ..protocol import (
     sum_of_squares,
     view,
 )
-from .comparison import Copies
-from .worker_registry import WorkerRegistry
+from ..roster import WorkerRegistry
 
 __all__ = [
     "NO_MOD",

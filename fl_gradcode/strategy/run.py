@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 
 from .._text import numbered
 from ..codes import GradientCode, PrimeField
+from ..copies import Comparisons, not_compared, shards_of_several
 from ..errors import InvalidSetting, RoundFailed
 from ..grid import SETTLED, Arrival, EarlyStopGrid, nodes_of_a_phase, wait_for_nodes
 from ..privacy import RunAccount
+from ..roster import Holdings, WorkerRegistry
 from ..runlog import PhaseRow, RoundRow
 from . import report
 from .app_checks import broken_promises, refuse_unsuitable
 from .checkpoint import Saved
-from .comparison import Comparisons, not_compared, shards_of_several
-from .discovery import Holdings
 from .options import Adaptive, Coded, Options, Shards
 from .phase import Phase
 from .plan_messages import MessageFactory, make_plan, time_to_live
@@ -34,7 +34,6 @@ from .replies import Noise, StaleUpdates
 from .resume import RunKeeper
 from .round_mode import FixedMode, ModeChooser, RoundMode
 from .stop_rules import open_phase
-from .worker_registry import WorkerRegistry
 from .wrapped import ShardGrid, aggregate, arrays_key_of, common_content, why_no_average
 
 __all__ = ["Run", "mode_chooser"]

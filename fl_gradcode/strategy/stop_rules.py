@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Sequence
 from flwr.app import ArrayRecord, Message
 
 from ..codes import GradientCode, IncrementalDecoder, may_cover, uncoded
+from ..copies import Comparisons
 from ..grid import Arrival
 from ..planning import ShardQueue, turns_of
 from ..protocol import Plan, Rejection, Reply, Row
-from .comparison import Comparisons
+from ..roster import WorkerRegistry
 from .phase import Phase
 from .plan_messages import MessageFactory, whole_shard
 from .round_mode import RoundMode
-from .worker_registry import WorkerRegistry
 
 __all__ = ["CodedPhase", "ShardPhase", "open_phase"]
 

@@ -18,7 +18,7 @@ from fl_gradcode.errors import IncompatibleStrategy, InvalidCode, InvalidSetting
 from fl_gradcode.latency import Latency, lognormal, scaled
 from fl_gradcode.placement.manifest import WITHHELD
 from fl_gradcode.protocol.records import Plan
-from fl_gradcode.strategy.discovery import Holdings
+from fl_gradcode.roster import Holdings
 from fl_gradcode.testing import InProcessGrid, inside_a_run
 from tests.conftest import initial_arrays, relative, run_plain, toy_app
 from tests.strategy.living import LivingGrid

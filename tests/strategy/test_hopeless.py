@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from fl_gradcode import GradientCode, GradientCoding, cyclic_repetition, fractional_repetition, uncoded
 from fl_gradcode.codes.covering import may_cover
-from fl_gradcode.strategy.comparison import Comparisons
+from fl_gradcode.copies import Comparisons
+from fl_gradcode.roster import WorkerRegistry
 from fl_gradcode.strategy.options import Options, send_of
 from fl_gradcode.strategy.phase import Phase
 from fl_gradcode.strategy.plan_messages import MessageFactory, make_plan
 from fl_gradcode.strategy.run import mode_chooser
 from fl_gradcode.strategy.stop_rules import open_phase
-from fl_gradcode.strategy.worker_registry import WorkerRegistry
 from fl_gradcode.testing import inside_a_run
 from tests.conftest import initial_arrays, toy_app
 from tests.strategy.living import LivingGrid

@@ -1,0 +1,160 @@
+"""The copies of one phase: what two holders of a shard sent for it, in one round or late.
+
+A round needs one copy of each shard. That the copies agree is the contract of coding, so whatever second copies come in
+are compared with the first.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from flwr.app import ArrayRecord, Message, RecordDict
+from numpy.typing import NDArray
+
+from ..protocol import ARRAYS, METRICS, UPDATE, Plan, Reply, Sketch, Sketcher, payload_encoding, sum_of_squares, view
+from .disagreement import DISAGREEMENT, Alike, Disagreement
+
+__all__ = ["MOST_APART", "Copies"]
+
+#: A ledger row holds finite numbers, so this stands for an infinite difference.
+MOST_APART = 1e300
+_MOST_ROUNDING = 1e-2  # relative to the norm: what a client may claim that rounding changes
+
+
+class Copies:
+    """The copies that came of the shards of one phase, by their sketches.
+
+    Args:
+        plan: Plan of the phase; `plan.rows` holds every worker's row.
+        before: The arrays that training starts from; None when evaluating.
+        compares: Whether copies of a shard should agree at all.
+
+    Attributes:
+        used: Whether the phase was decoded.
+        compared: Shards of which two holders' copies were compared.
+        apart: Largest relative difference between two copies; None if none were compared.
+        disagreements: Shards -> the first disagreement about them.
+        alike: A worker that sent the same update for two shards; None if none did.
+    """
+
+    def __init__(self, plan: Plan, before: ArrayRecord | None, *, compares: bool) -> None:
+        self.plan = plan
+        self.used = False
+        self.compared: set[int] = set()
+        self.apart: float | None = None
+        self.disagreements: dict[tuple[int, ...], Disagreement] = {}
+        self.alike: Alike | None = None
+        self._encoding = payload_encoding(plan.fraction_bits, plan.k)
+        self._sketcher = Sketcher(before) if compares and not plan.figures and before is not None else None
+        self._figures = compares and plan.figures
+        self._first: dict[tuple[int, ...], tuple[int, Sketch]] = {}
+        self._by_worker: dict[int, dict[object, tuple[int, ...]]] = {}
+
+    def close(self, *, used: bool) -> None:
+        """Note whether the phase was decoded, and let go of the model that it started from."""
+        self.used = used
+        if self._sketcher is not None:
+            self._sketcher.close()
+
+    def wrong_figures(self, reply: Reply, update: NDArray[Any], square: float | None = None) -> str:
+        """Returns what is wrong with the figures by which a reply describes its shards, or an empty string."""
+        if not self.plan.figures or not self.plan.arrays_key:
+            return ""
+        if square is not None and not math.isfinite(square):
+            return ""  # numbers so large that their squares overflow have figures of zeros
+        if len(reply.figures) != len(reply.shards):
+            return f"it describes {len(reply.figures)} of its {len(reply.shards)} shards"
+        coefficients = self.plan.rows[reply.worker].coefficients
+        if not self._encoding.add_up(update, coefficients, reply.figures):
+            return "the figures by which it describes its shards do not add up to its vector"
+        return ""
+
+    def add(
+        self, reply: Reply, update: NDArray[Any], metrics: NDArray[Any], square: float | None = None
+    ) -> float | None:
+        """Compare a coded reply with earlier ones; returns the largest difference, or None if there was no other copy.
+
+        Args:
+            reply: The reply.
+            update: Its coded update, shape (ceil(d / m),).
+            metrics: Its coded metrics.
+            square: The update's sum of squares, if it is known.
+        """
+        if self._figures:
+            found = [
+                self._note((shard,), reply.worker, self._sketch_in(figures))
+                for shard, figures in zip(reply.shards, reply.figures, strict=False)
+            ]
+            return max((apart for apart in found if apart is not None), default=None)
+        if self._sketcher is None or not self.plan.arrays_key:
+            return None
+        weight = float(self._encoding.restored(self._numbers(metrics))[0])
+        form = (reply.layout, tuple((name, length) for name, length, _ in reply.metrics_layout))
+        sketch = self._sketcher.of_vector(update, weight, form, square=square)
+        return self._note(tuple(sorted(reply.shards)), reply.worker, sketch)
+
+    def _sketch_in(self, figures: tuple[float, ...]) -> Sketch:
+        """Returns the sketch that a client's figures stand for."""
+        if self.plan.fraction_bits is not None or not self.plan.arrays_key or len(figures) < 2:
+            return Sketch(None, figures)  # every bit has to agree
+        norm, rounding, *sums = figures
+        return Sketch(norm, tuple(sums), rounding=min(abs(rounding), _MOST_ROUNDING * abs(norm)))
+
+    def add_records(self, reply: Reply, content: RecordDict) -> float | None:
+        """Compare the records of a shard with another holder's; returns the difference, or None without another."""
+        if self._sketcher is None or not self.plan.arrays_key:
+            return None
+        return self._note(reply.shards, reply.worker, self._sketcher.of_records(content, self.plan.weight_key))
+
+    def add_late(self, reply: Reply, message: Message) -> float | None:
+        """Compare a reply that came after the phase had ended, which is untrusted and was not checked.
+
+        Returns the largest difference to what was used, or None if nothing could be compared.
+        """
+        plan = self.plan
+        known = plan.rows.get(reply.worker)
+        if (reply.run, reply.kind, reply.round) != (plan.run, plan.kind, plan.round) or known is None:
+            return None
+        try:
+            if plan.as_returned and reply.outcome == "returned" and len(reply.shards) == 1:
+                content = Reply.remove_from(message.content)
+                return self.add_records(reply, content) if reply.shards[0] in known.shards else None
+            record = message.content.array_records.get(UPDATE)
+            if plan.as_returned or reply.outcome != "coded" or record is None:
+                return None
+            if reply.shards != known.shards and not (len(reply.shards) == 1 and reply.shards[0] in known.shards):
+                return None
+            update: NDArray[Any] = view(record[ARRAYS]).reshape(-1) if ARRAYS in record else view(record[METRICS])[:0]
+            if self.wrong_figures(reply, update):
+                return None
+            metrics = view(record[METRICS]).reshape(-1)
+            if update.dtype.kind == "f" and not math.isfinite(sum_of_squares(update) + float(metrics[0])):
+                return None  # not a number: it would not have been used
+            return self.add(reply, update, metrics)
+        except Exception:  # a reply is untrusted input, and this one is not needed
+            return None
+
+    def _numbers(self, metrics: NDArray[Any]) -> NDArray[Any]:
+        bits = self.plan.fraction_bits
+        return metrics if bits is None else metrics / 2.0**bits
+
+    def _note(self, shards: tuple[int, ...], worker: int, sketch: Sketch) -> float | None:
+        """Compare a copy with the first one of the same shards; returns the difference, or None for the first one."""
+        holder, first = self._first.setdefault(shards, (worker, sketch))
+        if any(sketch.sums) and self.alike is None and self.plan.kind == "train":
+            key = (sketch.norm, sketch.sums, sketch.weight, sketch.form)
+            other = self._by_worker.setdefault(worker, {}).setdefault(key, shards)
+            if other != shards:
+                self.alike = Alike(worker, (other[0], shards[0]))
+        if holder == worker:
+            return None
+        apart = first.apart(sketch)
+        self.compared.update(shards)
+        self.apart = min(max(self.apart or 0.0, apart), MOST_APART)
+        if apart > DISAGREEMENT and shards not in self.disagreements:
+            weights = (first.weight, sketch.weight)
+            self.disagreements[shards] = Disagreement(
+                self.plan.round, shards, (holder, worker), apart, weights, self.used
+            )
+        return apart

@@ -1,0 +1,33 @@
+"""Who is who: which node is which worker, which shards it holds, and the code that fits."""
+
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .discovery import discover
+    from .holdings import Discovered, Holdings
+    from .worker_registry import WorkerRegistry
+
+__all__ = [
+    "Discovered",
+    "Holdings",
+    "WorkerRegistry",
+    "discover",
+]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "discovery": [
+            "discover",
+        ],
+        "holdings": [
+            "Discovered",
+            "Holdings",
+        ],
+        "worker_registry": [
+            "WorkerRegistry",
+        ],
+    },
+)
