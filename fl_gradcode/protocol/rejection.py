@@ -36,9 +36,13 @@ RejectionKind = Literal[
     "wrong-worker",  # its worker is not in the code
     "wrong-shards",  # it combines other shards than it was asked for
     "duplicate",  # the node has already answered for this row
-    "duplicate-worker",  # another node answered as the same worker
+    "duplicate-worker",  # another node is that worker
+    "contradiction",  # the node was another worker before
+    "quarantined",  # the node was caught before, and its replies count no more in this run
     "layout",  # records, names, shapes or types that cannot be added up
     "wrong-figures",  # the numbers that describe its shards do not add up to its vector
+    "wrong-weight",  # a number of examples below zero
+    "wrong-value",  # other holders of its shards agree on another update
     "not-finite",  # NaN or infinity in its update or weight
     "outvoted",  # most other replies have different names, dtypes or shapes
 ]

@@ -28,7 +28,7 @@ def discover(grid: EarlyStopGrid, holdings: Holdings, registry: WorkerRegistry, 
 
     Raises:
         UnsuitableApp: No node can take part. The message says why.
-        RoundFailed: Some shard has no holder, or two nodes report the same worker number.
+        RoundFailed: Some shard has no holder.
     """
     deadline = grid.source.now() + timeout
     rule = _ProbeRule(holdings, registry, grid)
@@ -78,7 +78,6 @@ class _ProbeRule(StopRule):
 
     def __init__(self, holdings: Holdings, registry: WorkerRegistry, grid: EarlyStopGrid) -> None:
         self._holdings, self._registry, self._source = holdings, registry, grid.source
-        self._node_of: dict[int, int] = {}
         #: Nodes that connected during the wait.
         self.joined: set[int] = set()
         self.reasons: list[str] = []
@@ -110,20 +109,18 @@ class _ProbeRule(StopRule):
         if said is None:
             self.reasons.append("no fl-gradcode reply: is gradient_coding_mod among the client's mods?")
             return
-        other = self._node_of.setdefault(said.worker, arrival.node)
-        if other != arrival.node:
-            raise RoundFailed(
-                f"Nodes {other} and {arrival.node} both answer as worker {said.worker}. Give each node its own "
-                "partition-id."
-            )
+        refused = self._registry.claim(arrival.node, said.worker, 0)
+        if refused is not None:
+            self.reasons.append(f"node {arrival.node}: {refused.reason}")
+            _log.warning("Node %d is left out: %s.", arrival.node, refused.reason)
+            return
         if not said.holds:
             self.reasons.append(
                 f"worker {said.worker} does not say what it holds: start its SuperNode with --node-config '... "
                 f'shards-dir="/path/to/node-{said.worker}"\', or shards="0,3"'
             )
             return
-        self._registry.learn(arrival.node, said.worker)
-        self._registry.holdings[said.worker] = dict(said.holds)
+        self._registry.holdings[arrival.node] = dict(said.holds)
         self._holdings.learn(said.worker, dict(said.holds))
         if self.wake_at is None and not self._holdings.lacking():
             self.wake_at = self._source.now() + _GRACE

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .._text import listed
+from .._text import listed, numbered
 from ..codes import GradientCode, check_count, for_assignment
 from ..errors import InvalidSetting
 from ..placement import WITHHELD
 
 __all__ = ["Discovered", "Holdings"]
+
+_REMEMBERED = 3  # rounds for which the shards of a worker that is gone are kept
+_NO_MAJORITY = "no majority"  # stands for the right SHA-256 where votes are tied
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,10 @@ class Discovered:
 class Holdings:
     """Collects which worker holds which shards, as the nodes report it.
 
+    Without a manifest, the data of a shard are right if more workers hold them than hold any other data for it. Each
+    worker that is there has one vote; of a tie, what was right before stays right, and at first nothing is. So whoever
+    runs most holders of a shard decides on its data: with a manifest, its maker does.
+
     Args:
         wish: The desired code.
         digests: Shard -> SHA-256 that its data must have, as far as known.
@@ -60,14 +67,42 @@ class Holdings:
         self.required = dict(digests) if digests else None
         #: Worker -> shard -> SHA-256 of its data; an empty string if the worker did not report one.
         self.told: dict[int, dict[int, str]] = {}
+        self._absent: dict[int, int] = {}  # worker that is not there -> rounds since it was
+        self._right: dict[int, str] = {}  # shard -> the SHA-256 that counts, as of the last vote
+        self._voted = False
+        self._changes: list[str] = []
 
     def learn(self, worker: int, shards: Mapping[int, str]) -> None:
         """Record the shards that a worker reports; they replace its previous report."""
+        if self.told.get(worker) == shards and worker not in self._absent:
+            return
+        self._absent.pop(worker, None)
         self.told[worker] = dict(shards)
+        self._voted = False
+
+    def follow(self, there: Mapping[int, Mapping[int, str]]) -> None:
+        """Record what the workers that are there report, once a round.
+
+        The vote of a worker that is not there counts no more, and its shards are forgotten after a few rounds.
+        """
+        for worker, shards in there.items():
+            self.learn(worker, shards)
+        for worker in [*self.told]:
+            if worker not in there:
+                self._voted &= worker in self._absent
+                self._absent[worker] = self._absent.get(worker, 0) + 1
+                if self._absent[worker] > _REMEMBERED:
+                    del self.told[worker], self._absent[worker]
+
+    def changes(self) -> list[str]:
+        """Returns a sentence for each shard of which other data count than before, since the last call."""
+        self._vote()
+        changes, self._changes = self._changes, []
+        return changes
 
     def held(self, workers: Collection[int] | None = None) -> dict[int, tuple[int, ...]]:
         """Returns worker -> its shards that count; a shard whose data differ from the other holders' does not."""
-        right = self._right()
+        right = self._vote()
         return {
             worker: tuple(sorted(j for j, digest in shards.items() if j in right and self._counts(j, digest, right[j])))
             for worker, shards in sorted(self.told.items())
@@ -122,14 +157,31 @@ class Holdings:
     def _counts(self, shard: int, digest: str, right: str) -> bool:
         return digest in (WITHHELD, right) or (not digest and shard not in (self.required or {}))
 
-    def _right(self) -> dict[int, str]:
-        """Returns shard -> the digest that counts: the required one, else the most frequent one, ties to the first."""
-        right = {}
+    def _vote(self) -> dict[int, str]:
+        """Returns shard -> the SHA-256 that counts: the required one, else the one that most workers report."""
+        if self._voted:
+            return self._right
+        self._voted, before = True, self._right
+        self._right = {}
         for shard in range(self.wish.k):
-            digests = [d for _, shards in sorted(self.told.items()) if (d := shards.get(shard)) and d != WITHHELD]
-            count = Counter(digests)
-            right[shard] = (self.required or {}).get(shard) or max(digests, key=lambda d: count[d], default="")
-        return right
+            voters = {worker: shards[shard] for worker, shards in self.told.items() if shards.get(shard)}
+            votes = Counter(d for worker, d in voters.items() if d != WITHHELD and worker not in self._absent)
+            most = max(votes.values(), default=0)
+            leading = [digest for digest, number in votes.items() if number == most]
+            known = before.get(shard, "").replace(_NO_MAJORITY, "")
+            right = known if known in leading or not leading else leading[0] if len(leading) == 1 else _NO_MAJORITY
+            if self.required and shard in self.required:
+                right = self.required[shard]
+            elif known not in ("", right) and right:
+                holders = [worker for worker, digest in sorted(voters.items()) if digest == right]
+                self._changes.append(
+                    f"Other data count as shard {shard} than before, because most of its holders report them by now: "
+                    f"{numbered('worker', holders)}. A manifest would decide it (manifest=)."
+                    if holders
+                    else f"The holders of shard {shard} report different data, and none is reported by most."
+                )
+            self._right[shard] = right
+        return self._right
 
 
 def _code(held: Mapping[int, tuple[int, ...]], k: int, s: int, m: int) -> GradientCode:

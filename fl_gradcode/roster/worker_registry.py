@@ -1,22 +1,34 @@
 """The registry of which node is which worker, learnt from replies because node ids change.
 
+Whatever a node claims binds that node alone: it is one worker, and has one vote on data. A worker is one node, the one
+that was known first as long as it answers. Who contradicts that is left out by name, and ends nobody else's run.
+
 A phase works on a copy of the run's registry, and the run takes over that copy when the phase ends.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from flwr.app import Message
 
-from ..errors import RoundFailed, VersionMismatch
-from ..protocol import Reply
+from ..errors import VersionMismatch
+from ..protocol import Rejection, Reply
 
 __all__ = ["WorkerRegistry"]
 
-_log = logging.getLogger(__name__)
+_SILENT = 2  # rounds without an answer after which another node may take over a worker
+_MOST_QUARANTINED = 10_000
+
+
+@dataclass(frozen=True)
+class _Speaker:
+    """The node that speaks for a worker, and the last round in which it did."""
+
+    node: int
+    round: int
 
 
 class WorkerRegistry:
@@ -24,26 +36,34 @@ class WorkerRegistry:
 
     def __init__(self) -> None:
         self._named: dict[int, int] = {}
-        #: Worker -> shard -> SHA-256 of its data, as last reported under an open plan or to a probe.
+        #: Node -> shard -> SHA-256 of its data, as it last reported under an open plan or to a probe.
         self.holdings: dict[int, dict[int, str]] = {}
+        #: Node whose replies count no more in this run -> why, as a sentence without its full stop.
+        self.quarantined: dict[int, str] = {}
         self._worker: dict[int, int] = {}
-        self._answered: dict[int, dict[int, set[int]]] = {}  # worker -> round -> nodes
+        self._speaker: dict[int, _Speaker] = {}
+        self._first: dict[int, int] = {}  # worker -> the node that it was first, as long as that node is listed
+        self._engine: dict[int, int] = {}  # node -> worker, as the engine knows it
 
     def copy(self) -> WorkerRegistry:
         """Returns a registry with the same knowledge, for use in a new phase."""
         other = WorkerRegistry()
-        other.holdings = {worker: dict(shards) for worker, shards in self.holdings.items()}
+        other.holdings = dict(self.holdings)
+        other.quarantined = dict(self.quarantined)
         other._worker = dict(self._worker)
-        other._answered = {
-            worker: {server_round: set(nodes) for server_round, nodes in rounds.items()}
-            for worker, rounds in self._answered.items()
-        }
+        other._speaker = dict(self._speaker)
+        other._first = dict(self._first)
+        other._engine = dict(self._engine)
         other._named = dict(self._worker)
         return other
 
     def worker_of(self, node: int) -> int | None:
         """Returns the worker that this node is, or None if it is not known."""
         return self._worker.get(node)
+
+    def node_of(self, worker: int) -> int | None:
+        """Returns the node that this worker is, or None if it is not known."""
+        return next((node for node, mine in self._worker.items() if mine == worker), None)
 
     def named(self, node: int) -> int | None:
         """Returns the worker that this node was when the phase began, or what it reported in the phase, or None.
@@ -52,44 +72,75 @@ class WorkerRegistry:
         """
         return self._named.get(node)
 
-    @property
-    def contested(self) -> bool:
-        """Whether two nodes claim to be the same worker; both must be heard before one can be blamed."""
-        return len(set(self._worker.values())) < len(self._worker)
-
-    def learn(self, node: int, worker: int) -> None:
-        """Record the worker number that a node reported."""
-        self._worker[node] = worker
-        self._named.setdefault(node, worker)
+    def learn_from_engine(self, workers: Mapping[int, int]) -> None:
+        """Take over which node is which worker from an engine that knows it; no node can claim otherwise."""
+        self._engine.update(workers)
+        for node, worker in workers.items():
+            self._worker[node] = worker
+            self._named.setdefault(node, worker)
 
     def forget(self, node: int) -> None:
         """Forget a node that failed: it may return as another worker, so its next message holds the whole plan."""
         self._worker.pop(node, None)
 
-    def answered(self, node: int, worker: int, server_round: int) -> None:
-        """Record that a node answered as `worker`.
+    def quarantine(self, node: int, why: str) -> None:
+        """Let a node's replies count no more in this run.
 
-        Raises:
-            RoundFailed: The same two nodes answered as the same worker in this round and in the round before. Once is
-                normal, because a restarted node has a new id. Twice means that two nodes were given one number.
+        Args:
+            node: The node.
+            why: The reason, as a sentence without its full stop.
         """
-        self.learn(node, worker)
-        rounds = self._answered.setdefault(worker, {})
-        rounds.setdefault(server_round, set()).add(node)
-        both = rounds[server_round] & rounds.get(server_round - 1, set())
-        for old in [r for r in rounds if r < server_round - 1]:
-            del rounds[old]
-        if len(both) > 1:
-            named = " and ".join(map(str, sorted(both)[:2]))
-            raise RoundFailed(
-                f"Nodes {named} both answer as worker {worker}, in rounds {server_round - 1} and {server_round}. "
-                "Give each node its own partition-id."
-            )
+        if node in self.quarantined or len(self.quarantined) >= _MOST_QUARANTINED:
+            return
+        self.quarantined[node] = why
+        self.holdings.pop(node, None)
+        worker = self._worker.pop(node, None)
+        if worker is not None and self._speaker.get(worker, _Speaker(-1, 0)).node == node:
+            del self._speaker[worker]
+        self._first = {worker: first for worker, first in self._first.items() if first != node}
+
+    def claim(self, node: int, worker: int, server_round: int) -> Rejection | None:
+        """Record that a node answers as `worker`; returns None if it may, else the rejection of its reply.
+
+        A node that was another worker before contradicts itself. A worker that another node is keeps that node, unless
+        it has been silent for two rounds: a restarted node has a new id. If it answers again after all, there are two,
+        and the later one is left out from then on.
+
+        Args:
+            node: The node.
+            worker: The worker that it says it is.
+            server_round: The round that it answers.
+        """
+        if node in self.quarantined:
+            return Rejection("quarantined", self.quarantined[node])
+        mine = self._engine.get(node, self._worker.get(node, worker))
+        if mine != worker:
+            self.quarantine(node, f"it answers as worker {worker}, and is worker {mine}")
+            return Rejection("contradiction", self.quarantined[node])
+        speaker = self._speaker.get(worker)
+        if speaker is not None and speaker.node != node:
+            if self._first.get(worker) == node and server_round >= speaker.round:
+                self.quarantine(speaker.node, f"it answers as worker {worker}, which is node {node}")
+            elif server_round - speaker.round < _SILENT:
+                self.forget(node)
+                why = (
+                    f"it answers as worker {worker}, which is node {speaker.node}: give each node its own partition-id"
+                )
+                return Rejection("duplicate-worker", why)
+            self._worker.pop(speaker.node, None)
+        self._worker[node] = worker
+        self._named.setdefault(node, worker)
+        self._first.setdefault(worker, node)
+        self._speaker[worker] = _Speaker(node, server_round)
+        return None
 
     def keep(self, nodes: Iterable[int]) -> None:
-        """Forget all nodes but these; a worker whose node is gone may come back as another node."""
+        """Forget all nodes but these, with what they claimed; a worker whose node is gone may come back as another."""
         listed = set(nodes)
         self._worker = {node: worker for node, worker in self._worker.items() if node in listed}
+        self._speaker = {worker: one for worker, one in self._speaker.items() if one.node in listed}
+        self._first = {worker: node for worker, node in self._first.items() if node in listed}
+        self.holdings = {node: shards for node, shards in self.holdings.items() if node in listed}
 
     def learn_from(self, node: int, message: Message | None, *, run: str) -> None:
         """Learn which worker a node is from a reply that is not used; an error reply makes the node unknown."""
@@ -100,13 +151,9 @@ class WorkerRegistry:
             return
         with contextlib.suppress(ValueError, VersionMismatch):
             reply = Reply.find_in(message.content)
-            if reply is not None and reply.kind == "probe":
-                self.learn(node, reply.worker)
-                self.holdings[reply.worker] = dict(reply.holds)
-            elif reply is not None and reply.run == run:
-                self.answered(node, reply.worker, reply.round)
-                if reply.holds:
-                    self.holdings[reply.worker] = dict(reply.holds)
+            known = reply is not None and (reply.kind == "probe" or reply.run == run)
+            if reply is not None and known and self.claim(node, reply.worker, reply.round) is None and reply.holds:
+                self.holdings[node] = dict(reply.holds)
 
     def missing(self, workers: Iterable[int]) -> list[int]:
         """Returns the workers whose node is not known."""

@@ -158,6 +158,8 @@ class Phase(StopRule):
 
     def join(self, node: int) -> Message | None:
         """Returns the message for a node that connected during the phase; it holds the whole plan if needed."""
+        if node in self.registry.quarantined:
+            return None
         return next(iter(self.messages([node])), None)
 
     def restarted(self, node: int) -> None:

@@ -486,14 +486,14 @@ class ReplyCollector:
         if (reply.run, reply.kind, reply.round) != (plan.run, plan.kind, plan.round):
             wrong = f"run {reply.run!r}, " if reply.run != plan.run else ""
             return Rejection("wrong-round", f"wrong round: it answers {wrong}{reply.kind} {reply.round}")
-        if plan.open:
-            self.registry.holdings[reply.worker] = dict(reply.holds)
-        if reply.worker not in plan.rows and plan.open:
-            self.registry.answered(node, reply.worker, plan.round)
-            return None  # the worker is new, and the next round's code will have a row for it
-        if reply.worker not in plan.rows:
+        if reply.worker not in plan.rows and not plan.open:
             return Rejection("wrong-worker", f"worker {reply.worker} is not in the code (workers 0..{plan.n - 1})")
-        self.registry.answered(node, reply.worker, plan.round)
+        if (refused := self.registry.claim(node, reply.worker, plan.round)) is not None:
+            return refused
+        if plan.open:
+            self.registry.holdings[node] = dict(reply.holds)
+        if reply.worker not in plan.rows:
+            return None  # the worker is new, and the next round's code will have a row for it
         self.stateful |= reply.stateful
         self.kept_file = self.kept_file or reply.kept_file
         self.fixed_data |= reply.fixed_data
@@ -518,11 +518,8 @@ class ReplyCollector:
         row = self._row_of(reply)
         if isinstance(row, Rejection):
             return row
-        sender = self.sender_of(row)
-        if sender is not None and not self._spare:
-            if sender[0] == node:
-                return Rejection("duplicate", "duplicate")
-            return Rejection("duplicate-worker", f"duplicate: node {sender[0]} answered as worker {reply.worker}")
+        if self.sender_of(row) is not None and not self._spare:
+            return Rejection("duplicate", "duplicate")
         if reply.outcome == "returned":
             return self._accept_records(node, row, reply, message)
         if wrong := self._misnamed(reply):

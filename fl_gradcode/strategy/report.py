@@ -96,7 +96,10 @@ def phase_row(
 def why_undecodable(phase: Phase, entry: PhaseRow) -> str:
     """Returns a sentence without its full stop that names the round, the reason, and what was wrong with replies."""
     what = phase.failure or f"undecodable ({entry.ended})"
-    reasons = "".join(f"; worker {rejected.worker}: {rejected.reason}" for rejected in entry.rejected[:5])
+    reasons = "".join(
+        f"; {f'node {one.node}' if one.worker is None else f'worker {one.worker}'}: {one.reason}"
+        for one in entry.rejected[:5]
+    )
     return (
         f"Round {phase.plan.round}, {phase.plan.kind}: {what}, from "
         f"{len(entry.answered)} of {len(phase.participants)} workers{_failed_everywhere(phase, entry)}{reasons}"

@@ -185,7 +185,7 @@ class Run:
                 self.code.s,
                 self.options.node_timeout if source.late_nodes else 0.0,
                 settled=SETTLED if source.fixed_nodes else math.inf,
-                surplus=self._resumed,
+                surplus=not source.fixed_nodes,
             )
         else:
             self._tell_lacking(self._holdings, None)
@@ -276,14 +276,13 @@ class Run:
         def hopeless(nodes: list[int]) -> bool:
             # `nodes` are all that are connected. A worker whose node is gone may have come back as one of them.
             phase.registry.keep(nodes)
-            return phase.hopeless(nodes)
+            return phase.hopeless([node for node in nodes if node not in phase.registry.quarantined])
 
         nodes = nodes_of_a_phase(grid, len(self.code.active), self.code.s, self._outage_timeout, hopeless)
         phase.registry.keep(nodes)
         if isinstance(grid, EarlyStopGrid):
-            for node, worker in grid.source.known_workers().items():
-                phase.registry.learn(node, worker)
-        return nodes
+            phase.registry.learn_from_engine(grid.source.known_workers())
+        return [node for node in nodes if node not in phase.registry.quarantined]
 
     def aggregate(
         self, server_round: int, replies: Iterable[Message]
@@ -437,9 +436,16 @@ class Run:
         holdings = self._holdings
         if holdings is None:
             return
-        for worker, shards in self.registry.holdings.items():
-            holdings.learn(worker, shards)
         worker_of = {node: self.registry.worker_of(node) for node in grid.get_node_ids()}
+        holdings.follow(
+            {
+                worker: self.registry.holdings[node]
+                for node, worker in worker_of.items()
+                if worker is not None and node in self.registry.holdings
+            }
+        )
+        for text in holdings.changes():
+            _log.warning("%s", text)
         unknown = {node for node, worker in worker_of.items() if worker is None}
         # A node that was unknown in the last round too has had its chance to report its worker number.
         fresh, self._strangers = unknown - self._strangers, unknown

@@ -355,12 +355,10 @@ def _shard_row(plan: Plan, shards: Sequence[int]) -> Callable[[Reply], int | Rej
 def _known_of(nodes: Iterable[int], registry: WorkerRegistry) -> tuple[set[int], int]:
     """Returns the workers that the nodes are known to be, and how many further workers may be among them.
 
-    A node may be a further worker if it is not known. If two nodes claim the same worker number, at least one of them
-    counts as unknown until both have answered.
+    A node may be a further worker if it is not known.
     """
     workers = [registry.worker_of(node) for node in nodes]
-    known = {i for i in workers if i is not None}
-    return known, max(len(workers) - len(known), int(registry.contested))
+    return {i for i in workers if i is not None}, workers.count(None)
 
 
 def _first(workers: Sequence[int], groups: Sequence[Sequence[int]], m: int) -> list[int]:

@@ -18,7 +18,7 @@ from fl_gradcode.placement.shard_files import hash_shard
 from fl_gradcode.protocol.records import Plan, Row
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import initial_arrays, toy_app
-from tests.strategy.test_discovery import config_of
+from tests.roster.test_discovery import config_of
 
 
 def test_an_assigned_code_does_not_ask_what_nodes_hold() -> None:

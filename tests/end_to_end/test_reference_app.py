@@ -118,7 +118,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "fewer clients than nodes": (
         {"code": "fractional", "num-clients": 4},
         FlGradcodeError,
-        "6 nodes are online, but the code has n=4 workers. Build the code for 6, or stop 2 of them",
+        "6 nodes are online, but the code has n=4 workers. Build the code for 6, or for as many as there are shards.",
     ),
     "more clients than nodes": (
         {"code": "fractional", "num-clients": 9},

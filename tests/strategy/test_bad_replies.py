@@ -189,14 +189,20 @@ def test_clients_without_the_mod_are_told_apart_from_stragglers() -> None:
     assert app is not bare
 
 
-def test_two_nodes_with_one_partition_id_end_the_run_by_name() -> None:
+def test_of_two_nodes_with_one_partition_id_one_counts_and_the_run_goes_on() -> None:
     def config(i: int) -> dict[str, Any]:
         return {"partition-id": min(i, 4), "num-partitions": 6}
 
     with InProcessGrid(toy_app(), 6, node_config=config) as grid:
         hide(grid)
-        with pytest.raises(RoundFailed, match="both answer as worker 4, in rounds 1 and 2"):
-            GradientCoding(FedAvg(), all_codes(6, 2)[0]).start(grid, initial_arrays(), num_rounds=4)
+        strategy = GradientCoding(FedAvg(), fractional_repetition(6, 2))
+        strategy.start(grid, initial_arrays(), num_rounds=4)
+        lacking = GradientCoding(FedAvg(), fractional_repetition(6, 0))
+        with pytest.raises(RoundFailed, match=r"node \d+: it answers as worker 4, which is node"):
+            lacking.start(grid, initial_arrays(), num_rounds=4)
+    twins = [one for row in strategy.ledger.rows for one in row["train"]["rejected"]]
+    assert [row["train"]["outcome"] for row in strategy.ledger.rows] == ["exact"] * 4
+    assert {one["kind"] for one in twins} == {"duplicate-worker"} and len({one["node"] for one in twins}) == 1
 
 
 def test_one_duplicate_counts_once() -> None:

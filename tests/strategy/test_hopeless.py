@@ -71,7 +71,7 @@ def test_so_many_strangers_are_so_many_workers_and_no_more(name: str, send: str)
             for strangers in range(len(others) + 1):
                 registry = WorkerRegistry()
                 for worker in workers:
-                    registry.learn(100 + worker, worker)
+                    registry.claim(100 + worker, worker, 0)
                 nodes = [100 + i for i in workers] + [200 + i for i in range(strangers)]
                 every = [{*workers, *few} for few in itertools.combinations(others, strangers)]
                 if send == "coded":
@@ -117,7 +117,7 @@ def test_after_an_outage_the_first_node_that_is_back_does_not_end_the_wait() -> 
         if server_round == 1:
             assert strategy._run is not None
             for node, one in grid.nodes.items():  # whoever was too late to be heard
-                strategy._run.registry.learn(node, one.worker)
+                strategy._run.registry.claim(node, one.worker, 1)
             for worker in range(4):
                 grid.kill(worker)
             grid.start(0)  # alone, and under another id
