@@ -6,7 +6,21 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["duration_text", "listed", "numbered", "seconds_text"]
+__all__ = ["duration_text", "listed", "numbered", "printable", "seconds_text"]
+
+
+def printable(text: str, most: int) -> str:
+    """Returns the beginning of a text from outside, without signs that a terminal or a log would act on.
+
+    Args:
+        text: Any text. Control characters, line breaks and marks of direction become escapes such as `\\x1b`.
+        most: Number of characters to which it is cut.
+    """
+    cut = text if len(text) <= most else f"{text[: most - 3]}..."
+    if cut.isprintable():
+        return cut
+    shown = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in cut)
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
 
 
 def listed(items: Iterable[Any], most: int = 8) -> str:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .cyclic import cyclic_mds, cyclic_repetition, vandermonde
     from .decoder import IncrementalDecoder
     from .encoding_matrix import EXACT, whole_groups
+    from .error_location import locate_wrong_replies, locates_wrong_replies
     from .field_codes import reed_solomon
     from .fractional import fractional_repetition, uncoded
     from .gradient_code import GradientCode
@@ -41,6 +42,8 @@ __all__ = [
     "for_assignment",
     "fractional_repetition",
     "lift_mod",
+    "locate_wrong_replies",
+    "locates_wrong_replies",
     "lstsq",
     "matmul_mod",
     "may_cover",
@@ -55,6 +58,10 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "error_location": [
+            "locate_wrong_replies",
+            "locates_wrong_replies",
+        ],
         "_linalg": [
             "condition",
             "lstsq",

@@ -118,14 +118,18 @@ class Comparisons:
             self.twice = (self.twice | copies.compared) - apart
             self.compared |= copies.compared
 
-    def late(self, label: str, message: Message | None) -> tuple[float, Disagreement | None] | None:
+    def late(
+        self, label: str, message: Message | None, worker: int | None
+    ) -> tuple[float, Disagreement | None, frozenset[int]] | None:
         """Compare a reply to an earlier phase with what was used.
 
-        Returns how far it is apart, and the disagreement if that is too much; None if nothing could be compared.
+        Returns how far it is apart, the disagreement if that is too much, and who is to blame if that is known; None if
+        nothing could be compared.
 
         Args:
             label: The phase that asked, such as "train 3".
             message: The reply.
+            worker: Worker that sent it; a reply in another's name is not compared.
         """
         copies = self._recent.get(label)
         if copies is None or message is None or not message.has_content():
@@ -134,12 +138,14 @@ class Comparisons:
             reply = Reply.find_in(message.content)
         except Exception:  # a reply is untrusted input, and this one is not needed
             return None
-        apart = None if reply is None else copies.add_late(reply, message)
-        if reply is None or apart is None:
+        if reply is None or worker is None or reply.worker != worker:
+            return None
+        apart = copies.add_late(reply, message)
+        if apart is None:
             return None
         self._learn(copies)
         about = (one for one in copies.disagreements.values() if reply.worker in one.holders)
-        return min(apart, MOST_APART), next(about, None) if apart > DISAGREEMENT else None
+        return min(apart, MOST_APART), next(about, None) if apart > DISAGREEMENT else None, copies.to_blame()
 
 
 def shards_of_several(plan: Plan) -> frozenset[int]:

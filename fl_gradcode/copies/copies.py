@@ -6,20 +6,34 @@ are compared with the first.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import ArrayRecord, Message, RecordDict
 from numpy.typing import NDArray
 
 from ..protocol import ARRAYS, METRICS, UPDATE, Plan, Reply, Sketch, Sketcher, payload_encoding, sum_of_squares, view
+from .blame import to_blame
 from .disagreement import DISAGREEMENT, Alike, Disagreement
 
 __all__ = ["MOST_APART", "Copies"]
 
 #: A ledger row holds finite numbers, so this stands for an infinite difference.
 MOST_APART = 1e300
+_MOST_BLAMED = 3  # workers that are told apart by what others sent
 _MOST_ROUNDING = 1e-2  # relative to the norm: what a client may claim that rounding changes
+
+
+@dataclass
+class _Kind:
+    """Copies of the same shards that agree: the sketch of the first, and who sent them."""
+
+    sketch: Sketch
+    workers: list[int]
 
 
 class Copies:
@@ -48,7 +62,8 @@ class Copies:
         self._encoding = payload_encoding(plan.fraction_bits, plan.k)
         self._sketcher = Sketcher(before) if compares and not plan.figures and before is not None else None
         self._figures = compares and plan.figures
-        self._first: dict[tuple[int, ...], tuple[int, Sketch]] = {}
+        self._kinds: dict[tuple[int, ...], list[_Kind]] = {}
+        self._holders = Counter(shard for row in plan.rows.values() for shard in row.shards)
         self._by_worker: dict[int, dict[object, tuple[int, ...]]] = {}
 
     def close(self, *, used: bool) -> None:
@@ -141,20 +156,57 @@ class Copies:
 
     def _note(self, shards: tuple[int, ...], worker: int, sketch: Sketch) -> float | None:
         """Compare a copy with the first one of the same shards; returns the difference, or None for the first one."""
-        holder, first = self._first.setdefault(shards, (worker, sketch))
         if any(sketch.sums) and self.alike is None and self.plan.kind == "train":
             key = (sketch.norm, sketch.sums, sketch.weight, sketch.form)
             other = self._by_worker.setdefault(worker, {}).setdefault(key, shards)
             if other != shards:
                 self.alike = Alike(worker, (other[0], shards[0]))
-        if holder == worker:
+        kinds = self._kinds.setdefault(shards, [])
+        if any(worker in kind.workers for kind in kinds):
             return None
-        apart = first.apart(sketch)
+        mine = next((kind for kind in kinds if kind.sketch.apart(sketch) <= DISAGREEMENT), None)
+        if mine is None:
+            kinds.append(_Kind(sketch, [worker]))
+        else:
+            mine.workers.append(worker)
+        first = kinds[0]
+        if first.workers[0] == worker:
+            return None
+        apart = first.sketch.apart(sketch)
         self.compared.update(shards)
         self.apart = min(max(self.apart or 0.0, apart), MOST_APART)
         if apart > DISAGREEMENT and shards not in self.disagreements:
-            weights = (first.weight, sketch.weight)
-            self.disagreements[shards] = Disagreement(
-                self.plan.round, shards, (holder, worker), apart, weights, self.used
-            )
+            weights = (first.sketch.weight, sketch.weight)
+            pair = (first.workers[0], worker)
+            self.disagreements[shards] = Disagreement(self.plan.round, shards, pair, apart, weights, self.used)
         return apart
+
+    def to_blame(self) -> frozenset[int]:
+        """Returns the workers that are known to have sent wrong copies, because all others agree; see `to_blame`."""
+        if not self.disagreements:
+            return frozenset()
+        pairs = {
+            (one, other)
+            for kinds in self._kinds.values()
+            for mine, its in itertools.combinations(kinds, 2)
+            for one in mine.workers
+            for other in its.workers
+        }
+        return to_blame(pairs, _MOST_BLAMED)
+
+    def left_by(self, blamed: Collection[int]) -> list[Disagreement]:
+        """Returns the disagreements in which nobody to blame takes part."""
+        return [one for one in self.disagreements.values() if not blamed or not {*one.holders} & {*blamed}]
+
+    @property
+    def unsettled(self) -> frozenset[int]:
+        """Shards whose copies disagree, without being known who is wrong, and of which more copies may come."""
+        if not self.disagreements or self.to_blame():
+            return frozenset()
+        return frozenset(
+            shard
+            for shards, kinds in self._kinds.items()
+            if len(kinds) > 1
+            for shard in shards
+            if sum(len(kind.workers) for kind in kinds) < self._holders[shard]
+        )

@@ -192,7 +192,7 @@ def flatten_update(before: Mapping[str, Array], after: dict[str, Array]) -> tupl
 def rebuild_arrays(
     layout: Layout, before: ArrayRecord, total: Iterable[NDArray[np.floating]], weight: float
 ) -> ArrayRecord:
-    """Returns `before + total / weight`, the weighted mean of the clients' arrays.
+    """Returns `before + total / weight`, the weighted mean of the clients' arrays, in the order of `before`.
 
     Floats get the dtype that `train()` returned. Counters become float64 and bfloat16 becomes float32, so that the
     wrapped strategy can compute with them (see `restore_types`).
@@ -235,7 +235,7 @@ def rebuild_arrays(
             raise OverflowError(f"the decoded {name!r} is not finite in {dtype_name}")
         arrays[name] = as_array(values.reshape(shape))
         del values
-    return ArrayRecord(arrays)
+    return ArrayRecord({name: arrays.pop(name) for name in before if name in arrays})
 
 
 def _divided(total: NDArray[np.floating], weight: float) -> NDArray[np.floating]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from flwr.app import ConfigRecord, RecordDict
 
+from .._text import printable
 from ..errors import VersionMismatch
 
 __all__ = [
@@ -37,6 +38,10 @@ __all__ = [
 #: Version of the records' format. It changes with every change of a plan or a reply that the other side would misread.
 PROTOCOL = 4
 _MOST_OF_A_NAME = 100  # letters
+_MOST_OF_A_VERSION = 40
+_MOST_OF_A_DIGEST = 64
+#: Letters of a record of ours: 10,000 shards with their SHA-256, or as many arrays, take less than half of it.
+_MOST_OF_A_RECORD = 2_000_000
 _JSON, _PROTOCOL, _VERSION = "json", "protocol", "version"
 
 
@@ -53,18 +58,23 @@ def read_json(record: ConfigRecord, other: str) -> str:
         other: Side that made the record, "server" or "node".
 
     Raises:
+        ValueError: A node's record is larger than any that this library makes.
         VersionMismatch: The record has another protocol version. The message says what to install.
     """
     protocol: Any = record.get(_PROTOCOL, 1)
-    its = str(record.get(_VERSION, "of an older version"))
     if protocol != PROTOCOL:
+        its = printable(str(record.get(_VERSION, "of an older version")), _MOST_OF_A_VERSION)
+        protocol = printable(str(protocol), _MOST_OF_A_VERSION)
         server, node = (its, library_version()) if other == "server" else (library_version(), its)
         servers, nodes = (protocol, PROTOCOL) if other == "server" else (PROTOCOL, protocol)
         raise VersionMismatch(
             f"The node has fl-gradcode {node} (protocol {nodes}), and the server {server} (protocol {servers}). "
             f"{_advice(str(server))}"
         )
-    return str(record[_JSON])
+    text = str(record[_JSON])
+    if other == "node" and len(text) > _MOST_OF_A_RECORD:
+        raise ValueError(f"a record of {len(text)} characters; at most {_MOST_OF_A_RECORD} are read")
+    return text
 
 
 @lru_cache(maxsize=1)
@@ -296,9 +306,10 @@ def _parse_reply(text: str) -> Reply:
     v["worker"], v["round"] = int(v["worker"]), int(v["round"])
     v["stateful"], v["fixed_data"] = bool(v["stateful"]), bool(v["fixed_data"])
     v["spent"] = tuple((int(j), str(c), float(e), float(t)) for j, c, e, t in v["spent"])
-    v["holds"] = tuple((int(j), str(digest)) for j, digest in v["holds"])
-    v["kept_file"] = str(v["kept_file"])[:_MOST_OF_A_NAME]
-    v["environment"] = str(v["environment"])[:_MOST_OF_A_NAME]
+    v["holds"] = tuple((int(j), printable(str(digest), _MOST_OF_A_DIGEST)) for j, digest in v["holds"])
+    for name in ("kept_file", "environment"):
+        v[name] = printable(str(v[name]), _MOST_OF_A_NAME)
+    v["run"], v["kind"] = str(v["run"]), str(v["kind"])
     v["arrays_name"], v["metrics_name"] = str(v["arrays_name"]), str(v["metrics_name"])
     if v["outcome"] not in OUTCOMES:
         raise ValueError(f"outcome {v['outcome']!r}")

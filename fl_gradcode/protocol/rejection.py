@@ -13,6 +13,7 @@ from typing import Literal
 
 from flwr.app import Message
 
+from .._text import printable
 from ..errors import FlGradcodeError
 
 __all__ = ["Rejection", "RejectionKind", "last_line", "rejection_of", "with_kind"]
@@ -53,6 +54,7 @@ _CODED = re.compile(rf"{_MARK}/([a-z-]+): (.*)", re.DOTALL)
 #: Form in which Flower reports an exception in a ClientApp.
 _EXCEPTION = re.compile(r"<class '(?:.*\.)?(\w+)'>:<'(.*)'>")
 _LONGEST = 500
+_LOOKED_AT = 10_000  # characters at the end of an exception's text
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,15 @@ class Rejection:
 
     Attributes:
         kind: Kind of the rejection, for use in code.
-        reason: Sentence for people, without its full stop.
+        reason: Sentence for people, without its full stop. Part of it may be a client's text, so it is cut to 500
+            characters, and signs that a terminal would act on are escaped.
     """
 
     kind: RejectionKind
     reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", printable(self.reason, _LONGEST))
 
 
 def with_kind(error: FlGradcodeError, text: str | None = None) -> FlGradcodeError:
@@ -103,6 +109,6 @@ def rejection_of(message: Message) -> Rejection:
 
 
 def last_line(text: str) -> str:
-    """Returns the last non-empty line of a text, cut to 500 characters."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:_LONGEST] if lines else "no reason given"
+    """Returns the last non-empty line of a text, cut to 500 characters, without signs that a terminal acts on."""
+    lines = [line.strip() for line in text[-_LOOKED_AT:].splitlines() if line.strip()]
+    return printable(lines[-1], _LONGEST) if lines else "no reason given"

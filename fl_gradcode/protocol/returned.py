@@ -29,6 +29,8 @@ def names_of(content: RecordDict, weight_key: str) -> object:
             weight = record.get(weight_key)
             if isinstance(weight, float) and not math.isfinite(weight):
                 raise NotFiniteRecord(f"its {weight_key!r} is not finite (NaN or infinity)")
+            if isinstance(weight, int | float) and weight < 0:
+                raise ValueError(f"its {weight_key!r} is {weight:g}, below zero")
         keys = () if isinstance(record, ConfigRecord) else tuple(sorted(record))
         names.append((name, type(record).__name__, keys))
     return tuple(names)

@@ -47,6 +47,7 @@ def discover(grid: EarlyStopGrid, holdings: Holdings, registry: WorkerRegistry, 
         if not holdings.lacking() or not source.late_nodes or settled or source.now() >= deadline:
             break
         time.sleep(0.5)
+    holdings.begin()
     wrong = holdings.wrong()
     if wrong:
         worker, shards = next(iter(wrong.items()))

@@ -69,7 +69,7 @@ class Holdings:
         self.told: dict[int, dict[int, str]] = {}
         self._absent: dict[int, int] = {}  # worker that is not there -> rounds since it was
         self._right: dict[int, str] = {}  # shard -> the SHA-256 that counts, as of the last vote
-        self._voted = False
+        self._voted = self._begun = False
         self._changes: list[str] = []
 
     def learn(self, worker: int, shards: Mapping[int, str]) -> None:
@@ -93,6 +93,10 @@ class Holdings:
                 self._absent[worker] = self._absent.get(worker, 0) + 1
                 if self._absent[worker] > _REMEMBERED:
                     del self.told[worker], self._absent[worker]
+
+    def begin(self) -> None:
+        """Note that the nodes that were there at first have reported: of a tie, what is right now stays right."""
+        self._begun = True
 
     def changes(self) -> list[str]:
         """Returns a sentence for each shard of which other data count than before, since the last call."""
@@ -161,7 +165,7 @@ class Holdings:
         """Returns shard -> the SHA-256 that counts: the required one, else the one that most workers report."""
         if self._voted:
             return self._right
-        self._voted, before = True, self._right
+        self._voted, before = True, self._right if self._begun else {}
         self._right = {}
         for shard in range(self.wish.k):
             voters = {worker: shards[shard] for worker, shards in self.told.items() if shards.get(shard)}

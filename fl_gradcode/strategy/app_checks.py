@@ -5,16 +5,18 @@ The contract is that an update depends on the message, the shard and the seeded 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 from .._flower_internals import caller_among
+from .._text import numbered
 from ..errors import IncompatibleStrategy, UnsuitableApp
 from ..privacy import clipping_mod_named_in
-from ..protocol import RejectionKind
+from ..protocol import Plan, RejectionKind
 from .replies import ReplyCollector
 from .wrapped import PRIVACY_WRAPPERS
 
-__all__ = ["broken_promises", "refuse_unsuitable", "refuse_wrappers"]
+__all__ = ["broken_promises", "odd_ones_out", "refuse_unsuitable", "refuse_wrappers"]
 
 
 def refuse_wrappers() -> None:
@@ -46,16 +48,19 @@ def refuse_unsuitable(replies: ReplyCollector, *, ever_decoded: bool) -> None:
     """
     if ever_decoded:
         return  # the app works: a client that fails from now on counts as a straggler
-    if replies.other_environments:
+    if replies.other_environments and not odd_ones_out(replies):
         raise UnsuitableApp(_of_other_kinds(replies))
     rejections = sorted({rejected.rejection for rejected in replies.rejected}, key=lambda rejection: rejection.reason)
     kinds = {rejection.kind for rejection in rejections}
-    if "fixed-data" in kinds:
+    refusing = {rejected.node for rejected in replies.rejected}
+    if len(refusing) <= max(len({*replies.answered}), _tolerance(replies.plan)):
+        return  # so few do not end the run of the others
+    if kinds == {"fixed-data"}:
         raise UnsuitableApp(
             f"The clients' {replies.plan.kind}() never read context.node_config['partition-id'], so it would use the "
             "same data for every shard. Choose the data by partition-id at every call, or pass allow_fixed_data=True."
         )
-    if replies.answered or not kinds:
+    if replies.answered:
         return
     if kinds <= _FINAL:
         raise UnsuitableApp(f"No client can take part: {rejections[0].reason}")
@@ -95,7 +100,7 @@ def broken_promises(replies: ReplyCollector) -> Iterator[tuple[str, str]]:
             "same data; if each has its own, choose it by partition-id.",
         )
     if replies.other_environments:
-        yield "environments", _of_other_kinds(replies)
+        yield "environments", _of_other_kinds(replies, odd_ones_out(replies))
     if replies.other_requests:
         shard, (one, other) = next(iter(replies.other_requests.items()))
         yield (
@@ -113,10 +118,27 @@ def broken_promises(replies: ReplyCollector) -> Iterator[tuple[str, str]]:
         )
 
 
-def _of_other_kinds(replies: ReplyCollector) -> str:
+def odd_ones_out(replies: ReplyCollector) -> list[int]:
+    """Returns the workers that compute with other devices or versions than most, if the code can do without them."""
+    kinds = Counter(environment.partition(";")[0] for environment in replies.environments.values())
+    if len(kinds) < 2:
+        return []
+    (common, number), *_ = kinds.most_common()
+    odd = [worker for worker, said in sorted(replies.environments.items()) if said.partition(";")[0] != common]
+    return odd if len(odd) <= _tolerance(replies.plan) and len(odd) < number else []
+
+
+def _tolerance(plan: Plan) -> int:
+    """Returns how many workers may be missing for sure before a shard lacks a holder."""
+    holders = Counter(shard for row in plan.rows.values() for shard in row.shards)
+    return min(holders.values(), default=1) - 1
+
+
+def _of_other_kinds(replies: ReplyCollector, odd: Sequence[int] = ()) -> str:
     shard, ((one, its), (other, others)) = next(iter(sorted(replies.other_environments.items())))
     return (
         f"Holders of shard {shard} train with different devices or versions: worker {one} with {its}, worker {other} "
         f"with {others}. Under shared noise their updates would differ by more than rounding, and the difference has "
         "no noise. Give all holders of a shard the same kind, or say DPSGD(noise='independent')."
+        + (f" The run goes on without {numbered('worker', odd)}." if odd else "")
     )

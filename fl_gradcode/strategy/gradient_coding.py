@@ -73,7 +73,12 @@ class GradientCoding(Strategy):
             has been seen from two holders; 0 for none. In all, they wait on for at most as long as one round takes.
             Copies that come in anyway are always compared.
         on_disagreement: What to do if two holders of a shard send different updates. "warn" says so once, "skip"
-            leaves the model as it is in that round, "raise" ends the run.
+            leaves the model as it is in that round, "raise" ends the run. Where the other holders of its shards agree,
+            a worker that differs is left out by name instead, and not heard again in this run.
+        votes: Number of wrong replies, e, that may be among the holders of each shard. With fractional repetition
+            (m = 1) or one shard a message, a copy counts once e + 1 holders have sent it, which needs 2e + 1 holders.
+            With `reed_solomon`, the code's checks locate the wrong replies. Of the code's s stragglers, s - 2e are
+            left. Without votes, whoever answers first for a shard decides on its update.
         allow_fixed_data: Accept an app that does not choose its data by `partition-id`.
         on_round_end: Called with (round, current arrays, ledger row) after each round. It is called again for a round
             that is repeated because the server was killed right after it.
@@ -109,6 +114,7 @@ class GradientCoding(Strategy):
         give_up_rounds: int | None = 3,
         verify: int = 3,
         on_disagreement: Literal["warn", "skip", "raise"] = "warn",
+        votes: int = 0,
         allow_fixed_data: bool = False,
         on_round_end: Callable[[int, ArrayRecord, dict[str, Any]], None] | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
@@ -132,6 +138,7 @@ class GradientCoding(Strategy):
             give_up_rounds=give_up_rounds,
             verify=verify,
             on_disagreement=on_disagreement,
+            votes=votes,
             allow_fixed_data=allow_fixed_data,
             privacy=privacy,
             digests=None if manifest is None else Manifest.for_all_shards(manifest, code.k).digests,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ..codes import GradientCode, PrimeField
+from ..codes import GradientCode, PrimeField, locates_wrong_replies
 from ..errors import InvalidSetting
 from ..privacy import DPSGD, CentralNoise, Privacy
 
@@ -141,6 +141,7 @@ class Options:
     allow_fixed_data: bool = False
     privacy: Privacy | None = None
     digests: Mapping[int, str] | None = None
+    votes: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.on_undecodable, Approximation) and self.on_undecodable not in _POLICIES:
@@ -159,6 +160,17 @@ class Options:
         if self.on_disagreement not in _ON_DISAGREEMENT:
             known = ", ".join(_ON_DISAGREEMENT)
             raise InvalidSetting(f"on_disagreement={self.on_disagreement!r} must be one of {known}.")
+        if type(self.votes) is not int or self.votes < 0:
+            raise InvalidSetting(f"votes={self.votes!r} must be a number of wrong replies, or 0 for none.")
+        if self.votes and (self.approximation is not None or self.independent or isinstance(self.send, Adaptive)):
+            what = (
+                "on_undecodable='approximate' uses copies that nobody has confirmed"
+                if self.approximation is not None
+                else "independent noise makes all copies of a shard different"
+                if self.independent
+                else "send='adaptive' may send one copy"
+            )
+            raise InvalidSetting(f"votes={self.votes} counts equal copies, and {what}. Choose one.")
         if self.privacy is not None and not isinstance(self.privacy, DPSGD | CentralNoise):
             raise InvalidSetting(f"privacy={self.privacy!r}: pass a DPSGD(...) or a CentralNoise(...).")
 
@@ -211,6 +223,7 @@ class Options:
                 "reals."
             )
         self._check_privacy(code)
+        self._check_votes(code)
         if self.fills_in and not can_fill_in(code, shardwise=self.shardwise):
             raise InvalidSetting(
                 f"fill_in needs to know single updates, and a {code.name} code mixes them. Take fractional_repetition "
@@ -230,6 +243,28 @@ class Options:
             raise InvalidSetting(
                 "Over a prime field holders of a shard must agree in every bit, and independent noise differs: take "
                 "noise='shared', or a code over the reals."
+            )
+
+    def _check_votes(self, code: GradientCode) -> None:
+        if not self.votes:
+            return
+        fewest = min(len(code.holders_of(j)) for j in range(code.k))
+        needed = 2 * self.votes + code.m
+        if self.shardwise or (code.groups is not None and code.m == 1):
+            if fewest < needed:
+                raise InvalidSetting(
+                    f"votes={self.votes} needs {needed} holders of each shard, so that {self.votes + 1} of them agree "
+                    f"whoever lies; a shard has {fewest}. Take s={2 * self.votes} or more."
+                )
+        elif not locates_wrong_replies(code):
+            raise InvalidSetting(
+                f"votes={self.votes} cannot tell whose reply is wrong under a {code.name} code, which mixes copies. "
+                "Take fractional_repetition with m = 1, reed_solomon, or send='shards'."
+            )
+        elif code.s < 2 * self.votes:
+            raise InvalidSetting(
+                f"votes={self.votes} takes two of the code's s={code.s} stragglers for each wrong reply. Take "
+                f"s={2 * self.votes} or more."
             )
 
     @property

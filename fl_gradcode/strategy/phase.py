@@ -7,27 +7,49 @@ free node is asked, which replies are read, and when a phase is hopeless.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, Message
 from numpy.typing import NDArray
 
 from .._text import numbered
-from ..codes import GradientCode, IncrementalDecoder, PrimeField, whole_groups
+from ..codes import GradientCode, IncrementalDecoder, P, PrimeField, locate_wrong_replies, whole_groups
 from ..copies import Comparisons, Disagreement
 from ..grid import Arrival, Late, StopRule, Wait
 from ..protocol import Plan, Rejection, Reply, Row
 from ..roster import WorkerRegistry
+from .layouts import AgreedLayouts
 from .options import Approximation
 from .plan_messages import MessageFactory
-from .replies import Decoded, Noise, ReplyCollector, Returned, ReturnedReplies, StaleUpdate, StaleUpdates
+from .replies import ReplyCollector
+from .reply_groups import Decoded, Noise, ReplyGroup, Returned, ReturnedReplies, StaleUpdate, StaleUpdates
 
-__all__ = ["Phase"]
+__all__ = ["Phase", "Scrutiny"]
 
 #: Largest relative difference between two holders of a shard, times kappa, at which mixing their copies makes sense. A
 #: phase above it counts as undecodable.
 _GARBAGE = 1e-2
+_ALONE = "its update differs from the one on which the other holders of its shards agree"
+
+
+@dataclass(frozen=True)
+class Scrutiny:
+    """What the replies of a phase are held against.
+
+    Attributes:
+        comparisons: Compares the copies of the run's shards.
+        compares: Whether the copies of a shard should agree in this phase.
+        agreed: Layouts with which earlier rounds of the run were decoded.
+        votes: Number of wrong replies that may be among the holders of each shard, which are then located.
+    """
+
+    comparisons: Comparisons
+    compares: bool = True
+    agreed: AgreedLayouts = field(default_factory=AgreedLayouts)
+    votes: int = 0
 
 
 class Phase(StopRule):
@@ -39,8 +61,7 @@ class Phase(StopRule):
         shards: The sampled shards, ascending.
         before: The arrays that were sent; None when evaluating.
         registry: Which node is which worker; the phase updates it from the replies.
-        comparisons: Compares the copies of the run's shards.
-        compares: Whether the copies of a shard should agree in this phase.
+        scrutiny: What the replies are held against.
         row_of: Returns the row of the code that a reply stands for, or a rejection.
         first_rows: Worker -> the row that it is asked for first.
         spare: Whether several replies for one row are normal.
@@ -67,9 +88,8 @@ class Phase(StopRule):
         shards: Sequence[int],
         before: ArrayRecord | None,
         registry: WorkerRegistry,
-        comparisons: Comparisons,
+        scrutiny: Scrutiny,
         *,
-        compares: bool,
         row_of: Callable[[Reply], int | Rejection],
         first_rows: Mapping[int, Row],
         spare: bool,
@@ -78,10 +98,13 @@ class Phase(StopRule):
         self.plan: Plan = factory.plan
         self.label = self.plan.label
         self.code, self.shards, self.registry = code, list(shards), registry
-        self.comparisons, self.compares = comparisons, compares
-        self.copies = comparisons.open(self.plan, before, compares=compares)
-        self.verification = comparisons.wanted(self.plan) if compares and self.plan.kind == "train" else None
-        self.replies = ReplyCollector(self.plan, code, before, registry, self.copies, row_of, spare=spare)
+        self.scrutiny, self.votes = scrutiny, scrutiny.votes
+        compares, self.comparisons, self.agreed = scrutiny.compares, scrutiny.comparisons, scrutiny.agreed
+        self.copies = self.comparisons.open(self.plan, before, compares=compares)
+        self.verification = self.comparisons.wanted(self.plan) if compares and self.plan.kind == "train" else None
+        self.replies = ReplyCollector(
+            self.plan, code, before, registry, self.copies, row_of, spare=spare, agreed=self.agreed, votes=self.votes
+        )
         self.collected = False
         self.wait = Wait()
         self.asked: list[tuple[int, int | None]] = []
@@ -126,7 +149,15 @@ class Phase(StopRule):
         if self.decided_after is not None:
             return True
         best = self.replies.best
-        return best is not None and self.enough(best.decoder)
+        if best is None or not self.enough(best.decoder) or self.replies.distrusts(best):
+            return False
+        return not self.copies.disagreements or not self.mixes_garbage(best.decoder.vector())
+
+    @property
+    def distrusted(self) -> bool:
+        """Whether the replies decode, with a layout that does not count yet: then all further replies are wanted."""
+        best = self.replies.best
+        return best is not None and best.decoder.decodable and bool(self.replies.distrusts(best))
 
     @property
     def linger_until(self) -> float | None:  # type: ignore[override]
@@ -135,8 +166,11 @@ class Phase(StopRule):
 
     @property
     def unverified(self) -> frozenset[int]:
-        """Shards of which a second copy is wanted and has not come."""
-        return frozenset() if self.verification is None else self.verification.wanted - self.copies.compared
+        """Shards of which a second copy is wanted and has not come, or a third one that says which of two is right."""
+        if self.verification is None:
+            return frozenset()
+        wanted = self.verification.wanted
+        return (wanted - self.copies.compared) | (wanted & self.copies.unsettled)
 
     @property
     def keeps_late(self) -> bool:  # type: ignore[override]
@@ -155,6 +189,7 @@ class Phase(StopRule):
     def sent(self, node: int) -> None:
         """Note which worker the node is, as far as known."""
         self.asked.append((node, self.registry.worker_of(node)))
+        self.replies.asked.add(node)
 
     def join(self, node: int) -> Message | None:
         """Returns the message for a node that connected during the phase; it holds the whole plan if needed."""
@@ -169,17 +204,21 @@ class Phase(StopRule):
     def arrived_late(self, late: Late, reply: Message | None) -> None:
         """Learn from a reply to an earlier phase which worker its node is, and compare it with what was used."""
         self.registry.learn_from(late.node, reply, run=self.plan.run)
-        found = self.comparisons.late(late.label, reply)
+        found = self.comparisons.late(late.label, reply, self.registry.worker_of(late.node))
         if found is not None:
-            self.late[late.node], disagreement = found
+            self.late[late.node], disagreement, blamed = found
             self.late_disagreements += [] if disagreement is None else [disagreement]
+            if blamed:
+                self.replies.leave_out(blamed, _ALONE)
 
     def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
         """Read one reply, which either counts or is rejected with a reason."""
         good = self.replies.read(arrival.node, reply, arrival.failure) is None
         self.was_read(arrival, good=good)
+        if self.decided_after is None:
+            self.leave_out_wrong()
         best = self.replies.best
-        if best is not None and best.decoder.decodable and self.decodable_after is None:
+        if self.decodable_after is None and best is not None and best.decoder.decodable and not self.distrusted:
             self.decodable_after = (len(self.replies.answered), at)
         if self.decided_after is None and self.decided:
             self.decided_after = at
@@ -194,6 +233,53 @@ class Phase(StopRule):
         return []
 
     # Results
+
+    def leave_out_wrong(self) -> None:
+        """Use nothing of the workers that are known to have sent wrong values, by what all others sent."""
+        if not self.votes and (blamed := self.copies.to_blame()):
+            self.replies.leave_out(blamed, _ALONE)
+
+    def settle(self) -> None:
+        """Find out who sent wrong values, before the phase is decoded; sets `failure` if that cannot be known."""
+        self.leave_out_wrong()
+        best = self.replies.best
+        if not self.votes or best is None:
+            return
+        if best.ballots is not None:
+            self.replies.leave_out({worker for worker, _ in best.ballots.wrong().values()}, _ALONE)
+            return
+        if not isinstance(best, ReplyGroup) or not best.decoder.decodable:
+            return
+        wrong = self._locate(best)
+        if wrong is None:
+            self.failure = f"more than votes={self.votes} replies are wrong, so it cannot be known which are right"
+            return
+        self.replies.leave_out(wrong, "its reply contradicts all others")
+        there = [*best.decoder.survivors]
+        self.copies.compared |= {j for j in self.shards if self._holders_among(j, there) > 1}
+        self.copies.apart = 0.0
+
+    def _locate(self, group: ReplyGroup) -> tuple[int, ...] | None:
+        """Returns the workers whose replies are wrong, or None if that cannot be known."""
+        there = sorted(group.decoder.survivors)
+        if len(self.code.active) - len(there) > self.tolerance:
+            return None
+        random = np.random.default_rng()  # drawn once all replies are fixed
+        return locate_wrong_replies(
+            self.code,
+            [group.copies[i] for i in there],
+            there,
+            self.votes,
+            lambda size: random.integers(0, P, size),
+        )
+
+    def _holders_among(self, shard: int, workers: Collection[int]) -> int:
+        return sum(shard in self.plan.rows[worker].shards for worker in workers)
+
+    @property
+    def tolerance(self) -> int:
+        """Number of workers that may be missing: s, less two for each wrong reply that must be located."""
+        return self.code.s - 2 * self.votes
 
     def decode(
         self,
@@ -211,10 +297,16 @@ class Phase(StopRule):
             noise: Noise that is added to the sum before it is used.
         """
         best = self.replies.best
-        if best is None:
+        if best is None or self.failure:
+            return None
+        if wrong := self.replies.distrusts(best):
+            self.failure = wrong
             return None
         if isinstance(best, ReturnedReplies):
-            return best.gather(self.shards)
+            returned = best.gather(self.shards)
+            if returned is not None and self.replies.before is not None:
+                self.agreed.add(best.key)
+            return returned
         vector = best.decoder.vector()
         if self.mixes_garbage(vector):
             disagreeing = sorted(self.copies.disagreements.items())[:3]
@@ -235,6 +327,8 @@ class Phase(StopRule):
         if isinstance(decoded, str):
             self.failure = decoded
             return None
+        if self.replies.before is not None:
+            self.agreed.add(best.key)
         if stale_updates is not None:
             stale_updates.keep(self.code, self.shards, self.plan.round, best, vector)
         return decoded
@@ -246,7 +340,7 @@ class Phase(StopRule):
         """
         if self.code.groups is not None and self.code.m == 1:
             return False
-        apart = self.copies.apart or 0.0
+        apart = 0.0 if self.copies.to_blame() else self.copies.apart or 0.0
         if isinstance(self.code.numbers, PrimeField):
             return apart > 0
         kappa = 1.0 if vector is None else max(1.0, self.code.kappa_of(vector))

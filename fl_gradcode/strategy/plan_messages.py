@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from ..codes import GradientCode, PrimeField
 from ..privacy import Releases
@@ -90,7 +90,14 @@ class MessageFactory:
     """
 
     def __init__(self, plan: Plan, content: RecordDict, *, message_type: str, ttl: float | None) -> None:
-        self.plan, self._content, self._type, self._ttl = plan, content, message_type, ttl
+        self.plan, self._type, self._ttl = plan, message_type, ttl
+        # Flower's loop writes the next round into the same config, and an in-memory message is computed later.
+        self._content = RecordDict(
+            {
+                name: ConfigRecord(dict(record)) if isinstance(record, ConfigRecord) else record
+                for name, record in content.items()
+            }
+        )
 
     def messages(self, nodes: Iterable[int], registry: WorkerRegistry, rows: Mapping[int, Row]) -> list[Message]:
         """Returns one message for each node that has shards to work on or whose worker is not known yet.

@@ -1,4 +1,4 @@
-"""Reads, checks, groups and adds up the replies of one phase.
+"""Reads, checks and groups the replies of one phase.
 
 With one shard a message there may be nothing to add up: each shard's records are kept as the function returned them,
 and the wrapped strategy gets one reply for each sampled shard, as from k clients in plain Flower.
@@ -7,23 +7,22 @@ and the wrapped strategy gets one reply for each sampled shard, as from k client
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 from numpy.typing import NDArray
 
-from ..codes import GradientCode, IncrementalDecoder, P, PrimeField
-from ..copies import Copies
+from ..codes import GradientCode, P
+from ..copies import DISAGREEMENT, Ballots, Copies, records_agree, vectors_agree
 from ..errors import VersionMismatch
 from ..privacy import clipping_mod_named_in
 from ..protocol import (
     ARRAYS,
     METRICS,
     UPDATE,
-    Layout,
     NotFiniteRecord,
     PayloadEncoding,
     Plan,
@@ -31,240 +30,21 @@ from ..protocol import (
     RejectionKind,
     Reply,
     all_finite,
-    counters_in,
     difference_between,
     last_line,
     names_of,
     payload_encoding,
-    rebuild_arrays,
-    rebuild_metrics,
     rejection_of,
+    rounding_of,
     size_of,
     sum_of_squares,
     view,
 )
 from ..roster import WorkerRegistry
+from .layouts import AgreedLayouts, check_layout, check_records, unlike_sent
+from .reply_groups import ReplyGroup, ReturnedReplies
 
-__all__ = [
-    "NO_MOD",
-    "Decoded",
-    "Noise",
-    "NotFinite",
-    "Rejected",
-    "ReplyCollector",
-    "ReplyGroup",
-    "Returned",
-    "ReturnedReplies",
-    "StaleUpdate",
-    "StaleUpdates",
-    "vectors_of",
-]
-
-# An estimate must still be close to a mean. The least-squares vector of a code with signs may subtract shards, and
-# dividing by the small remaining weight would throw the model far off.
-_MEAN_ENOUGH = 0.8
-# For m > 1, an estimate may also put one block of the update in the place of another.
-_MIX_UP = 0.1
-
-
-@dataclass(frozen=True)
-class StaleUpdate:
-    """The contribution of some shards to an earlier round, which can fill in for them later.
-
-    Attributes:
-        shards: The shards, ascending.
-        round: The round that the update is from.
-        update: Coded update of the shards.
-        metrics: Coded metrics of the shards.
-        key: Layout of the arrays and metrics.
-    """
-
-    shards: tuple[int, ...]
-    round: int
-    update: NDArray[Any]
-    metrics: NDArray[Any]
-    key: object
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Noise that is added to a decoded sum on the server.
-
-    Attributes:
-        weight: Divisor of the sum. It replaces the decoded weight, which would reveal something about the data.
-        add_to: Returns the sum with noise, shape (d,), float64, and zeros where counters lie. The privacy account is
-            charged before noise is drawn.
-    """
-
-    weight: float
-    add_to: Callable[[NDArray[Any], Sequence[slice]], NDArray[np.float64]]
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """The decoded result of a phase.
-
-    Attributes:
-        arrays: Mean of the clients' arrays; None when evaluating.
-        metrics: Total weight and mean metrics.
-        layout: Names, dtypes and shapes of the arrays that `train()` returned.
-        names: The user's names of the ArrayRecord and the MetricRecord.
-        vector: The decoding vector, shape (n,) or (n, m).
-        used: Workers whose replies were used, ascending.
-        stale: Earlier updates that filled in for missing shards.
-    """
-
-    arrays: ArrayRecord | None
-    metrics: MetricRecord
-    layout: Layout
-    names: tuple[str, str]
-    vector: NDArray[Any]
-    used: tuple[int, ...]
-    stale: tuple[StaleUpdate, ...] = ()
-
-
-@dataclass
-class ReplyGroup:
-    """Replies with the same layout, which can be added up.
-
-    Attributes:
-        decoder: Tracks whether the group is decodable.
-        reply: The first reply of the group.
-        key: Layout of the arrays and metrics.
-        encoding: Encoding of the payload.
-    """
-
-    decoder: IncrementalDecoder
-    reply: Reply
-    key: object
-    encoding: PayloadEncoding
-    #: Row of the code -> the (node, worker) that sent it; likewise for the coded updates and the coded metrics.
-    senders: dict[int, tuple[int, int]] = field(default_factory=dict)
-    updates: dict[int, NDArray[Any]] = field(default_factory=dict)
-    metrics: dict[int, NDArray[Any]] = field(default_factory=dict)
-    #: Whether the weights of all replies are whole numbers.
-    whole: bool = True
-
-    def add(self, row: int, sender: tuple[int, int], reply: Reply, update: NDArray[Any], metrics: NDArray[Any]) -> bool:
-        """Add a reply unless the row has one already; returns whether it was added."""
-        if row in self.senders:
-            return False
-        self.senders[row], self.updates[row], self.metrics[row] = sender, update, metrics
-        self.whole &= reply.metrics_layout[0][2]
-        self.decoder.add(row)
-        return True
-
-    def decode(
-        self,
-        code: GradientCode,
-        vector: NDArray[Any],
-        before: ArrayRecord | None,
-        stale: Sequence[StaleUpdate] = (),
-        noise: Noise | None = None,
-    ) -> Decoded | str:
-        """Returns the decoded mean, or a string that says why there is none.
-
-        Args:
-            code: The code by which the replies add up.
-            vector: The decoding vector, shape (n,) or (n, m).
-            before: The arrays that training started from; None when evaluating.
-            stale: Earlier updates that fill in for missing groups.
-            noise: Noise that is added to the sum before it is used.
-        """
-        rows = vector.reshape(code.n, -1)
-        used = tuple(int(i) for i in np.flatnonzero(rows.any(axis=1)))
-        wrong = _no_mean(code, vector, sum(len(old.shards) for old in stale))
-        if wrong or not used:
-            return wrong or "nothing that could be added up came in"
-        # Stale updates come last, so that an exact sum has the same bits with and without them.
-        coefficients = np.concatenate([rows[list(used)], np.ones((len(stale), code.m), rows.dtype)])
-        order = [*code.order_of(used), *range(code.n, code.n + len(stale))]
-        (weight_key, _, _), *_ = self.reply.metrics_layout
-        vectors = [*(self.metrics[i] for i in used), *(old.metrics for old in stale)]
-        # Metrics are never divided into m blocks: their first column of coefficients decodes them.
-        metrics = self.encoding.restored(code.numbers.decode(vectors, coefficients[:, :1], order=order))
-        if not 0 < metrics[0] < np.inf:
-            return f"the decoded {weight_key!r} is {metrics[0]:g}, and a mean needs a positive, finite one"
-        weight, record = rebuild_metrics(self.reply.metrics_layout, metrics, whole=self.whole)
-        arrays = None
-        if before is not None:
-            vectors = [*(self.updates[i] for i in used), *(old.update for old in stale)]
-            pieces: Iterable[NDArray[Any]]
-            if noise is None and isinstance(code.numbers, PrimeField):
-                pieces = code.numbers.decode_in_pieces(vectors, coefficients)
-            else:
-                total = code.numbers.decode(vectors, coefficients, order=order)
-                if noise is not None:
-                    total, weight = noise.add_to(total, [*counters_in(self.reply.layout)]), noise.weight
-                pieces = [total]
-                del total
-            try:
-                arrays = rebuild_arrays(self.reply.layout, before, pieces, weight)
-            except OverflowError as error:
-                return str(error)
-        names = (self.reply.arrays_name, self.reply.metrics_name)
-        workers = tuple(sorted({self.senders[row][1] for row in used}))
-        return Decoded(arrays, record, self.reply.layout, names, vector, workers, tuple(stale))
-
-
-@dataclass(frozen=True)
-class Returned:
-    """The records of all sampled shards.
-
-    Attributes:
-        contents: Shard -> the records that the function returned.
-        vector: The decoding vector over the sampled shards, all ones.
-        used: Workers whose replies were used, ascending.
-    """
-
-    contents: Mapping[int, RecordDict]
-    vector: NDArray[Any]
-    used: tuple[int, ...]
-
-
-@dataclass
-class ReturnedReplies:
-    """Replies whose records have the same names; one for each shard, the first that came.
-
-    Attributes:
-        decoder: Tracks which shards have a reply.
-        key: Names of the records and of what they hold.
-    """
-
-    decoder: IncrementalDecoder
-    key: object
-    #: Row, which is the shard's place among the sampled ones -> the (node, worker) that sent it; likewise the records.
-    senders: dict[int, tuple[int, int]] = field(default_factory=dict)
-    contents: dict[int, RecordDict] = field(default_factory=dict)
-
-    def add(self, row: int, sender: tuple[int, int], content: RecordDict) -> bool:
-        """Add a reply unless the row has one already; returns whether it was added."""
-        if row in self.senders:
-            return False
-        self.senders[row], self.contents[row] = sender, content
-        self.decoder.add(row)
-        return True
-
-    def gather(self, shards: list[int]) -> Returned | None:
-        """Returns the records of all sampled shards, or None if one has no reply."""
-        vector = self.decoder.vector()
-        if vector is None:
-            return None
-        contents = {shard: self.contents[row] for row, shard in enumerate(shards)}
-        return Returned(contents, vector, tuple(sorted({worker for _, worker in self.senders.values()})))
-
-
-def _no_mean(code: GradientCode, vector: NDArray[Any], filled: int) -> str:
-    """Returns why an estimate is no mean of the shards, or an empty string if it is one."""
-    coverage = code.coverage_of(vector)
-    if coverage.sum() + filled < _MEAN_ENOUGH * (np.abs(coverage).sum() + filled):
-        return f"the best estimate is no mean of the shards (coverage {coverage.min():.2f} to {coverage.max():.2f})"
-    if code.m > 1:
-        shares = code.numbers.shares(vector, code.blocks)
-        mixed = float(np.abs(shares * (1 - np.eye(code.m))).max())
-        if mixed > _MIX_UP:
-            return f"the best estimate mixes up the blocks of the update (by {mixed:.2f})"
-    return ""
+__all__ = ["NO_MOD", "NotFinite", "Rejected", "ReplyCollector", "vectors_of"]
 
 
 def vectors_of(
@@ -286,7 +66,7 @@ def vectors_of(
     if before is None:
         update = np.zeros(0, update_dtype)
     else:
-        _check_layout(reply.layout, before)
+        check_layout(reply.layout, before)
         update = _vector(record, ARRAYS, size_of(reply.layout), update_dtype, m)
     square = None
     if update_dtype.kind == "f":
@@ -294,16 +74,6 @@ def vectors_of(
     elif max(update.max(initial=0), metrics.max(initial=0)) >= P:
         raise ValueError(f"an entry is outside the field 0..{P - 1}")
     return update, metrics, square
-
-
-def _check_layout(layout: Layout, before: ArrayRecord) -> None:
-    for name, dtype, shape in layout:
-        if dtype != "bfloat16" and np.dtype(dtype).kind not in "fiub":
-            raise ValueError(f"array {name!r} has dtype {dtype}; only real numbers can be averaged")
-        if name not in before or tuple(before[name].shape) != shape:
-            raise ValueError(f"array {name!r} with shape {shape} does not match what was sent")
-    if len({name for name, _, _ in layout}) != len(layout):
-        raise ValueError("an array is named twice")
 
 
 def _vector(record: ArrayRecord, name: str, entries: int, dtype: np.dtype[Any], m: int) -> NDArray[Any]:
@@ -331,37 +101,6 @@ def _check_finite(update: NDArray[np.floating], metrics: NDArray[np.floating]) -
     if not math.isfinite(float(metrics[0])):
         raise NotFinite("its number of examples is not finite (NaN or infinity)")
     return square
-
-
-class StaleUpdates:
-    """Remembers the last known update of each block of shards."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[int, ...], StaleUpdate] = {}
-
-    def keep(
-        self, code: GradientCode, shards: Sequence[int], server_round: int, group: ReplyGroup, vector: NDArray[Any]
-    ) -> None:
-        """Remember the updates that were used in a sum."""
-        for worker in np.flatnonzero(vector):
-            block = tuple(shards[j] for j in code.shards_of(int(worker)))
-            # Under sampling, a group sends other shards each round. Older blocks that overlap are out of date.
-            self._known = {known: stale for known, stale in self._known.items() if not set(known) & set(block)}
-            update, metrics = group.updates[int(worker)], group.metrics[int(worker)]
-            self._known[block] = StaleUpdate(block, server_round, update, metrics, group.key)
-
-    def for_missing(
-        self, code: GradientCode, shards: Sequence[int], survivors: Sequence[int], key: object
-    ) -> tuple[StaleUpdate, ...]:
-        """Returns the known updates of groups without survivors, if their names, dtypes and shapes are the same."""
-        there = set(survivors)
-        filling = []
-        for group in code.groups or ():
-            if not there.intersection(group):
-                stale = self._known.get(tuple(shards[j] for j in code.shards_of(group[0])))
-                if stale is not None and stale.key == key:
-                    filling.append(stale)
-        return tuple(filling)
 
 
 NO_MOD = Rejection("no-mod", "no fl-gradcode reply: is gradient_coding_mod among the client's mods?")
@@ -408,6 +147,11 @@ class ReplyCollector:
         copies: Compares what two holders of a shard sent.
         row_of: Returns the row of the code that a reply stands for, or a rejection.
         spare: Whether a second copy of a row is normal, and only not needed; if False, it is rejected.
+        agreed: Layouts with which earlier rounds of the run were decoded.
+        votes: Number of wrong replies that may be among the holders of each shard.
+
+    Attributes:
+        asked: Nodes that were asked in this phase.
     """
 
     def __init__(
@@ -420,7 +164,14 @@ class ReplyCollector:
         row_of: Callable[[Reply], int | Rejection],
         *,
         spare: bool = False,
+        agreed: AgreedLayouts | None = None,
+        votes: int = 0,
     ) -> None:
+        self._votes, self._by_unit = votes, votes > 0 and code.groups is not None and code.m == 1
+        self._rounding: float | None = None
+        self.asked: set[int] = set()
+        self._agreed = AgreedLayouts() if agreed is None else agreed
+        self._unlike_sent: dict[object, str] = {}
         self.plan, self.code, self.before, self.registry, self.copies = plan, code, before, registry, copies
         self._row_of, self._spare = row_of, spare
         self._encoding = payload_encoding(plan.fraction_bits, plan.k)
@@ -442,17 +193,39 @@ class ReplyCollector:
         self.groups: dict[object, ReplyGroup | ReturnedReplies] = {}
         self._contexts: dict[int, tuple[int, str]] = {}
         self._environments: dict[int, tuple[int, str]] = {}
+        #: Worker that shares noise -> what it computes with.
+        self.environments: dict[int, str] = {}
 
     @property
     def best(self) -> ReplyGroup | ReturnedReplies | None:
         """The group of replies that is decodable, else the largest one; None if there is no reply."""
-        return max(self.groups.values(), key=lambda b: (b.decoder.decodable, len(b.decoder.survivors)), default=None)
+        groups = self.groups.values()
+        if len(groups) < 2:
+            return next(iter(groups), None)
+        return max(groups, key=lambda b: (b.decoder.decodable and not self.distrusts(b), len(b.decoder.survivors)))
+
+    def distrusts(self, group: ReplyGroup | ReturnedReplies) -> str:
+        """Returns why the layout of these replies does not count yet, or an empty string if it does."""
+        if self.before is None or group.key in self._agreed or 2 * len(group.workers) > len(self.asked):
+            return ""
+        if group.key not in self._unlike_sent:
+            names = ({*names} for names in group.array_names) if isinstance(group, ReturnedReplies) else ()
+            self._unlike_sent[group.key] = (
+                unlike_sent(group.reply.layout, self.before)
+                if isinstance(group, ReplyGroup)
+                else ""
+                if {*self.before} in names
+                else "the arrays are named otherwise than the server's"
+            )
+        different = self._unlike_sent[group.key]
+        few = f"{len(group.workers)} of the {len(self.asked)} nodes that were asked"
+        return different and f"{different}, in the replies of {few}: such arrays count if most nodes return them"
 
     def read(self, node: int, reply: Message | None, failure: str) -> Rejection | None:
         """Read one reply; returns None if it counts, else the rejection."""
         rejection = Rejection("no-reply", failure or "no reply came") if reply is None else self._examine(node, reply)
         if rejection is not None:
-            self.rejected.append(Rejected(node, self.registry.worker_of(node), rejection))
+            self.rejected.append(Rejected(node, self.registry.named(node), rejection))
             if reply is None or reply.has_error():
                 self.registry.forget(node)
         return rejection
@@ -529,15 +302,23 @@ class ReplyCollector:
         except Exception as error:  # a reply is untrusted input, and must not end the run
             kind: RejectionKind = "not-finite" if isinstance(error, NotFinite) else "layout"
             return Rejection(kind, f"unusable vectors: {last_line(str(error))}")
+        if float(metrics[0]) < 0 and min(map(min, self.plan.rows[reply.worker].coefficients), default=0.0) >= 0:
+            return Rejection("wrong-weight", f"its {self.plan.weight_key!r} is {float(metrics[0]):g}, below zero")
         if wrong := self.copies.wrong_figures(reply, update, square):
             return Rejection("wrong-figures", wrong)
-        self.copies.add(reply, update, metrics, square)
+        apart = self.copies.add(reply, update, metrics, square)
         self._note_spent(reply)
         self.answered.append(reply.worker)
-        key = (reply.layout, tuple((name, length) for name, length, _ in reply.metrics_layout))
-        group = self.groups.setdefault(key, ReplyGroup(self.code.incremental(), reply, key, self._encoding))
+        metrics_names = tuple((name, length) for name, length, _ in reply.metrics_layout)
+        key = (reply.layout, metrics_names, reply.arrays_name, reply.metrics_name)
+        group = self.groups.get(key)
+        if group is None:
+            ballots = Ballots(self._votes + 1, self._vectors_agree) if self._by_unit else None
+            group = self.groups[key] = ReplyGroup(self.code, key, reply, self._encoding, ballots, self._unit_of)
         assert isinstance(group, ReplyGroup)
-        if not group.add(row, (node, reply.worker), reply, update, metrics):
+        if group.add(row, (node, reply.worker), (update, metrics), unlike=(apart or 0.0) > DISAGREEMENT):
+            group.whole &= reply.metrics_layout[0][2]
+        else:
             self.spare_from.add(reply.worker)
         return None
 
@@ -546,16 +327,60 @@ class ReplyCollector:
         content = Reply.remove_from(message.content)
         try:
             key = names_of(content, self.plan.weight_key)
-            self.copies.add_records(reply, content)
+            if self.before is not None:
+                check_records(content, self.before)
+            apart = self.copies.add_records(reply, content)
         except Exception as error:  # a reply is untrusted input, and must not end the run
             kind: RejectionKind = "not-finite" if isinstance(error, NotFiniteRecord) else "layout"
             return Rejection(kind, last_line(str(error)))
         self.answered.append(reply.worker)
-        group = self.groups.setdefault(key, ReturnedReplies(self.code.incremental(), key))
+        array_names = tuple(tuple(record) for record in content.array_records.values())
+        group = self.groups.get(key)
+        if group is None:
+            ballots = Ballots(self._votes + 1, self._records_agree) if self._by_unit else None
+            group = self.groups[key] = ReturnedReplies(self.code, key, array_names, ballots)
         assert isinstance(group, ReturnedReplies)
-        if not group.add(row, (node, reply.worker), content):
+        if not group.add(row, (node, reply.worker), content, unlike=(apart or 0.0) > DISAGREEMENT):
             self.spare_from.add(reply.worker)
         return None
+
+    def leave_out(self, workers: Collection[int], why: str) -> None:
+        """Use nothing of what these workers sent, name them among the rejected, and hear them no more in this run.
+
+        Args:
+            workers: The workers.
+            why: The reason, as a sentence without its full stop.
+        """
+        nodes = {worker: node for group in self.groups.values() for node, worker in group.senders.values()}
+        for group in self.groups.values():
+            group.drop(workers)
+        for worker in sorted(workers):
+            node = nodes.get(worker, self.registry.node_of(worker))
+            self.spare_from.discard(worker)
+            if node is not None and node not in self.registry.quarantined:
+                self.registry.quarantine(node, why)
+                self.rejected.append(Rejected(node, worker, Rejection("wrong-value", why)))
+
+    def _unit_of(self, row: int) -> int:
+        """Returns the number of the group that a row of the code belongs to, or the row itself."""
+        return self.code.order_of([row])[0]
+
+    def _slack(self, weight: float) -> float:
+        """Returns the norm of what rounding the model may change in an update of this weight."""
+        if self._rounding is None:
+            self._rounding = 0.0 if self.before is None else rounding_of(self.before)
+        return abs(weight) * self._rounding
+
+    def _vectors_agree(self, one: tuple[NDArray[Any], NDArray[Any]], other: tuple[NDArray[Any], NDArray[Any]]) -> bool:
+        mine, its = (float(self._encoding.restored(self._numbers(metrics))[0]) for _, metrics in (one, other))
+        return math.isclose(mine, its, rel_tol=DISAGREEMENT) and vectors_agree(one[0], other[0], self._slack(mine))
+
+    def _records_agree(self, one: RecordDict, other: RecordDict) -> bool:
+        return records_agree(one, other, self.plan.weight_key, self.before, self._slack(1.0))
+
+    def _numbers(self, metrics: NDArray[Any]) -> NDArray[Any]:
+        bits = self.plan.fraction_bits
+        return metrics if bits is None else metrics / 2.0**bits
 
     def _misnamed(self, reply: Reply) -> str:
         """Returns what is wrong with the names of a reply's records and metrics, or an empty string."""
@@ -577,6 +402,7 @@ class ReplyCollector:
             if first != bound:
                 self.other_requests[shard] = (holder, reply.worker)
             if bound:  # shared noise
+                self.environments[reply.worker] = reply.environment
                 other, known = self._environments.setdefault(shard, (reply.worker, reply.environment))
                 if known.partition(";")[0] != reply.environment.partition(";")[0]:
                     self.other_environments[shard] = ((other, known), (reply.worker, reply.environment))

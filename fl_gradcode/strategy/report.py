@@ -16,7 +16,7 @@ from ..privacy import RunAccount
 from ..protocol import report_key, wire_dtype
 from ..runlog import CodeLine, FilledIn, JobLine, Late, Outcome, PhaseRow, PhaseSeconds, Rejected, RoundRow
 from .phase import Phase
-from .replies import Decoded, Returned
+from .reply_groups import Decoded, Returned
 
 __all__ = ["figures", "new_row", "phase_row", "why_undecodable"]
 

@@ -25,12 +25,13 @@ from ..privacy import RunAccount
 from ..roster import Holdings, WorkerRegistry
 from ..runlog import PhaseRow, RoundRow
 from . import report
-from .app_checks import broken_promises, refuse_unsuitable
+from .app_checks import broken_promises, odd_ones_out, refuse_unsuitable
 from .checkpoint import Saved
+from .layouts import AgreedLayouts
 from .options import Adaptive, Coded, Options, Shards
-from .phase import Phase
+from .phase import Phase, Scrutiny
 from .plan_messages import MessageFactory, make_plan, time_to_live
-from .replies import Noise, StaleUpdates
+from .reply_groups import Noise, StaleUpdates
 from .resume import RunKeeper
 from .round_mode import FixedMode, ModeChooser, RoundMode
 from .stop_rules import open_phase
@@ -96,6 +97,7 @@ class Run:
         self._trained: set[int] = set()  # shards of which there should be copies that agree
         self._rounds_trained = 0
         self._replicas: tuple[GradientCode, bool] | None = None  # a code, and whether several workers compute a shard
+        self._agreed = AgreedLayouts()
         self._ever_decoded = self._resumed = False
         self._without_model = 0  # rounds in succession
         self._told: GradientCode | None = None  # the code whose holders the ledger lists
@@ -114,6 +116,11 @@ class Run:
             holders = np.count_nonzero(code.B if code.m == 1 else code.B.any(axis=2), axis=0)
             self._replicas = code, bool(holders.max(initial=0) > 1)
         return self._replicas[1]
+
+    @property
+    def _tolerance(self) -> int:
+        """Number of nodes that may be missing."""
+        return self.code.s - 2 * self.options.votes
 
     # Beginning and resuming
 
@@ -182,7 +189,7 @@ class Run:
             wait_for_nodes(
                 grid,
                 len(self.code.active),
-                self.code.s,
+                self._tolerance,
                 self.options.node_timeout if source.late_nodes else 0.0,
                 settled=SETTLED if source.fixed_nodes else math.inf,
                 surplus=not source.fixed_nodes,
@@ -236,7 +243,8 @@ class Run:
         arrays_key = arrays_key_of(self.strategy, content, several=as_returned) if kind == "train" else ""
         account = self.account if arrays_key else None
         mixes = mode.send == "coded" and (code.groups is None or code.m > 1)
-        compares = self._has_replicas(mode.code) and not options.independent
+        by_code = options.votes > 0 and mixes  # then the code itself says which replies are wrong
+        compares = self._has_replicas(mode.code) and not options.independent and not by_code
         plan = make_plan(
             code,
             shards,
@@ -265,8 +273,7 @@ class Run:
             shards,
             before,
             self.registry.copy(),
-            self._comparisons,
-            compares=compares,
+            Scrutiny(self._comparisons, compares, self._agreed, options.votes),
             kappa_max=kappa_max,
         )
 
@@ -278,7 +285,7 @@ class Run:
             phase.registry.keep(nodes)
             return phase.hopeless([node for node in nodes if node not in phase.registry.quarantined])
 
-        nodes = nodes_of_a_phase(grid, len(self.code.active), self.code.s, self._outage_timeout, hopeless)
+        nodes = nodes_of_a_phase(grid, len(self.code.active), self._tolerance, self._outage_timeout, hopeless)
         phase.registry.keep(nodes)
         if isinstance(grid, EarlyStopGrid):
             phase.registry.learn_from_engine(grid.source.known_workers())
@@ -294,9 +301,10 @@ class Run:
         if not phase.collected:  # another loop drives the strategy, on a grid without stop rules
             for reply in replies:
                 phase.offer(Arrival("", reply.metadata.src_node_id, 0.0), reply, 0.0)
-        self.registry = phase.registry  # the phase has updated its copy
         kind = phase.plan.kind
         began = time.perf_counter()
+        phase.settle()
+        self.registry = phase.registry  # the phase has updated its copy
         apart = self._apart(phase)
         if apart and self.options.on_disagreement != "warn":
             decoded = None
@@ -310,6 +318,11 @@ class Run:
         refuse_unsuitable(phase.replies, ever_decoded=self._ever_decoded)
         for key, text in broken_promises(phase.replies):
             self._warn_once(key, text)
+        for worker in odd_ones_out(phase.replies):
+            node = self.registry.node_of(worker)
+            if node is not None:
+                self.registry.quarantine(node, "it computes with another device or version than most")
+        self._tell_quarantined()
         self._verified(phase)
         phase.copies.close(used=decoded is not None)
         if decoded is None:
@@ -339,7 +352,11 @@ class Run:
         """
         policy, replies = self.options.on_disagreement, phase.replies
         training = phase.plan.kind == "train"  # metrics of evaluations may differ, as times do
-        now = [*phase.copies.disagreements.values()] if training else []
+        blamed = phase.copies.to_blame() if training else frozenset()
+        if blamed:  # they are left out, and the others agree
+            first, *_ = phase.copies.disagreements.values()
+            self._warn_once("apart", first.sentences(stateful=replies.stateful, alike=phase.copies.alike))
+        now = phase.copies.left_by(blamed) if training else []
         late = phase.late_disagreements
         if not now and not late:
             return ""
@@ -365,7 +382,7 @@ class Run:
             return
         compared = self._comparisons
         compared.close(phase.copies, most=phase.most_verifying, waited=phase.verifying)
-        if phase.compares and phase.decided:
+        if phase.scrutiny.compares and phase.decided:
             self._trained |= shards_of_several(phase.plan)
         self._rounds_trained += 1
         if compared.over and self._rounds_trained >= self.options.verify + _LATER:
@@ -455,6 +472,8 @@ class Run:
             if everybody is not None and everybody.decodable([i for i in everybody.active if i in there]):
                 there = [*holdings.told]
         code = holdings.code(there)
+        if code is not None and not self._fits(code):
+            code = None
         if code is not None and (code.B.shape != self.code.B.shape or (code.B != self.code.B).any()):
             self.code = code
             self.modes = self._mode_chooser(code)
@@ -462,6 +481,15 @@ class Run:
                 self.account.follow(code)
             _log.info("The code is built again for workers %s: %r.", [*code.active], code)
         self._tell_lacking(holdings, there)
+
+    def _fits(self, code: GradientCode) -> bool:
+        """Returns whether the settings of the run fit a code that was built again; warns once if not."""
+        try:
+            self.options.check_code(code)
+        except InvalidSetting as error:
+            self._warn_once(f"code {error}", f"The code is not built again for the nodes that are there: {error}")
+            return False
+        return True
 
     def _tell_lacking(self, holdings: Holdings, workers: list[int] | None) -> None:
         """Warn of shards that lack holders, unless the last warning was the same."""
@@ -481,6 +509,13 @@ class Run:
             which,
             its,
         )
+
+    def _tell_quarantined(self) -> None:
+        """Warn of nodes that are left out from now on, once each."""
+        for node, why in self.registry.quarantined.items():
+            worker = self.registry.named(node)
+            who = f"Node {node}" if worker is None else f"Worker {worker} (node {node})"
+            self._warn_once(f"quarantined {node}", f"{who} is left out from now on: {why}.")
 
     def _warn_once(self, key: str, text: str) -> None:
         if key not in self._warned:

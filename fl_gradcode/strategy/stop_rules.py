@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from flwr.app import ArrayRecord, Message
 
 from ..codes import GradientCode, IncrementalDecoder, may_cover, uncoded
-from ..copies import Comparisons
 from ..grid import Arrival
 from ..planning import ShardQueue, turns_of
 from ..protocol import Plan, Rejection, Reply, Row
 from ..roster import WorkerRegistry
-from .phase import Phase
+from .phase import Phase, Scrutiny
 from .plan_messages import MessageFactory, whole_shard
 from .round_mode import RoundMode
 
@@ -38,9 +38,8 @@ def open_phase(
     shards: Sequence[int],
     before: ArrayRecord | None,
     registry: WorkerRegistry,
-    comparisons: Comparisons,
+    scrutiny: Scrutiny,
     *,
-    compares: bool,
     kappa_max: float,
 ) -> Phase:
     """Returns a phase that dispatches its work in the round's mode.
@@ -52,13 +51,12 @@ def open_phase(
         shards: The sampled shards, ascending.
         before: The arrays that are sent; None when evaluating.
         registry: Which node is which worker.
-        comparisons: Compares the copies of the run's shards.
-        compares: Whether the copies of a shard should agree in this phase.
+        scrutiny: What the replies are held against.
         kappa_max: Noise amplification above which to wait for further replies; see `Coded`.
     """
     if mode.send == "shards":
-        return ShardPhase(factory, shards, before, registry, comparisons, compares=compares, patience=mode.patience)
-    return CodedPhase(factory, code, shards, before, registry, comparisons, compares=compares, kappa_max=kappa_max)
+        return ShardPhase(factory, shards, before, registry, scrutiny, patience=mode.patience)
+    return CodedPhase(factory, code, shards, before, registry, scrutiny, kappa_max=kappa_max)
 
 
 class CodedPhase(Phase):
@@ -70,8 +68,7 @@ class CodedPhase(Phase):
         shards: The sampled shards, ascending.
         before: The arrays that were sent; None when evaluating.
         registry: Which node is which worker.
-        comparisons: Compares the copies of the run's shards.
-        compares: Whether the copies of a shard should agree in this phase.
+        scrutiny: What the replies are held against.
         kappa_max: Wait for further replies while decoding would amplify noise by more than this factor.
     """
 
@@ -82,9 +79,8 @@ class CodedPhase(Phase):
         shards: Sequence[int],
         before: ArrayRecord | None,
         registry: WorkerRegistry,
-        comparisons: Comparisons,
+        scrutiny: Scrutiny,
         *,
-        compares: bool = True,
         kappa_max: float = float("inf"),
     ) -> None:
         plan = factory.plan
@@ -94,14 +90,14 @@ class CodedPhase(Phase):
             shards,
             before,
             registry,
-            comparisons,
-            compares=compares,
+            scrutiny,
             row_of=_coded_row(plan),
             first_rows=plan.rows,
             spare=False,
         )
         self._kappa_max = kappa_max
         self._participants = {i for i, row in plan.rows.items() if row.shards}
+        self._by_unit = self.votes > 0 and code.groups is not None
         self._trial: IncrementalDecoder | None = None
 
     def enough(self, decoder: IncrementalDecoder) -> bool:
@@ -110,6 +106,8 @@ class CodedPhase(Phase):
         For a code that promises no exact sum, n - s replies are also enough.
         """
         if decoder.decodable:
+            if self.votes and not self._by_unit:
+                return len(self._participants) - len(decoder.survivors) <= self.tolerance
             if self._kappa_max == float("inf"):
                 return True
             vector = decoder.vector()
@@ -118,7 +116,7 @@ class CodedPhase(Phase):
 
     def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
         """Returns the replies that complete the sum, and then those that are second copies."""
-        if self.decided:
+        if self.decided or self.distrusted or self._by_unit:
             return list(arrivals)  # the phase waits on, to compare what comes
         worker_of = {arrival.token: self.registry.worker_of(arrival.node) for arrival in arrivals}
         if None in worker_of.values():
@@ -161,7 +159,7 @@ class CodedPhase(Phase):
         decoders = [group.decoder for group in replies.groups.values()] or [self.code.incremental()]
         for decoder in decoders:
             silent = len(self._participants - known - set(decoder.survivors)) - min(strangers, len(missing))
-            if silent <= self.code.s:
+            if silent <= self.tolerance:
                 return False  # the code guarantees to decode
         if not self.code.exact:
             return True
@@ -191,8 +189,7 @@ class ShardPhase(Phase):
         shards: The sampled shards, ascending.
         before: The arrays that were sent; None when evaluating.
         registry: Which node is which worker.
-        comparisons: Compares the copies of the run's shards.
-        compares: Whether the copies of a shard should agree in this phase.
+        scrutiny: What the replies are held against.
         patience: Relative time until a second copy of a shard is requested; see `Shards`.
     """
 
@@ -202,9 +199,8 @@ class ShardPhase(Phase):
         shards: Sequence[int],
         before: ArrayRecord | None,
         registry: WorkerRegistry,
-        comparisons: Comparisons,
+        scrutiny: Scrutiny,
         *,
-        compares: bool = True,
         patience: float = 0.0,
     ) -> None:
         plan = factory.plan
@@ -215,15 +211,14 @@ class ShardPhase(Phase):
             shards,
             before,
             registry,
-            comparisons,
-            compares=compares,
+            scrutiny,
             row_of=_shard_row(plan, shards),
             first_rows={worker: whole_shard(mine[0]) if mine else Row((), ()) for worker, mine in turns.items()},
             spare=True,
         )
         self._row = {shard: row for row, shard in enumerate(shards)}
         self._turns = {worker: mine for worker, mine in turns.items() if mine}
-        self._queue = ShardQueue(self._turns, patience)
+        self._queue = ShardQueue(self._turns, 0.0 if self.votes else patience)
         self._unread: dict[str, int] = {}  # token -> shard
         self._sent: dict[int, set[int]] = {}  # node -> shards whose copy came from it
         self._failed: set[int] = set()  # nodes
@@ -267,7 +262,7 @@ class ShardPhase(Phase):
 
     def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
         """Returns the first copy of each shard, once all have one, and then second copies."""
-        if self.decided:
+        if self.decided or self.distrusted or self.votes:
             return list(arrivals)  # the phase waits on, to compare what comes
         if any(arrival.token not in self._unread for arrival in arrivals):
             return list(arrivals)  # only reading these replies tells which shards they hold
@@ -285,10 +280,10 @@ class ShardPhase(Phase):
         _, strangers = _known_of(able, self.registry)
         possible = self._covered()
         for node in able:
-            worker = self.registry.worker_of(node)
-            mine = () if worker is None else self._turns.get(worker, ())
-            possible.update(set(mine) - self._sent.get(node, set()))
+            possible.update(self._shards_of(node) - self._sent.get(node, set()))
         missing = [set(self._turns[i]) for i in self.registry.missing(self._turns)]
+        if self.votes:
+            return self._lacks_votes(able, strangers)
         return not may_cover(set(self._row) - possible, missing, min(strangers, len(missing)))
 
     def longest_linger(self, seconds: float) -> float:
@@ -318,11 +313,27 @@ class ShardPhase(Phase):
     def _done(self) -> set[int]:
         """Returns the shards whose update is in the group of replies that counts."""
         best = self.replies.best
-        rows = best.senders if best else {}
+        rows = best.copies if best else {}
         return {shard for shard, row in self._row.items() if row in rows}
 
     def _covered(self) -> set[int]:
-        return self._done().union(self._unread.values())
+        return self._done() if self.votes else self._done().union(self._unread.values())
+
+    def _shards_of(self, node: int) -> set[int]:
+        """Returns the sampled shards that a node holds, as far as it is known."""
+        worker = self.registry.worker_of(node)
+        return set() if worker is None else {*self._turns.get(worker, ())}
+
+    def _lacks_votes(self, able: Sequence[int], strangers: int) -> bool:
+        """Returns whether some shard cannot get enough equal copies any more."""
+        best = self.replies.best
+        ballots = None if best is None else best.ballots
+        left = Counter(shard for node in able for shard in self._shards_of(node) - self._sent.get(node, set()))
+        left.update(self._unread.values())
+        return any(
+            (0 if ballots is None else ballots.most_equal(row)) + left[shard] + strangers <= self.votes
+            for shard, row in self._row.items()
+        )
 
 
 def _coded_row(plan: Plan) -> Callable[[Reply], int | Rejection]:

@@ -17,7 +17,7 @@ from ..errors import IncompatibleStrategy
 from ..grid import ForwardingGrid
 from ..protocol import restore_types
 from .options import Options
-from .replies import Decoded, Returned
+from .reply_groups import Decoded, Returned
 
 __all__ = [
     "PRIVACY_WRAPPERS",

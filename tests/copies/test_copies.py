@@ -371,7 +371,7 @@ def test_a_resumed_run_does_not_verify_anew(tmp_path: Path) -> None:
 
 def test_skipping_does_not_wait_for_ever_for_holders_that_are_gone() -> None:
     gone = Law("", lambda seed, worker, tick: 1.0 if worker in (0, 1) or tick < 4 else float("inf"))
-    app = app_of(lambda context: DATA[int(context.node_config["partition-id"])] * (1 + context.node_id % 3))
+    app = app_of(lambda context: DATA[int(context.node_config["partition-id"])] * (1 + context.node_id % 1009))
     strategy, _ = start(
         app, fractional_repetition(6, 2), rounds=8, latency=gone, on_disagreement="skip", give_up_rounds=None
     )

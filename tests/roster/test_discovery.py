@@ -103,6 +103,7 @@ def test_holders_with_other_data_do_not_count() -> None:
     assert tie.holders()[0] == [] and tie.wrong() == {1: [0], 2: [0]} and tie.code() is None
     tie.learn(3, {0: "x"})
     assert tie.holders()[0] == [2, 3] and tie.changes() == []
+    tie.begin()
     tie.learn(4, {0: "y"})  # of a tie, what was right stays right
     assert tie.holders()[0] == [2, 3] and tie.changes() == []
     manifest = Holdings(Discovered(k=1, s=0), {0: "x"})
@@ -277,6 +278,7 @@ def test_fewer_holders_than_wished_for_are_a_warning(caplog: pytest.LogCaptureFi
 def test_the_vote_of_a_worker_ends_when_it_leaves_and_its_shards_are_forgotten() -> None:
     found = Holdings(Discovered(k=1, s=0))
     found.follow({1: {0: "x"}, 2: {0: "x"}, 3: {0: "y"}})
+    found.begin()
     assert found.holders()[0] == [1, 2] and found.changes() == []
     found.follow({2: {0: "x"}, 3: {0: "y"}})
     assert found.holders()[0] == [1, 2] and found.changes() == []  # a tie

@@ -154,7 +154,8 @@ def _records_as_returned() -> dict[str, float]:
         assert strategy._run is not None and strategy._run.phase is not None
         phase = strategy._run.phase
         replies = []
-        for worker, message in enumerate(messages):
+        for message in messages:
+            worker = grid.known_workers()[message.metadata.dst_node_id]
             plan = phase.plan
             told = Reply(plan.run, plan.round, plan.kind, worker, "returned", shards=(worker,))
             replies.append(_returned(message, worker, **told.content()))

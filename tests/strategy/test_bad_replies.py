@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -130,7 +131,7 @@ def test_a_wrong_dtype_that_comes_first_does_not_shut_out_the_others() -> None:
         result, rows = run(code, lie)
         assert relative(result.arrays, expected.arrays) < 1e-6
         reasons = [one["reason"] for row in rows for one in row["train"]["rejected"]]
-        assert any("is float64 of shape [3, 2], and most other replies' is float32" in reason for reason in reasons)
+        assert any(re.search("is float64 of shape|differs from the one on which", reason) for reason in reasons)
 
 
 def test_a_bad_reply_under_an_uncoded_round_skips_it() -> None:

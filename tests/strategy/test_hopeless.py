@@ -18,7 +18,7 @@ from fl_gradcode.codes.covering import may_cover
 from fl_gradcode.copies import Comparisons
 from fl_gradcode.roster import WorkerRegistry
 from fl_gradcode.strategy.options import Options, send_of
-from fl_gradcode.strategy.phase import Phase
+from fl_gradcode.strategy.phase import Phase, Scrutiny
 from fl_gradcode.strategy.plan_messages import MessageFactory, make_plan
 from fl_gradcode.strategy.run import mode_chooser
 from fl_gradcode.strategy.stop_rules import open_phase
@@ -55,8 +55,7 @@ def phase(code: GradientCode, registry: WorkerRegistry, send: Any) -> Phase:
         range(code.k),
         None,
         registry,
-        Comparisons(0),
-        compares=True,
+        Scrutiny(Comparisons(0)),
         kappa_max=float("inf"),
     )
 

@@ -1,0 +1,336 @@
+"""Groups of replies that can be added up, and their sum: the decoded mean, or the records of all shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
+from numpy.typing import NDArray
+
+from ..codes import GradientCode, IncrementalDecoder, PrimeField
+from ..copies import Ballots
+from ..protocol import Layout, PayloadEncoding, Reply, counters_in, rebuild_arrays, rebuild_metrics
+
+__all__ = ["Decoded", "Noise", "ReplyGroup", "Returned", "ReturnedReplies", "StaleUpdate", "StaleUpdates"]
+
+T = TypeVar("T")
+
+# An estimate must still be close to a mean. The least-squares vector of a code with signs may subtract shards, and
+# dividing by the small remaining weight would throw the model far off.
+_MEAN_ENOUGH = 0.8
+# For m > 1, an estimate may also put one block of the update in the place of another.
+_MIX_UP = 0.1
+
+
+@dataclass(frozen=True)
+class StaleUpdate:
+    """The contribution of some shards to an earlier round, which can fill in for them later.
+
+    Attributes:
+        shards: The shards, ascending.
+        round: The round that the update is from.
+        update: Coded update of the shards.
+        metrics: Coded metrics of the shards.
+        key: Layout of the arrays and metrics.
+    """
+
+    shards: tuple[int, ...]
+    round: int
+    update: NDArray[Any]
+    metrics: NDArray[Any]
+    key: object
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Noise that is added to a decoded sum on the server.
+
+    Attributes:
+        weight: Divisor of the sum. It replaces the decoded weight, which would reveal something about the data.
+        add_to: Returns the sum with noise, shape (d,), float64, and zeros where counters lie. The privacy account is
+            charged before noise is drawn.
+    """
+
+    weight: float
+    add_to: Callable[[NDArray[Any], Sequence[slice]], NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The decoded result of a phase.
+
+    Attributes:
+        arrays: Mean of the clients' arrays; None when evaluating.
+        metrics: Total weight and mean metrics.
+        layout: Names, dtypes and shapes of the arrays that `train()` returned.
+        names: The user's names of the ArrayRecord and the MetricRecord.
+        vector: The decoding vector, shape (n,) or (n, m).
+        used: Workers whose replies were used, ascending.
+        stale: Earlier updates that filled in for missing shards.
+    """
+
+    arrays: ArrayRecord | None
+    metrics: MetricRecord
+    layout: Layout
+    names: tuple[str, str]
+    vector: NDArray[Any]
+    used: tuple[int, ...]
+    stale: tuple[StaleUpdate, ...] = ()
+
+
+class HeldReplies(Generic[T]):
+    """Replies with the same layout, by the row of the code that they stand for.
+
+    The first copy for a row is used. With ballots, it is the first one on which enough senders agree.
+
+    Args:
+        code: The code by which replies add up.
+        key: Layout of the arrays and metrics, or names of the records and of what they hold.
+        ballots: Counts equal copies of each unit; None to take the first.
+        unit_of: Returns the unit of a row: its group, if the code has groups, or the row itself.
+
+    Attributes:
+        key: See above.
+        decoder: Tracks whether the rows that count are decodable.
+        senders: Row -> the (node, worker) that sent it.
+        copies: Row -> what was sent, for the rows that count.
+        workers: Workers with a good reply.
+    """
+
+    def __init__(
+        self,
+        code: GradientCode,
+        key: object,
+        ballots: Ballots[T] | None = None,
+        unit_of: Callable[[int], int] | None = None,
+    ) -> None:
+        self.key, self.ballots = key, ballots
+        self.decoder = code.incremental()
+        self.senders: dict[int, tuple[int, int]] = {}
+        self.copies: dict[int, T] = {}
+        self.workers: set[int] = set()
+        self._unit_of = unit_of or (lambda row: row)
+        self._others: dict[int, list[tuple[tuple[int, int], T]]] = {}
+
+    def add(self, row: int, sender: tuple[int, int], copy: T, *, unlike: bool = False) -> bool:
+        """Add a reply; returns whether it may be used, or is only a further copy.
+
+        Args:
+            row: Row of the code.
+            sender: Node and worker that sent it.
+            copy: What was sent.
+            unlike: Whether it differs from another copy of the same shards, so that it is kept beside the first.
+        """
+        self.workers.add(sender[1])
+        if self.ballots is not None:
+            return self._vote(self.ballots, row, sender, copy)
+        if row in self.senders:
+            if unlike:
+                self._others.setdefault(row, []).append((sender, copy))
+            return False
+        self._use(row, sender, copy)
+        return True
+
+    def drop(self, workers: Collection[int]) -> None:
+        """Use nothing that these workers sent; another copy of the same row takes its place if there is one."""
+        code, rows = self.decoder.code, [*self.decoder.survivors]
+        wrong = {row for row in rows if self.senders[row][1] in workers}
+        if not wrong:
+            return
+        self.decoder = IncrementalDecoder(code)
+        for row in wrong:
+            del self.senders[row], self.copies[row]
+            others = [other for other in self._others.get(row, ()) if other[0][1] not in workers]
+            if others:
+                self.senders[row], self.copies[row] = others[0]
+        self.decoder.update([row for row in rows if row in self.copies])
+
+    def _vote(self, ballots: Ballots[T], row: int, sender: tuple[int, int], copy: T) -> bool:
+        unit = self._unit_of(row)
+        self.senders.setdefault(row, sender)
+        decided = ballots.add(unit, row, sender, copy)
+        if decided:
+            (first, its), winner = ballots.winner(unit)
+            self._use(first, its, winner)
+        return decided
+
+    def _use(self, row: int, sender: tuple[int, int], copy: T) -> None:
+        self.senders[row], self.copies[row] = sender, copy
+        self.decoder.add(row)
+
+
+class ReplyGroup(HeldReplies[tuple[NDArray[Any], NDArray[Any]]]):
+    """Coded updates and coded metrics with the same layout, which can be added up.
+
+    Args:
+        code: The code by which replies add up.
+        key: Layout of the arrays and metrics.
+        reply: The first reply of the group.
+        encoding: Encoding of the payload.
+        ballots: Counts equal copies; None to take the first.
+        unit_of: Returns the unit of a row.
+
+    Attributes:
+        reply, encoding: See above.
+        whole: Whether the weights of all replies are whole numbers.
+    """
+
+    def __init__(
+        self,
+        code: GradientCode,
+        key: object,
+        reply: Reply,
+        encoding: PayloadEncoding,
+        ballots: Ballots[tuple[NDArray[Any], NDArray[Any]]] | None = None,
+        unit_of: Callable[[int], int] | None = None,
+    ) -> None:
+        super().__init__(code, key, ballots, unit_of)
+        self.reply, self.encoding = reply, encoding
+        self.whole = True
+
+    def decode(
+        self,
+        code: GradientCode,
+        vector: NDArray[Any],
+        before: ArrayRecord | None,
+        stale: Sequence[StaleUpdate] = (),
+        noise: Noise | None = None,
+    ) -> Decoded | str:
+        """Returns the decoded mean, or a string that says why there is none.
+
+        Args:
+            code: The code by which the replies add up.
+            vector: The decoding vector, shape (n,) or (n, m).
+            before: The arrays that training started from; None when evaluating.
+            stale: Earlier updates that fill in for missing groups.
+            noise: Noise that is added to the sum before it is used.
+        """
+        rows = vector.reshape(code.n, -1)
+        used = tuple(int(i) for i in np.flatnonzero(rows.any(axis=1)))
+        wrong = _no_mean(code, vector, sum(len(old.shards) for old in stale))
+        if wrong or not used:
+            return wrong or "nothing that could be added up came in"
+        # Stale updates come last, so that an exact sum has the same bits with and without them.
+        coefficients = np.concatenate([rows[list(used)], np.ones((len(stale), code.m), rows.dtype)])
+        order = [*code.order_of(used), *range(code.n, code.n + len(stale))]
+        (weight_key, _, _), *_ = self.reply.metrics_layout
+        vectors = [*(self.copies[i][1] for i in used), *(old.metrics for old in stale)]
+        # Metrics are never divided into m blocks: their first column of coefficients decodes them.
+        metrics = self.encoding.restored(code.numbers.decode(vectors, coefficients[:, :1], order=order))
+        if not 0 < metrics[0] < np.inf:
+            return f"the decoded {weight_key!r} is {metrics[0]:g}, and a mean needs a positive, finite one"
+        weight, record = rebuild_metrics(self.reply.metrics_layout, metrics, whole=self.whole)
+        arrays = None
+        if before is not None:
+            vectors = [*(self.copies[i][0] for i in used), *(old.update for old in stale)]
+            pieces: Iterable[NDArray[Any]]
+            if noise is None and isinstance(code.numbers, PrimeField):
+                pieces = code.numbers.decode_in_pieces(vectors, coefficients)
+            else:
+                total = code.numbers.decode(vectors, coefficients, order=order)
+                if noise is not None:
+                    total, weight = noise.add_to(total, [*counters_in(self.reply.layout)]), noise.weight
+                pieces = [total]
+                del total
+            try:
+                arrays = rebuild_arrays(self.reply.layout, before, pieces, weight)
+            except OverflowError as error:
+                return str(error)
+        names = (self.reply.arrays_name, self.reply.metrics_name)
+        workers = tuple(sorted({self.senders[row][1] for row in used}))
+        return Decoded(arrays, record, self.reply.layout, names, vector, workers, tuple(stale))
+
+
+@dataclass(frozen=True)
+class Returned:
+    """The records of all sampled shards.
+
+    Attributes:
+        contents: Shard -> the records that the function returned.
+        vector: The decoding vector over the sampled shards, all ones.
+        used: Workers whose replies were used, ascending.
+    """
+
+    contents: Mapping[int, RecordDict]
+    vector: NDArray[Any]
+    used: tuple[int, ...]
+
+
+class ReturnedReplies(HeldReplies[RecordDict]):
+    """Replies whose records have the same names, by the shard's place among the sampled ones.
+
+    Args:
+        code: The uncoded code over the sampled shards.
+        key: Names of the records and of what they hold.
+        array_names: Names of the arrays in each ArrayRecord.
+        ballots: Counts equal copies; None to take the first.
+
+    Attributes:
+        array_names: See above.
+    """
+
+    def __init__(
+        self,
+        code: GradientCode,
+        key: object,
+        array_names: tuple[tuple[str, ...], ...],
+        ballots: Ballots[RecordDict] | None = None,
+    ) -> None:
+        super().__init__(code, key, ballots)
+        self.array_names = array_names
+
+    def gather(self, shards: list[int]) -> Returned | None:
+        """Returns the records of all sampled shards, or None if one has no reply."""
+        vector = self.decoder.vector()
+        if vector is None:
+            return None
+        contents = {shard: self.copies[row] for row, shard in enumerate(shards)}
+        used = {self.senders[row][1] for row in range(len(shards))}
+        return Returned(contents, vector, tuple(sorted(used)))
+
+
+def _no_mean(code: GradientCode, vector: NDArray[Any], filled: int) -> str:
+    """Returns why an estimate is no mean of the shards, or an empty string if it is one."""
+    coverage = code.coverage_of(vector)
+    if coverage.sum() + filled < _MEAN_ENOUGH * (np.abs(coverage).sum() + filled):
+        return f"the best estimate is no mean of the shards (coverage {coverage.min():.2f} to {coverage.max():.2f})"
+    if code.m > 1:
+        shares = code.numbers.shares(vector, code.blocks)
+        mixed = float(np.abs(shares * (1 - np.eye(code.m))).max())
+        if mixed > _MIX_UP:
+            return f"the best estimate mixes up the blocks of the update (by {mixed:.2f})"
+    return ""
+
+
+class StaleUpdates:
+    """Remembers the last known update of each block of shards."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, ...], StaleUpdate] = {}
+
+    def keep(
+        self, code: GradientCode, shards: Sequence[int], server_round: int, group: ReplyGroup, vector: NDArray[Any]
+    ) -> None:
+        """Remember the updates that were used in a sum."""
+        for worker in np.flatnonzero(vector):
+            block = tuple(shards[j] for j in code.shards_of(int(worker)))
+            # Under sampling, a group sends other shards each round. Older blocks that overlap are out of date.
+            self._known = {known: stale for known, stale in self._known.items() if not set(known) & set(block)}
+            update, metrics = group.copies[int(worker)]
+            self._known[block] = StaleUpdate(block, server_round, update, metrics, group.key)
+
+    def for_missing(
+        self, code: GradientCode, shards: Sequence[int], survivors: Sequence[int], key: object
+    ) -> tuple[StaleUpdate, ...]:
+        """Returns the known updates of groups without survivors, if their names, dtypes and shapes are the same."""
+        there = set(survivors)
+        filling = []
+        for group in code.groups or ():
+            if not there.intersection(group):
+                stale = self._known.get(tuple(shards[j] for j in code.shards_of(group[0])))
+                if stale is not None and stale.key == key:
+                    filling.append(stale)
+        return tuple(filling)
