@@ -44,6 +44,7 @@ class WorkerRegistry:
         self._speaker: dict[int, _Speaker] = {}
         self._first: dict[int, int] = {}  # worker -> the node that it was first, as long as that node is listed
         self._engine: dict[int, int] = {}  # node -> worker, as the engine knows it
+        self._was: dict[int, int] = {}  # node that is listed and whose replies count no more -> the worker that it was
 
     def copy(self) -> WorkerRegistry:
         """Returns a registry with the same knowledge, for use in a new phase."""
@@ -54,6 +55,7 @@ class WorkerRegistry:
         other._speaker = dict(self._speaker)
         other._first = dict(self._first)
         other._engine = dict(self._engine)
+        other._was = dict(self._was)
         other._named = dict(self._worker)
         return other
 
@@ -76,8 +78,9 @@ class WorkerRegistry:
         """Take over which node is which worker from an engine that knows it; no node can claim otherwise."""
         self._engine.update(workers)
         for node, worker in workers.items():
-            self._worker[node] = worker
             self._named.setdefault(node, worker)
+            if node not in self.quarantined:
+                self._worker[node] = worker
 
     def forget(self, node: int) -> None:
         """Forget a node that failed: it may return as another worker, so its next message holds the whole plan."""
@@ -95,9 +98,16 @@ class WorkerRegistry:
         self.quarantined[node] = why
         self.holdings.pop(node, None)
         worker = self._worker.pop(node, None)
+        if worker is not None:
+            self._was[node] = worker
         if worker is not None and self._speaker.get(worker, _Speaker(-1, 0)).node == node:
             del self._speaker[worker]
         self._first = {worker: first for worker, first in self._first.items() if first != node}
+
+    @property
+    def silenced(self) -> set[int]:
+        """Workers whose node is there and whose replies count no more."""
+        return {*self._was.values()} - {*self._worker.values()}
 
     def claim(self, node: int, worker: int, server_round: int) -> Rejection | None:
         """Record that a node answers as `worker`; returns None if it may, else the rejection of its reply.
@@ -140,6 +150,7 @@ class WorkerRegistry:
         self._worker = {node: worker for node, worker in self._worker.items() if node in listed}
         self._speaker = {worker: one for worker, one in self._speaker.items() if one.node in listed}
         self._first = {worker: node for worker, node in self._first.items() if node in listed}
+        self._was = {node: worker for node, worker in self._was.items() if node in listed}
         self.holdings = {node: shards for node, shards in self.holdings.items() if node in listed}
 
     def learn_from(self, node: int, message: Message | None, *, run: str) -> None:

@@ -269,7 +269,7 @@ class Phase(StopRule):
             self.code,
             [group.copies[i] for i in there],
             there,
-            self.votes,
+            self.liars_left,
             lambda size: random.integers(0, P, size),
         )
 
@@ -279,7 +279,13 @@ class Phase(StopRule):
     @property
     def tolerance(self) -> int:
         """Number of workers that may be missing: s, less two for each wrong reply that must be located."""
-        return self.code.s - 2 * self.votes
+        return self.code.s - 2 * self.liars_left
+
+    @property
+    def liars_left(self) -> int:
+        """Number of wrong replies that may still be among the holders of a shard, besides those that are known."""
+        known = sum(bool(self.plan.rows[worker].shards) for worker in self.registry.silenced & self.plan.rows.keys())
+        return max(0, self.votes - known)
 
     def decode(
         self,

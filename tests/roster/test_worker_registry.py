@@ -76,3 +76,15 @@ def test_nodes_that_are_gone_leave_nothing_behind(rounds: int) -> None:
         registry.holdings[1000 + server_round] = {0: "x"}
     registry.keep([])
     assert registry.holdings == {} and registry.node_of(rounds - 1) is None
+
+
+def test_an_engine_does_not_bring_a_silenced_worker_back() -> None:
+    registry = WorkerRegistry()
+    registry.learn_from_engine({10: 0, 11: 1})
+    registry.quarantine(11, "it lied")
+    phase = registry.copy()
+    phase.learn_from_engine({10: 0, 11: 1})
+    phase.keep([10, 11])
+    assert phase.worker_of(11) is None and phase.silenced == {1} and phase.missing([0, 1]) == [1]
+    phase.keep([10])
+    assert phase.silenced == set()
