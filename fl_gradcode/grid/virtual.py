@@ -93,6 +93,7 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
         workers: Node -> worker (partition-id). By default the grid is asked. If it does not know, the nodes are asked
             once, which takes no virtual time and needs `gradient_coding_mod` on the clients.
         real_timeout: Real seconds to wait for one batch on the wrapped grid.
+        keep_jobs: Number of jobs that are remembered at least.
     """
 
     immediate = False
@@ -106,6 +107,7 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
         seed: int = 0,
         workers: Mapping[int, int] | None = None,
         real_timeout: float = 3600.0,
+        keep_jobs: int = 1_000_000,
     ) -> None:
         super().__init__(grid)
         self.late_nodes = bool(getattr(grid, "late_nodes", True))
@@ -113,10 +115,11 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
         self.seed = seed
         self._workers = dict(workers or {})
         self._real_timeout = real_timeout
+        self._keep_jobs = keep_jobs
         self._now = 0.0
         self._order = itertools.count()
         self._heap: list[tuple[float, int, str]] = []
-        #: The jobs of all messages, in the order sent, whether or not their replies were needed.
+        #: The jobs of all messages, in the order sent, whether or not their replies were needed; the last `keep_jobs`.
         self.jobs: list[Job] = []
         self._jobs: dict[str, _Pending] = {}
         self._busy_until: dict[int, float] = {}
@@ -152,6 +155,8 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
             if finish != float("inf"):
                 self._busy_until[node] = finish
             self.jobs.append(job)
+            if len(self.jobs) >= 2 * self._keep_jobs:
+                del self.jobs[: -self._keep_jobs]
             self._jobs[token] = _Pending(node, job, message, _must_run(message))
             heapq.heappush(self._heap, (finish, number, token))
             tokens.append(token)

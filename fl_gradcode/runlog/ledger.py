@@ -21,6 +21,7 @@ __all__ = ["Ledger"]
 
 _log = logging.getLogger(__name__)
 _BEGINNING = b'{"schema": '  # of every line
+_IN_MEMORY = 256  # rows
 
 
 class Ledger:
@@ -32,7 +33,7 @@ class Ledger:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        #: The rows as typed values, oldest first.
+        #: The rows as typed values, oldest first; if there is a file, which has them all, the last 256 or more.
         self.rounds: list[RoundRow] = []
         self.path = None if path is None else absolute_path(path, "ledger")
         if self.path is not None:
@@ -47,7 +48,7 @@ class Ledger:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The rows as JSON values, as they stand in the file, oldest first."""
+        """The rows of `rounds` as JSON values, as they stand in the file, oldest first."""
         return [row.to_json() for row in self.rounds]
 
     @contextmanager
@@ -68,6 +69,8 @@ class Ledger:
         """
         values = row.to_json()
         self.rounds.append(row)
+        if self.path is not None and len(self.rounds) >= 2 * _IN_MEMORY:
+            del self.rounds[:-_IN_MEMORY]
         if self.path is not None:
             with self._writing(), self.path.open("a") as file:
                 file.write(_line(values))
@@ -86,7 +89,7 @@ class Ledger:
         """Deletes the rows of a run after its round `rounds` from the file, since those rounds will be run again.
 
         Returns:
-            The remaining rows of the run, which also replace `self.rounds`.
+            The last remaining rows of the run, which also replace `self.rounds`.
         """
         if self.path is None:
             return []
@@ -95,12 +98,12 @@ class Ledger:
         if len(kept) < len(every):
             with self._writing():
                 replace_file(self.path, "".join(_line(row.to_json()) for row in kept))
-        self.rounds = [row for row in kept if row.run == run]
+        self.rounds = [row for row in kept if row.run == run][-_IN_MEMORY:]
         return self.rounds
 
     def recall(self, run: str, rounds: int) -> None:
         """Replaces `self.rounds` by the run's rows up to round `rounds`, as they stand in the file."""
-        self.rounds = [row for row in self.rows_of(run) if row.round <= rounds]
+        self.rounds = [row for row in self.rows_of(run) if row.round <= rounds][-_IN_MEMORY:]
 
     def _mend(self) -> None:
         """Cuts off a last line that was being written when its process was killed."""

@@ -15,6 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Self, Union, cast, get_args, get_origin, get_type_hints
 
 from ..errors import InvalidSetting
+from .compact import MANY, SHORT_SCHEMA, expanded, shortened
 
 __all__ = [
     "PHASES",
@@ -252,6 +253,7 @@ class PhaseRow(_Line):
         stragglers: Workers that hold a sampled shard and were not in time.
         rejected: Replies that do not count.
         late: Replies to earlier phases that came in meanwhile.
+        rejected_left_out, late_left_out: How many more of them there were, in a row from a file that lacks them.
         lapsed: Workers whose owed reply was given up on.
         joined: Workers whose nodes came during the phase.
         restarted: Workers whose nodes were restarted while they owed a reply.
@@ -285,7 +287,9 @@ class PhaseRow(_Line):
     used: tuple[int, ...]
     stragglers: tuple[int, ...]
     rejected: tuple[Rejected, ...] = ()
+    rejected_left_out: int = field(default=0, metadata=_SOMETIMES)
     late: tuple[Late, ...] = ()
+    late_left_out: int = field(default=0, metadata=_SOMETIMES)
     lapsed: tuple[int | None, ...] = ()
     joined: tuple[int | None, ...] = ()
     restarted: tuple[int | None, ...] = ()
@@ -352,8 +356,12 @@ class RoundRow(_Line):
         return self.train if kind == "train" else self.evaluate
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the row as a ledger file has it. A float that is not finite becomes None."""
-        return {"schema": SCHEMA, **{key: _encoded(value) for key, value in _items(self)}}
+        """Returns the row as a ledger file has it. A float that is not finite becomes None.
+
+        A row of more than 200 workers or shards is in the short form of `compact`.
+        """
+        values = {"schema": SCHEMA, **{key: _encoded(value) for key, value in _items(self)}}
+        return shortened(values) if max(self.code.n, self.code.k) > MANY else values
 
     @classmethod
     def from_json(cls, values: object) -> RoundRow:
@@ -363,11 +371,16 @@ class RoundRow(_Line):
             InvalidSetting: The values are no row of this schema. The message names the field and its value.
         """
         schema = values.get("schema") if isinstance(values, dict) else None
-        if type(schema) is int and schema != SCHEMA:
+        if type(schema) is int and schema not in (SCHEMA, SHORT_SCHEMA):
             raise InvalidSetting(
-                f"This ledger row has schema {schema}; this version of fl-gradcode reads schema {SCHEMA}. Read the "
-                "ledger with the version that wrote it."
+                f"This ledger row has schema {schema}; this version of fl-gradcode reads schemas {SCHEMA} and "
+                f"{SHORT_SCHEMA}. Read the ledger with the version that wrote it."
             )
+        if isinstance(values, dict) and schema == SHORT_SCHEMA:
+            try:
+                values = expanded(values)
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise InvalidSetting(f"This is no ledger row: its short form cannot be read ({error}).") from None
         if isinstance(values, dict) and schema is None:
             raise InvalidSetting("This is no ledger row: it has no field 'schema'.")
         if isinstance(values, dict) and type(schema) is not int:
