@@ -79,6 +79,7 @@ class Phase(StopRule):
         most_verifying: Longest time that it waits on for them, in seconds, once the replies are enough.
         late: Node -> difference of its late reply to what was used in an earlier phase.
         late_disagreements: What late replies disagree about.
+        left_out: Workers whose copies are not used because all others agree on other ones.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Phase(StopRule):
         self.late: dict[int, float] = {}
         self.late_disagreements: list[Disagreement] = []
         self.most_verifying = 0.0
+        self.left_out: frozenset[int] = frozenset()
         self._lingers: float | None = None
         self._first_rows = first_rows
 
@@ -151,7 +153,11 @@ class Phase(StopRule):
         best = self.replies.best
         if best is None or not self.enough(best.decoder) or self.replies.distrusts(best):
             return False
-        return not self.copies.disagreements or not self.mixes_garbage(best.decoder.vector())
+        if not self.copies.disagreements:
+            return True
+        if not self.votes and (wrong := self.copies.to_blame()):
+            return best.decodes_without(wrong)
+        return not self.mixes_garbage(best.decoder.vector())
 
     @property
     def distrusted(self) -> bool:
@@ -184,12 +190,13 @@ class Phase(StopRule):
 
     def messages(self, nodes: Iterable[int]) -> list[Message]:
         """Returns the first message for each node."""
+        nodes = [*nodes]
+        self.replies.asked.update(nodes)
         return self.factory.messages(nodes, self.registry, self._first_rows)
 
     def sent(self, node: int) -> None:
         """Note which worker the node is, as far as known."""
         self.asked.append((node, self.registry.worker_of(node)))
-        self.replies.asked.add(node)
 
     def join(self, node: int) -> Message | None:
         """Returns the message for a node that connected during the phase; it holds the whole plan if needed."""
@@ -208,15 +215,13 @@ class Phase(StopRule):
         if found is not None:
             self.late[late.node], disagreement, blamed = found
             self.late_disagreements += [] if disagreement is None else [disagreement]
-            if blamed:
+            if blamed and self.can_do_without(blamed):
                 self.replies.leave_out(blamed, _ALONE)
 
     def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
         """Read one reply, which either counts or is rejected with a reason."""
         good = self.replies.read(arrival.node, reply, arrival.failure) is None
         self.was_read(arrival, good=good)
-        if self.decided_after is None:
-            self.leave_out_wrong()
         best = self.replies.best
         if self.decodable_after is None and best is not None and best.decoder.decodable and not self.distrusted:
             self.decodable_after = (len(self.replies.answered), at)
@@ -234,30 +239,30 @@ class Phase(StopRule):
 
     # Results
 
-    def leave_out_wrong(self) -> None:
-        """Use nothing of the workers that are known to have sent wrong values, by what all others sent."""
-        if not self.votes and (blamed := self.copies.to_blame()):
-            self.replies.leave_out(blamed, _ALONE)
-
     def settle(self) -> None:
         """Find out who sent wrong values, before the phase is decoded; sets `failure` if that cannot be known."""
-        self.leave_out_wrong()
         best = self.replies.best
-        if not self.votes or best is None:
+        if best is None:
+            return
+        if not self.votes:
+            wrong = self.copies.to_blame()
+            if wrong and best.decodes_without(wrong):
+                self.left_out = wrong
+                self.replies.leave_out(wrong, _ALONE)
             return
         if best.ballots is not None:
             self.replies.leave_out({worker for worker, _ in best.ballots.wrong().values()}, _ALONE)
             return
         if not isinstance(best, ReplyGroup) or not best.decoder.decodable:
             return
-        wrong = self._locate(best)
-        if wrong is None:
+        located = self._locate(best)
+        if located is None:
             self.failure = f"more than votes={self.votes} replies are wrong, so it cannot be known which are right"
             return
-        self.replies.leave_out(wrong, "its reply contradicts all others")
+        self.replies.leave_out(located, "its reply contradicts all others")
         there = [*best.decoder.survivors]
         self.copies.compared |= {j for j in self.shards if self._holders_among(j, there) > 1}
-        self.copies.apart = 0.0
+        self.copies.apart = 0.0 if self.copies.compared else None
 
     def _locate(self, group: ReplyGroup) -> tuple[int, ...] | None:
         """Returns the workers whose replies are wrong, or None if that cannot be known."""
@@ -272,6 +277,11 @@ class Phase(StopRule):
             self.liars_left,
             lambda size: random.integers(0, P, size),
         )
+
+    def can_do_without(self, workers: Collection[int]) -> bool:
+        """Returns whether each shard has another holder that is heard."""
+        others = self.plan.rows.keys() - {*workers} - self.registry.silenced
+        return all(self._holders_among(shard, others) for shard in self.shards)
 
     def _holders_among(self, shard: int, workers: Collection[int]) -> int:
         return sum(shard in self.plan.rows[worker].shards for worker in workers)
@@ -346,7 +356,7 @@ class Phase(StopRule):
         """
         if self.code.groups is not None and self.code.m == 1:
             return False
-        apart = 0.0 if self.copies.to_blame() else self.copies.apart or 0.0
+        apart = 0.0 if self.left_out else self.copies.apart or 0.0
         if isinstance(self.code.numbers, PrimeField):
             return apart > 0
         kappa = 1.0 if vector is None else max(1.0, self.code.kappa_of(vector))

@@ -136,6 +136,34 @@ class Rejected:
     rejection: Rejection
 
 
+class _Agreement:
+    """Whether two copies of a phase's shards agree. It knows no replies, which are to go when the phase does."""
+
+    def __init__(self, plan: Plan, before: ArrayRecord | None) -> None:
+        self._plan, self._before = plan, before
+        self._encoding = payload_encoding(plan.fraction_bits, plan.k)
+        self._rounding: float | None = None
+
+    def vectors(self, one: tuple[NDArray[Any], NDArray[Any]], other: tuple[NDArray[Any], NDArray[Any]]) -> bool:
+        """Returns whether two coded updates agree, and the weights in the coded metrics."""
+        mine, its = self._weight(one[1]), self._weight(other[1])
+        return math.isclose(mine, its, rel_tol=DISAGREEMENT) and vectors_agree(one[0], other[0], self._slack(mine))
+
+    def records(self, one: RecordDict, other: RecordDict) -> bool:
+        """Returns whether two shards' records agree."""
+        return records_agree(one, other, self._plan.weight_key, self._before, self._slack(1.0))
+
+    def _weight(self, metrics: NDArray[Any]) -> float:
+        bits = self._plan.fraction_bits
+        return float(self._encoding.restored(metrics if bits is None else metrics / 2.0**bits)[0])
+
+    def _slack(self, weight: float) -> float:
+        """Returns the norm of what rounding the model may change in an update of this weight."""
+        if self._rounding is None:
+            self._rounding = 0.0 if self._before is None else rounding_of(self._before)
+        return abs(weight) * self._rounding
+
+
 class ReplyCollector:
     """Checks the replies of one phase and groups them by layout.
 
@@ -151,7 +179,7 @@ class ReplyCollector:
         votes: Number of wrong replies that may be among the holders of each shard.
 
     Attributes:
-        asked: Nodes that were asked in this phase.
+        asked: Nodes that are to be asked in this phase; some may still owe a reply to an earlier one.
     """
 
     def __init__(
@@ -168,7 +196,7 @@ class ReplyCollector:
         votes: int = 0,
     ) -> None:
         self._votes, self._by_unit = votes, votes > 0 and code.groups is not None and code.m == 1
-        self._rounding: float | None = None
+        self._agreement = _Agreement(plan, before)
         self.asked: set[int] = set()
         self._agreed = AgreedLayouts() if agreed is None else agreed
         self._unlike_sent: dict[object, str] = {}
@@ -313,8 +341,8 @@ class ReplyCollector:
         key = (reply.layout, metrics_names, reply.arrays_name, reply.metrics_name)
         group = self.groups.get(key)
         if group is None:
-            ballots = Ballots(self._votes + 1, self._vectors_agree) if self._by_unit else None
-            group = self.groups[key] = ReplyGroup(self.code, key, reply, self._encoding, ballots, self._unit_of)
+            ballots = Ballots(self._votes + 1, self._agreement.vectors) if self._by_unit else None
+            group = self.groups[key] = ReplyGroup(self.code, key, reply, self._encoding, ballots)
         assert isinstance(group, ReplyGroup)
         if group.add(row, (node, reply.worker), (update, metrics), unlike=(apart or 0.0) > DISAGREEMENT):
             group.whole &= reply.metrics_layout[0][2]
@@ -337,7 +365,7 @@ class ReplyCollector:
         array_names = tuple(tuple(record) for record in content.array_records.values())
         group = self.groups.get(key)
         if group is None:
-            ballots = Ballots(self._votes + 1, self._records_agree) if self._by_unit else None
+            ballots = Ballots(self._votes + 1, self._agreement.records) if self._by_unit else None
             group = self.groups[key] = ReturnedReplies(self.code, key, array_names, ballots)
         assert isinstance(group, ReturnedReplies)
         if not group.add(row, (node, reply.worker), content, unlike=(apart or 0.0) > DISAGREEMENT):
@@ -360,27 +388,6 @@ class ReplyCollector:
             if node is not None and node not in self.registry.quarantined:
                 self.registry.quarantine(node, why)
                 self.rejected.append(Rejected(node, worker, Rejection("wrong-value", why)))
-
-    def _unit_of(self, row: int) -> int:
-        """Returns the number of the group that a row of the code belongs to, or the row itself."""
-        return self.code.order_of([row])[0]
-
-    def _slack(self, weight: float) -> float:
-        """Returns the norm of what rounding the model may change in an update of this weight."""
-        if self._rounding is None:
-            self._rounding = 0.0 if self.before is None else rounding_of(self.before)
-        return abs(weight) * self._rounding
-
-    def _vectors_agree(self, one: tuple[NDArray[Any], NDArray[Any]], other: tuple[NDArray[Any], NDArray[Any]]) -> bool:
-        mine, its = (float(self._encoding.restored(self._numbers(metrics))[0]) for _, metrics in (one, other))
-        return math.isclose(mine, its, rel_tol=DISAGREEMENT) and vectors_agree(one[0], other[0], self._slack(mine))
-
-    def _records_agree(self, one: RecordDict, other: RecordDict) -> bool:
-        return records_agree(one, other, self.plan.weight_key, self.before, self._slack(1.0))
-
-    def _numbers(self, metrics: NDArray[Any]) -> NDArray[Any]:
-        bits = self.plan.fraction_bits
-        return metrics if bits is None else metrics / 2.0**bits
 
     def _misnamed(self, reply: Reply) -> str:
         """Returns what is wrong with the names of a reply's records and metrics, or an empty string."""

@@ -10,7 +10,7 @@ import numpy as np
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
-from ..codes import GradientCode, IncrementalDecoder, PrimeField
+from ..codes import GradientCode, PrimeField
 from ..copies import Ballots
 from ..protocol import Layout, PayloadEncoding, Reply, counters_in, rebuild_arrays, rebuild_metrics
 
@@ -90,7 +90,6 @@ class HeldReplies(Generic[T]):
         code: The code by which replies add up.
         key: Layout of the arrays and metrics, or names of the records and of what they hold.
         ballots: Counts equal copies of each unit; None to take the first.
-        unit_of: Returns the unit of a row: its group, if the code has groups, or the row itself.
 
     Attributes:
         key: See above.
@@ -105,14 +104,12 @@ class HeldReplies(Generic[T]):
         code: GradientCode,
         key: object,
         ballots: Ballots[T] | None = None,
-        unit_of: Callable[[int], int] | None = None,
     ) -> None:
-        self.key, self.ballots = key, ballots
+        self.key, self.ballots, self._code = key, ballots, code
         self.decoder = code.incremental()
         self.senders: dict[int, tuple[int, int]] = {}
         self.copies: dict[int, T] = {}
         self.workers: set[int] = set()
-        self._unit_of = unit_of or (lambda row: row)
         self._others: dict[int, list[tuple[tuple[int, int], T]]] = {}
 
     def add(self, row: int, sender: tuple[int, int], copy: T, *, unlike: bool = False) -> bool:
@@ -134,13 +131,21 @@ class HeldReplies(Generic[T]):
         self._use(row, sender, copy)
         return True
 
+    def decodes_without(self, workers: Collection[int]) -> bool:
+        """Returns whether the replies decode without what these workers sent."""
+        decoder = self._code.incremental()
+        return decoder.update([row for row in self.decoder.survivors if self._senders_of(row) - {*workers}])
+
+    def _senders_of(self, row: int) -> set[int]:
+        return {self.senders[row][1], *(worker for (_, worker), _ in self._others.get(row, ()))}
+
     def drop(self, workers: Collection[int]) -> None:
         """Use nothing that these workers sent; another copy of the same row takes its place if there is one."""
-        code, rows = self.decoder.code, [*self.decoder.survivors]
+        rows = [*self.decoder.survivors]
         wrong = {row for row in rows if self.senders[row][1] in workers}
         if not wrong:
             return
-        self.decoder = IncrementalDecoder(code)
+        self.decoder = self._code.incremental()
         for row in wrong:
             del self.senders[row], self.copies[row]
             others = [other for other in self._others.get(row, ()) if other[0][1] not in workers]
@@ -149,7 +154,7 @@ class HeldReplies(Generic[T]):
         self.decoder.update([row for row in rows if row in self.copies])
 
     def _vote(self, ballots: Ballots[T], row: int, sender: tuple[int, int], copy: T) -> bool:
-        unit = self._unit_of(row)
+        (unit,) = self._code.order_of([row])  # its group, if the code has groups
         self.senders.setdefault(row, sender)
         decided = ballots.add(unit, row, sender, copy)
         if decided:
@@ -171,7 +176,6 @@ class ReplyGroup(HeldReplies[tuple[NDArray[Any], NDArray[Any]]]):
         reply: The first reply of the group.
         encoding: Encoding of the payload.
         ballots: Counts equal copies; None to take the first.
-        unit_of: Returns the unit of a row.
 
     Attributes:
         reply, encoding: See above.
@@ -185,9 +189,8 @@ class ReplyGroup(HeldReplies[tuple[NDArray[Any], NDArray[Any]]]):
         reply: Reply,
         encoding: PayloadEncoding,
         ballots: Ballots[tuple[NDArray[Any], NDArray[Any]]] | None = None,
-        unit_of: Callable[[int], int] | None = None,
     ) -> None:
-        super().__init__(code, key, ballots, unit_of)
+        super().__init__(code, key, ballots)
         self.reply, self.encoding = reply, encoding
         self.whole = True
 

@@ -352,11 +352,10 @@ class Run:
         """
         policy, replies = self.options.on_disagreement, phase.replies
         training = phase.plan.kind == "train"  # metrics of evaluations may differ, as times do
-        blamed = phase.copies.to_blame() if training else frozenset()
-        if blamed:  # they are left out, and the others agree
+        if training and phase.left_out:
             first, *_ = phase.copies.disagreements.values()
             self._warn_once("apart", first.sentences(stateful=replies.stateful, alike=phase.copies.alike))
-        now = phase.copies.left_by(blamed) if training else []
+        now = phase.copies.left_by(phase.left_out) if training else []
         late = phase.late_disagreements
         if not now and not late:
             return ""

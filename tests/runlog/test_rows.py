@@ -183,7 +183,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        (changed("schema", 2), "This ledger row has schema 2; this version of fl-gradcode reads schema 1. Read the"),
+        (changed("schema", 3), "This ledger row has schema 3; this version of fl-gradcode reads schemas 1 and 2. Read"),
         (changed("schema", None), "This is no ledger row: it has no field 'schema'."),
         (changed("schema", "one"), "This is no ledger row: schema is 'one' and must be 1."),
         (changed("round", None), "This is no ledger row: round is missing."),
