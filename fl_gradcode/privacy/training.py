@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -391,8 +392,13 @@ def _environment_of(model: torch.nn.Module) -> str:
         tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
         kind = f"{torch.cuda.get_device_name(device)}{', tf32' if tf32 else ''}"
     settled = ", deterministic" if torch.are_deterministic_algorithms_enabled() else ""
-    versions = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in ("torch", "opacus"))
-    return f"{kind}{settled}, {versions}; {torch.get_num_threads()} threads"
+    return f"{kind}{settled}, {_versions()}; {torch.get_num_threads()} threads"
+
+
+@cache
+def _versions() -> str:
+    """Returns the versions that results depend on; reading them from disk takes milliseconds, and is done once."""
+    return ", ".join(f"{name} {version(name).partition('+')[0]}" for name in ("torch", "opacus"))
 
 
 _NO_STEP = (
