@@ -292,6 +292,11 @@ class PrivateModel:
         """Whether the records that were handed out last had their step."""
         return self._guard.drawn is None
 
+    @property
+    def begun(self) -> bool:
+        """Whether records were handed out."""
+        return self._guard.begun
+
     def batch_drawn(self, records: int) -> None:
         """Note that so many records were handed out; the next step has to be on them."""
         self._guard.draw(records)
@@ -355,7 +360,7 @@ class PrivateModel:
 
     def criterion(self, inner: Any) -> Any:
         """Returns the loss as a mean over records of what each has alone."""
-        loss = RecordLoss(inner)
+        loss = RecordLoss(inner, early=not self._guard.begun)
 
         def mean(*args: Any, **kwargs: Any) -> Any:
             drawn = self._guard.drawn

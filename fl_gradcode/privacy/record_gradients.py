@@ -22,7 +22,7 @@ from ._opacus import (
     ft_compute_per_sample_gradient,
     promote_current_grad_sample,
 )
-from .record_losses import keep_apart, mark, unheard
+from .record_losses import keep_apart, mark, refuse_mixed, unheard
 from .step_guards import Misuse, StepGuard
 
 __all__ = ["GhostLoss", "GhostModule", "HooksModule", "clipped_sums", "forget_pass", "padding_rows"]
@@ -91,7 +91,12 @@ class _Watched:
     before: Callable[..., bool] | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns what the model returns."""
+        """Returns what the model returns.
+
+        Raises:
+            Misuse: An input was made of the whole batch.
+        """
+        refuse_mixed(args, kwargs)
         if self.before is not None and self.before(self, args, kwargs):
             self.before = None
         with unheard():

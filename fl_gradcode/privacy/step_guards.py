@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import PrivacyRefused
 
-__all__ = ["OTHER_RECORDS", "Misuse", "StepGuard", "WeightGuard", "same_bits"]
+__all__ = ["OTHER_RECORDS", "Misuse", "StepGuard", "Unfit", "WeightGuard", "same_bits"]
 
 
 OTHER_RECORDS = (
@@ -17,12 +17,16 @@ OTHER_RECORDS = (
 
 
 class Misuse(PrivacyRefused):
-    """Private training is used, or a model is built, in a way that no data could make right.
+    """Private training is used in a way that needs another loop, model or loss, whatever the data are.
 
-    Its sentences are fixed, so a server may be told them after data were read.
+    Its sentences are fixed. Whether it comes may depend on records, if a loop does something else for some of them.
     """
 
     kind = "unsuitable-app"
+
+
+class Unfit(Misuse):
+    """A model or a loss cannot be trained privately, as a trial on synthetic records has found."""
 
 
 class StepGuard:
@@ -33,6 +37,7 @@ class StepGuard:
         clipped: Number of records whose gradients the last backward pass clipped; only ghost clipping sets it.
         backward: Whether a loss that takes each record by itself has had its backward pass.
         steps: Number of batches that had their step.
+        begun: Whether records were handed out.
     """
 
     def __init__(self) -> None:
@@ -40,10 +45,11 @@ class StepGuard:
         self.clipped: int | None = None
         self.backward = False
         self.steps = 0
+        self.begun = False
 
     def draw(self, records: int) -> None:
         """Note that so many records were handed out; the next step has to be on them."""
-        self.drawn, self.clipped, self.backward = records, None, False
+        self.drawn, self.clipped, self.backward, self.begun = records, None, False, True
 
     def check(self, records: int | None) -> None:
         """Check that gradients belong to the records that were handed out.

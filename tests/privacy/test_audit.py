@@ -11,6 +11,7 @@ import hashlib
 import logging
 import math
 import shutil
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -250,8 +251,13 @@ def asserting_a_finite_loss(dp: Any, net: nn.Module, x: Tensor, y: Tensor) -> No
     _loop(dp, net, x, y, factor=1e38, check=lambda loss: None if math.isfinite(loss) else _fail())
 
 
-def leaving_early(dp: Any, net: nn.Module, x: Tensor, y: Tensor) -> None:
-    _loop(dp, net, x, y, each=lambda rows: float(rows.abs().max()) > 4)
+def limiting_a_large_loss(dp: Any, net: nn.Module, x: Tensor, y: Tensor) -> None:
+    """The limit is misuse of the library, and reached at that record alone."""
+    _loop(dp, net, x, y, then=lambda loss: loss.clamp(max=100.0) if float(loss) > 100 else loss)
+
+
+def ending_the_process(dp: Any, net: nn.Module, x: Tensor, y: Tensor) -> None:
+    _loop(dp, net, x, y, each=lambda rows: sys.exit(1) if float(rows.abs().max()) > 4 else None)
 
 
 def leaving_it_out(dp: Any, net: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -273,25 +279,31 @@ def _loop(
     y: Tensor,
     *,
     factor: float = 1.0,
-    each: Callable[[Tensor], Any] = lambda rows: None,
+    each: Callable[[Tensor], None] = lambda rows: None,
     kept: Callable[[Tensor], Tensor] | None = None,
     check: Callable[[float], Any] = lambda loss: None,
+    then: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> None:
     optimizer = dp.optimizer(torch.optim.SGD(net.parameters(), lr=1.0))
     criterion = dp.criterion(nn.MSELoss())
     for drawn in dp.batches():
         batch = drawn if kept is None else drawn[kept(x[drawn])]
-        if each(x[batch]):
-            break
+        each(x[batch])
         optimizer.zero_grad()
         loss = criterion(factor * dp.model(x[batch]), y[batch])
         check(float(loss.detach()))
-        loss.backward()
+        then(loss).backward()
         optimizer.step()
 
 
 Loop = Callable[[Any, nn.Module, Tensor, Tensor], None]
-FAILURES: list[Loop] = [raising, asserting_a_finite_loss, leaving_early, leaving_it_out]
+FAILURES: list[Loop] = [
+    raising,
+    asserting_a_finite_loss,
+    limiting_a_large_loss,
+    ending_the_process,
+    leaving_it_out,
+]
 
 
 def app_of(loop: Loop, present: bool, *, guarded: bool) -> ClientApp:
@@ -388,7 +400,7 @@ def test_outcomes_and_numbers_together_leak_less_than_is_claimed(loop: Loop, mod
     assert len(kinds) == 1  # so the numbers alone are left, which have noise
 
 
-@pytest.mark.parametrize("loop", [raising, asserting_a_finite_loss, leaving_it_out])
+@pytest.mark.parametrize("loop", [raising, limiting_a_large_loss, leaving_it_out])
 def test_a_refusal_that_depends_on_a_record_is_caught(loop: Loop, keys: Path) -> None:
     """The same loops, keys and noise, but what fails is told."""
     found, kinds = audit_of(loop, keys, guarded=False)
