@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -368,8 +369,9 @@ class PrivateModel:
                 raise PrivacyRefused(
                     "A loss without a batch of its own: call it for the batches of batches(), once for each step."
                 )
-            values = loss(drawn, *args, **kwargs)
-            return GhostLoss(self.model, values) if self._ghost else mean_of(values, self._guard)
+            with unheard() if loss.of_torch else nullcontext():
+                values = loss(drawn, *args, **kwargs)
+                return GhostLoss(self.model, values) if self._ghost else mean_of(values, self._guard)
 
         return mean
 

@@ -201,6 +201,9 @@ class RecordLoss:
 
         early: Whether no record was handed out yet, so that which loss it is does not depend on records.
 
+    Attributes:
+        of_torch: Whether it is a loss of PyTorch's.
+
     Raises:
         Misuse: It is a sum over records.
     """
@@ -209,8 +212,8 @@ class RecordLoss:
         if getattr(inner, "reduction", "mean") == "sum":
             raise Misuse("The loss is a sum over records: give criterion() one with reduction='mean'.")
         self._inner, self._early = inner, early
-        self._theirs = type(inner).__module__.startswith("torch.nn.") or _function_of(inner) in _STANDARD
-        self._checked = self._theirs
+        self.of_torch = type(inner).__module__.startswith("torch.nn.") or _function_of(inner) in _STANDARD
+        self._checked = self.of_torch
 
     def __call__(self, records: int, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the loss of each record, shape (records,).
@@ -237,7 +240,7 @@ class RecordLoss:
                 _refuse_mixing(self._inner, args, kwargs)
             except Misuse as error:
                 raise (Unfit(str(error)) if self._early else error) from None
-        if self._theirs:
+        if self.of_torch:
             return self._of_torch(records, args, kwargs)
         if hasattr(self._inner, "reduction"):
             values = _with_reduction_none(self._inner, args, kwargs)
@@ -286,7 +289,7 @@ class StandardLosses(TorchFunctionMode):
             result = func(*args, **kwargs)
             return keep_apart(result, self._guard.drawn) if all_apart(args, kwargs) else result
         result = func(*args, **kwargs)
-        if not self._guard.drawn:
+        if not self._guard.drawn or not isinstance(result, Tensor | tuple | list):  # most calls read an attribute
             return result
         name = getattr(func, "__name__", "")
         _follow(name, result, args, kwargs, self._guard.drawn)
