@@ -134,7 +134,7 @@ def run(
         return {"partition-id": worker, "num-partitions": 2, **own}
 
     with InProcessGrid(app, num_nodes=2, run_config={"privacy-dir": str(folder)}, node_config=node) as grid:
-        result = strategy.start(grid, initial, num_rounds=1)
+        result = strategy.start(grid, initial, num_rounds=rounds)
     rows = [row["train"] for row in strategy.ledger.rows]
     return (flat(result.arrays) - flat(initial), seen), rows
 
@@ -262,6 +262,22 @@ def test_a_model_that_mixes_records_is_told_wherever_it_is_trained(budget: float
 
     with pytest.raises(UnsuitableApp, match="The model mixes records"):
         run(loop, tmp_path / "keys", bad=False, budget=budget)
+
+
+@pytest.mark.parametrize("when", ["before its batches", "after its batches"])
+@pytest.mark.parametrize("error", [MemoryError("device"), ConnectionResetError("share"), TimeoutError("database")])
+def test_an_error_that_passes_costs_a_round_and_not_the_run(error: Exception, when: str, tmp_path: Path) -> None:
+    def loop(dp: Any, net: nn.Module, x: Tensor, y: Tensor) -> None:
+        first = dp.content["config"]["server-round"] == 1
+        if first and when == "before its batches":
+            raise error
+        plain_loop(dp, net, x, y)
+        if first:
+            raise error
+
+    _, rows = run(loop, tmp_path / "keys", bad=False, rounds=2)
+    assert [row["outcome"] for row in rows] == ["skipped", "exact"]
+    assert not any(str(error) in one["reason"] for one in rows[0]["rejected"])
 
 
 def test_an_app_that_fails_at_every_record_is_told_where_nothing_is_protected(tmp_path: Path) -> None:
