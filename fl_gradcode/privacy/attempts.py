@@ -2,7 +2,8 @@
 
 If something fails while a batch is out, `train()` is called again and gets the records of its batches one by one. A
 record at which it fails counts as one without a gradient in that step, as one does whose gradient is not finite. So
-each record still moves the sum by the clipping norm at most, and there is an answer.
+each record still moves the sum by the clipping norm at most, and there is an answer. That holds for misuse of the
+library too, since a loop may misuse it for some records alone. What a trial on synthetic records finds is told.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from .records import BUDGET, FOLDER, Asked, giving
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .step_guards import Misuse
+
 __all__ = ["Attempts", "Session", "call_privately", "current_attempts"]
 
 _log = logging.getLogger(__name__)
@@ -46,6 +49,8 @@ class Session:
         careful: Whether batches are handed out record by record.
         drawn: Whether a batch was handed out.
         complete: Whether all steps were taken.
+        reached: Number of batches that were drawn when they were handed out whole.
+        misuse: What was misused while a whole batch was out; None if nothing was.
         step: Number of steps that were taken; only kept in careful sessions, as all that follows.
         chosen: Records of the batch that is under way; None between batches.
         tried: Those that had their turn.
@@ -54,6 +59,7 @@ class Session:
         inner: State of the inner optimizer after the last step.
         in_flight: The record that is out.
         good, failed: Numbers of records that had their turn, and of those that failed.
+        spoilt: Whether one failed in the batch that is under way.
     """
 
     digest: str
@@ -65,6 +71,8 @@ class Session:
     careful: bool = False
     drawn: bool = False
     complete: bool = False
+    reached: int = 0
+    misuse: Misuse | None = None
     step: int = 0
     chosen: list[int] | None = None
     tried: set[int] = field(default_factory=set)
@@ -74,6 +82,7 @@ class Session:
     in_flight: int | None = None
     good: int = 0
     failed: int = 0
+    spoilt: bool = False
 
     def __post_init__(self) -> None:
         self.noise, self.sampling = self.start()
@@ -97,12 +106,20 @@ class Session:
         self.tried.add(self.in_flight)
         self.in_flight = None
         self.failed += 1
+        self.spoilt = True
 
     def step_taken(self, weights: list[Tensor], inner: dict[str, Any]) -> None:
         """Note that a batch had its step."""
         self.step += 1
-        self.chosen, self.parts, self.tried = None, None, set()
+        if self.spoilt and self.step == self.reached:
+            self.misuse = None  # its records were at fault, or some of them
+        self.chosen, self.parts, self.tried, self.spoilt = None, None, set(), False
         self.weights, self.inner = weights, copy.deepcopy(inner)
+
+    @property
+    def misused_as_a_whole(self) -> bool:
+        """Whether the batch with a misuse has had its step, and none of its records alone was at fault."""
+        return self.misuse is not None and self.step >= self.reached
 
 
 class Attempts:
@@ -117,48 +134,67 @@ class Attempts:
 
     def __init__(self, *, protects: bool) -> None:
         self._protects = protects
+        self._last: BaseException | None = None  # what failed at a record
         self.session: Session | None = None
 
-    def failed(self, error: Exception) -> None:
+    def failed(self, error: BaseException) -> None:
         """Decide what follows when `train()` has raised: returns if it is to be called again.
 
         Raises:
             FlGradcodeError: What the server is told.
         """
         from .model_checks import misuse_in  # imports Opacus, which was imported if training began
-        from .step_guards import Misuse
+        from .step_guards import Misuse, Unfit
 
-        session = self.session
+        session, told = self.session, misuse_in(error)
         if session is None or not session.drawn:
             if isinstance(error, FlGradcodeError):
                 raise error
-            told = misuse_in(error)
-            _log.exception("train() raised; the server is told of the structure of models alone")
+            _log.error("train() raised; the server is told of the structure of models alone", exc_info=error)
             raise (Misuse(told) if told else TrainingFailed(_failed("before it drew a batch"))) from None
         if session.complete:
-            _log.exception("train() raised after its private training")
+            _log.error("train() raised after its private training", exc_info=error)
             raise TrainingFailed(_failed("after its private training")) from None
-        if isinstance(error, Misuse):
+        if isinstance(error, Unfit):
             raise error
-        told = misuse_in(error)
-        if told:
-            _log.exception("train() raised; the server is told how to mend it")
-            raise Misuse(told) from None
+        misuse = error if isinstance(error, Misuse) else Misuse(told) if told else None
         if not session.careful:
             _log.error(
                 "train() failed. It is called again and gets records one by one; a record at which it fails counts as "
                 "one without a gradient, since the server must not learn of it.",
                 exc_info=error,
             )
+            session.misuse = misuse
             session.restart()
             return
         if session.in_flight is None:
+            if misuse is not None and not self._protects:
+                raise misuse from None
             raise TrainingFailed(_failed("between its batches")) from None
         session.fail_record()
         if not self._protects and not session.good and session.failed >= _TRIED:
-            if isinstance(error, PrivacyRefused):
-                raise error
+            if misuse is not None or isinstance(error, PrivacyRefused):
+                raise misuse or error from None
             raise TrainingFailed(_failed("at every record that was tried")) from None
+        self._last = misuse or error
+
+    def answered(self) -> None:
+        """Decide whether the server gets the answer of `train()`.
+
+        Raises:
+            FlGradcodeError: Nothing is protected here, and no record alone was at fault at a misuse, or `train()`
+                failed at all records.
+        """
+        session = self.session
+        if session is None or not session.careful or self._protects:
+            return
+        if session.misused_as_a_whole:
+            assert session.misuse is not None
+            raise session.misuse
+        if session.failed and not session.good:
+            if isinstance(self._last, PrivacyRefused):
+                raise self._last
+            raise TrainingFailed(_failed("at every record that was tried"))
 
 
 def _failed(when: str) -> str:
@@ -203,8 +239,9 @@ def call_privately(
         records: Makes the content of the message anew for each call.
 
     Raises:
-        FlGradcodeError: What was refused before a record was used, a misuse that no data could make right, or a failure
-            outside of private training, without its text.
+        FlGradcodeError: What was refused before a record was used or by a trial on synthetic records, or a failure
+            outside of private training, without its text. Where nothing is protected, a misuse that is none of single
+            records.
     """
     asked = replace(asked, folder=str(context.run_config.get(FOLDER, "")))
     config = {key: value for key, value in sorted(context.run_config.items()) if key != FOLDER}
@@ -214,7 +251,9 @@ def call_privately(
         try:
             with _being(attempts), giving(asked):
                 reply = call(given, Context(0, 0, context.node_config, RecordDict(), dict(config)))
-        except Exception as error:  # whatever an app raises
+        except KeyboardInterrupt:  # the node's owner
+            raise
+        except BaseException as error:  # whatever an app raises: sys.exit() at a record would end the node otherwise
             attempts.failed(error)
             continue
         finally:
@@ -222,6 +261,7 @@ def call_privately(
                 attempts.session.noise.close()
         if reply.has_error():
             raise TrainingFailed(_failed("and answered with an error"))
+        attempts.answered()
         return reply
 
 

@@ -20,7 +20,9 @@ _INSTEAD = (
     "privacy=CentralNoise(...) for clipping with noise on the server."
 )
 _NOISES = "LocalDpMod"
-_STATISTICS = ("running_mean", "running_var")
+#: How names of running statistics end in PyTorch, and in Keras and Haiku. Flax keeps them in a collection of their own.
+_STATISTICS = ("running_mean", "running_var", "moving_mean", "moving_variance", "moving_var")
+_COLLECTION = "batch_stats"
 # Just below the bound: rounding while the factor is applied must not exceed it.
 _BELOW = 1 - 2**-20
 
@@ -44,7 +46,7 @@ def refuse_statistics(names: Iterable[str]) -> None:
     Raises:
         UnsuitableApp: Naming the array, and what to use instead.
     """
-    name = next((name for name in names if name.endswith(_STATISTICS)), None)
+    name = next((name for name in names if name.endswith(_STATISTICS) or _COLLECTION in name), None)
     if name is not None:
         raise UnsuitableApp(
             f"The reply holds the running statistics {name!r}, which noise would spoil: a variance may become "

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -292,6 +293,11 @@ class PrivateModel:
         """Whether the records that were handed out last had their step."""
         return self._guard.drawn is None
 
+    @property
+    def begun(self) -> bool:
+        """Whether records were handed out."""
+        return self._guard.begun
+
     def batch_drawn(self, records: int) -> None:
         """Note that so many records were handed out; the next step has to be on them."""
         self._guard.draw(records)
@@ -355,7 +361,7 @@ class PrivateModel:
 
     def criterion(self, inner: Any) -> Any:
         """Returns the loss as a mean over records of what each has alone."""
-        loss = RecordLoss(inner)
+        loss = RecordLoss(inner, early=not self._guard.begun)
 
         def mean(*args: Any, **kwargs: Any) -> Any:
             drawn = self._guard.drawn
@@ -363,8 +369,9 @@ class PrivateModel:
                 raise PrivacyRefused(
                     "A loss without a batch of its own: call it for the batches of batches(), once for each step."
                 )
-            values = loss(drawn, *args, **kwargs)
-            return GhostLoss(self.model, values) if self._ghost else mean_of(values, self._guard)
+            with unheard() if loss.of_torch else nullcontext():
+                values = loss(drawn, *args, **kwargs)
+                return GhostLoss(self.model, values) if self._ghost else mean_of(values, self._guard)
 
         return mean
 

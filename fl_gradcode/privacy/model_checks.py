@@ -17,13 +17,18 @@ from .._seeding import generators_restored, seed_with
 from ._opacus import ModuleValidator
 from .record_gradients import GhostModule, HooksModule, forget_pass, full_precision
 from .record_losses import mark, synthetic, tensors_in
-from .step_guards import Misuse
+from .step_guards import Misuse, Unfit, same_bits
 
 __all__ = ["misuse_in", "refuse_unfit", "trainable_layers_in_training", "try_out"]
 
 _DTYPES = (torch.float32, torch.float64)
 _TOLERANCE = 1e-3
+#: Numbers of synthetic records, and how large the others are beside the first.
+_SIZES = (3, 16)
+_SCALES_TRIED = (1.0, 1.0, 0.01, 100.0)
 _tried: set[Any] = set()  # what was found fit in this process
+#: Attributes of any module, and what Opacus leaves there.
+_OF_ANY = {*vars(nn.Module()), "autograd_grad_sample_hooks", "activations", "max_batch_len"}
 _INSTEAD = (
     "opacus.validators.ModuleValidator.fix(model) makes one that can, such as GroupNorm for BatchNorm; use it on the "
     "server too."
@@ -93,7 +98,7 @@ def trainable_layers_in_training(model: nn.Module) -> Iterator[None]:
 
 
 def try_out(wrapped: HooksModule | GhostModule, args: tuple[Any, ...], kwargs: dict[str, Any], records: int) -> None:
-    """Run a model on three synthetic records, of the form of a batch that it was given.
+    """Run a model on few synthetic records, of the form of a batch that it was given.
 
     What cannot be run so is left alone. A model that was found fit is not tried again in this process.
 
@@ -103,21 +108,31 @@ def try_out(wrapped: HooksModule | GhostModule, args: tuple[Any, ...], kwargs: d
         records: Number of records of that batch.
 
     Raises:
-        Misuse: A record's output depends on other records, or Opacus' gradients of single records are not those of the
-            model.
+        Unfit: A record's output depends on other records, a buffer changes, or Opacus' gradients of single records are
+            not those of the model.
     """
     key = _form_of(wrapped, args, kwargs, records)
     if key in _tried:
         return
     kept = [p.detach().clone() for p in wrapped.parameters()]
+    buffers = {name: (buffer, buffer.clone()) for name, buffer in wrapped.named_buffers()}
     grads = [p.grad for p in wrapped.parameters()]
     try:
         with generators_restored(), full_precision():
             _randomise(wrapped)
-            _try_twice(wrapped, args, kwargs, records)
+            _try_together(wrapped, args, kwargs, records)
+            _try_gradients(wrapped, args, kwargs, records)
+        for name, buffer in wrapped.named_buffers():
+            if name not in buffers or not same_bits(buffer, buffers[name][1]):
+                raise Unfit(
+                    f"A forward pass changes {name.removeprefix('_module.')!r}, which is no parameter and gets no "
+                    "noise: it would tell of the data. Use layers without running statistics or counters."
+                )
         _tried.add(key)
     finally:
         with torch.no_grad():
+            for buffer, values in buffers.values():
+                buffer.copy_(values)
             for p, values, grad in zip(wrapped.parameters(), kept, grads, strict=True):
                 p.copy_(values)
                 p.grad = grad
@@ -138,18 +153,27 @@ def _form_of(wrapped: Any, args: Any, kwargs: Any, records: int) -> Any:
             return tuple(map(form, value))
         return repr(value)
 
-    layers = tuple((type(module), module.training, *_settings_of(module)) for module in wrapped.modules())
+    layers = tuple((type(module), module.training, *_settings_of(module)) for module in wrapped._module.modules())
     trained = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in wrapped.named_parameters())
     return (layers, repr(wrapped), trained, form(args), form(kwargs))
 
 
 def _settings_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yields a layer's attributes that may change what it computes, which its text need not show."""
+    """Yields whatever may change what a layer computes, which its text need not show: attributes and forward hooks."""
     for name, value in vars(module).items():
-        if isinstance(value, bool | int | float | str | None):
-            yield name, value
-        elif callable(value) and not isinstance(value, nn.Module):
-            yield name, getattr(value, "__code__", id(value))
+        if name not in _OF_ANY and not isinstance(value, nn.Module | Tensor):
+            yield name, _text_of(value)
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        yield "hooks", tuple(map(_text_of, hooks.values()))
+
+
+def _text_of(value: Any) -> Any:
+    """Returns what tells a value from others; for a function its code and what that refers to."""
+    code = getattr(value, "__code__", None)
+    if code is None:
+        return repr(value)
+    cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+    return code, *(repr(one) for one in (*cells, getattr(value, "__defaults__", None)) if not isinstance(one, Tensor))
 
 
 def _randomise(model: nn.Module) -> None:
@@ -164,41 +188,63 @@ def _randomise(model: nn.Module) -> None:
             p.copy_(values / math.sqrt(fan) if fan else 0.5 + 0.2 * values)
 
 
-def _try_twice(wrapped: Any, args: Any, kwargs: Any, records: int) -> None:
+def _try_together(wrapped: Any, args: Any, kwargs: Any, records: int) -> None:
+    """Check that a record's output stays what it is beside other records.
+
+    These are as large as itself, much smaller and much larger, and few or many: what is taken of a batch, such as its
+    maximum, or only of a large one, shows in one of these cases.
+    """
+    wrapped.disable_hooks()
+    for rows in _SIZES:
+        outputs: list[list[Tensor]] = []
+        for scale in _SCALES_TRIED if rows == _SIZES[0] else (1.0, 1.0):
+            drawn = torch.Generator().manual_seed(len(outputs) + 1)
+            arguments = (synthetic(args, records, drawn, rows), synthetic(kwargs, records, drawn, rows))
+            own = torch.Generator().manual_seed(0)
+            first = (synthetic(args, records, own, rows), synthetic(kwargs, records, own, rows))
+            for value, mine in zip(tensors_in(arguments), tensors_in(first), strict=True):
+                if value.is_floating_point():
+                    value.mul_(scale)
+                if value.dim() and value.shape[0] == rows:
+                    value[0] = mine[0]
+                else:
+                    value.copy_(mine)
+            try:
+                with torch.no_grad():
+                    outputs.append([out.reshape(rows, -1)[0] for out in _outputs(_run(wrapped, arguments), rows)])
+            except Exception:  # not made for such input: nothing is known
+                outputs.append([])
+        known = [one for one in outputs if one]
+        for other in known[1:]:
+            for mine, beside in zip(known[0], other, strict=False):
+                if mine.shape != beside.shape or not bool(mine.isfinite().all() and beside.isfinite().all()):
+                    continue
+                if _apart(mine, beside):
+                    wrapped.enable_hooks()
+                    raise Unfit(
+                        "The model mixes records: a record's output depends on the other records of its batch, so one "
+                        "record would move the gradients of all. Use layers and a forward() that take each record by "
+                        "itself."
+                    )
+    wrapped.enable_hooks()
+
+
+def _try_gradients(wrapped: Any, args: Any, kwargs: Any, records: int) -> None:
+    """Check that Opacus' gradients of single records are those of the model."""
     drawn = torch.Generator().manual_seed(1)
+    arguments = (synthetic(args, records, drawn), synthetic(kwargs, records, drawn))
     try:
-        one = (synthetic(args, records, drawn), synthetic(kwargs, records, drawn))
-        two = (synthetic(args, records, drawn), synthetic(kwargs, records, drawn))
-        for value, other in zip(tensors_in(one), tensors_in(two), strict=True):
-            if value.dim() and value.shape[0] == 3:
-                other[0] = value[0]
-            else:
-                other.copy_(value)
-        wrapped.disable_hooks()
-        with torch.no_grad():
-            outputs = [_run(wrapped, arguments) for arguments in (one, two)]
-        wrapped.enable_hooks()
-    except Exception:  # not made for such input: nothing is known
-        return
-    firsts = [[out.reshape(3, -1)[0] for out in _outputs(output)] for output in outputs]
-    for first, other in zip(*firsts, strict=True):
-        if bool(first.isfinite().all() and other.isfinite().all()) and _apart(first, other):
-            raise Misuse(
-                "The model mixes records: a record's output depends on the other records of its batch, so one record "
-                "would move the gradients of all. Use layers and a forward() that take each record by itself."
-            )
-    try:
-        expected, found = _gradients(wrapped, one)
-    except Misuse:
-        raise
+        expected, found = _gradients(wrapped, arguments)
+    except Misuse as error:
+        raise Unfit(str(error)) from None
     except Exception as error:
         told = misuse_in(error)
         if told:
-            raise Misuse(told) from None
+            raise Unfit(told) from None
         return
     for true, sampled in zip(expected, found, strict=True):
         if bool(true.isfinite().all() and sampled.isfinite().all()) and _apart(true, sampled):
-            raise Misuse(
+            raise Unfit(
                 "Gradients of single records are not those of the model: a weight is used past its layer, as by "
                 "F.linear(x, layer.weight), or a layer is none that Opacus can take apart. Call the layers themselves."
             )
@@ -240,9 +286,9 @@ def _flat(parameters: list[Any], grads: Sequence[Any]) -> Tensor:
     return torch.cat([value.flatten() for value in values])
 
 
-def _outputs(value: Any) -> list[Tensor]:
+def _outputs(value: Any, rows: int = 3) -> list[Tensor]:
     """Returns the tensors of what a model returned that have records along their first axis."""
-    return [one for one in tensors_in(value) if one.is_floating_point() and one.dim() and not one.shape[0] % 3]
+    return [one for one in tensors_in(value) if one.is_floating_point() and one.dim() and not one.shape[0] % rows]
 
 
 def _apart(one: Tensor, other: Tensor) -> bool:

@@ -22,7 +22,7 @@ from ._opacus import (
     ft_compute_per_sample_gradient,
     promote_current_grad_sample,
 )
-from .record_losses import keep_apart, mark, unheard
+from .record_losses import keep_apart, mark, refuse_mixed, unheard
 from .step_guards import Misuse, StepGuard
 
 __all__ = ["GhostLoss", "GhostModule", "HooksModule", "clipped_sums", "forget_pass", "padding_rows"]
@@ -91,7 +91,12 @@ class _Watched:
     before: Callable[..., bool] | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns what the model returns."""
+        """Returns what the model returns.
+
+        Raises:
+            Misuse: An input was made of the whole batch.
+        """
+        refuse_mixed(args, kwargs)
         if self.before is not None and self.before(self, args, kwargs):
             self.before = None
         with unheard():
@@ -325,9 +330,9 @@ def _clipped_sums(parameters: Sequence[Any], bound: float, guard: StepGuard) -> 
     used = [sample for sample in samples if sample is not None]
     for sample in used:
         guard.check(len(sample))
-    lengths = _lengths(used, _squares)
+    lengths = _lengths(used, _norms)
     if not bool((lengths <= _LARGE).all()):  # the squares of such numbers may overflow in single precision
-        lengths = _lengths(used, lambda rows: torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square())
+        lengths = _lengths(used, lambda rows: torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64))
     factors = _factors_of(lengths, bound)
     finite = lengths.isfinite()
     all_finite = bool(finite.all())
@@ -346,25 +351,27 @@ def _clipped_sums(parameters: Sequence[Any], bound: float, guard: StepGuard) -> 
     return sums
 
 
-def _lengths(samples: Sequence[Tensor], squares: Callable[[Tensor], Tensor]) -> Tensor:
+def _lengths(samples: Sequence[Tensor], norms: Callable[[Tensor], Tensor]) -> Tensor:
     """Returns the norm of each record's gradient over all parameters, float64, shape (records,)."""
-    parts = [squares(sample.reshape(len(sample), -1)) for sample in samples]
-    return torch.stack([part.to(parts[0].device) for part in parts]).sum(0).sqrt()
+    parts = [norms(sample.reshape(len(sample), -1)) for sample in samples]
+    if any(part.dtype != parts[0].dtype for part in parts):
+        parts = [part.double() for part in parts]
+    return torch.stack([part.to(parts[0].device) for part in parts]).double().square().sum(0).sqrt()
 
 
-def _squares(rows: Any) -> Tensor:
-    """Returns the sum of squares of each row, float64.
+def _norms(rows: Any) -> Tensor:
+    """Returns the norm of each row, shape (rows,), in single precision at least.
 
     Single precision adds up a few thousand numbers to eight digits, twenty times as fast as double precision; so the
     rows are taken piece by piece, and only the pieces are added up in double precision.
     """
     if rows.dtype == torch.float64 or rows.shape[1] <= _PIECE:
         norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-        return norms.double().square()
+        return norms
     whole = rows.shape[1] // _PIECE * _PIECE
     pieces: Tensor = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, _PIECE)), dim=2)
     rest: Tensor = torch.linalg.vector_norm(rows[:, whole:], dim=1)
-    return pieces.double().square().sum(1) + rest.double().square()
+    return (pieces.double().square().sum(1) + rest.double().square()).sqrt()
 
 
 def _sample_of(p: Any) -> Tensor | None:
@@ -382,6 +389,9 @@ def _sample_of(p: Any) -> Tensor | None:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Switch autocast off, which would clip by coarser numbers."""
+    if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+        yield
+        return
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
 
@@ -405,9 +415,9 @@ def padding_rows(model: nn.Module) -> dict[Tensor, int]:
 def forget_pass(model: nn.Module) -> None:
     """Remove whatever forward and backward passes left at a model's layers and parameters, but for plain gradients."""
     for module in model.modules():
-        for name in ("activations", "max_batch_len"):
-            if hasattr(module, name):
-                delattr(module, name)
+        kept = vars(module)  # looking for what a module lacks is slow
+        kept.pop("activations", None)
+        kept.pop("max_batch_len", None)
     for p in model.parameters():
         for name in _PASSING:
             if getattr(p, name, None) is not None:

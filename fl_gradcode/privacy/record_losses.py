@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._seeding import generators_restored
 from ..errors import PrivacyRefused
-from .step_guards import OTHER_RECORDS, Misuse, StepGuard
+from .step_guards import OTHER_RECORDS, Misuse, StepGuard, Unfit
 
 __all__ = [
     "RecordLoss",
@@ -27,7 +27,9 @@ __all__ = [
     "is_whole",
     "keep_apart",
     "mark",
+    "mark_drawn",
     "mean_of",
+    "refuse_mixed",
     "synthetic",
     "tensors_in",
 ]
@@ -84,8 +86,22 @@ _ALONG = frozenset(
 _SHAPES = frozenset({"reshape", "view", "flatten", "contiguous"})
 _WHOLE = "_fl_gradcode_whole"  # attribute of a loss that is a mean over records of what each has alone
 _APART = "_fl_gradcode_apart"  # attribute of a tensor whose rows belong to one record each
+_DRAWN = "_fl_gradcode_drawn"  # attribute of a tensor that was made of records of the batch
+_MIXED = "_fl_gradcode_mixed"  # attribute of a tensor that was made of the whole batch, such as its mean
 _ROWS = 3  # of synthetic batches
+#: Functions that make one number of many.
+_REDUCES = frozenset(
+    {
+        *("sum", "mean", "max", "min", "amax", "amin", "std", "var", "std_mean", "var_mean", "norm", "vector_norm"),
+        *("median", "quantile", "prod", "any", "all", "count_nonzero", "logsumexp", "aminmax", "mode"),
+    }
+)
+_COUNTS = frozenset({"bincount", "unique", "histc", "cov", "corrcoef"})
 
+_OF_BATCH = (
+    "Something was computed from the whole batch, such as its mean or maximum, and goes into the model or the loss: "
+    "one record would move the gradients of all. Compute it for each record alone, or from public numbers."
+)
 _OTHER = (
     "The loss of a step is neither one of criterion() nor one of PyTorch's loss functions, and no mean of what each "
     "record has alone: pass a loss of your own to criterion(), which takes it record by record, add and scale losses "
@@ -132,6 +148,22 @@ def mark(loss: Tensor) -> Tensor:
     return loss
 
 
+def mark_drawn(batch: Tensor) -> Tensor:
+    """Note that a tensor names the records of a batch, so that what is made of all of them is known; returns it."""
+    setattr(batch, _DRAWN, True)
+    return batch
+
+
+def refuse_mixed(*values: Any) -> None:
+    """Refuse tensors that were made of the whole batch.
+
+    Raises:
+        Misuse: One of the values is one, or holds one.
+    """
+    if any(map(_is_mixed, tensors_in(values))):
+        raise Misuse(_OF_BATCH)
+
+
 def unheard() -> Any:
     """Returns a context in which `StandardLosses` hears nothing, since each call costs time."""
     return torch._C.DisableTorchFunction()
@@ -167,16 +199,21 @@ class RecordLoss:
         inner: A loss of PyTorch's, as a module or a function, or any callable of outputs and targets that returns the
             mean over the records of its arguments. What is not PyTorch's is called for each record by itself.
 
+        early: Whether no record was handed out yet, so that which loss it is does not depend on records.
+
+    Attributes:
+        of_torch: Whether it is a loss of PyTorch's.
+
     Raises:
         Misuse: It is a sum over records.
     """
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, *, early: bool = False) -> None:
         if getattr(inner, "reduction", "mean") == "sum":
             raise Misuse("The loss is a sum over records: give criterion() one with reduction='mean'.")
-        self._inner = inner
-        self._theirs = type(inner).__module__.startswith("torch.nn.") or _function_of(inner) in _STANDARD
-        self._checked = self._theirs
+        self._inner, self._early = inner, early
+        self.of_torch = type(inner).__module__.startswith("torch.nn.") or _function_of(inner) in _STANDARD
+        self._checked = self.of_torch
 
     def __call__(self, records: int, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the loss of each record, shape (records,).
@@ -190,6 +227,7 @@ class RecordLoss:
             Misuse: The loss mixes records, or returns nothing that could be told apart by them.
         """
         if torch.is_grad_enabled() and not all_apart(args, kwargs):
+            refuse_mixed(args, kwargs)
             if any(one.dim() and one.shape[0] % records for one in tensors_in((args, kwargs)) if one.requires_grad):
                 raise PrivacyRefused(OTHER_RECORDS)
             raise Misuse(
@@ -198,8 +236,11 @@ class RecordLoss:
             )
         if not self._checked:
             self._checked = True
-            _refuse_mixing(self._inner, args, kwargs)
-        if self._theirs:
+            try:
+                _refuse_mixing(self._inner, args, kwargs)
+            except Misuse as error:
+                raise (Unfit(str(error)) if self._early else error) from None
+        if self.of_torch:
             return self._of_torch(records, args, kwargs)
         if hasattr(self._inner, "reduction"):
             values = _with_reduction_none(self._inner, args, kwargs)
@@ -241,13 +282,18 @@ class StandardLosses(TorchFunctionMode):
                 raise Misuse(_OTHER)
             return func(*args, **kwargs)  # type: ignore[no-untyped-call]
         if func in _STANDARD and self._guard.drawn and torch.is_grad_enabled():
+            if any(one.requires_grad for one in tensors_in(args)):
+                refuse_mixed(args, kwargs)
             if _reduction_of(func, args, kwargs) in _MEANS and all_apart(args, kwargs):
                 return mean_of(_of_function(func, self._guard.drawn, args, kwargs), self._guard)
             result = func(*args, **kwargs)
             return keep_apart(result, self._guard.drawn) if all_apart(args, kwargs) else result
         result = func(*args, **kwargs)
-        if self._guard.drawn and isinstance(result, Tensor) and result.requires_grad:
-            name = getattr(func, "__name__", "")
+        if not self._guard.drawn or not isinstance(result, Tensor | tuple | list):  # most calls read an attribute
+            return result
+        name = getattr(func, "__name__", "")
+        _follow(name, result, args, kwargs, self._guard.drawn)
+        if isinstance(result, Tensor) and result.requires_grad:
             if result.dim() == 0:
                 if name == "squeeze" and self._guard.drawn == 1 and all_apart(args, kwargs):
                     setattr(result, _APART, True)
@@ -264,10 +310,38 @@ def _is_apart(value: object) -> bool:
     return getattr(value, _APART, False) is True
 
 
+def _is_mixed(value: object) -> bool:
+    return getattr(value, _MIXED, False) is True
+
+
 def all_apart(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Returns whether, of the tensors among arguments that gradients flow to, each row belongs to one record."""
-    moving = [one for one in tensors_in((args, kwargs)) if one.requires_grad]
-    return bool(moving) and all(map(_is_apart, moving))
+    """Returns whether, of the tensors among arguments that gradients flow to, each row belongs to one record.
+
+    False, too, if a tensor among the arguments was made of the whole batch.
+    """
+    tensors = tensors_in((args, kwargs))
+    moving = [one for one in tensors if one.requires_grad]
+    return bool(moving) and all(map(_is_apart, moving)) and not any(map(_is_mixed, tensors))
+
+
+def _follow(name: str, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any], records: int) -> None:
+    """Note which tensors were made of the batch's records, and which of all of them together."""
+    given = tensors_in((args, kwargs))
+    if any(map(_is_mixed, given)):
+        noted = _MIXED
+    else:
+        drawn = [one for one in given if getattr(one, _DRAWN, False)]
+        if not drawn:
+            return
+        noted = _DRAWN
+        rows = drawn[0].shape[0] if drawn[0].dim() else 0
+        if records > 1 and rows and not rows % records and (name in _REDUCES or name in _COUNTS):
+            made = tensors_in(result)
+            if name in _COUNTS or any(not one.dim() or one.shape[0] != rows for one in made):
+                noted = _MIXED
+    for one in tensors_in(result):
+        if not one.requires_grad:
+            setattr(one, noted, True)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -283,6 +357,8 @@ def _stays_apart(name: str, result: Tensor, args: tuple[Any, ...], kwargs: dict[
     tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
     moving = [one for one in tensors if one.requires_grad]
     if not result.dim() or result.shape[0] % records or not moving or not all(map(_is_apart, moving)):
+        return False
+    if any(map(_is_mixed, tensors)):
         return False
     if name in _BY_ENTRY:  # (n, 1) and (n,) would become a square of all with all
         return all(one.dim() in (0, result.dim()) for one in tensors)
@@ -450,16 +526,17 @@ def _refuse_mixing(loss: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> No
         )
 
 
-def synthetic(value: Any, records: int, drawn: torch.Generator) -> Any:
-    """Returns a random value of the same form for three records: normal numbers, and whole ones of 0 and 1.
+def synthetic(value: Any, records: int, drawn: torch.Generator, made_for: int = _ROWS) -> Any:
+    """Returns a random value of the same form for few records: normal numbers, and whole ones of 0 and 1.
 
     Args:
         value: What was given for `records` records; tensors and what holds them.
         records: Number of records, the length of tensors along the first axis.
         drawn: Source of the random values.
+        made_for: Number of records of the result.
     """
     if isinstance(value, Tensor):
-        rows = _ROWS if value.dim() and value.shape[0] == records else None
+        rows = made_for if value.dim() and value.shape[0] == records else None
         shape = value.shape if rows is None else (rows, *value.shape[1:])
         if value.is_floating_point():
             made: Tensor = torch.randn(shape, generator=drawn).to(value.dtype)
@@ -469,7 +546,7 @@ def synthetic(value: Any, records: int, drawn: torch.Generator) -> Any:
             made = torch.randint(0, 2, shape, generator=drawn).to(value.dtype)
         return made.to(value.device)
     if isinstance(value, dict):
-        return type(value)({key: synthetic(one, records, drawn) for key, one in value.items()})
+        return type(value)({key: synthetic(one, records, drawn, made_for) for key, one in value.items()})
     if type(value) in (tuple, list):
-        return type(value)(synthetic(one, records, drawn) for one in value)
+        return type(value)(synthetic(one, records, drawn, made_for) for one in value)
     return value

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..errors import PrivacyRefused
 
-__all__ = ["OTHER_RECORDS", "Misuse", "StepGuard", "WeightGuard", "same_bits"]
+__all__ = ["OTHER_RECORDS", "Misuse", "StepGuard", "Unfit", "WeightGuard", "same_bits"]
 
 
 OTHER_RECORDS = (
@@ -17,12 +19,16 @@ OTHER_RECORDS = (
 
 
 class Misuse(PrivacyRefused):
-    """Private training is used, or a model is built, in a way that no data could make right.
+    """Private training is used in a way that needs another loop, model or loss, whatever the data are.
 
-    Its sentences are fixed, so a server may be told them after data were read.
+    Its sentences are fixed. Whether it comes may depend on records, if a loop does something else for some of them.
     """
 
     kind = "unsuitable-app"
+
+
+class Unfit(Misuse):
+    """A model or a loss cannot be trained privately, as a trial on synthetic records has found."""
 
 
 class StepGuard:
@@ -33,6 +39,7 @@ class StepGuard:
         clipped: Number of records whose gradients the last backward pass clipped; only ghost clipping sets it.
         backward: Whether a loss that takes each record by itself has had its backward pass.
         steps: Number of batches that had their step.
+        begun: Whether records were handed out.
     """
 
     def __init__(self) -> None:
@@ -40,10 +47,11 @@ class StepGuard:
         self.clipped: int | None = None
         self.backward = False
         self.steps = 0
+        self.begun = False
 
     def draw(self, records: int) -> None:
         """Note that so many records were handed out; the next step has to be on them."""
-        self.drawn, self.clipped, self.backward = records, None, False
+        self.drawn, self.clipped, self.backward, self.begun = records, None, False, True
 
     def check(self, records: int | None) -> None:
         """Check that gradients belong to the records that were handed out.
@@ -121,13 +129,27 @@ class WeightGuard:
     def _now(self) -> tuple[list[Tensor], list[tuple[str, torch.Size, torch.dtype]]]:
         """Returns all values, one flat copy for each dtype and device, and name, shape and dtype of each parameter."""
         # One copy for each kind: many small copies cost more than what is in them.
-        parameters = list(self._model.named_parameters())
-        shapes = [(name, p.shape, p.dtype) for name, p in parameters]
-        kinds = dict.fromkeys((p.dtype, p.device) for _, p in parameters)
-        flat = [
-            torch.cat([p.detach().reshape(-1) for _, p in parameters if (p.dtype, p.device) == kind]) for kind in kinds
-        ]
-        return flat, shapes
+        parameters = _parameters_of(self._model)
+        shapes = [(name, p.shape, p.dtype) for name, p in parameters.items()]
+        kinds: dict[Any, list[Tensor]] = {}
+        for p in parameters.values():
+            kinds.setdefault((p.dtype, p.device), []).append(p.detach().reshape(-1))
+        return [torch.cat(values) for values in kinds.values()], shapes
+
+
+def _parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the parameters by name; `named_parameters` takes several times as long, and is called twice a step."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    ways = [("", model)]
+    while ways:
+        way, module = ways.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        found.update({f"{way}{name}": p for name, p in module._parameters.items() if p is not None})
+        ways += [(f"{way}{name}.", part) for name, part in module._modules.items() if part is not None]
+    return found
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from .attempts import Session, current_attempts
 from .budget_ledger import BudgetLedger, Charge, Request
 from .key_derivation import SECRET_BYTES, KeyContext, PRFStream, derived_seed, folder_of, key_context, needed
 from .keys import read_keys
+from .record_losses import mark_drawn
 from .records import Asked, Spent, asked_of, budget_of, max_delta_of, refuse_mode, trusts_server
 from .settings import DPSGD
 from .step_guards import Misuse
@@ -257,13 +259,16 @@ class PrivateTraining:
             start = [p.detach().clone() for p in model.parameters()]
             dp.penalty(lambda: mu / 2 * sum(((p - s) ** 2).sum() for p, s in zip(model.parameters(), start)))
 
-        Its gradient is added after the noise, in each step, also of empty batches. It must not depend on records.
+        Its gradient is added after the noise, in each step, also of empty batches. It must not depend on records. Call
+        this before `batches`.
 
         Args:
             function: Returns the term at the present weights, as one number.
         """
         if not callable(function):
             raise Misuse("penalty() takes a function of no arguments that returns the term at the present weights.")
+        if self._wrapped.begun:
+            raise Misuse("Penalties come before the batches: call penalty() once, before batches().")
         self._wrapped.penalties.append(function)
 
     def batches(self) -> Iterator[torch.Tensor]:
@@ -293,8 +298,8 @@ class PrivateTraining:
                 optimizer.take(None)
                 continue
             self._wrapped.batch_drawn(len(chosen))
-            session.drawn = True
-            yield torch.tensor(chosen)
+            session.drawn, session.reached = True, self._steps
+            yield mark_drawn(torch.tensor(chosen))
             if self._wrapped.steps != self._steps:
                 raise PrivacyRefused(_NO_STEP)
 
@@ -310,6 +315,7 @@ class PrivateTraining:
             yield torch.tensor([record])
             if not self._wrapped.stepped:
                 raise PrivacyRefused(_NO_STEP)
+            self._wrapped.check_unchanged()  # while it is known at which record something changed
             session.had_its_turn(optimizer.parts)
         sums, optimizer.parts = session.parts, None
         optimizer.take(sums)
@@ -391,8 +397,13 @@ def _environment_of(model: torch.nn.Module) -> str:
         tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
         kind = f"{torch.cuda.get_device_name(device)}{', tf32' if tf32 else ''}"
     settled = ", deterministic" if torch.are_deterministic_algorithms_enabled() else ""
-    versions = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in ("torch", "opacus"))
-    return f"{kind}{settled}, {versions}; {torch.get_num_threads()} threads"
+    return f"{kind}{settled}, {_versions()}; {torch.get_num_threads()} threads"
+
+
+@cache
+def _versions() -> str:
+    """Returns the versions that results depend on; reading them from disk takes milliseconds, and is done once."""
+    return ", ".join(f"{name} {version(name).partition('+')[0]}" for name in ("torch", "opacus"))
 
 
 _NO_STEP = (

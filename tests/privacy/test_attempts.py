@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,12 @@ def stopping(batch: Tensor, x: Tensor) -> Tensor | None:
     return None if bool((x > 1e3).any()) else batch
 
 
+def exiting(batch: Tensor, x: Tensor) -> Tensor:
+    if bool((x > 1e3).any()):
+        sys.exit("a record of John Smith")
+    return batch
+
+
 def leaving_it_out(batch: Tensor, x: Tensor) -> Tensor:
     return batch[~(x > 1e3).any(1)]
 
@@ -94,6 +101,7 @@ def run(
     bad: bool = True,
     rounds: int = 1,
     inner: Any = None,
+    budget: float | None = None,
     **options: Any,
 ) -> tuple[Any, list[Any]]:
     app = ClientApp(mods=[gradient_coding_mod])
@@ -120,20 +128,24 @@ def run(
     strategy = GradientCoding(inner or FedAvg(fraction_evaluate=0.0), CODE, privacy=settings(**values), run="r")
     torch.manual_seed(0)
     initial = ArrayRecord(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).state_dict())
-    with InProcessGrid(app, num_nodes=2, run_config={"privacy-dir": str(folder)}) as grid:
-        result = strategy.start(grid, initial, num_rounds=1)
+
+    def node(worker: int) -> dict[str, Any]:
+        own = {} if budget is None else {"max-epsilon": budget, "privacy-dir": str(folder / f"node-{worker}")}
+        return {"partition-id": worker, "num-partitions": 2, **own}
+
+    with InProcessGrid(app, num_nodes=2, run_config={"privacy-dir": str(folder)}, node_config=node) as grid:
+        result = strategy.start(grid, initial, num_rounds=rounds)
     rows = [row["train"] for row in strategy.ledger.rows]
     return (flat(result.arrays) - flat(initial), seen), rows
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("each", [raising, stopping, leaving_it_out])
+@pytest.mark.parametrize("each", [raising, stopping, exiting, leaving_it_out])
 def test_a_record_at_which_the_loop_fails_counts_as_none(
     each: Any, mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (expected, _), _ = run(counts_it_as_none, tmp_path / "keys", mode, sample_rate=1.0)
-    for node in (0, 1):
-        shutil.rmtree(tmp_path / "keys" / f"node-{node}" / "spent")
+    forget(tmp_path / "keys")
     (moved, seen), (row,) = run(loop_with(each), tmp_path / "keys", mode, sample_rate=1.0)
     assert row["outcome"] == "exact" and not row["rejected"]
     assert abs(moved - expected).max() < 1e-4 * abs(expected).max()
@@ -143,6 +155,130 @@ def test_a_record_at_which_the_loop_fails_counts_as_none(
     for node in (0, 1):
         ledger = BudgetLedger(tmp_path / "keys" / f"node-{node}" / "spent")
         assert [len(ledger.entries(shard)) for shard in ledger.shards] == [1] * len(ledger.shards)
+
+
+Step = Callable[[Any, nn.Module, Any, Tensor, Tensor, Any], object]
+
+
+def stepping(each: Step) -> Loop:
+    """A loop that does something else at the bad record; `each` gets dp, net, criterion, records, labels, optimizer."""
+
+    def loop(dp: Any, net: nn.Module, x: Tensor, y: Tensor) -> None:
+        optimizer = dp.optimizer(torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9))
+        criterion = dp.criterion(nn.CrossEntropyLoss())
+        for batch in dp.batches():
+            optimizer.zero_grad()
+            if bool((x[batch] > 1e3).any()):
+                each(dp, net, criterion, x[batch], y[batch], optimizer)
+            criterion(dp.model(x[batch]), y[batch]).backward()
+            optimizer.step()
+
+    return loop
+
+
+#: What is refused wherever a loop does it; here it does so for one record alone.
+MISUSES: dict[str, Step] = {
+    "a loss that is none": lambda dp, net, c, x, y, o: c(dp.model(x), y).clamp(max=1.0).backward(),
+    "a sum": lambda dp, net, c, x, y, o: dp.criterion(nn.CrossEntropyLoss(reduction="sum")),
+    "a second backward pass": lambda dp, net, c, x, y, o: c(dp.model(x), y).backward(),
+    "weights": lambda dp, net, c, x, y, o: next(net.parameters()).data.zero_(),
+    "a buffer": lambda dp, net, c, x, y, o: net.register_buffer("seen", torch.ones(1)),
+    "a penalty": lambda dp, net, c, x, y, o: dp.penalty(lambda: torch.zeros(())),
+    "another optimizer": lambda dp, net, c, x, y, o: dp.optimizer(torch.optim.SGD(net.parameters(), lr=-1.0)),
+    "Opacus' own words": lambda dp, net, c, x, y, o: _raise("Parameter tying is not supported with Ghost Clipping"),
+}
+
+
+def _raise(text: str) -> None:
+    raise NotImplementedError(text)
+
+
+@pytest.fixture(scope="module")
+def counted_as_none(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """Keys, and the update with them where the bad record has no gradient."""
+    keys = tmp_path_factory.mktemp("none") / "keys"
+    return keys, run(counts_it_as_none, keys, sample_rate=1.0)[0][0]
+
+
+def forget(keys: Path) -> None:
+    for node in (0, 1):
+        shutil.rmtree(keys / f"node-{node}" / "spent")
+
+
+@pytest.mark.parametrize(
+    ("name", "budget"), [*((name, None) for name in MISUSES), ("a loss that is none", 1e30), ("a buffer", 1e30)]
+)
+def test_misuse_at_one_record_is_not_told_and_it_counts_as_none(
+    name: str, budget: float | None, counted_as_none: tuple[Path, Any]
+) -> None:
+    keys, expected = counted_as_none
+    forget(keys)
+    (moved, _), (row,) = run(stepping(MISUSES[name]), keys, sample_rate=1.0, budget=budget)
+    assert row["outcome"] == "exact" and not row["rejected"]
+    assert abs(moved - expected).max() < 1e-4 * abs(expected).max()
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_misuse_at_all_records_is_told_where_nothing_is_protected(few: bool, tmp_path: Path) -> None:
+    def loop(dp: Any, net: nn.Module, x: Tensor, y: Tensor) -> None:
+        optimizer, criterion = dp.optimizer(torch.optim.SGD(net.parameters(), lr=0.5)), nn.CrossEntropyLoss()
+        for batch in dp.batches():
+            criterion(dp.model(x[batch]), y[batch]).clamp(max=1e9).backward()
+            optimizer.step()
+
+    rate = 0.05 if few else 1.0  # fewer records than are tried else
+    with pytest.raises(UnsuitableApp, match=r"The loss of a step is neither one of criterion\(\)"):
+        run(loop, tmp_path / "keys", bad=False, sample_rate=rate)
+    (_, _), (row,) = run(loop, tmp_path / "others", bad=False, sample_rate=rate, budget=1e30)
+    assert row["outcome"] == "exact" and not row["rejected"]
+
+
+def test_misuse_of_a_batch_of_which_no_record_is_at_fault_is_told_where_nothing_is_protected(tmp_path: Path) -> None:
+    """There is no second backward pass where a batch has one record."""
+
+    def loop(dp: Any, net: nn.Module, x: Tensor, y: Tensor) -> None:
+        optimizer = dp.optimizer(torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9))
+        criterion = dp.criterion(nn.CrossEntropyLoss())
+        for batch in dp.batches():
+            optimizer.zero_grad()
+            for _ in batch[:2]:
+                criterion(dp.model(x[batch]), y[batch]).backward()
+            optimizer.step()
+
+    with pytest.raises(UnsuitableApp, match="A batch has several backward passes"):
+        run(loop, tmp_path / "keys", bad=False)
+    (expected, _), _ = run(plain_loop, tmp_path / "others", bad=False)
+    forget(tmp_path / "others")
+    (moved, _), (row,) = run(loop, tmp_path / "others", bad=False, budget=1e30)
+    assert row["outcome"] == "exact"
+    assert abs(moved - expected).max() < 1e-4 * abs(expected).max()
+
+
+@pytest.mark.parametrize("budget", [None, 1e30])
+def test_a_model_that_mixes_records_is_told_wherever_it_is_trained(budget: float | None, tmp_path: Path) -> None:
+    def loop(dp: Any, net: nn.Module, x: Tensor, y: Tensor) -> None:
+        net.register_forward_pre_hook(lambda _, inputs: (inputs[0] - inputs[0].mean(0),))
+        plain_loop(dp, net, x, y)
+
+    run(plain_loop, tmp_path / "others", bad=False)  # the same layers have been found fit
+    with pytest.raises(UnsuitableApp, match="The model mixes records"):
+        run(loop, tmp_path / "keys", bad=False, budget=budget)
+
+
+@pytest.mark.parametrize("when", ["before its batches", "after its batches"])
+@pytest.mark.parametrize("error", [MemoryError("device"), ConnectionResetError("share"), TimeoutError("database")])
+def test_an_error_that_passes_costs_a_round_and_not_the_run(error: Exception, when: str, tmp_path: Path) -> None:
+    def loop(dp: Any, net: nn.Module, x: Tensor, y: Tensor) -> None:
+        first = dp.content["config"]["server-round"] == 1
+        if first and when == "before its batches":
+            raise error
+        plain_loop(dp, net, x, y)
+        if first:
+            raise error
+
+    _, rows = run(loop, tmp_path / "keys", bad=False, rounds=2)
+    assert [row["outcome"] for row in rows] == ["skipped", "exact"]
+    assert not any(str(error) in one["reason"] for one in rows[0]["rejected"])
 
 
 def test_an_app_that_fails_at_every_record_is_told_where_nothing_is_protected(tmp_path: Path) -> None:

@@ -1,27 +1,49 @@
 """An audit from outside: guess from what is released whether a record was there, and bound epsilon by the guesses.
 
 The guesser knows everything but the key: all other records, the weights, the settings. With one step on all records the
-best that it can do is to look along the record's own gradient.
+best that it can do is to look along the record's own gradient. What a node answers is more than numbers: whether it
+answers or refuses, what it says, and what it charges are seen too.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
+import shutil
+import sys
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 from scipy.stats import beta
-from torch import nn
+from torch import Tensor, nn
 
-from fl_gradcode.privacy import Spend, epsilon_of
+from fl_gradcode import gradient_coding_mod
+from fl_gradcode.privacy import (
+    DPSGD,
+    Asked,
+    BudgetLedger,
+    Spend,
+    epsilon_of,
+    privacy_to_json,
+    private_training,
+    write_keys,
+)
 from fl_gradcode.privacy.dp_optimizer import wrap
 from fl_gradcode.privacy.key_derivation import KeyContext, PRFStream
+from fl_gradcode.protocol import Plan, Row
+from fl_gradcode.testing import inside_a_run
 from tests.privacy.direct import linear
 
 DELTA = 1e-5
@@ -184,3 +206,221 @@ def test_the_bound_holds_where_epsilon_is_known() -> None:
         not_there = (rng.random(2000) > truth) + 1e-3 * rng.random(2000)
         found.append(least_epsilon(there, not_there))
     assert np.mean(np.array(found) > epsilon) <= 0.05 and np.mean(found) > 1.6
+
+
+# ---- What is seen besides numbers ------------------------------------------------------------------------------------
+
+SEEN = 100  # 50 judge: if all are told apart they prove an epsilon of 2.4, and 2.0 is claimed
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a server sees of one request.
+
+    Attributes:
+        kind: Everything that is no noisy number: answer or refusal, its text, names and shapes, what was charged.
+        along: The update along the record's gradient; 0 if there is none.
+    """
+
+    kind: str
+    along: float
+
+
+def least_epsilon_of(present: list[Seen], absent: list[Seen]) -> float:
+    """What epsilon is at least, if kinds are seen beside numbers.
+
+    Of kinds, the guesser takes those for the record's that are more frequent with it; which these are is found on the
+    half of the scores that thresholds are found on.
+    """
+    frequent = Counter(one.kind for one in present[::2])
+    frequent.subtract(Counter(one.kind for one in absent[::2]))
+
+    def scores(seen: list[Seen]) -> NDArray[np.float64]:
+        return np.array([1e6 * frequent[one.kind] + one.along for one in seen])
+
+    return least_epsilon(scores(present), scores(absent))
+
+
+def raising(dp: Any, net: nn.Module, x: Tensor, y: Tensor) -> None:
+    """A loop that fails at what it does not expect in a record."""
+    _loop(dp, net, x, y, each=lambda rows: _fail() if float(rows.abs().max()) > 4 else None)
+
+
+def asserting_a_finite_loss(dp: Any, net: nn.Module, x: Tensor, y: Tensor) -> None:
+    """As many loops do; at the weights that the server sends, the loss of that record alone overflows."""
+    _loop(dp, net, x, y, factor=1e38, check=lambda loss: None if math.isfinite(loss) else _fail())
+
+
+def limiting_a_large_loss(dp: Any, net: nn.Module, x: Tensor, y: Tensor) -> None:
+    """The limit is misuse of the library, and reached at that record alone."""
+    _loop(dp, net, x, y, then=lambda loss: loss.clamp(max=100.0) if float(loss) > 100 else loss)
+
+
+def ending_the_process(dp: Any, net: nn.Module, x: Tensor, y: Tensor) -> None:
+    _loop(dp, net, x, y, each=lambda rows: sys.exit(1) if float(rows.abs().max()) > 4 else None)
+
+
+def leaving_it_out(dp: Any, net: nn.Module, x: Tensor, y: Tensor) -> None:
+    _loop(dp, net, x, y, kept=lambda rows: rows.abs().amax(1) <= 4)
+
+
+def nothing_fails(dp: Any, net: nn.Module, x: Tensor, y: Tensor) -> None:
+    _loop(dp, net, x, y)
+
+
+def _fail() -> None:
+    raise ValueError("a record of John Smith")
+
+
+def _loop(
+    dp: Any,
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    factor: float = 1.0,
+    each: Callable[[Tensor], None] = lambda rows: None,
+    kept: Callable[[Tensor], Tensor] | None = None,
+    check: Callable[[float], Any] = lambda loss: None,
+    then: Callable[[Tensor], Tensor] = lambda loss: loss,
+) -> None:
+    optimizer = dp.optimizer(torch.optim.SGD(net.parameters(), lr=1.0))
+    criterion = dp.criterion(nn.MSELoss())
+    for drawn in dp.batches():
+        batch = drawn if kept is None else drawn[kept(x[drawn])]
+        each(x[batch])
+        optimizer.zero_grad()
+        loss = criterion(factor * dp.model(x[batch]), y[batch])
+        check(float(loss.detach()))
+        then(loss).backward()
+        optimizer.step()
+
+
+Loop = Callable[[Any, nn.Module, Tensor, Tensor], None]
+FAILURES: list[Loop] = [
+    raising,
+    asserting_a_finite_loss,
+    limiting_a_large_loss,
+    ending_the_process,
+    leaving_it_out,
+]
+
+
+def app_of(loop: Loop, present: bool, *, guarded: bool) -> ClientApp:
+    """An app with one shard; without the mod, whatever it raises is told, as by any app in which Opacus is used."""
+    app = ClientApp(mods=[gradient_coding_mod] if guarded else [])
+    x, y = data(True)
+    if not present:  # the number of records is public; one of zeros has no gradient
+        x[-1] = 0
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        content: Any = message.content
+        net = linear(SIZE)
+        net.load_state_dict(content["arrays"].to_torch_state_dict())
+        context.node_config["partition-id"]
+        with private_training(message, context, net, examples=len(y)) as dp:
+            loop(dp, net, x, y)
+        metrics = MetricRecord({"num-examples": len(y)})
+        records: Any = {"arrays": ArrayRecord(net.state_dict()), "metrics": metrics, "privacy": dp.record}
+        return Message(RecordDict(records), reply_to=message)
+
+    return app
+
+
+#: At these weights the record has a gradient along the first one, and all others have none.
+WEIGHTS = torch.tensor([[10.0, 0.0, 0.0, 0.0]])
+AUDITED = DPSGD(noise_multiplier=SIGMA, max_grad_norm=CLIP, sample_rate=1.0, steps=1, accountant="rdp")
+
+
+def seen(
+    loop: Loop,
+    present: bool,
+    repetition: int,
+    keys: Path,
+    *,
+    guarded: bool = True,
+    mode: Any = "hooks",
+    sigma: float = SIGMA,
+) -> Seen:
+    """Ask a node that has the keys, and no memory."""
+    folder = keys.parent / "node"
+    shutil.copytree(keys / "node-0", folder)
+    privacy = replace(AUDITED, grad_sample_mode=mode, noise_multiplier=sigma)
+    run = f"run {repetition} {present}"  # has noise of its own
+    content = RecordDict({"arrays": ArrayRecord({"weight": WEIGHTS})})
+    if guarded:
+        plan = Plan(
+            run, 0, 1, "train", 1, 1, "num-examples", "arrays", {0: Row((0,), ((1.0,),))},
+            privacy=privacy_to_json(privacy), releases={0: (1, ())},
+        )  # fmt: skip
+        content = plan.add_to(content)
+    else:
+        Asked(privacy, run, 1, 0, 0).add_to(content)
+    node: Any = {"partition-id": 0, "num-partitions": 1, "privacy-dir": str(folder), "max-epsilon": 1e3}
+    message = Message(content, dst_node_id=1, message_type="train")
+    moved = torch.zeros(1, dtype=torch.float64)
+    try:
+        reply: Any = app_of(loop, present, guarded=guarded)(message, Context(1, 1, node, RecordDict(), {})).content
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+    else:
+        told = f"answered {sorted(reply)}"
+        array = reply["fl-gradcode.update"]["arrays"] if guarded else reply["arrays"]["weight"]
+        values = torch.from_numpy(array.numpy().copy()).double().flatten()
+        moved = values / (OTHERS + 1) if guarded else values - WEIGHTS.flatten()
+    charged = [replace(one, run="", context="", data="") for one in BudgetLedger(folder / "spent").entries(0)]
+    shutil.rmtree(folder)
+    return Seen(f"{told} {charged}", -float(moved[0]) * (OTHERS + 1) / CLIP)
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Iterator[Path]:
+    write_keys(tmp_path / "keys", [[0]])
+    logging.disable(logging.CRITICAL)
+    with inside_a_run(), np.errstate(all="ignore"):
+        yield tmp_path / "keys"
+    logging.disable(logging.NOTSET)
+
+
+def audit_of(loop: Loop, keys: Path, **options: Any) -> tuple[float, set[str]]:
+    there, not_there = (
+        [seen(loop, present, number, keys, **options) for number in range(SEEN)] for present in (True, False)
+    )
+    return least_epsilon_of(there, not_there), {one.kind for one in (*there, *not_there)}
+
+
+@pytest.mark.parametrize(
+    ("loop", "mode"),
+    [*((loop, "hooks") for loop in (nothing_fails, *FAILURES)), (asserting_a_finite_loss, "ghost")],
+)
+def test_outcomes_and_numbers_together_leak_less_than_is_claimed(loop: Loop, mode: str, keys: Path) -> None:
+    found, kinds = audit_of(loop, keys, mode=mode)
+    assert found < claimed(1)
+    assert len(kinds) == 1  # so the numbers alone are left, which have noise
+
+
+@pytest.mark.parametrize("loop", [raising, limiting_a_large_loss, leaving_it_out])
+def test_a_refusal_that_depends_on_a_record_is_caught(loop: Loop, keys: Path) -> None:
+    """The same loops, keys and noise, but what fails is told."""
+    found, kinds = audit_of(loop, keys, guarded=False)
+    assert found > claimed(1) and len(kinds) == 2
+
+
+def test_so_are_numbers_with_too_little_noise_behind_equal_outcomes(keys: Path) -> None:
+    found, kinds = audit_of(nothing_fails, keys, sigma=SIGMA / 20)
+    assert found > claimed(1) and len(kinds) == 1
+
+
+@pytest.mark.parametrize("refused", ["with it", "without it"])
+def test_a_refusal_in_some_rounds_alone_is_caught_whoever_is_refused(refused: str) -> None:
+    """A record that is drawn in half of the rounds, and shows when it is."""
+    rng, noise = np.random.default_rng(3), 1e3  # the numbers say nothing
+
+    def some(often: float) -> list[Seen]:
+        kinds = rng.random(2000) < often
+        return [Seen("refused" if kind else "answered", noise * rng.standard_normal()) for kind in kinds]
+
+    there, not_there = some(0.5), some(0.0)
+    assert least_epsilon_of(*((there, not_there) if refused == "with it" else (not_there, there))) > claimed(1, 0.5)
+    assert least_epsilon_of(some(0.5), some(0.5)) < 0.5

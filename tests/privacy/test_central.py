@@ -297,7 +297,7 @@ def test_a_counter_takes_nothing_of_the_clipping_norm() -> None:
     assert np.allclose(result.arrays["w"].numpy(), [0.6, 0.8], rtol=1e-4) and result.arrays["steps"].numpy() == 0
 
 
-@pytest.mark.parametrize("name", ["1.running_mean", "norm.running_var"])
+@pytest.mark.parametrize("name", ["1.running_mean", "norm.running_var", "bn/moving_variance", "batch_stats/norm/var"])
 def test_running_statistics_are_refused_with_what_to_use_and_may_be_left_out(name: str) -> None:
     start = ArrayRecord({"w": Array(np.zeros(2, np.float32)), name: Array(np.ones(2, np.float32))})
     with pytest.raises(UnsuitableApp, match=rf"holds the running statistics '{name}'.* Use GroupNorm or LayerNorm"):

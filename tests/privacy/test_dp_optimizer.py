@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,6 +117,39 @@ def test_an_empty_batch_is_a_step_of_noise_alone(node: Node, mode: Any) -> None:
     assert net.weight.isfinite().all() and 0 < float(sizes.max()) < 10
 
 
+Penalty = Callable[[nn.Module], Tensor]
+PENALTIES: dict[str, list[Penalty]] = {
+    "L2": [lambda net: 0.3 * torch.stack([p.square().sum() for p in net.parameters()]).sum()],
+    "L1 of one layer": [lambda net: 0.2 * next(net.parameters()).abs().sum()],
+    "weighted by importance": [
+        lambda net: torch.stack([(i * (p - 1).square()).sum() for i, p in enumerate(net.parameters())]).sum()
+    ],
+    "two": [
+        lambda net: 0.3 * torch.stack([p.square().sum() for p in net.parameters()]).sum(),
+        lambda net: next(net.parameters()).sum(),
+    ],
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", PENALTIES)
+def test_penalties_of_any_kind_have_their_own_gradient(node: Node, name: str, mode: Any) -> None:
+    """Also in steps without records, of which there is nothing else."""
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    plain = copy.deepcopy(net)
+    torch.stack([penalty(plain) for penalty in PENALTIES[name]]).sum().backward()
+    privacy = settings(noise_multiplier=1e-9, sample_rate=1e-6, steps=1, grad_sample_mode=mode)
+    before = [p.detach().clone() for p in net.parameters()]
+    with node.ask(net, privacy=privacy, examples=5) as dp:
+        for penalty in PENALTIES[name]:
+            dp.penalty(partial(penalty, net))
+        dp.optimizer(torch.optim.SGD(net.parameters(), lr=1e-3))
+        assert not list(dp.batches())
+    for p, start, other in zip(net.parameters(), before, plain.parameters(), strict=True):
+        expected = torch.zeros_like(p) if other.grad is None else other.grad
+        assert torch.allclose((start - p.detach()) / 1e-3, expected, atol=1e-2)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_frozen_parameters_stay_and_the_others_train(node: Node, mode: Any) -> None:
     net: Any = model()
@@ -150,7 +185,9 @@ def test_models_that_mix_records_or_keep_statistics_are_refused(node: Node) -> N
     x, y = records()
     dp = node.ask(counting)
     with (
-        pytest.raises(PrivacyRefused, match=r"Training changed '0\.seen', which is no parameter and gets no noise"),
+        pytest.raises(
+            PrivacyRefused, match=r"A forward pass changes '0\.seen', which is no parameter and gets no noise"
+        ),
         dp,
     ):
         move(dp, counting, x, y)

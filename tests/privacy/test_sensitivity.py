@@ -373,6 +373,18 @@ class OwnBatchNorm(nn.BatchNorm1d):
     pass
 
 
+class Waking(nn.Module):
+    """Sets a layer to training in its forward pass."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer.train()(x)
+        return found
+
+
 def of_linear(run: Callable[[Any, Tensor], Tensor]) -> Callable[[], nn.Module]:
     return lambda: Of(run, layer=nn.Linear(8, 8), out=nn.Linear(8, CLASSES))
 
@@ -413,6 +425,34 @@ REFUSED: dict[str, tuple[Case, str]] = {
     "attention over the batch": (
         Case(of_linear(lambda net, x: net.out(torch.softmax(x @ x.mT, 1) @ net.layer(x))), vectors, CE()),
         "The model mixes records",
+    ),
+    "the largest entry of the batch alone": (
+        Case(of_linear(lambda net, x: net.out(net.layer(x) * (x >= x.max()))), vectors, CE()),
+        "The model mixes records",
+    ),
+    "mixing beside a large record alone": (
+        Case(
+            of_linear(lambda net, x: net.out(net.layer(x - x.mean(0) if float(x.abs().max()) > 50 else x))),
+            vectors,
+            CE(),
+        ),
+        "The model mixes records",
+    ),
+    "mixing in a large batch alone": (
+        Case(of_linear(lambda net, x: net.out(net.layer(x - x.mean(0) if len(x) > 4 else x))), vectors, CE()),
+        "The model mixes records",
+    ),
+    "batch norm by a function": (
+        Case(of_linear(lambda net, x: net.out(F.batch_norm(net.layer(x), None, None, training=True))), vectors, CE()),
+        "The model mixes records",
+    ),
+    "frozen batch norm that forward() sets to training": (
+        Case(lambda: mlp(Waking(nn.BatchNorm1d(6).requires_grad_(False).eval())), vectors, CE()),
+        "The model mixes records",
+    ),
+    "running statistics of each record": (
+        Case(lambda: cnn(nn.InstanceNorm2d(4, track_running_stats=True)), images, CE()),
+        "A forward pass changes",
     ),
     "neighbour": (
         Case(of_linear(lambda net, x: net.out(net.layer(x) + torch.roll(x, 1, 0))), vectors, CE()),
