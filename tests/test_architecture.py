@@ -49,6 +49,7 @@ PACKAGES: dict[str, frozenset[str]] = {
     "runlog": names("numpy"),
     "grid": names("flwr.app flwr.serverapp"),
     "privacy": names("numpy scipy flwr.app"),
+    "secagg": names("numpy"),
     "client": names("numpy flwr.app flwr.clientapp"),
     "strategy": FLOWER | names("numpy"),
     "matmul": names("numpy scipy flwr.app flwr.serverapp flwr.clientapp"),
@@ -70,6 +71,9 @@ EXTRAS = {
     ("privacy/record_losses.py", "torch"),
     ("privacy/step_guards.py", "torch"),
     ("privacy/training.py", "torch"),
+    ("secagg/labels.py", "cryptography"),
+    ("secagg/masks.py", "cryptography"),
+    ("secagg/keys.py", "cryptography"),
     ("strategy/strategy_state.py", "torch"),  # tensors that a strategy keeps; imported where there are any
     ("placement/splitting.py", "flwr_datasets.partitioner"),  # extra "app": the Dirichlet split
     ("placement/splitting.py", "datasets"),
