@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .integer_noise import discrete_gaussian
     from .keys import agreement_tag
     from .leakage import Leakage, leakage
-    from .manifest import ClassKeys, Manifest, ManifestBody, class_keys, make_body
+    from .manifest import ClassKeys, Manifest, ManifestBody, class_keys, make_body, read_body
     from .quantiser import Quantiser
     from .request import Entry, Received, content_digest, given_digest, layout_digest, request_digest
     from .ring import FIELD, INTEGERS, Ring
@@ -60,6 +60,7 @@ __all__ = [
     "layout_digest",
     "leakage",
     "make_body",
+    "read_body",
     "read_manifest",
     "request_digest",
     "seeds_of",
@@ -121,6 +122,7 @@ __getattr__, __dir__ = lazy_names(
             "ManifestBody",
             "class_keys",
             "make_body",
+            "read_body",
         ],
         "quantiser": [
             "Quantiser",

@@ -200,7 +200,7 @@ def _connected(alive: NDArray[np.bool_], adjacent: NDArray[np.float32]) -> NDArr
 
 
 def _reason(classes: ShardClasses, graph: ClassGraph, colluding: list[tuple[int, ...]]) -> str:
-    workers = [classes.supports.index(support) for support in colluding]
+    workers = sorted(classes.supports.index(support) for support in colluding)
     who = f"The server and {numbered('worker', workers)}" if workers else "The server alone"
     gone = {c for support in colluding for c in support}
     for cohort in graph.cohorts:

@@ -28,7 +28,7 @@ from .quantiser import ENTRY_WORDS, Quantiser
 from .request import layout_digest
 from .ring import ring_named
 
-__all__ = ["ClassKeys", "Manifest", "ManifestBody", "canonical", "class_keys", "make_body", "parsed"]
+__all__ = ["ClassKeys", "Manifest", "ManifestBody", "canonical", "class_keys", "make_body", "parsed", "read_body"]
 
 _PROTOCOL = "fl-gradcode/secagg/v1"
 _LARGEST = 2**53
@@ -394,6 +394,15 @@ class Manifest:
         if digest is not None and manifest.digest != digest:
             raise SecureRefused("The manifest is another one than this node has pinned.")
         return manifest
+
+
+def read_body(text: bytes) -> ManifestBody:
+    """Returns the body in a file that holds a manifest, or a body alone.
+
+    Raises:
+        InvalidSetting: It holds neither.
+    """
+    return Manifest.from_bytes(text).body if "body" in parsed(text) else ManifestBody.from_bytes(text)
 
 
 @dataclass(frozen=True, eq=False)
