@@ -18,9 +18,7 @@ __all__ = ["leakage"]
 
 def leakage(
     manifest: Annotated[Path, typer.Argument(help="The public manifest (secagg-manifest.json) or its body.")],
-    colluders: Annotated[
-        str, typer.Option(help="Workers that give the server their keys and data, such as 0,3.")
-    ] = "",
+    colluders: Annotated[str, typer.Option(help="Workers that give the server their keys and data, such as 0,3.")] = "",
     missing: Annotated[str, typer.Option(help="Workers whose replies the server does not have, such as 5.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -44,11 +44,13 @@ def keys_of(manifest: Manifest, worker: int) -> ClassKeys:
     return class_keys(manifest, worker, {c: seed_of(c) for c in manifest.body.classes.supports[worker]})
 
 
-def results_for(body: ManifestBody, *, seed: int = 0, weight: float = 1.0, scale: float = 0.3) -> dict[int, ShardResult]:
+def results_for(
+    body: ManifestBody, *, seed: int = 0, weight: float = 1.0, scale: float = 0.3
+) -> dict[int, ShardResult]:
     rng = np.random.default_rng(seed)
     return {
         j: ShardResult(
-            (scale * rng.standard_normal(body.size)).astype(np.float32), weight, rng.standard_normal(body.numbers)
+            (0.3 * rng.standard_normal(body.size)).astype(np.float32), weight, rng.standard_normal(body.numbers)
         )
         for j in range(body.classes.k)
     }

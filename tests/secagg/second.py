@@ -96,7 +96,7 @@ def _round_keys(key: bytes) -> list[list[int]]:
         elif i % 8 == 4:
             word = [_S[x] for x in word]
         words.append([x ^ y for x, y in zip(word, words[i - 8], strict=True)])
-    return [sum(words[4 * r : 4 * r + 4], []) for r in range(15)]
+    return [[x for word in words[4 * r : 4 * r + 4] for x in word] for r in range(15)]
 
 
 def aes_block(keys: list[list[int]], block: bytes) -> bytes:
@@ -108,9 +108,8 @@ def aes_block(keys: list[list[int]], block: bytes) -> bytes:
             for c in range(0, 16, 4):
                 column = state[c : c + 4]
                 for r in range(4):
-                    mixed.append(
-                        _times(column[r], 2) ^ _times(column[(r + 1) % 4], 3) ^ column[(r + 2) % 4] ^ column[(r + 3) % 4]
-                    )
+                    mine, next_, third, last = (column[(r + shift) % 4] for shift in range(4))
+                    mixed.append(_times(mine, 2) ^ _times(next_, 3) ^ third ^ last)
             state = mixed
         state = [x ^ y for x, y in zip(state, keys[number], strict=True)]
     return bytes(state)
@@ -124,9 +123,7 @@ def words(key: bytes, count: int) -> list[int]:
     return list(struct.unpack(f"<{len(out) // 4}I", out))[:count]
 
 
-def elements(
-    key: bytes, length: int, modulus: int, source: Callable[[bytes, int], Sequence[int]] = words
-) -> list[int]:
+def elements(key: bytes, length: int, modulus: int, source: Callable[[bytes, int], Sequence[int]] = words) -> list[int]:
     """The stream of a key in the ring; words of 31 bits that are p are replaced from behind the stream."""
     if modulus != P:
         return list(source(key, length))

@@ -140,9 +140,7 @@ def test_replies_travel_as_bytes() -> None:
 
 def test_the_mean_is_that_of_the_clipped_updates() -> None:
     body = body_of(fractional_repetition(8, 1), largest_weight=100.0, size=50)
-    results = {
-        j: ShardResult(one.update * 4, float(10 + j), one.metrics) for j, one in results_for(body).items()
-    }
+    results = {j: ShardResult(one.update * 4, float(10 + j), one.metrics) for j, one in results_for(body).items()}
     (found,) = decode(sealed(body), replies_of(sealed(body), results))
     weights = sum(one.weight for one in results.values())
     expected = sum(one.weight * np.clip(one.update.astype(float), -1, 1) for one in results.values()) / weights

@@ -79,7 +79,7 @@ def invisible(law: NDArray[np.int64], view: NDArray[np.int64], differences: NDAr
     """
     points = all_vectors(q, len(view))
     unshifted = law[coded(points, q)]
-    numbers, first, back = np.unique(coded(view @ differences % q, q), return_index=True, return_inverse=True)
+    _, first, back = np.unique(coded(view @ differences % q, q), return_index=True, return_inverse=True)
     shifts = (view @ differences[:, first] % q).T
     same = [bool((law[coded((points + shift[:, None]) % q, q)] == unshifted).all()) for shift in shifts]
     return [same[i] for i in back]

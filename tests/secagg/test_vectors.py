@@ -12,8 +12,7 @@ from fl_gradcode.codes import fractional_repetition, reed_solomon
 from fl_gradcode.secagg import FIELD, INTEGERS, ShardResult, encode
 from fl_gradcode.secagg.keys import dither_key, edge_key, private_key, public_key
 from fl_gradcode.secagg.labels import derive, hash_of
-from fl_gradcode.secagg.masks import add_streams, mask_streams, stream
-from fl_gradcode.secagg.masks import Stream
+from fl_gradcode.secagg.masks import Stream, add_streams, mask_streams, stream
 from tests.secagg import second
 from tests.secagg.samples import REQUEST, body_of, keys_of, results_for, sealed, seed_of
 
