@@ -118,10 +118,11 @@ def class_integers(
         "check": np.full(CHECK_WORDS, len(shards), np.int32),
         "status": np.array([failed], np.int32),
     }
-    parts = Parts()
+    parts, lengths = Parts(), body.lengths()
     for part in PARTS:
-        padded = np.zeros(body.lengths()[part], np.uint32)
-        padded[: counts[part].size] = ring.from_signed(counts[part])
+        padded = ring.from_signed(counts[part])
+        if padded.size < lengths[part]:
+            padded = np.concatenate([padded, np.zeros(lengths[part] - padded.size, np.uint32)])
         if failed and part != "status":
             poison(padded, seed, request, part, ring)
         parts[part] = padded

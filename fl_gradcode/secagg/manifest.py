@@ -73,7 +73,8 @@ def parsed(text: bytes) -> dict[str, Any]:
         again = b""
     if again != text:
         raise InvalidSetting("The manifest is not canonical JSON. Take the file as it was distributed, byte by byte.")
-    return values
+    found: dict[str, Any] = values
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -385,7 +386,7 @@ class Manifest:
             if set(values) != {"body", "classes"}:
                 raise ValueError
             body = ManifestBody.from_bytes(_text(values["body"]).encode())
-            pairs = [tuple(bytes.fromhex(one) for one in pair) for pair in values["classes"]]  # type: ignore[union-attr]
+            pairs = [tuple(bytes.fromhex(one) for one in pair) for pair in values["classes"]]
             manifest = cls(body, *(tuple(column) for column in zip(*pairs, strict=True)))
         except FlGradcodeError:
             raise

@@ -117,9 +117,10 @@ class Quantiser:
     ) -> tuple[NDArray[np.int32], int] | None:
         """Returns the rounded sum of some shards' clipped, weighted updates and how many entries were clipped.
 
-        The sum is formed in float64 in the order given and rounded once, `floor(2^f sum + t)`, with t uniform on
-        [0, 1) from the key: equal for all holders, unknown to the server, and unbiased up to 2^-26 of a unit. Each
-        operation is a separate element-wise one, so that the result has the same bits on every IEEE machine.
+        The result is `floor(sum_j (2^f omega_j) clip(u_j) + t)` in float64, added up in the order given, with omega
+        the weight over the largest one and t uniform on [0, 1) from the key: equal for all holders, unknown to the
+        server, and unbiased up to 2^-26 of a unit. Each operation is a separate element-wise one, so that the result
+        has the same bits on every IEEE machine.
 
         Args:
             updates: The updates, each of shape (d,).
@@ -134,7 +135,7 @@ class Quantiser:
         size = updates[0].size
         factors, clipped = [], 0
         for update, weight in zip(updates, weights, strict=True):
-            factor = weight / self.largest_weight
+            factor = 2.0**self.fraction_bits * (weight / self.largest_weight)
             if self.clip == "norm":
                 norm = fixed_order_norm(update)
                 if norm is None:
@@ -143,7 +144,7 @@ class Quantiser:
                     factor, clipped = factor * (self.bound / norm * _BELOW), clipped + 1
             factors.append(factor)
         result = np.empty(size, np.int32)
-        cipher, scale = counter_mode(key), 2.0**self.fraction_bits
+        cipher = counter_mode(key)
         width = min(_CHUNK, size)
         zeros, buffer = memoryview(bytes(4 * width)), bytearray(4 * width + 15)
         words: NDArray[np.uint32] = np.frombuffer(buffer, "<u4", width)
@@ -152,9 +153,10 @@ class Quantiser:
             stop = min(start + _CHUNK, size)
             sums, piece = total[: stop - start], scratch[: stop - start]
             for number, (update, factor) in enumerate(zip(updates, factors, strict=True)):
-                np.copyto(piece, update[start:stop])
+                given = update[start:stop]
+                np.copyto(piece, given)
                 if self.clip == "entries":
-                    largest, smallest = float(piece.max()), float(piece.min())
+                    largest, smallest = float(given.max()), float(given.min())
                     if not (math.isfinite(largest) and math.isfinite(smallest)):  # NaN is passed on by both
                         return None
                     if largest > self.bound or smallest < -self.bound:
@@ -167,7 +169,6 @@ class Quantiser:
                     np.multiply(piece, factor, out=sums)
             cipher.update_into(zeros[: 4 * piece.size], buffer)
             np.multiply(words[: piece.size], _UNIT, out=piece)
-            sums *= scale
             sums += piece
             np.floor(sums, out=sums)
             np.copyto(result[start:stop], sums, casting="unsafe")  # finite and within the limit

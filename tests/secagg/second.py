@@ -156,8 +156,8 @@ def quantised(
     for i, word in enumerate(dither):
         total = 0.0
         for update, omega in zip(updates, omegas, strict=True):
-            total += omega * max(-bound, min(bound, float(update[i])))
-        out.append(math.floor(2.0**bits * total + word * 2.0**-32))
+            total += 2.0**bits * omega * max(-bound, min(bound, float(update[i])))
+        out.append(math.floor(total + word * 2.0**-32))
     return out
 
 

@@ -165,13 +165,16 @@ def test_nothing_is_decoded_before_the_check_words_agree(monkeypatch: pytest.Mon
     manifest = sealed(body)
     replies = replies_of(manifest, results_for(body))
     bad = {part: words.copy() for part, words in replies[0].parts.items()}
-    for part in ("check", "update", "metrics"):
-        bad[part] += np.uint32(1 << 30)  # type: ignore[index]
+    for words in bad.values():
+        words += np.uint32(1 << 30)
     opened: list[int] = []
     added = decoding._added
-    monkeypatch.setattr(
-        decoding, "_added", lambda vectors, ring: opened.append(vectors[0].size) or added(vectors, ring)
-    )
+
+    def watched(vectors: Any, ring: Any) -> Any:
+        opened.append(vectors[0].size)
+        return added(vectors, ring)
+
+    monkeypatch.setattr(decoding, "_added", watched)
     assert_refused(manifest, [replace(replies[0], parts=bad), *replies[1:4]])
     assert set(opened) == {body.lengths()["check"], body.lengths()["status"]}
 
@@ -204,7 +207,7 @@ def trap(body: ManifestBody, kind: str) -> ShardResult | None:
     if kind == "other layout":
         return ShardResult(update[:-1], 1.0, metrics)
     if kind == "integers":
-        return ShardResult(update.astype(np.int64), 1.0, metrics)  # type: ignore[arg-type]
+        return ShardResult(update.astype(np.int64), 1.0, metrics)
     update[1] = {"NaN": np.nan, "infinity": np.inf, "-infinity": -np.inf}[kind]
     return ShardResult(update, 1.0, metrics)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from fl_gradcode.secagg import ManifestBody, MaskedReply, ShardResult, decode
 from fl_gradcode.secagg.keys import dither_key
 from tests.secagg.samples import REQUEST, body_of, replies_of, results_for, sealed, seed_of
 
-SMALL = [
+SMALL: list[tuple[GradientCode, dict[str, Any]]] = [
     (fractional_repetition(6, 1), {}),
     (fractional_repetition(7, 1, k=10), {"colluders": 1}),
     (fractional_repetition(8, 1), {"colluders": 2}),
@@ -29,7 +30,11 @@ SMALL = [
     (reed_solomon(6, 1, m=2), {"colluders": 0}),
     (reed_solomon(7, 2, m=2), {"colluders": 0}),
 ]
-SHARDWISE = [(fractional_repetition(6, 1), {}), (reed_solomon(5, 1), {}), (reed_solomon(5, 1, m=2), {"colluders": 0})]
+SHARDWISE: list[tuple[GradientCode, dict[str, Any]]] = [
+    (fractional_repetition(6, 1), {}),
+    (reed_solomon(5, 1), {}),
+    (reed_solomon(5, 1, m=2), {"colluders": 0}),
+]
 
 
 def integers_of(body: ManifestBody, results: dict[int, ShardResult], shards: Sequence[int]) -> NDArray[np.int64]:
@@ -58,7 +63,7 @@ def check(body: ManifestBody, results: dict[int, ShardResult], replies: list[Mas
 
 
 @pytest.mark.parametrize(("code", "settings"), SMALL, ids=str)
-def test_every_decodable_set_gives_the_sum(code: GradientCode, settings: dict[str, object]) -> None:
+def test_every_decodable_set_gives_the_sum(code: GradientCode, settings: dict[str, Any]) -> None:
     body = body_of(code, largest_weight=4.0, **settings)
     results = results_for(body, weight=3.0)
     replies = replies_of(sealed(body), results)
@@ -76,7 +81,7 @@ def test_every_decodable_set_gives_the_sum(code: GradientCode, settings: dict[st
 
 
 @pytest.mark.parametrize(("code", "settings"), SHARDWISE, ids=str)
-def test_every_complete_set_of_single_shards_gives_the_sum(code: GradientCode, settings: dict[str, object]) -> None:
+def test_every_complete_set_of_single_shards_gives_the_sum(code: GradientCode, settings: dict[str, Any]) -> None:
     body = body_of(code, sending="shardwise", **settings)
     results = results_for(body)
     replies = replies_of(sealed(body), results)
@@ -131,7 +136,7 @@ def test_replies_travel_as_bytes() -> None:
         for one in replies_of(manifest, results)
     ]
     check(body, results, received[1:])
-    given = {"worker": 0, "manifest": manifest.digest, "request": REQUEST, "number": None}
+    given: dict[str, Any] = {"worker": 0, "manifest": manifest.digest, "request": REQUEST, "number": None}
     with pytest.raises(ValueError, match="words, not"):
         MaskedReply.from_payload(body, received[0].payload()[4:], **given)
     with pytest.raises(ValueError, match="outside its ring"):

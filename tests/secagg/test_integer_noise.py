@@ -95,6 +95,6 @@ def test_with_noise_nothing_leaves_that_noise_does_not_cover() -> None:
     results[5] = None
     failed = [class_integers(body, c, results, seed_of(c), REQUEST) for c in range(4)]
     for part in ("metrics", "check", "status"):
-        assert all((one[part] == other[part]).all() for one, other in zip(plain, failed, strict=True))  # type: ignore[index]
+        assert all((one[part] == other[part]).all() for one, other in zip(plain, failed, strict=True))
     (found,) = decode(sealed(body), replies_of(sealed(body), results))
     assert (found.weight, found.clipped, found.metrics.tolist()) == (8.0, 0, [0.0, 0.0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -181,7 +182,7 @@ def test_numbers_that_have_no_digits() -> None:
 
 
 def test_settings_have_digests_of_their_own() -> None:
-    base = {
+    base: dict[str, Any] = {
         "ring": INTEGERS,
         "k": 20,
         "bound": 1.0,
@@ -190,7 +191,7 @@ def test_settings_have_digests_of_their_own() -> None:
         "largest_weight": 1.0,
         "noise": 0.0,
     }
-    others = [
+    others: list[dict[str, Any]] = [
         {"ring": FIELD},
         {"k": 21},
         {"bound": 1.0 + 2**-52},
@@ -199,5 +200,5 @@ def test_settings_have_digests_of_their_own() -> None:
         {"largest_weight": 2.0},
         {"noise": 1.0},
     ]
-    digests = {Quantiser(**{**base, **one}).digest for one in [{}, *others]}  # type: ignore[arg-type]
+    digests = {Quantiser(**{**base, **one}).digest for one in [{}, *others]}
     assert len(digests) == 8

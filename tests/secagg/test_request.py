@@ -80,16 +80,16 @@ def test_the_content_is_hashed_field_by_field() -> None:
 
 
 def test_what_is_given_beside_the_message() -> None:
-    config = {"lr": 0.1, "steps": 5, "name": "a", "flag": True, "raw": b"x"}
+    config: dict[str, Any] = {"lr": 0.1, "steps": 5, "name": "a", "flag": True, "raw": b"x"}
     base = given_digest(seed=7, run_config=config, k=4)
-    assert base == given_digest(seed=7, run_config=dict(reversed(config.items())), k=4)
-    others = [
+    assert base == given_digest(seed=7, run_config=dict(reversed([*config.items()])), k=4)
+    others: list[dict[str, Any]] = [
         {"seed": 8},
         {"k": 5},
         *({"run_config": {**config, **one}} for one in (
             {"lr": 0.1 + 2**-55}, {"steps": 5.0}, {"steps": "5"}, {"flag": 1}, {"name": b"a"}, {"more": 0})),
     ]  # fmt: skip
-    digests = {given_digest(**{"seed": 7, "run_config": config, "k": 4, **one}) for one in others}  # type: ignore[arg-type]
+    digests = {given_digest(**{"seed": 7, "run_config": config, "k": 4, **one}) for one in others}
     assert len(digests | {base}) == len(others) + 1
 
 
