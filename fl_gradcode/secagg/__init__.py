@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .classes import Sending, ShardClasses, classes_for
     from .dealer import DIGEST_FILE, MANIFEST_FILE, check_data, deal, holders_in, read_manifest, seeds_of
     from .decoding import DecodedSum, decode
-    from .encoding import MaskedReply, Parts, ShardResult, class_integers, encode
+    from .encoding import ClassIntegers, MaskedReply, Parts, ShardResult, encode, masked_reply
     from .graph import ClassGraph
     from .integer_noise import discrete_gaussian
     from .keys import agreement_tag
@@ -29,6 +29,7 @@ __all__ = [
     "AnsweredRequests",
     "Certificate",
     "ClassGraph",
+    "ClassIntegers",
     "ClassKeys",
     "DecodedSum",
     "Entry",
@@ -47,7 +48,6 @@ __all__ = [
     "certify",
     "check_data",
     "choose_graph",
-    "class_integers",
     "class_keys",
     "classes_for",
     "content_digest",
@@ -60,6 +60,7 @@ __all__ = [
     "layout_digest",
     "leakage",
     "make_body",
+    "masked_reply",
     "read_body",
     "read_manifest",
     "request_digest",
@@ -97,11 +98,12 @@ __getattr__, __dir__ = lazy_names(
             "decode",
         ],
         "encoding": [
+            "ClassIntegers",
             "MaskedReply",
             "Parts",
             "ShardResult",
-            "class_integers",
             "encode",
+            "masked_reply",
         ],
         "graph": [
             "ClassGraph",

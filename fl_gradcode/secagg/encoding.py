@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +14,10 @@ from .integer_noise import discrete_gaussian
 from .keys import dither_key, noise_key
 from .manifest import ClassKeys, ManifestBody
 from .masks import CHECK_WORDS, PARTS, Part, Stream, add_streams, mask_streams, poison
-from .quantiser import digits_of
+from .quantiser import ENTRY_WORDS, RoundedSum, digits_of
 from .ring import INTEGERS
 
-__all__ = ["MaskedReply", "Parts", "ShardResult", "class_integers", "encode", "masked_classes"]
+__all__ = ["ClassIntegers", "MaskedReply", "Parts", "ShardResult", "encode", "mask", "masked_reply"]
 
 #: The parts of a vector or a reply, uint32 elements.
 Parts = dict[Part, NDArray[np.uint32]]
@@ -30,7 +30,7 @@ class ShardResult:
     Attributes:
         update: The update, floats, shape (d,), in the order of the manifest's arrays.
         weight: The shard's weight.
-        metrics: The metrics, float64, in the order of the manifest's metrics.
+        metrics: The metrics times the weight, float64, in the order of the manifest's metrics.
     """
 
     update: NDArray[np.floating]
@@ -82,10 +82,8 @@ class MaskedReply:
         return cls(worker, manifest, request, number, parts)
 
 
-def class_integers(
-    body: ManifestBody, number: int, results: Mapping[int, ShardResult | None], seed: bytes, request: bytes
-) -> Parts:
-    """Returns the integers of a class before masking, the same on all its holders.
+class ClassIntegers:
+    """The integers of a class, to which the results of its shards are added one by one, in any order.
 
     If a shard failed, everything but the count in "status" is poisoned, so that nobody can tell which class it was.
     With integer noise, a shard that failed counts as a zero update with noise.
@@ -93,97 +91,104 @@ def class_integers(
     Args:
         body: The manifest's body.
         number: The class.
-        results: Results of its shards; None where training failed.
         seed: The class's seed.
         request: Digest R of the request.
-
-    Returns:
-        The parts, each padded with zeros to a multiple of m.
     """
-    ring, shards = body.classes.ring, body.classes.members[number]
-    ours = [results[j] for j in shards]
-    made = (
-        _noisy(body, shards, ours, seed, request) if body.quantiser.noise else _plain(body, ours, seed, request, shards)
-    )
-    failed = 0
-    if made is None:
-        # Each on its own, to count them.
-        failed = sum(_plain(body, [one], seed, request, shards) is None for one in ours)
-        failed = failed or len(ours)
-        made = np.zeros(body.size, np.int32), np.zeros(0, np.int32)
-    update, metrics = made
-    counts = {
-        "update": update,
-        "metrics": metrics,
-        "check": np.full(CHECK_WORDS, len(shards), np.int32),
-        "status": np.array([failed], np.int32),
-    }
-    parts, lengths = Parts(), body.lengths()
-    for part in PARTS:
-        padded = ring.from_signed(counts[part])
-        if padded.size < lengths[part]:
-            padded = np.concatenate([padded, np.zeros(lengths[part] - padded.size, np.uint32)])
-        if failed and part != "status":
-            poison(padded, seed, request, part, ring)
-        parts[part] = padded
-    return parts
 
+    def __init__(self, body: ManifestBody, number: int, seed: bytes, request: bytes) -> None:
+        self._body, self._seed, self._request = body, seed, request
+        self._shards = body.classes.members[number]
+        self._missing = {*self._shards}
+        self._failed = 0
+        noisy = body.quantiser.noise > 0
+        self._sum = None if noisy else RoundedSum(body.quantiser, body.size)
+        self._noisy = np.zeros(body.size if noisy else 0, np.int32)
+        self._metrics = np.zeros(ENTRY_WORDS * (2 + body.numbers), np.int32)
 
-def _fits(body: ManifestBody, result: ShardResult | None) -> bool:
-    return (
-        result is not None
-        and result.update.shape == (body.size,)
-        and result.update.dtype.kind == "f"
-        and result.metrics.shape == (body.numbers,)
-    )
+    def add(self, shard: int, result: ShardResult | None) -> None:
+        """Add the result of one of the class's shards, or None if its training failed.
 
+        Raises:
+            SecureRefused: The shard is not in the class, or was added before.
+        """
+        if shard not in self._missing:
+            raise SecureRefused(f"Shard {shard} is not one of those that a class still lacks.")
+        self._missing.remove(shard)
+        if self._sum is None:
+            self._add_noisy(shard, result)
+        elif not self._added(self._sum, result):
+            self._failed += 1
 
-def _plain(
-    body: ManifestBody, ours: Sequence[ShardResult | None], seed: bytes, request: bytes, shards: Sequence[int]
-) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:
-    """Returns the class's update, rounded once, and its metrics; None if a shard failed."""
-    given = [one for one in ours if one is not None and _fits(body, one)]
-    if len(given) < len(ours):
-        return None
-    rounded = body.quantiser.quantise(
-        [one.update for one in given], [one.weight for one in given], dither_key(seed, request, shards[0])
-    )
-    if rounded is None:
-        return None
-    update, clipped = rounded
-    total: NDArray[np.int32] | None = None
-    for place, one in enumerate(given):
-        digits = digits_of([one.weight, clipped if place == 0 else 0, *one.metrics.tolist()])
+    def _added(self, total: RoundedSum, result: ShardResult | None) -> bool:
+        """Add a result, and returns whether all of it was usable."""
+        if result is None or not self._fits(result):
+            return False
+        clipped = total.add(result.update, result.weight)
+        if clipped is None:
+            return False
+        digits = digits_of([result.weight, clipped, *result.metrics.tolist()])
         if digits is None:
-            return None
-        total = digits if total is None else total + digits
-    assert total is not None
-    return update, total
+            return False
+        self._metrics += digits
+        return True
+
+    def _add_noisy(self, shard: int, result: ShardResult | None) -> None:
+        """Add a noisy update of weight 1 without metrics: no number leaves that noise does not cover."""
+        quantiser, size = self._body.quantiser, self._body.size
+        if result is not None and self._fits(result):
+            alone = RoundedSum(quantiser, size)
+            if alone.add(result.update, 1.0) is not None:
+                self._noisy += alone.integers(dither_key(self._seed, self._request, shard))
+        key = noise_key(self._seed, self._request, shard)
+        self._noisy += discrete_gaussian(key, quantiser.noise, size).astype(np.int32)
+        digits = digits_of([1.0, 0.0, *[0.0] * self._body.numbers])
+        assert digits is not None
+        self._metrics += digits
+
+    def _fits(self, result: ShardResult) -> bool:
+        return (
+            result.update.shape == (self._body.size,)
+            and result.update.dtype.kind == "f"
+            and result.metrics.shape == (self._body.numbers,)
+        )
+
+    def parts(self) -> Parts:
+        """Returns the integers before masking, the same on all holders, each part padded to a multiple of m.
+
+        Raises:
+            SecureRefused: A shard is missing: only whole classes are sent.
+        """
+        if self._missing:
+            raise SecureRefused(f"Shards {sorted(self._missing)} are missing: only whole classes are sent.")
+        if self._sum is None:
+            update = self._noisy
+        elif self._failed:
+            update = np.zeros(self._body.size, np.int32)
+        else:
+            update = self._sum.integers(dither_key(self._seed, self._request, self._shards[0]))
+        counts: dict[Part, NDArray[np.int32]] = {
+            "update": update,
+            "metrics": self._metrics,
+            "check": np.full(CHECK_WORDS, len(self._shards), np.int32),
+            "status": np.array([self._failed], np.int32),
+        }
+        parts, lengths, ring = Parts(), self._body.lengths(), self._body.classes.ring
+        for part in PARTS:
+            padded = ring.from_signed(counts[part])
+            if padded.size < lengths[part]:
+                padded = np.concatenate([padded, np.zeros(lengths[part] - padded.size, np.uint32)])
+            if self._failed and part != "status":
+                poison(padded, self._seed, self._request, part, ring)
+            parts[part] = padded
+        return parts
 
 
-def _noisy(
-    body: ManifestBody, shards: Sequence[int], ours: Sequence[ShardResult | None], seed: bytes, request: bytes
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Returns the noisy update, of weight 1 a shard and without metrics: no number leaves that noise does not cover."""
-    total = np.zeros(body.size, np.int32)
-    for shard, one in zip(shards, ours, strict=True):
-        if one is not None and _fits(body, one):
-            rounded = body.quantiser.quantise([one.update], [1.0], dither_key(seed, request, shard))
-            if rounded is not None:
-                total += rounded[0]
-        noise = discrete_gaussian(noise_key(seed, request, shard), body.quantiser.noise, body.size)
-        total += noise.astype(np.int32)
-    words = digits_of([float(len(shards)), 0.0, *[0.0] * body.numbers])
-    assert words is not None
-    return total, words
-
-
-def masked_classes(keys: ClassKeys, integers: Mapping[int, Parts], request: bytes) -> None:
+def mask(keys: ClassKeys, integers: Mapping[int, Parts], request: bytes) -> None:
     """Mask the integers of some of a worker's classes in place. Each edge's stream is made once.
 
     Args:
         keys: The worker's keys.
-        integers: What `class_integers` returned, by class.
+        integers: What `ClassIntegers.parts` returned, by class.
         request: Digest R of the request.
     """
     edges = keys.edge_keys(tuple(integers))
@@ -196,10 +201,42 @@ def masked_classes(keys: ClassKeys, integers: Mapping[int, Parts], request: byte
         add_streams({c: parts[part] for c, parts in integers.items()}, streams, keys.manifest.body.classes.ring)
 
 
+def masked_reply(keys: ClassKeys, request: bytes, integers: Mapping[int, Parts]) -> MaskedReply:
+    """Returns the reply of a worker from the integers of its classes, which are masked in place.
+
+    Args:
+        keys: The worker's keys.
+        request: Digest R of the request.
+        integers: What `ClassIntegers.parts` returned, for all classes that a coded reply combines, or for the one class
+            that is sent with one shard a message.
+
+    Raises:
+        SecureRefused: These are not the classes that the worker sends.
+    """
+    classes = keys.manifest.body.classes
+    numbers = tuple(integers)
+    held = classes.sent_by(keys.worker)
+    single = classes.sending == "shardwise"
+    if not (len(numbers) == 1 and numbers[0] in held if single else numbers == held):
+        raise SecureRefused(f"Worker {keys.worker} does not send a message of classes {list(numbers)}.")
+    mask(keys, integers, request)
+    if single or classes.ring == INTEGERS:
+        (parts,) = integers.values()  # fractional repetition: one class a worker, with coefficient 1
+    else:
+        coefficients = classes.matrix[keys.worker, list(numbers)].reshape(-1, 1)
+        parts = {
+            part: combine_mod(
+                [block for c in numbers for block in integers[c][part].reshape(classes.m, -1)], coefficients
+            ).astype(np.uint32)
+            for part in PARTS
+        }
+    return MaskedReply(keys.worker, keys.manifest.digest, request, numbers[0] if single else None, parts)
+
+
 def encode(
     keys: ClassKeys, request: bytes, results: Mapping[int, ShardResult | None], *, shard: int | None = None
 ) -> MaskedReply:
-    """Returns the masked reply of a worker to a request.
+    """Returns the masked reply of a worker to a request, from all results at once.
 
     Args:
         keys: The worker's keys.
@@ -215,20 +252,14 @@ def encode(
     if (shard is not None) != (classes.sending == "shardwise"):
         raise SecureRefused(f"The manifest says that replies are {classes.sending}, and the request says otherwise.")
     numbers = classes.sent_by(keys.worker) if shard is None else (shard,)
-    if set(results) != {j for c in numbers if c < len(classes) for j in classes.members[c]}:
-        raise SecureRefused(f"Shards {sorted(results)} are not the whole classes that worker {keys.worker} sends.")
     if not {*numbers} <= set(keys.seeds):
         raise SecureRefused(f"Worker {keys.worker} does not hold class {numbers[0]}.")
-    integers = {c: class_integers(body, c, results, keys.seeds[c], request) for c in numbers}
-    masked_classes(keys, integers, request)
-    if shard is not None or classes.ring == INTEGERS:
-        (parts,) = integers.values()  # fractional repetition: one class a worker, with coefficient 1
-    else:
-        coefficients = classes.matrix[keys.worker, list(numbers)].reshape(-1, 1)
-        parts = {
-            part: combine_mod(
-                [block for c in numbers for block in integers[c][part].reshape(classes.m, -1)], coefficients
-            ).astype(np.uint32)
-            for part in PARTS
-        }
-    return MaskedReply(keys.worker, keys.manifest.digest, request, shard, parts)
+    if set(results) != {j for c in numbers for j in classes.members[c]}:
+        raise SecureRefused(f"Shards {sorted(results)} are not the whole classes that worker {keys.worker} sends.")
+    integers = {}
+    for c in numbers:
+        ours = ClassIntegers(body, c, keys.seeds[c], request)
+        for j in classes.members[c]:
+            ours.add(j, results[j])
+        integers[c] = ours.parts()
+    return masked_reply(keys, request, integers)

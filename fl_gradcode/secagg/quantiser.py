@@ -21,7 +21,7 @@ from .labels import hash_of
 from .masks import counter_mode
 from .ring import Ring
 
-__all__ = ["ENTRY_WORDS", "Quantiser", "digits_of", "restored"]
+__all__ = ["ENTRY_WORDS", "Quantiser", "RoundedSum", "digits_of", "fixed_order_norm", "restored"]
 
 #: Words of a metric: five digits of 15 bits, and how many shards' values were not finite.
 ENTRY_WORDS = 6
@@ -33,7 +33,8 @@ _MOST_BITS = 30
 _NOISE_TAIL = 9.3
 # Entries that are worked on together, so that they stay in a core's cache; a power of two, which the norm relies on.
 _CHUNK = 1 << 15
-_UNIT = 2.0**-32
+# Bits of a unit that are kept until a class's sum is rounded; sums below 2^31 units then are whole numbers of float64.
+_GUARD = 20
 # Makes up for rounding of the factor by which a long update is scaled down.
 _BELOW = 1 - 2.0**-40
 
@@ -112,67 +113,87 @@ class Quantiser:
         size = math.floor(shards * (self.bound * 2.0**self.fraction_bits + 1))
         return size + math.ceil(_NOISE_TAIL * self.noise * math.sqrt(shards))
 
-    def quantise(
-        self, updates: Sequence[NDArray[np.floating]], weights: Sequence[float], key: bytes
-    ) -> tuple[NDArray[np.int32], int] | None:
-        """Returns the rounded sum of some shards' clipped, weighted updates and how many entries were clipped.
 
-        The result is `floor(sum_j (2^f omega_j) clip(u_j) + t)` in float64, added up in the order given, with omega
-        the weight over the largest one and t uniform on [0, 1) from the key: equal for all holders, unknown to the
-        server, and unbiased up to 2^-26 of a unit. Each operation is a separate element-wise one, so that the result
-        has the same bits on every IEEE machine.
+class RoundedSum:
+    """The sum of some shards' clipped, weighted updates, which is rounded once at its end.
+
+    The result is `floor((sum_j rint(2^(f + 20) omega_j clip(u_j)) + t) / 2^20)`, with omega the weight over the largest
+    one and t uniform on 0..2^20 - 1 from a key: equal for all holders and unknown to the server. It is unbiased but for
+    the inner rounding of each shard, which is at most 2^-21 of a unit. All sums are of whole numbers below 2^52, which
+    float64 adds exactly, so neither the order of the shards nor the processor changes a bit. Products and norms are
+    single element-wise operations.
+
+    Args:
+        quantiser: The quantiser.
+        size: Length d of the updates.
+    """
+
+    def __init__(self, quantiser: Quantiser, size: int) -> None:
+        self._quantiser = quantiser
+        self._total = np.zeros(size)
+
+    def add(self, update: NDArray[np.floating], weight: float) -> int | None:
+        """Add a shard's update.
 
         Args:
-            updates: The updates, each of shape (d,).
-            weights: Their weights, 0..largest_weight.
-            key: Key of the dither, 32 bytes.
+            update: The update, shape (d,).
+            weight: Its weight, 0..largest_weight.
 
         Returns:
-            The integers, shape (d,), and the count; or None if an update is not finite or a weight out of range.
+            The number of clipped entries, or 1 if the norm was; None if an entry is not finite or the weight is out of
+            range. The sum is then of no use.
         """
-        if not all(0 <= weight <= self.largest_weight for weight in weights):  # false for NaN
+        quantiser = self._quantiser
+        if not 0 <= weight <= quantiser.largest_weight:  # false for NaN
             return None
-        size = updates[0].size
-        factors, clipped = [], 0
-        for update, weight in zip(updates, weights, strict=True):
-            factor = 2.0**self.fraction_bits * (weight / self.largest_weight)
-            if self.clip == "norm":
-                norm = fixed_order_norm(update)
-                if norm is None:
+        factor, clipped = 2.0 ** (quantiser.fraction_bits + _GUARD) * (weight / quantiser.largest_weight), 0
+        if quantiser.clip == "norm":
+            norm = fixed_order_norm(update)
+            if norm is None:
+                return None
+            if norm > quantiser.bound:
+                factor, clipped = factor * (quantiser.bound / norm * _BELOW), 1
+        bound, scratch = quantiser.bound, np.empty(min(_CHUNK, update.size))
+        for start in range(0, update.size, _CHUNK):
+            given = update[start : start + _CHUNK]
+            piece = scratch[: given.size]
+            np.copyto(piece, given)
+            if quantiser.clip == "entries":
+                largest, smallest = float(given.max()), float(given.min())
+                if not (math.isfinite(largest) and math.isfinite(smallest)):  # NaN is passed on by both
                     return None
-                if norm > self.bound:
-                    factor, clipped = factor * (self.bound / norm * _BELOW), clipped + 1
-            factors.append(factor)
-        result = np.empty(size, np.int32)
-        cipher = counter_mode(key)
+                if largest > bound or smallest < -bound:
+                    clipped += int(np.count_nonzero(np.abs(piece) > bound))
+                    np.clip(piece, -bound, bound, out=piece)
+            piece *= factor
+            np.rint(piece, out=piece)
+            self._total[start : start + given.size] += piece
+        return clipped
+
+    def integers(self, key: bytes) -> NDArray[np.int32]:
+        """Returns the rounded sum, shape (d,), which takes the place of the exact one: this can be called once.
+
+        Args:
+            key: Key of the dither, 32 bytes.
+        """
+        size = self._total.size
+        # In the same memory: a chunk is read before any result is written where it stood.
+        result, cipher = self._total.view(np.int32)[:size], counter_mode(key)
         width = min(_CHUNK, size)
         zeros, buffer = memoryview(bytes(4 * width)), bytearray(4 * width + 15)
         words: NDArray[np.uint32] = np.frombuffer(buffer, "<u4", width)
-        total, scratch = np.empty(width), np.empty(width)
+        scratch = np.empty(width)
         for start in range(0, size, _CHUNK):
             stop = min(start + _CHUNK, size)
-            sums, piece = total[: stop - start], scratch[: stop - start]
-            for number, (update, factor) in enumerate(zip(updates, factors, strict=True)):
-                given = update[start:stop]
-                np.copyto(piece, given)
-                if self.clip == "entries":
-                    largest, smallest = float(given.max()), float(given.min())
-                    if not (math.isfinite(largest) and math.isfinite(smallest)):  # NaN is passed on by both
-                        return None
-                    if largest > self.bound or smallest < -self.bound:
-                        clipped += int(np.count_nonzero(np.abs(piece) > self.bound))
-                        np.clip(piece, -self.bound, self.bound, out=piece)
-                if number:
-                    piece *= factor
-                    sums += piece
-                else:
-                    np.multiply(piece, factor, out=sums)
+            piece, dither = scratch[: stop - start], words[: stop - start]
             cipher.update_into(zeros[: 4 * piece.size], buffer)
-            np.multiply(words[: piece.size], _UNIT, out=piece)
-            sums += piece
-            np.floor(sums, out=sums)
-            np.copyto(result[start:stop], sums, casting="unsafe")  # finite and within the limit
-        return result, clipped
+            np.right_shift(dither, 32 - _GUARD, out=dither)
+            np.copyto(piece, dither.view(np.int32))
+            piece += self._total[start:stop]
+            piece *= 2.0**-_GUARD
+            np.floor(piece, out=piece)
+            np.copyto(result[start:stop], piece, casting="unsafe")  # finite and within the limit
+        return result
 
 
 def fixed_order_norm(values: NDArray[np.floating]) -> float | None:

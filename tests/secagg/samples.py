@@ -10,10 +10,12 @@ import numpy as np
 
 from fl_gradcode.codes import GradientCode
 from fl_gradcode.secagg import (
+    ClassIntegers,
     ClassKeys,
     Manifest,
     ManifestBody,
     MaskedReply,
+    Parts,
     ShardResult,
     class_keys,
     encode,
@@ -54,6 +56,14 @@ def results_for(
         )
         for j in range(body.classes.k)
     }
+
+
+def class_integers(body: ManifestBody, number: int, results: Mapping[int, ShardResult | None]) -> Parts:
+    """The integers of a class before masking."""
+    made = ClassIntegers(body, number, seed_of(number), REQUEST)
+    for shard in body.classes.members[number]:
+        made.add(shard, results[shard])
+    return made.parts()
 
 
 def replies_of(

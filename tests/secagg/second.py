@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -154,10 +153,10 @@ def quantised(
     dither = words(key, len(updates[0]))
     out = []
     for i, word in enumerate(dither):
-        total = 0.0
+        total = 0
         for update, omega in zip(updates, omegas, strict=True):
-            total += 2.0**bits * omega * max(-bound, min(bound, float(update[i])))
-        out.append(math.floor(total + word * 2.0**-32))
+            total += round(2.0 ** (bits + 20) * omega * max(-bound, min(bound, float(update[i]))))
+        out.append((total + (word >> 12)) // 2**20)
     return out
 
 

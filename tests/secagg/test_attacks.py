@@ -20,7 +20,6 @@ from fl_gradcode.secagg import (
     Quantiser,
     ShardResult,
     agreement_tag,
-    class_integers,
     class_keys,
     decode,
     decoding,
@@ -30,7 +29,7 @@ from fl_gradcode.secagg import (
 )
 from fl_gradcode.secagg.labels import derive
 from fl_gradcode.secagg.manifest import canonical, parsed
-from tests.secagg.samples import REQUEST, body_of, keys_of, replies_of, results_for, sealed, seed_of
+from tests.secagg.samples import REQUEST, body_of, class_integers, keys_of, replies_of, results_for, sealed, seed_of
 
 FRC = fractional_repetition(8, 1)
 
@@ -76,7 +75,7 @@ def test_the_transcript_is_the_same_for_inputs_with_equal_sums_and_transported_k
 
 
 def integers_of(body: ManifestBody, results: dict[int, ShardResult]) -> list[dict[Any, Any]]:
-    return [class_integers(body, c, results, seed_of(c), REQUEST) for c in range(len(body.classes))]
+    return [class_integers(body, c, results) for c in range(len(body.classes))]
 
 
 def edge_stream(key: bytes, part: Any, body: ManifestBody) -> np.ndarray:

@@ -14,6 +14,7 @@ from fl_gradcode.codes import GradientCode, fractional_repetition, reed_solomon,
 from fl_gradcode.errors import NotDecodable
 from fl_gradcode.secagg import ManifestBody, MaskedReply, ShardResult, decode
 from fl_gradcode.secagg.keys import dither_key
+from fl_gradcode.secagg.quantiser import RoundedSum
 from tests.secagg.samples import REQUEST, body_of, replies_of, results_for, sealed, seed_of
 
 SMALL: list[tuple[GradientCode, dict[str, Any]]] = [
@@ -43,13 +44,10 @@ def integers_of(body: ManifestBody, results: dict[int, ShardResult], shards: Seq
     for c, members in enumerate(body.classes.members):
         if not {*members} <= {*shards}:
             continue
-        made = body.quantiser.quantise(
-            [results[j].update for j in members],
-            [results[j].weight for j in members],
-            dither_key(seed_of(c), REQUEST, members[0]),
-        )
-        assert made is not None
-        total += made[0]
+        made = RoundedSum(body.quantiser, body.size)
+        for j in members:
+            assert made.add(results[j].update, results[j].weight) is not None
+        total += made.integers(dither_key(seed_of(c), REQUEST, members[0]))
     return total
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from fl_gradcode.codes import fractional_repetition
-from fl_gradcode.secagg import ShardResult, class_integers, decode, discrete_gaussian, integer_noise
+from fl_gradcode.secagg import ShardResult, decode, discrete_gaussian, integer_noise
 from fl_gradcode.secagg.keys import noise_key
-from tests.secagg.samples import REQUEST, body_of, replies_of, results_for, sealed, seed_of
+from tests.secagg.samples import REQUEST, body_of, class_integers, replies_of, results_for, sealed, seed_of
 
 KEY = hashlib.sha256(b"noise").digest()
 
@@ -91,9 +91,9 @@ def test_with_noise_nothing_leaves_that_noise_does_not_cover() -> None:
     """No weight, no metric, no count of clipped entries, and no count of shards that failed."""
     body = body_of(fractional_repetition(8, 1), metrics=2, noise=50.0, bound=0.1)
     results = dict[int, ShardResult | None](results_for(body, weight=0.5))
-    plain = [class_integers(body, c, results, seed_of(c), REQUEST) for c in range(4)]
+    plain = [class_integers(body, c, results) for c in range(4)]
     results[5] = None
-    failed = [class_integers(body, c, results, seed_of(c), REQUEST) for c in range(4)]
+    failed = [class_integers(body, c, results) for c in range(4)]
     for part in ("metrics", "check", "status"):
         assert all((one[part] == other[part]).all() for one, other in zip(plain, failed, strict=True))
     (found,) = decode(sealed(body), replies_of(sealed(body), results))
