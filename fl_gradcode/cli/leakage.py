@@ -29,11 +29,10 @@ def leakage(
     Exit code: 0 if at most one sum over two or more classes is learnt, 1 if more is, 2 if it cannot be computed.
     """
     with one_sentence():
-        from ..secagg import ManifestBody, read_body
-        from ..secagg import leakage as found_in
+        from .. import secagg
 
-        body: ManifestBody = read_body(manifest.read_bytes())
-        found = found_in(
+        body = secagg.read_body(manifest.read_bytes())
+        found = secagg.leakage(
             body.classes, body.graph, colluders=_workers(colluders, "colluders"), missing=_workers(missing, "missing")
         )
         try:

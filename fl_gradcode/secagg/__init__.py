@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from .classes import Sending, ShardClasses, classes_for
     from .dealer import DIGEST_FILE, MANIFEST_FILE, check_data, deal, holders_in, read_manifest, seeds_of
     from .decoding import DecodedSum, decode
+    from .disclosure import Leakage, leakage
     from .encoding import ClassIntegers, MaskedReply, Parts, ShardResult, encode, masked_reply
     from .graph import ClassGraph
     from .integer_noise import discrete_gaussian
     from .keys import agreement_tag
-    from .leakage import Leakage, leakage
     from .manifest import ClassKeys, Manifest, ManifestBody, class_keys, make_body, read_body
     from .quantiser import Quantiser
     from .request import Entry, Received, content_digest, given_digest, layout_digest, request_digest
@@ -97,6 +97,10 @@ __getattr__, __dir__ = lazy_names(
             "DecodedSum",
             "decode",
         ],
+        "disclosure": [
+            "Leakage",
+            "leakage",
+        ],
         "encoding": [
             "ClassIntegers",
             "MaskedReply",
@@ -113,10 +117,6 @@ __getattr__, __dir__ = lazy_names(
         ],
         "keys": [
             "agreement_tag",
-        ],
-        "leakage": [
-            "Leakage",
-            "leakage",
         ],
         "manifest": [
             "ClassKeys",

@@ -9,12 +9,12 @@ import pytest
 from numpy.typing import NDArray
 
 from fl_gradcode.codes import fractional_repetition, reed_solomon
-from fl_gradcode.secagg import FIELD, INTEGERS, ShardResult, encode
+from fl_gradcode.secagg import FIELD, INTEGERS, ShardResult, encode, masks
 from fl_gradcode.secagg.keys import dither_key, edge_key, private_key, public_key
 from fl_gradcode.secagg.labels import derive, hash_of
 from fl_gradcode.secagg.masks import Stream, add_streams, mask_streams, stream
 from tests.secagg import second
-from tests.secagg.samples import REQUEST, body_of, keys_of, results_for, sealed, seed_of
+from tests.secagg.samples import REQUEST, body_of, class_integers, keys_of, results_for, sealed, seed_of
 
 M0 = hashlib.sha256(b'{"ring":"2^32","test":1}').digest()
 # Of an earlier form of the manifest and of the request, which keys and streams take as they are.
@@ -59,19 +59,30 @@ def test_a_word_that_is_no_element_is_replaced_from_behind_the_stream() -> None:
     assert ((vectors[0].astype(np.int64) + vectors[1]) % FIELD.modulus == 10).all()
 
 
-def test_replacements_that_are_no_elements_are_replaced_by_the_words_after_them() -> None:
+def test_replacements_that_are_no_elements_are_replaced_by_the_words_after_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     raw = [7, second.P, 3, second.P, second.P, 11, second.P, 12, 13]
     found = second.elements(b"", 4, second.P, lambda key, count: [*raw, *[1] * count])
     assert found == [7, 12, 3, 11]  # words 4 and 5 replace; word 4 is p, so word 6, which is p, so word 7
 
-    from fl_gradcode.secagg import masks
+    class Raw:
+        """A cipher whose stream is known."""
 
-    after = iter(raw[4:])
+        def __init__(self, _: bytes) -> None:
+            self.left = [*raw, *[1] * 9]
 
-    def more(zeros: bytes) -> bytes:
-        return b"".join(next(after).to_bytes(4, "little") for _ in range(len(zeros) // 4))
+        def update(self, zeros: memoryview) -> bytes:
+            taken, self.left = self.left[: len(zeros) // 4], self.left[len(zeros) // 4 :]
+            return b"".join(word.to_bytes(4, "little") for word in taken)
 
-    assert dict(masks._replacements([1, 3], more)) == {1: 12, 3: 11}
+        def update_into(self, zeros: memoryview, buffer: bytearray) -> None:
+            buffer[: len(zeros)] = self.update(zeros)
+
+    monkeypatch.setattr(masks, "counter_mode", Raw)
+    for chunk in (1, 2, 3, 100):
+        monkeypatch.setattr(masks, "_CHUNK", chunk)
+        assert stream(b"", 4, FIELD).tolist() == found
 
 
 def test_streams_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +159,22 @@ def test_a_second_implementation_sends_the_same_bytes(code, modulus) -> None:
         )
         ours_ = {j: results[j] for c in row for j in classes.members[c]}
         assert encode(keys_of(manifest, worker), REQUEST, ours_).payload() == expected
+
+
+def test_a_failed_class_adds_a_stream_of_its_own_to_all_but_the_count_of_failures() -> None:
+    body = body_of(fractional_repetition(8, 1), size=5)
+    results = dict[int, ShardResult | None](results_for(body))
+    results[4] = None
+    failed = class_integers(body, 0, results)
+    for part, words in failed.items():
+        added = second.elements(second.hkdf(seed_of(0), "poison", REQUEST, part), len(words), 2**32)
+        left = [(int(x) - y) % 2**32 for x, y in zip(words, added, strict=True)]
+        if part == "update":
+            assert left == [0] * 5
+        elif part == "check":
+            assert left == [2] * 4
+        elif part == "status":
+            assert words.tolist() == [1]
 
 
 def test_the_dither_s_key_is_bound_to_class_and_request() -> None:
