@@ -46,7 +46,9 @@ class DecodedSum:
 
     def mean(self) -> NDArray[np.float64]:
         """Returns the weighted mean of the clipped updates, float64, shape (d,)."""
-        return np.multiply(self.integers, self.unit * self.largest_weight / self.weight, dtype=np.float64)
+        mean = self.integers.astype(np.float64)
+        mean *= self.unit * self.largest_weight / self.weight
+        return mean
 
 
 def decode(manifest: Manifest, replies: Sequence[MaskedReply]) -> list[DecodedSum]:

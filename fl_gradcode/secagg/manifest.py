@@ -265,10 +265,12 @@ def _body_of(values: dict[str, Any], text: bytes) -> ManifestBody:
     if values["protocol"] != _PROTOCOL or values["check-words"] != CHECK_WORDS:
         raise InvalidSetting(f"it is of protocol {values['protocol']!r}; this version speaks {_PROTOCOL!r}.")
     n, m, s = (_whole(values[name], 0 if name == "s" else 1) for name in ("n", "m", "s"))
+    if m > n:
+        raise InvalidSetting(f"m={m} is more than its n={n} workers.")
     members = tuple(tuple(_whole(j) for j in shards) for shards in values["classes"])
-    matrix = np.zeros((n, len(members), m), np.int64)
     if len(values["rows"]) != n:
         raise InvalidSetting(f"it has {len(values['rows'])} rows for {n} workers.")
+    matrix = np.zeros((n, len(members), m), np.int64)
     for worker, row in enumerate(values["rows"]):
         for number, *coefficients in row:
             if len(coefficients) != m or not all(type(one) is int and 0 <= one < P for one in coefficients):
@@ -354,8 +356,7 @@ class Manifest:
     @cached_property
     def digest(self) -> bytes:
         """Digest M of the manifest, 32 bytes, to which all keys of edges and all requests are bound."""
-        both = zip(self.public_keys, self.commitments, strict=True)
-        return hash_of(self.body.digest, *(one for c, pair in enumerate(both) for one in (c, *pair)))
+        return _digest(self.body.digest, list(zip(self.public_keys, self.commitments, strict=True)))
 
     def to_bytes(self) -> bytes:
         """Returns the manifest as canonical JSON."""
@@ -385,16 +386,21 @@ class Manifest:
         try:
             if set(values) != {"body", "classes"}:
                 raise ValueError
-            body = ManifestBody.from_bytes(_text(values["body"]).encode())
-            pairs = [tuple(bytes.fromhex(one) for one in pair) for pair in values["classes"]]
-            manifest = cls(body, *(tuple(column) for column in zip(*pairs, strict=True)))
+            text = _text(values["body"]).encode()
+            pairs = [(bytes.fromhex(key), bytes.fromhex(commitment)) for key, commitment in values["classes"]]
         except FlGradcodeError:
             raise
         except (TypeError, ValueError):
             raise InvalidSetting("The text is not a manifest of secure aggregation.") from None
-        if digest is not None and manifest.digest != digest:
+        # First of all: a stranger's body is not even looked at.
+        if digest is not None and _digest(hashlib.sha256(text).digest(), pairs) != digest:
             raise SecureRefused("The manifest is another one than this node has pinned.")
-        return manifest
+        public_keys, commitments = (tuple(pair[side] for pair in pairs) for side in (0, 1))
+        return cls(ManifestBody.from_bytes(text), public_keys, commitments)
+
+
+def _digest(body: bytes, pairs: Sequence[tuple[bytes, bytes]]) -> bytes:
+    return hash_of(body, *(one for c, pair in enumerate(pairs) for one in (c, *pair)))
 
 
 def read_body(text: bytes) -> ManifestBody:

@@ -143,13 +143,17 @@ def with_supports(supports: list[tuple[int, ...]]) -> ShardClasses:
 
 
 def test_fewer_colluders_can_be_worse_than_more() -> None:
-    # Class 0 hangs on class 1 alone. Worker 0 has class 1, and whoever colludes with it takes class 0 away too.
-    classes = with_supports([(1,), (0, 2), (0, 3)])
-    graph = ClassGraph("path", (), ((0, 1, 2, 3),))
-    pairs = [{c for i in pair for c in classes.supports[i]} for pair in combinations(range(3), 2)]
-    assert all(connected({0, 1, 2, 3} - gone, [*graph.edges]) for gone in pairs)
+    # Class 0 hangs on class 1 alone, which worker 0 has. Everybody else has class 0, and so takes it away again.
+    classes = with_supports([(1,), *((0, own) for own in range(2, 7))])
+    graph = ClassGraph("path", (), (tuple(range(7)),))
+    graph.__dict__["edges"] = ((0, 1), *combinations(range(1, 7), 2))
+    for pair in combinations(range(6), 2):
+        rest = {*range(7)} - {c for worker in pair for c in classes.supports[worker]}
+        assert len(rest) >= 2 and connected(rest, [*graph.edges])
+    assert certified(classes, graph, 0)
     assert not certified(classes, graph, 1)
-    assert not certified(classes, graph, 2)
+    with pytest.raises(NotCertified, match="server and worker 0 would learn 2 separate sums"):
+        certify(classes, graph, colluders=2)
 
 
 @pytest.mark.parametrize("seed", range(40))

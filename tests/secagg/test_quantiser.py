@@ -109,6 +109,22 @@ def test_a_class_is_rounded_once_in_any_order() -> None:
         assert again is not None and (again[0] == made[0]).all()
 
 
+def test_what_is_added_up_are_whole_numbers_that_floats_hold_exactly() -> None:
+    rng = np.random.default_rng(0)
+    quantiser = Quantiser(INTEGERS, 3, headroom=1, largest_weight=3.0)
+    total = RoundedSum(quantiser, 10_000)
+    exact = [Fraction(0)] * 10_000
+    for weight in (3.0, 2.0, 1.0):
+        update = rng.uniform(-1.2, 1.2, 10_000)
+        assert total.add(update, weight) is not None
+        factor = 2.0 ** (quantiser.fraction_bits + 20) * (weight / 3.0)
+        exact = [
+            x + round(Fraction(min(1.0, max(-1.0, u)) * factor)) for x, u in zip(exact, update.tolist(), strict=True)
+        ]
+    assert total._total.tolist() == exact
+    assert max(map(abs, exact)) < 2**52
+
+
 def test_a_long_update_is_scaled_to_the_bound() -> None:
     quantiser = Quantiser(INTEGERS, 4, 2.0, "norm")
     long, short = np.full(40_000, 0.5), np.full(40_000, 0.001)
