@@ -58,7 +58,7 @@ class MaskedReply:
 
     def payload(self) -> bytes:
         """Returns the elements of all parts, one after another, as little-endian 32-bit words."""
-        return b"".join(self.parts[part].astype("<u4").tobytes() for part in PARTS)
+        return b"".join(self.parts[part].astype("<u4", copy=False).data for part in PARTS)
 
     @classmethod
     def from_payload(

@@ -32,7 +32,7 @@ _MOST_BITS = 30
 # A discrete Gaussian exceeds so many standard deviations with probability below 1e-20.
 _NOISE_TAIL = 9.3
 # Entries that are worked on together, so that they stay in a core's cache; a power of two, which the norm relies on.
-_CHUNK = 1 << 15
+_CHUNK = 1 << 16
 # Bits of a unit that are kept until a class's sum is rounded; sums below 2^31 units then are whole numbers of float64.
 _GUARD = 20
 # Makes up for rounding of the factor by which a long update is scaled down.
@@ -130,7 +130,8 @@ class RoundedSum:
 
     def __init__(self, quantiser: Quantiser, size: int) -> None:
         self._quantiser = quantiser
-        self._total = np.zeros(size)
+        self._total = np.empty(size)  # written by the first update, added to by the others
+        self._empty = True
 
     def add(self, update: NDArray[np.floating], weight: float) -> int | None:
         """Add a shard's update.
@@ -166,8 +167,12 @@ class RoundedSum:
                     clipped += int(np.count_nonzero(np.abs(piece) > bound))
                     np.clip(piece, -bound, bound, out=piece)
             piece *= factor
-            np.rint(piece, out=piece)
-            self._total[start : start + given.size] += piece
+            if self._empty:
+                np.rint(piece, out=self._total[start : start + given.size])
+            else:
+                np.rint(piece, out=piece)
+                self._total[start : start + given.size] += piece
+        self._empty = False
         return clipped
 
     def integers(self, key: bytes) -> NDArray[np.int32]:
@@ -176,6 +181,8 @@ class RoundedSum:
         Args:
             key: Key of the dither, 32 bytes.
         """
+        if self._empty:
+            self._total[:] = 0
         size = self._total.size
         # In the same memory: a chunk is read before any result is written where it stood.
         result, cipher = self._total.view(np.int32)[:size], counter_mode(key)
