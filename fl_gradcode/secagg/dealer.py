@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .._files import replace_file
 from ..errors import InvalidSetting, SecureRefused
-from ..privacy import NodeKeys, read_keys
+from ..privacy import NodeKeys, check_own, read_keys
 from .classes import ShardClasses
 from .keys import class_seed, data_commitment, private_key, public_key
 from .labels import KEY_BYTES
@@ -88,7 +88,7 @@ def deal(folder: str | os.PathLike[str], body: ManifestBody, *, data: Mapping[in
     )
     for node in nodes:
         replace_file(root / f"node-{node.worker}" / MANIFEST_FILE, manifest.to_bytes())
-        replace_file(root / f"node-{node.worker}" / DIGEST_FILE, manifest.digest.hex() + "\n")
+        replace_file(root / f"node-{node.worker}" / DIGEST_FILE, manifest.digest.hex() + "\n", mode=0o600)
     return manifest
 
 
@@ -116,13 +116,16 @@ def read_manifest(folder: str | os.PathLike[str], text: bytes | None = None) -> 
         text: A manifest from elsewhere, which must have this digest; by default the folder's file.
 
     Raises:
-        InvalidSetting: A file is missing or damaged.
+        InvalidSetting: A file is missing or damaged, or others can change the digest.
         SecureRefused: The manifest is another one.
     """
     root = Path(folder)
     try:
+        check_own(root / DIGEST_FILE)  # who may exchange it decides what the node masks for
         digest = bytes.fromhex((root / DIGEST_FILE).read_text().strip())
         found = (root / MANIFEST_FILE).read_bytes() if text is None else text
+    except InvalidSetting:
+        raise
     except (OSError, ValueError) as error:
         raise InvalidSetting(f"{root} has no pinned manifest ({type(error).__name__}): {DIGEST_FILE}.") from None
     if len(digest) != KEY_BYTES:

@@ -206,7 +206,8 @@ class RoundedSum:
 def fixed_order_norm(values: NDArray[np.floating]) -> float | None:
     """Returns the Euclidean norm as float64, with the same bits on every IEEE machine; None if an entry is not finite.
 
-    Squares are added up element-wise in a fixed order. A BLAS product would depend on the processor.
+    Squares are added up element-wise in a fixed order. A BLAS product would depend on the processor. The norm is
+    infinite where the sum of squares exceeds float64, which scales such an update to zero.
     """
     sums = np.zeros(_CHUNK)
     with np.errstate(over="ignore", invalid="ignore"):

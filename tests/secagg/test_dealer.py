@@ -70,6 +70,10 @@ def test_a_manifest_from_elsewhere_must_have_the_pinned_digest(tmp_path: Path) -
     assert read_manifest(tmp_path / "ours" / "node-0").body.text == body_of(FRC).text
     with pytest.raises(SecureRefused, match="another one than this node has pinned"):
         read_manifest(tmp_path / "ours" / "node-0", theirs)
+    (tmp_path / "ours" / "node-0" / DIGEST_FILE).chmod(0o666)
+    with pytest.raises(InvalidSetting, match="open to others"):
+        read_manifest(tmp_path / "ours" / "node-0")
+    (tmp_path / "ours" / "node-0" / DIGEST_FILE).chmod(0o600)
     (tmp_path / "ours" / "node-0" / DIGEST_FILE).write_text("00\n")
     with pytest.raises(InvalidSetting, match="has 1 bytes instead of 32"):
         read_manifest(tmp_path / "ours" / "node-0")

@@ -9,9 +9,10 @@ import pytest
 from numpy.typing import NDArray
 
 from fl_gradcode.codes import fractional_repetition, reed_solomon
-from fl_gradcode.secagg import FIELD, INTEGERS, ShardResult, encode, masks
-from fl_gradcode.secagg.keys import dither_key, edge_key, private_key, public_key
+from fl_gradcode.secagg import FIELD, INTEGERS, ShardResult, agreement_tag, encode, masks, request_digest
+from fl_gradcode.secagg.keys import data_commitment, dither_key, edge_key, noise_key, private_key, public_key
 from fl_gradcode.secagg.labels import derive, hash_of
+from fl_gradcode.secagg.manifest import _digest
 from fl_gradcode.secagg.masks import Stream, add_streams, mask_streams, stream
 from tests.secagg import second
 from tests.secagg.samples import REQUEST, body_of, class_integers, keys_of, results_for, sealed, seed_of
@@ -37,6 +38,35 @@ def test_keys_of_classes_and_edges() -> None:
     for ours in (0, 1):  # both ends derive the same key
         found = edge_key(private_key(seed_of(ours), M0, ours), ours, 1 - ours, keys, M)
         assert found.hex() == "cf2aa72eadacabb87e571cb077a1d1596738e5fead0a16739e83212634adf7f4"
+
+
+def test_vectors_of_the_present_forms() -> None:
+    """Those of the page on secure aggregation, which the second implementation gave."""
+    commitments = [data_commitment(seed_of(c), M0, c, [(c, "d")]) for c in (0, 1)]
+    assert commitments[0].hex() == "52911d75fabc1215e3fd444abec97473e3ffa9c3f5bbcd39a21fed8a0fe3fb1b"
+    manifest = _digest(M0, [(public(c), commitments[c]) for c in (0, 1)])
+    assert manifest.hex() == "b3cdd3c816e73d79ebaabea77aa51b6fee3dee6a5ae617545242109192126c58"
+    found = edge_key(private_key(seed_of(0), M0, 0), 0, 1, {0: public(0), 1: public(1)}, manifest)
+    assert found.hex() == "7d7d816b63349e1257e93951e1bf30d20898faa77a49bb92c01cf11d253d64ed"
+    request = request_digest(
+        manifest=manifest,
+        run="run-1",
+        kind="train",
+        round=3,
+        content=bytes(32),
+        given=b"\1" * 32,
+        quantiser=b"\2" * 32,
+        layout=b"\3" * 32,
+    )
+    assert request.hex() == "a0934a8f53c43038fc50128c8bd27dd8f6cfde9c74e246e01600762e5f38c314"
+    (update,) = mask_streams({(0, 1): found}, request, "update")
+    assert stream(update.key, 4, INTEGERS).tolist() == [1683995769, 1292273909, 2541066902, 725914367]
+    dither = stream(dither_key(seed_of(0), request, 0), 4, INTEGERS)
+    assert dither.tolist() == [1049636980, 1148224485, 3908140192, 1113511790]
+    noise = noise_key(seed_of(0), request, 0)
+    assert noise.hex() == "d19d9c08d2abed76020b4d48b2e6b14f7e86c699caef06516129adee9ed682d9"
+    tag = agreement_tag(seed_of(0), request, 5, np.array([1, 2], np.uint32))
+    assert tag.hex() == "c36135165d66dadf61fe4663fd58c00d2b621e8c211f49507568b8f410466230"
 
 
 def test_mask_streams() -> None:
