@@ -1,7 +1,8 @@
 """The certificate of a graph: whatever at most T workers know, all other classes stay hidden in one sum.
 
 The condition is that the graph without the classes of any at most T workers is connected and has at least 2 classes.
-Under it, the server and these workers learn the sum over the other classes and nothing else (secure-aggregation page).
+Under it, the server and these workers learn the sum over the other classes and nothing else. The proof is on the page
+docs/secure-aggregation.md.
 Sets of exactly T workers do not suffice: a larger set may take away a small component that a smaller one leaves.
 
 References:
@@ -63,8 +64,7 @@ def certify(classes: ShardClasses, graph: ClassGraph, *, colluders: int, min_cla
     Raises:
         NotCertified: The condition does not hold, or it cannot be checked for so many workers.
     """
-    if type(colluders) is not int or colluders < 0:
-        raise InvalidSetting(f"colluders={colluders!r} must be a whole number of at least 0.")
+    _check_colluders(colluders)
     if type(min_classes) is not int or min_classes < 2:
         raise InvalidSetting(f"min_classes={min_classes!r} must be at least 2: a sum of one class is its update.")
     if sorted(c for cohort in graph.cohorts for c in cohort) != list(range(len(classes))):
@@ -104,7 +104,7 @@ def choose_graph(
     """Returns the graph that costs a worker the fewest streams among those that are tried, and its certificate.
 
     It is a path for T = 0. For fractional repetition it is the Harary graph of connectivity T + 1. Otherwise circulants
-    are tried in the order of their degrees, and a Harary graph if no set of workers can be enumerated.
+    are tried in the order of their degrees, or a Harary graph is taken if there are too many sets of workers.
 
     Args:
         classes: The classes.
@@ -115,6 +115,7 @@ def choose_graph(
     Raises:
         NotCertified: No graph has the property, or none that can be checked was found.
     """
+    _check_colluders(colluders)
     parts = split_into_cohorts(vertex_order(classes.holders), cohorts)
 
     def certified(family: Literal["path", "harary", "circulant"], *parameters: int) -> tuple[ClassGraph, Certificate]:
@@ -136,6 +137,11 @@ def choose_graph(
         if _failing_set(supports, graph, colluders) is None:
             return certified("circulant", *offsets)
     return certified("harary", colluders * most + 1) if colluders * most <= size - 2 else complete
+
+
+def _check_colluders(colluders: int) -> None:
+    if type(colluders) is not int or colluders < 0:
+        raise InvalidSetting(f"colluders={colluders!r} must be a whole number of at least 0.")
 
 
 def _offsets(size: int) -> Iterator[tuple[int, ...]]:

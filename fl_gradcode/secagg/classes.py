@@ -165,7 +165,7 @@ def classes_in(
         raise InvalidSetting(f"holders are named for {len(holders)} of {len(members)} classes.")
     for number, workers in enumerate(holders):
         able = {*workers}
-        if sorted(able) != list(workers) or not able <= {*range(found.n)}:
+        if not able or sorted(able) != list(workers) or not able <= {*range(found.n)}:
             raise InvalidSetting(f"the holders {workers} of class {number} are not ascending workers.")
         if not able.issuperset(np.flatnonzero(matrix[:, number].any(axis=1)).tolist()):
             raise InvalidSetting(f"a worker computes class {number}, and is not among its holders.")

@@ -100,6 +100,7 @@ class ClassIntegers:
         self._shards = body.classes.members[number]
         self._missing = {*self._shards}
         self._failed = 0
+        self._done = False
         noisy = body.quantiser.noise > 0
         self._sum = None if noisy else RoundedSum(body.quantiser, body.size)
         self._noisy = np.zeros(body.size if noisy else 0, np.int32)
@@ -156,8 +157,11 @@ class ClassIntegers:
         """Returns the integers before masking, the same on all holders, each part padded to a multiple of m.
 
         Raises:
-            SecureRefused: A shard is missing: only whole classes are sent.
+            SecureRefused: A shard is missing: only whole classes are sent. Or this was called before.
         """
+        if self._done:
+            raise SecureRefused("The integers of a class are made once for a request.")
+        self._done = True
         if self._missing:
             raise SecureRefused(f"Shards {sorted(self._missing)} are missing: only whole classes are sent.")
         if self._sum is None:
@@ -190,7 +194,12 @@ def mask(keys: ClassKeys, integers: Mapping[int, Parts], request: bytes) -> None
         keys: The worker's keys.
         integers: What `ClassIntegers.parts` returned, by class.
         request: Digest R of the request.
+
+    Raises:
+        SecureRefused: They are masked already. The same mask twice would show by how much it changed them.
     """
+    if not all(words.flags.writeable for parts in integers.values() for words in parts.values()):
+        raise SecureRefused("These integers are masked already, and a mask is used once.")
     edges = keys.edge_keys(tuple(integers))
     ours = set(integers)
     for part in PARTS:
@@ -199,6 +208,8 @@ def mask(keys: ClassKeys, integers: Mapping[int, Parts], request: bytes) -> None
             for one in mask_streams(edges, request, part)
         ]
         add_streams({c: parts[part] for c, parts in integers.items()}, streams, keys.manifest.body.classes.ring)
+        for parts in integers.values():
+            parts[part].setflags(write=False)
 
 
 def masked_reply(keys: ClassKeys, request: bytes, integers: Mapping[int, Parts]) -> MaskedReply:

@@ -13,6 +13,7 @@ import pytest
 from fl_gradcode.codes import fractional_repetition, reed_solomon
 from fl_gradcode.errors import InvalidSetting, MasksRemain, NotCertified, OutOfRange, SecureRefused, ShardsFailed
 from fl_gradcode.secagg import (
+    ClassIntegers,
     ClassKeys,
     Manifest,
     ManifestBody,
@@ -24,6 +25,7 @@ from fl_gradcode.secagg import (
     decode,
     decoding,
     encode,
+    masked_reply,
     masks,
     request_digest,
 )
@@ -326,6 +328,7 @@ def test_a_node_recomputes_classes_and_holders() -> None:
         {"rows": [[], *values["rows"][1:]]},
         {"holders": [[0], *values["holders"][1:]]},
         {"holders": [[4, 0], *values["holders"][1:]]},
+        {"holders": [[], *values["holders"][1:]], "sending": "shardwise"},
         {"holders": [[0, 4, 9], *values["holders"][1:]]},
         {"holders": values["holders"][1:]},
         {"ring": "2^31"},
@@ -437,6 +440,31 @@ def test_only_whole_classes_of_this_worker_are_sent() -> None:
         encode(keys_of(single, 0), REQUEST, {1: results[1]}, shard=1)
     with pytest.raises(SecureRefused, match="not those of worker 1"):
         class_keys(manifest, 1, {0: seed_of(0)})
+
+
+def test_a_mask_is_used_once() -> None:
+    """Integers that are masked twice show, next to those masked once, the mask itself."""
+    body = body_of(FRC)
+    keys, results = keys_of(sealed(body), 0), results_for(body)
+    made = ClassIntegers(body, 0, seed_of(0), REQUEST)
+    made.add(0, results[0])
+    for shard in (0, 1):
+        with pytest.raises(SecureRefused, match="still lacks"):
+            made.add(shard, results[shard])
+    with pytest.raises(SecureRefused, match="are missing"):
+        made.parts()
+    made = ClassIntegers(body, 0, seed_of(0), REQUEST)
+    for shard in (4, 0):
+        made.add(shard, results[shard])
+    integers = {0: made.parts()}
+    at_once = encode(keys, REQUEST, {0: results[0], 4: results[4]})
+    assert masked_reply(keys, REQUEST, integers).payload() == at_once.payload()
+    with pytest.raises(SecureRefused, match="masked already"):
+        masked_reply(keys, REQUEST, integers)
+    with pytest.raises(SecureRefused, match="made once"):
+        made.parts()
+    with pytest.raises(SecureRefused, match="does not send a message of classes"):
+        masked_reply(keys, REQUEST, {1: class_integers(body, 1, results)})
 
 
 def test_secrets_are_not_shown() -> None:

@@ -248,6 +248,9 @@ def test_graphs_that_are_none_are_refused() -> None:
             ClassGraph(family, parameters, ((0, 1, 2),))  # type: ignore[arg-type]
     with pytest.raises(InvalidSetting, match="go up to 1"):
         _ = ClassGraph("circulant", (2,), ((0, 1, 2),)).edges
+    for colluders in (-1, 1.5, "1"):
+        with pytest.raises(InvalidSetting, match="whole number of at least 0"):
+            choose_graph(one_class_each(4), colluders=colluders)  # type: ignore[arg-type]
     with pytest.raises(NotCertified, match="exactly once"):
         certify(one_class_each(4), ClassGraph("path", (), ((0, 1, 2),)), colluders=0)
 
