@@ -31,6 +31,7 @@ PLACES = (
     "runlog",
     "grid",
     "privacy",
+    "secagg",
     "client",
     "roster",
     "copies",

@@ -59,12 +59,12 @@ def lock(file: IO[Any] | int, *, wait: bool = False) -> OSError | None:
     return None
 
 
-def replace_file(path: Path, text: str, *, mode: int = 0o666) -> None:
-    """Write a text file whole or not at all; it survives a power cut once this returns.
+def replace_file(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:
+    """Write a file whole or not at all; it survives a power cut once this returns.
 
     Args:
         path: Replaced if it is there.
-        text: The content, written as UTF-8.
+        content: The content; a text is written as UTF-8.
         mode: Permissions of the new file, less the process's umask, from its first moment on.
 
     Raises:
@@ -73,8 +73,8 @@ def replace_file(path: Path, text: str, *, mode: int = 0o666) -> None:
     draft = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.new")
     draft.unlink(missing_ok=True)
     try:
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         put_in_place(draft, path)

@@ -2,7 +2,8 @@
 
     FlGradcodeError
     ├── InvalidCode         (ValueError)    a code, worker or survivor set that makes no sense
-    │   └── NotDecodable    (ValueError)    these survivors do not determine the sum
+    │   ├── NotDecodable    (ValueError)    these survivors do not determine the sum
+    │   └── NotCertified    (ValueError)    masks on this graph would not hide all but the sum
     ├── Overflow            (OverflowError) numbers too large for a code's fixed point
     ├── IncompatibleStrategy (TypeError)    a Flower strategy that cannot work on a decoded reply
     ├── UnsuitableApp       (RuntimeError)  the clients' app breaks the contract, or lacks the mod
@@ -10,6 +11,11 @@
     ├── ShardMismatch       (ValueError)    a node's data differ from a manifest
     ├── InvalidSetting      (ValueError)    an option or a path that cannot be used
     ├── PrivacyRefused      (RuntimeError)  a client's privacy rules forbid the answer
+    ├── SecureRefused       (RuntimeError)  a client's rules of secure aggregation forbid the answer
+    ├── MaskedSumInvalid    (ValueError)    a decoded masked sum is not what it must be
+    │   ├── MasksRemain     (ValueError)    its masks do not cancel
+    │   ├── ShardsFailed    (ValueError)    some shard failed on its holders
+    │   └── OutOfRange      (ValueError)    an entry is larger than any sum can be
     ├── TrainingFailed      (RuntimeError)  private training ended in an error that is not told
     └── RoundFailed         (RuntimeError)  a round that must decode did not, or the nodes do not fit the code
 
@@ -23,11 +29,17 @@ __all__ = [
     "IncompatibleStrategy",
     "InvalidCode",
     "InvalidSetting",
+    "MaskedSumInvalid",
+    "MasksRemain",
+    "NotCertified",
     "NotDecodable",
+    "OutOfRange",
     "Overflow",
     "PrivacyRefused",
     "RoundFailed",
+    "SecureRefused",
     "ShardMismatch",
+    "ShardsFailed",
     "TrainingFailed",
     "UnsuitableApp",
     "VersionMismatch",
@@ -50,6 +62,10 @@ class InvalidCode(FlGradcodeError, ValueError):
 
 class NotDecodable(InvalidCode):
     """The survivors' replies do not determine the sum over all shards."""
+
+
+class NotCertified(InvalidCode):
+    """Masks on this graph of classes would not hide all but the sum from the server and its colluders."""
 
 
 class Overflow(FlGradcodeError, OverflowError):
@@ -90,6 +106,28 @@ class PrivacyRefused(FlGradcodeError, RuntimeError):
     """An answer that a client's privacy rules forbid: over budget, or a second, different one for the same round."""
 
     kind = "privacy-refused"
+
+
+class SecureRefused(FlGradcodeError, RuntimeError):
+    """An answer that a node's rules of secure aggregation forbid. Its text says nothing that depends on data."""
+
+    kind = "secure-refused"
+
+
+class MaskedSumInvalid(FlGradcodeError, ValueError):
+    """A decoded masked sum is not what it must be, and is not used."""
+
+
+class MasksRemain(MaskedSumInvalid):
+    """The masks of a sum do not cancel: a key, a request or a manifest differs between classes."""
+
+
+class ShardsFailed(MaskedSumInvalid):
+    """Some shards failed on all their holders. Only their number is known, so the sum cannot be taken without them."""
+
+
+class OutOfRange(MaskedSumInvalid):
+    """An entry of a decoded sum is larger than any sum of clipped updates."""
 
 
 class TrainingFailed(FlGradcodeError, RuntimeError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from .check import check
+from .leakage import leakage
 from .place import place
 from .plan import plan
 from .privacy import keys, privacy
@@ -26,6 +27,7 @@ def _commands() -> None:
 
 
 app.command()(check)
+app.command()(leakage)
 app.command()(plan)
 app.command()(place)
 app.command()(privacy)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .clipping import clip, clipping_mod_named_in, refuse_clipping_mods, refuse_statistics
     from .dp_optimizer import wrap
     from .key_derivation import PRFStream
-    from .keys import read_keys, rotate_keys, write_keys
+    from .keys import NodeKeys, check_own, read_keys, rotate_keys, write_keys
     from .output_guard import guarded_reply, refuse_unprotected, spent_by
     from .records import BUDGET, FOLDER, Asked, Spent, asked_of, asks_for_privacy, in_config
     from .run_account import Releases, RunAccount, amplification
@@ -25,6 +25,7 @@ __all__ = [
     "Asked",
     "BudgetLedger",
     "CentralNoise",
+    "NodeKeys",
     "PRFStream",
     "Privacy",
     "PrivateTraining",
@@ -36,6 +37,7 @@ __all__ = [
     "asked_of",
     "asks_for_privacy",
     "call_privately",
+    "check_own",
     "clip",
     "clipping_mod_named_in",
     "epsilon_of",
@@ -82,6 +84,8 @@ __getattr__, __dir__ = lazy_names(
             "PRFStream",
         ],
         "keys": [
+            "NodeKeys",
+            "check_own",
             "read_keys",
             "rotate_keys",
             "write_keys",

@@ -30,6 +30,7 @@ RejectionKind = Literal[
     "shard-mismatch",  # the node's data differ from what it was asked for
     "shards-gone",  # the node no longer holds all shards that it was asked for, and reports those that it holds
     "privacy-refused",  # the node's privacy rules forbid the answer
+    "secure-refused",  # the node's rules of secure aggregation forbid the answer
     "overflow",  # the update does not fit the fixed point of a prime field
     "gave-up",  # the node stopped after `give_up_after` seconds
     "unreadable",  # the reply's own record cannot be read

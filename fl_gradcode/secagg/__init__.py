@@ -1,0 +1,146 @@
+"""Secure aggregation with coding: masks on classes of shards that cancel in every sum that decodes."""
+
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .answered import Answered, AnsweredRequests
+    from .certificate import Certificate, certify, choose_graph
+    from .classes import Sending, ShardClasses, classes_for
+    from .dealer import DIGEST_FILE, MANIFEST_FILE, check_data, deal, holders_in, read_manifest, seeds_of
+    from .decoding import DecodedSum, decode
+    from .disclosure import Leakage, leakage
+    from .encoding import ClassIntegers, MaskedReply, Parts, ShardResult, encode, masked_reply
+    from .graph import ClassGraph
+    from .integer_noise import discrete_gaussian
+    from .keys import agreement_tag
+    from .manifest import ClassKeys, Manifest, ManifestBody, class_keys, make_body, read_body
+    from .quantiser import Quantiser
+    from .request import Entry, Received, content_digest, given_digest, layout_digest, request_digest
+    from .ring import FIELD, INTEGERS, Ring
+
+__all__ = [
+    "DIGEST_FILE",
+    "FIELD",
+    "INTEGERS",
+    "MANIFEST_FILE",
+    "Answered",
+    "AnsweredRequests",
+    "Certificate",
+    "ClassGraph",
+    "ClassIntegers",
+    "ClassKeys",
+    "DecodedSum",
+    "Entry",
+    "Leakage",
+    "Manifest",
+    "ManifestBody",
+    "MaskedReply",
+    "Parts",
+    "Quantiser",
+    "Received",
+    "Ring",
+    "Sending",
+    "ShardClasses",
+    "ShardResult",
+    "agreement_tag",
+    "certify",
+    "check_data",
+    "choose_graph",
+    "class_keys",
+    "classes_for",
+    "content_digest",
+    "deal",
+    "decode",
+    "discrete_gaussian",
+    "encode",
+    "given_digest",
+    "holders_in",
+    "layout_digest",
+    "leakage",
+    "make_body",
+    "masked_reply",
+    "read_body",
+    "read_manifest",
+    "request_digest",
+    "seeds_of",
+]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "answered": [
+            "Answered",
+            "AnsweredRequests",
+        ],
+        "certificate": [
+            "Certificate",
+            "certify",
+            "choose_graph",
+        ],
+        "classes": [
+            "Sending",
+            "ShardClasses",
+            "classes_for",
+        ],
+        "dealer": [
+            "DIGEST_FILE",
+            "MANIFEST_FILE",
+            "check_data",
+            "deal",
+            "holders_in",
+            "read_manifest",
+            "seeds_of",
+        ],
+        "decoding": [
+            "DecodedSum",
+            "decode",
+        ],
+        "disclosure": [
+            "Leakage",
+            "leakage",
+        ],
+        "encoding": [
+            "ClassIntegers",
+            "MaskedReply",
+            "Parts",
+            "ShardResult",
+            "encode",
+            "masked_reply",
+        ],
+        "graph": [
+            "ClassGraph",
+        ],
+        "integer_noise": [
+            "discrete_gaussian",
+        ],
+        "keys": [
+            "agreement_tag",
+        ],
+        "manifest": [
+            "ClassKeys",
+            "Manifest",
+            "ManifestBody",
+            "class_keys",
+            "make_body",
+            "read_body",
+        ],
+        "quantiser": [
+            "Quantiser",
+        ],
+        "request": [
+            "Entry",
+            "Received",
+            "content_digest",
+            "given_digest",
+            "layout_digest",
+            "request_digest",
+        ],
+        "ring": [
+            "FIELD",
+            "INTEGERS",
+            "Ring",
+        ],
+    },
+)

@@ -1,0 +1,180 @@
+"""The requests that a node has answered, and the bytes of its last replies, on disk before a reply leaves.
+
+A mask may cover one message only. So a node answers one request for each run, kind and round. The same request again
+gets the same bytes, which are never computed a second time: a result that differs in one bit would be a second message
+under the same mask.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from .._files import lock, make_folder, replace_file, sync_folder
+from ..errors import InvalidSetting, SecureRefused
+from ..privacy import check_own
+
+__all__ = ["Answered", "AnsweredRequests"]
+
+_LEDGER = "answered.jsonl"
+# Runs whose last replies are kept.
+_RUNS = 4
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One line of the ledger.
+
+    Attributes:
+        run: Name of the run.
+        kind: "train" or "evaluate".
+        round: Server round.
+        request: Digest R of the request, as hexadecimal.
+    """
+
+    run: str
+    kind: str
+    round: int
+    request: str
+
+
+class AnsweredRequests:
+    """A node's ledger of answered requests with the replies of the last rounds.
+
+    Who deletes the folder allows a server to ask each round a second time.
+
+    Args:
+        folder: Folder of the files; made if it is missing. Only the owner can read it.
+        most: Most requests that this node ever answers, in all runs; None: no limit. The server chooses the names of
+            runs, so only this bounds how many sums it can ask for.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, most: int | None = None) -> None:
+        self.folder, self.most = Path(folder), most
+
+    def reply_to(self, run: str, kind: str, round: int, request: bytes) -> bytes | None:
+        """Returns the bytes of the reply that was given to this request, or None if it is new and may be answered.
+
+        Raises:
+            SecureRefused: Another request of this round was answered, or a later round, or the bytes are gone, or the
+                node has answered as many requests as its owner allows. The text does not depend on data.
+            InvalidSetting: The ledger is damaged.
+        """
+        with self._locked():
+            return self._known(Answered(run, kind, round, request.hex()), self._read()[0])
+
+    def keep(self, run: str, kind: str, round: int, request: bytes, reply: bytes) -> bytes:
+        """Write a reply to disk and returns the bytes to send, which are the earlier ones if it was answered meanwhile.
+
+        The bytes are on disk before the ledger says that the request was answered, and both before they are sent.
+
+        Raises:
+            SecureRefused: See `reply_to`.
+            InvalidSetting: The ledger is damaged, or cannot be written.
+        """
+        new = Answered(run, kind, round, request.hex())
+        with self._locked():
+            rows, end = self._read()
+            earlier = self._known(new, rows)
+            if earlier is not None:
+                return earlier
+            try:
+                replace_file(self._path_of(new.request), reply, mode=0o600)
+                self._append(new, end)
+            except OSError as error:
+                raise InvalidSetting(f"The folder {self.folder} cannot be written: {error.strerror}.") from None
+            self._drop([*rows, new])
+        return reply
+
+    def rows(self) -> list[Answered]:
+        """Returns all answered requests, oldest first."""
+        return self._read()[0]
+
+    def _known(self, new: Answered, rows: list[Answered]) -> bytes | None:
+        here = f"round {new.round} ({new.kind})"
+        same_kind = [row for row in rows if (row.run, row.kind) == (new.run, new.kind)]
+        for row in same_kind:
+            if row.round == new.round:
+                if row.request != new.request:
+                    raise SecureRefused(f"Another request for {here} of this run was answered before.")
+                try:
+                    return self._path_of(new.request).read_bytes()
+                except OSError:
+                    raise SecureRefused(f"The reply to {here} is no longer kept, and is not computed again.") from None
+        if any(row.round > new.round for row in same_kind):
+            raise SecureRefused(f"A request for a later round than {here} was answered before.")
+        if self.most is not None and len(rows) >= self.most:
+            raise SecureRefused(f"This node has answered {self.most} requests, as many as its owner allows.")
+        return None
+
+    def _path_of(self, request: str) -> Path:
+        return self.folder / f"reply-{request}.bin"
+
+    def _drop(self, rows: list[Answered]) -> None:
+        """Remove all replies but the last one of each kind in the last runs."""
+        last = {(row.run, row.kind): row.request for row in rows}
+        runs = list(dict.fromkeys(row.run for row in reversed(rows)))[:_RUNS]
+        kept = {request for (run, _), request in last.items() if run in runs}
+        for path in self.folder.glob("reply-*.bin"):
+            if path.stem.removeprefix("reply-") not in kept:
+                with suppress(OSError):  # it takes space, and no more
+                    path.unlink()
+
+    def _read(self) -> tuple[list[Answered], int]:
+        """Returns the rows, and the size in bytes up to the end of the last whole line."""
+        path = self.folder / _LEDGER
+        try:
+            check_own(path)
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return [], 0
+        except OSError as error:
+            raise InvalidSetting(f"The ledger {path} cannot be read: {error.strerror}.") from None
+        *lines, rest = content.split(b"\n")  # a rest without newline was being written: its reply had not left
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                values = json.loads(line)
+                row = Answered(values["run"], values["kind"], values["round"], values["request"])
+                if type(row.round) is not int or len(bytes.fromhex(row.request)) != 32:
+                    raise ValueError
+            except (ValueError, KeyError, TypeError):
+                raise InvalidSetting(
+                    f"Line {number} of the ledger {path} cannot be read. Restore the file: without it a round could be "
+                    "answered twice."
+                ) from None
+            rows.append(row)
+        return rows, len(content) - len(rest)
+
+    def _append(self, row: Answered, end: int) -> None:
+        path = self.folder / _LEDGER
+        first = not path.exists()
+        line = json.dumps({"run": row.run, "kind": row.kind, "round": row.round, "request": row.request}) + "\n"
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600), "r+b") as file:
+            file.truncate(end)
+            file.seek(end)
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        if first:
+            sync_folder(self.folder)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Let one process at a time answer: two could give two answers to one round."""
+        try:
+            make_folder(self.folder, mode=0o700)
+            file = open(self.folder / ".lock", "ab")  # noqa: SIM115 # closed below
+        except OSError as error:
+            raise InvalidSetting(f"The folder {self.folder} cannot be written: {error.strerror}.") from None
+        with file:
+            if (problem := lock(file, wait=True)) is not None:
+                raise InvalidSetting(
+                    f"The folder {self.folder} cannot be locked ({problem.strerror}): it must be on a file system with "
+                    "locks, such as a local disk."
+                )
+            yield

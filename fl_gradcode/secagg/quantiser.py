@@ -1,0 +1,255 @@
+"""Floats to integers and back: clipped updates in fixed point, rounded with a keyed dither, and metrics as digits.
+
+Overflow is impossible: the clip, the number of shards and the headroom decide the number of fraction bits, so that the
+sum of all shards fits. Nobody has to refuse a large update, which would tell something about one shard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InvalidSetting
+from .labels import hash_of
+from .masks import counter_mode
+from .ring import Ring
+
+__all__ = ["ENTRY_WORDS", "Quantiser", "RoundedSum", "digits_of", "fixed_order_norm", "restored"]
+
+#: Words of a metric: five digits of 15 bits, and how many shards' values were not finite.
+ENTRY_WORDS = 6
+
+_DIGITS, _BITS, _FRACTION = 5, 15, 30
+_SMALLEST_CLIP, _LARGEST_CLIP = 2.0**-20, 2.0**20
+_MOST_BITS = 30
+# A discrete Gaussian exceeds so many standard deviations with probability below 1e-20.
+_NOISE_TAIL = 9.3
+# Entries that are worked on together, so that they stay in a core's cache; a power of two, which the norm relies on.
+_CHUNK = 1 << 16
+# Bits of a unit that are kept until a class's sum is rounded; sums below 2^31 units then are whole numbers of float64.
+_GUARD = 20
+# Makes up for rounding of the factor by which a long update is scaled down.
+_BELOW = 1 - 2.0**-40
+
+
+@dataclass(frozen=True)
+class Quantiser:
+    """How updates become integers; pinned by the manifest.
+
+    Attributes:
+        ring: The ring of the sums.
+        k: Number of shards.
+        clip: "entries" limits each entry of an update to +-bound, "norm" its Euclidean norm to the bound.
+        bound: The bound A, 2^-20..2^20.
+        headroom: Bits h >= 1 by which a true sum is smaller than the ring. A random entry passes the range test with
+            probability 2^-h.
+        largest_weight: Largest weight w_max of a shard, such as its number of examples.
+        noise: Standard deviation of the discrete Gaussian noise that each shard adds, in integer units; 0: none. With
+            noise all weights are 1 and no metrics are sent, since those would leave without noise.
+    """
+
+    ring: Ring
+    k: int
+    bound: float = 1.0
+    clip: Literal["entries", "norm"] = "entries"
+    headroom: int = 4
+    largest_weight: float = 1.0
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.clip not in ("entries", "norm"):
+            raise InvalidSetting(f"clip={self.clip!r} must be 'entries' or 'norm'.")
+        if not _SMALLEST_CLIP <= self.bound <= _LARGEST_CLIP:  # false for NaN
+            raise InvalidSetting(f"The clipping bound {self.bound!r} must be in 2^-20..2^20.")
+        if type(self.headroom) is not int or not 1 <= self.headroom <= 16:
+            raise InvalidSetting(f"headroom={self.headroom!r} must be a whole number of bits in 1..16.")
+        if not 0 < self.largest_weight <= 2.0**40:
+            raise InvalidSetting(f"largest_weight={self.largest_weight!r} must be positive, up to 2^40.")
+        if not (self.noise == 0 or 2.0**-4 <= self.noise <= 2.0**30):
+            raise InvalidSetting(f"noise={self.noise!r} must be 0, or in 2^-4..2^30 integer units.")
+        if self.noise and self.largest_weight != 1:
+            raise InvalidSetting("With integer noise every shard has weight 1: set largest_weight=1.")
+        if type(self.k) is not int or self.k < 1:
+            raise InvalidSetting(f"k={self.k!r} shards must be a whole number of at least 1.")
+        if self.fraction_bits < 0 or self.limit(self.k) >= self.ring.half:
+            raise InvalidSetting(
+                f"Sums of {self.k} shards with entries up to {self.bound:g} do not fit the ring with {self.headroom} "
+                "bits of headroom. Lower the clipping bound, the noise, or the headroom."
+            )
+
+    @cached_property
+    def fraction_bits(self) -> int:
+        """Number f of fraction bits, at most 30: the largest with 2^(f + h) k A within the ring's half."""
+        room = Fraction(self.ring.half) / (2**self.headroom * self.k * Fraction(self.bound))
+        bits = _MOST_BITS
+        while bits >= 0 and 2**bits > room:
+            bits -= 1
+        return bits
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of the quantiser, which enters the request digest; 32 bytes."""
+        return hash_of("quantiser", *self.to_list(), self.ring.name, self.k)
+
+    def to_list(self) -> list[str | int]:
+        """Returns the settings beside ring and k as the manifest holds them; floats as hexadecimal texts."""
+        return [
+            self.clip,
+            float(self.bound).hex(),
+            self.headroom,
+            float(self.largest_weight).hex(),
+            float(self.noise).hex(),
+        ]
+
+    def limit(self, shards: int) -> int:
+        """Returns the largest size that an entry of a sum over some shards can have, in integer units."""
+        size = math.floor(shards * (self.bound * 2.0**self.fraction_bits + 1))
+        return size + math.ceil(_NOISE_TAIL * self.noise * math.sqrt(shards))
+
+
+class RoundedSum:
+    """The sum of some shards' clipped, weighted updates, which is rounded once at its end.
+
+    The result is `floor((sum_j rint(2^(f + 20) omega_j clip(u_j)) + t) / 2^20)`, with omega the weight over the largest
+    one and t uniform on 0..2^20 - 1 from a key: equal for all holders and unknown to the server. It is unbiased but for
+    the inner rounding of each shard, which is at most 2^-21 of a unit. All sums are of whole numbers below 2^52, which
+    float64 adds exactly, so neither the order of the shards nor the processor changes a bit. Products and norms are
+    single element-wise operations.
+
+    Args:
+        quantiser: The quantiser.
+        size: Length d of the updates.
+    """
+
+    def __init__(self, quantiser: Quantiser, size: int) -> None:
+        self._quantiser = quantiser
+        self._total = np.empty(size)  # written by the first update, added to by the others
+        self._empty = True
+
+    def add(self, update: NDArray[np.floating], weight: float) -> int | None:
+        """Add a shard's update.
+
+        Args:
+            update: The update, shape (d,).
+            weight: Its weight, 0..largest_weight.
+
+        Returns:
+            The number of clipped entries, or 1 if the norm was; None if an entry is not finite or the weight is out of
+            range. The sum is then of no use.
+        """
+        quantiser = self._quantiser
+        if not 0 <= weight <= quantiser.largest_weight:  # false for NaN
+            return None
+        factor, clipped = 2.0 ** (quantiser.fraction_bits + _GUARD) * (weight / quantiser.largest_weight), 0
+        if quantiser.clip == "norm":
+            norm = fixed_order_norm(update)
+            if norm is None:
+                return None
+            if norm > quantiser.bound:
+                factor, clipped = factor * (quantiser.bound / norm * _BELOW), 1
+        bound, scratch = quantiser.bound, np.empty(min(_CHUNK, update.size))
+        for start in range(0, update.size, _CHUNK):
+            given = update[start : start + _CHUNK]
+            piece = scratch[: given.size]
+            np.copyto(piece, given)
+            if quantiser.clip == "entries":
+                largest, smallest = float(given.max()), float(given.min())
+                if not (math.isfinite(largest) and math.isfinite(smallest)):  # NaN is passed on by both
+                    return None
+                if largest > bound or smallest < -bound:
+                    clipped += int(np.count_nonzero(np.abs(piece) > bound))
+                    np.clip(piece, -bound, bound, out=piece)
+            piece *= factor
+            if self._empty:
+                np.rint(piece, out=self._total[start : start + given.size])
+            else:
+                np.rint(piece, out=piece)
+                self._total[start : start + given.size] += piece
+        self._empty = False
+        return clipped
+
+    def integers(self, key: bytes) -> NDArray[np.int32]:
+        """Returns the rounded sum, shape (d,), which takes the place of the exact one: this can be called once.
+
+        Args:
+            key: Key of the dither, 32 bytes.
+        """
+        if self._empty:
+            self._total[:] = 0
+        size = self._total.size
+        # In the same memory: a chunk is read before any result is written where it stood.
+        result, cipher = self._total.view(np.int32)[:size], counter_mode(key)
+        width = min(_CHUNK, size)
+        zeros, buffer = memoryview(bytes(4 * width)), bytearray(4 * width + 15)
+        words: NDArray[np.uint32] = np.frombuffer(buffer, "<u4", width)
+        scratch = np.empty(width)
+        for start in range(0, size, _CHUNK):
+            stop = min(start + _CHUNK, size)
+            piece, dither = scratch[: stop - start], words[: stop - start]
+            cipher.update_into(zeros[: 4 * piece.size], buffer)
+            np.right_shift(dither, 32 - _GUARD, out=dither)
+            np.copyto(piece, dither.view(np.int32))
+            piece += self._total[start:stop]
+            piece *= 2.0**-_GUARD
+            np.floor(piece, out=piece)
+            np.copyto(result[start:stop], piece, casting="unsafe")  # finite and within the limit
+        return result
+
+
+def fixed_order_norm(values: NDArray[np.floating]) -> float | None:
+    """Returns the Euclidean norm as float64, with the same bits on every IEEE machine; None if an entry is not finite.
+
+    Squares are added up element-wise in a fixed order. A BLAS product would depend on the processor. The norm is
+    infinite where the sum of squares exceeds float64, which scales such an update to zero.
+    """
+    sums = np.zeros(_CHUNK)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, values.size, _CHUNK):
+            piece = values[start : start + _CHUNK].astype(np.float64)
+            np.square(piece, out=piece)
+            sums[: piece.size] += piece
+        while sums.size > 1:
+            half = sums.size // 2
+            sums = sums[:half] + sums[half:]
+    square = float(sums[0])
+    if math.isfinite(square):
+        return math.sqrt(square)
+    return math.inf if np.isfinite(values).all() else None
+
+
+def digits_of(values: Sequence[float]) -> NDArray[np.int32] | None:
+    """Returns numbers as signed digits whose sums over shards are exact, shape (6 * len(values),).
+
+    A number is rounded to a multiple of 2^-30 and has five digits to the base 2^15. One that is not finite is sent as
+    0, and its sixth word is 1: the sum is then NaN.
+
+    Returns:
+        The digits, or None if a finite number is 2^45 or larger in size.
+    """
+    words: list[int] = []
+    for value in values:
+        finite = math.isfinite(value)
+        whole = round(Fraction(value) * 2**_FRACTION) if finite else 0
+        size = abs(whole)
+        if size >> _DIGITS * _BITS:
+            return None
+        sign = 1 if whole >= 0 else -1
+        words += [sign * ((size >> _BITS * place) % 2**_BITS) for place in range(_DIGITS)]
+        words.append(0 if finite else 1)
+    return np.array(words, np.int32)
+
+
+def restored(words: NDArray[np.int32]) -> NDArray[np.float64]:
+    """Returns the sums of numbers from the sums of their digits, shape (len(words) / 6,)."""
+    sums = []
+    for *digits, lost in words.reshape(-1, ENTRY_WORDS).tolist():
+        whole = sum(digit << _BITS * place for place, digit in enumerate(digits))
+        sums.append(math.nan if lost else whole / 2**_FRACTION)
+    return np.array(sums, np.float64)
