@@ -17,7 +17,7 @@ from fl_gradcode.privacy import DPSGD
 #: What `promised` finds for epsilon 3; the search takes seconds.
 SETTINGS = DPSGD(noise_multiplier=2.244, max_grad_norm=1.0, sample_rate=0.2, steps=5, accountant="rdp")
 SEEDS = {"cnn": (0, 1), "transformer": (0,), "lora": (0, 1), "fedprox": (0, 1)}  # 30 seconds in all
-#: Standard deviation of the difference of one pair, measured over 40 pairs of each model: at most 3.5 points.
+#: Standard deviation of the difference of one pair, measured over 20 pairs of each model: at most 3.5 points.
 DEVIATION = 0.035
 
 

@@ -250,7 +250,7 @@ def test_a_node_that_refuses_before_anybody_else_has_answered_does_not_end_the_r
     def refuse(worker: int, message: Message, reply: Message) -> Message:
         return Message(Error(2, f"ValueError: fl-gradcode/{kind}: nobody can take part"), reply_to=message)
 
-    slow = Latency(compute=Law("", lambda seed, worker, tick: 0.1 if worker == 0 else 5.0 if tick <= 2 else 0.1))
+    slow = Latency(compute=Law("", lambda seed, worker, tick: 0.1 if worker == 0 else 1.0 if tick <= 2 else 0.1))
     inner = FedAvg(fraction_evaluate=0.0)
     strategy = GradientCoding(inner, fractional_repetition(6, 2), node_timeout=3, give_up_rounds=None)
     with InProcessGrid(toy_app(), 6, tamper=lambda w, m, r: refuse(w, m, r) if w == 0 else r) as grid:
