@@ -27,6 +27,7 @@ from fl_gradcode.matmul import (
     polynomial,
     uncoded_product,
 )
+from fl_gradcode.matmul.answer_check import AnswerCheck, gram_of
 from fl_gradcode.matmul.records import Answer, Task, block
 from fl_gradcode.matmul.stop_rule import ProductRule
 from fl_gradcode.protocol.cost import Cost
@@ -163,7 +164,9 @@ def test_a_wrong_answer_is_found_with_two_to_check_by(numbers: PrimeField | None
 
 
 def rule_of(code: ProductCode, answers: list[np.ndarray], **options: Any) -> ProductRule:
-    settings: dict[str, Any] = {"extra": 0, "resend": lambda node: pytest.fail("nobody lost a block"), "rng": RNG}
+    settings: dict[str, Any] = {"extra": 0, "resend": lambda node: pytest.fail("nobody lost a block")}
+    p, m, q = code.partition
+    settings["check"] = AnswerCheck(code, gram_of(A, p, m), gram_of(B, m, q), -(-7 // m), answers[0].dtype, RNG)
     settings |= {"code": code, "shape": answers[0].shape, "dtype": answers[0].dtype, **options}
     return ProductRule("product 1", "m", 1, {100 + i: i for i in range(code.n)}, **settings)
 
