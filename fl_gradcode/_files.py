@@ -98,9 +98,8 @@ def read_file(path: Path, most: int) -> bytes:
         OSError: It cannot be read, is no regular file, or is larger.
     """
     with os.fdopen(open_file(path), "rb") as file:
-        # Its size may be wrong or change, so that one byte more than allowed is asked for.
         size = os.fstat(file.fileno()).st_size
-        content = b"" if size > most else file.read(most + 1)
+        content = b"" if size > most else file.read(size + 1)  # asking for more would set it aside
         if max(size, len(content)) > most:
             raise OSError(errno.EFBIG, f"More than {most} bytes")
     return content

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["duration_text", "listed", "numbered", "seconds_text"]
+__all__ = ["duration_text", "listed", "numbered", "printable", "seconds_text"]
 
 
 def listed(items: Iterable[Any], most: int = 8) -> str:
@@ -25,6 +25,17 @@ def listed(items: Iterable[Any], most: int = 8) -> str:
 def numbered(noun: str, numbers: Sequence[int], most: int = 8) -> str:
     """Returns numbered things in words: "worker 3", "workers 3 and 4" or "workers 1, 2, 3 and 97 more"."""
     return f"{noun}{'' if len(numbers) == 1 else 's'} {listed(numbers, most)}"
+
+
+def printable(text: str, most: int = 100) -> str:
+    """Returns a text that somebody else wrote so that it fits a line: cut, and without control characters.
+
+    Args:
+        text: The text.
+        most: Number of characters that are kept.
+    """
+    kept = text if len(text) <= most else f"{text[:most]}..."
+    return "".join(one if one.isprintable() else one.encode("unicode_escape", "surrogatepass").decode() for one in kept)
 
 
 def seconds_text(seconds: float | None) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from flwr.app import Message
 from numpy.typing import NDArray
 
-from .._text import listed, numbered
+from .._text import listed, numbered, printable
 from ..grid import Arrival, StopRule, Wait
 from ..protocol import rejection_of, view
 from .answer_check import AnswerCheck, Finding
@@ -71,8 +71,7 @@ class _Rule(StopRule):
 
     def reject(self, worker: int, reason: str) -> None:
         """Note that a worker's answer is not used, and why."""
-        told = "".join(one if one.isprintable() else repr(one)[1:-1] for one in reason[:_LONGEST])
-        self.rejected.append((worker, told or "no reason given"))
+        self.rejected.append((worker, printable(reason, _LONGEST) or "no reason given"))
 
 
 class PlacingRule(_Rule):

@@ -12,6 +12,7 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
+from .._flower_internals import in_a_simulation
 from ..errors import InvalidSetting, PrivacyRefused
 from ..protocol import PARTITION_ID
 from .settings import DPSGD, Privacy, privacy_from_json, privacy_to_json
@@ -23,6 +24,7 @@ __all__ = [
     "Spent",
     "asked_of",
     "budget_of",
+    "common_folder",
     "giving",
     "in_config",
     "is_request",
@@ -240,3 +242,21 @@ def asks_for_privacy(message: Message, context: Context) -> bool:
     """Returns whether `train()` has to use `private_training` for this message."""
     asked = asked_of(message, context)
     return asked is not None and isinstance(asked.privacy, DPSGD)
+
+
+def common_folder(context: Context) -> str:
+    """Returns the folder of all nodes' folders that the run config names, in a simulation; "" if there is none.
+
+    Raises:
+        InvalidSetting: The node is on a machine of its own, and its node config names no folder: a server must not
+            choose where a node reads and writes.
+    """
+    named = str(context.run_config.get(FOLDER) or "")
+    if not named or in_a_simulation():
+        return named
+    if context.node_config.get(FOLDER) or BUDGET in context.node_config:  # with a budget, the owner's folder is needed
+        return ""
+    raise InvalidSetting(
+        f"The run config has {FOLDER}, which only simulations use: a server does not choose where a node reads and "
+        f"writes. Start the node with --node-config '... {FOLDER}=\"/path/to/node-0\"'."
+    )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
@@ -18,6 +17,8 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, MetricRecord
 from numpy.typing import NDArray
+
+from .._npy import array_of
 
 __all__ = [
     "Layout",
@@ -45,7 +46,6 @@ MetricsLayout = tuple[tuple[str, int, bool], ...]
 
 _BFLOAT16 = "bfloat16"
 _LEAST_WEIGHT = 1e-30
-_LONGEST_HEADER = 4096  # bytes; those of plain arrays have less than 200
 # Number of entries that fit a core's cache.
 _CACHED = 1 << 17
 
@@ -58,54 +58,11 @@ def view(array: Array) -> NDArray[np.generic]:
     """
     if array.stype != "numpy.ndarray":
         raise ValueError(f"arrays are serialised as {array.stype!r}, expected 'numpy.ndarray'")
-    data = array.data
-    shape, fortran_order, dtype, offset = _header_of(data)
-    size = math.prod(shape)
-    if not dtype.itemsize or len(data) - offset != dtype.itemsize * size:
-        raise ValueError("an array's bytes do not fit its shape")
-    values = np.frombuffer(data, dtype, size, offset).reshape(shape, order="F" if fortran_order else "C")
-    if array.dtype == _BFLOAT16 and dtype.itemsize == 2:
+    values = array_of(array.data)
+    if array.dtype == _BFLOAT16 and values.dtype.itemsize == 2:
         bits = np.ascontiguousarray(values).view(np.uint16).astype(np.uint32) << 16
-        return bits.view(np.float32).reshape(shape)
+        return bits.view(np.float32).reshape(values.shape)
     return values
-
-
-def _header_of(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[np.generic], int]:
-    """Returns shape, whether the order is Fortran's, dtype, and where the values begin; allocates nothing for them.
-
-    Raises:
-        ValueError: It is no array in NumPy's format (version 1 or 2), or one of Python objects.
-    """
-    if data[:6] != b"\x93NUMPY" or data[6:8] not in (b"\x01\x00", b"\x02\x00"):
-        raise ValueError("an array is not in NumPy's format")
-    digits = 2 if data[6] == 1 else 4
-    length = int.from_bytes(data[8 : 8 + digits], "little")
-    if length > _LONGEST_HEADER:
-        raise ValueError(f"an array's header has {length} bytes")
-    offset = 8 + digits + length
-    return *_header(data[:offset]), offset
-
-
-@lru_cache(maxsize=1024)
-def _header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
-    """Returns shape, whether the order is Fortran's, and dtype.
-
-    The result is cached, because NumPy takes longer to parse this text than to read a small array.
-    """
-    stream = io.BytesIO(header)
-    form = np.lib.format
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # of text that is no header of any NumPy
-            read = form.read_array_header_1_0 if form.read_magic(stream) == (1, 0) else form.read_array_header_2_0
-            shape, fortran_order, dtype = read(stream)
-    except Exception as error:  # Python's own parser reads the text, which can raise almost anything
-        raise ValueError(f"an array's header cannot be read ({type(error).__name__})") from None
-    if dtype.hasobject:
-        raise ValueError("arrays of Python objects are refused")
-    if any(type(size) is not int or size < 0 for size in shape):
-        raise ValueError(f"an array has the shape {shape}")
-    return shape, fortran_order, dtype
 
 
 def all_finite(values: NDArray[np.floating]) -> bool:
