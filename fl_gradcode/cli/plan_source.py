@@ -119,8 +119,8 @@ def _jobs(
     missing = [column for column in ("worker", "seconds") if column not in header]
     if missing:
         raise InvalidSetting(
-            f"The trace {name} has columns {printable(', '.join(header), 200)} and lacks {' and '.join(missing)}: a table of jobs "
-            "needs worker and seconds, and may have round, shards and computing."
+            f"The trace {name} has columns {printable(', '.join(header), 200)} and lacks {' and '.join(missing)}: a "
+            "table of jobs needs worker and seconds, and may have round, shards and computing."
         )
     place = {column: header.index(column) for column in _COLUMNS if column in header}
     jobs: list[Timing] = []
@@ -158,9 +158,8 @@ def _number(name: str, number: int, column: str, row: list[str], at: int) -> flo
             f"The trace {name} has {printable(text)!r} as {column} in line {number}; it must be a number."
         ) from None
     if not 0 <= value <= _MOST:
-        raise InvalidSetting(
-            f"The trace {name} has {column} {value:g} in line {number}; it must be from 0 to {_MOST:g}."
-        )
+        bounds = "at least 0" if not value > 0 else f"at most {_MOST:g}"
+        raise InvalidSetting(f"The trace {name} has {column} {value:g} in line {number}; it must be {bounds}.")
     return value
 
 

@@ -14,7 +14,7 @@ from scipy import stats
 
 from .._files import MEGABYTE, read_file
 from .._npy import read_npz
-from .._text import listed, printable
+from .._text import printable
 from ..errors import InvalidSetting
 from .laws import Law, Marginal, bimodal, bursty, lognormal, pareto, shifted_exponential
 
@@ -76,12 +76,11 @@ def checked_times(times: ArrayLike) -> NDArray[np.float64]:
         table = table[:, None]
     if table.ndim != 2 or not table.size:
         raise InvalidSetting(f"A trace has shape (ticks, workers) or (ticks,), not {np.shape(times)}.")
-    fine = (table >= 0) & (table <= _LONGEST)
-    if not fine.all():
-        bad = tuple(int(x) for x in np.argwhere(~fine)[0])
-        raise InvalidSetting(
-            f"The trace has {table[bad]} at row {bad[0]}, column {bad[1]}; times are from 0 to {_LONGEST:g} s."
-        )
+    if not (np.isfinite(table) & (table >= 0)).all():
+        bad = tuple(int(x) for x in np.argwhere(~(np.isfinite(table) & (table >= 0)))[0])
+        raise InvalidSetting(f"The trace has {table[bad]} at row {bad[0]}, column {bad[1]}; times are at least 0.")
+    if table.max() > _LONGEST:
+        raise InvalidSetting(f"The trace has a time of {table.max():g} s; no time is above {_LONGEST:g} s.")
     return table
 
 
@@ -110,7 +109,7 @@ def read_trace(path: str | Path, *, key: str | None = None) -> NDArray[np.float6
     try:
         return np.array(rows, dtype=np.float64)
     except ValueError as error:
-        raise InvalidSetting(f"The trace {file.name} is not a table of numbers: {error}.") from error
+        raise InvalidSetting(f"The trace {file.name} is not a table of numbers: {printable(str(error))}.") from error
 
 
 def read_table(path: str | Path) -> tuple[list[str], list[list[str]]]:
@@ -148,13 +147,11 @@ def _array_of(file: Path, key: str | None) -> NDArray[np.float64]:
         raise InvalidSetting(f"The trace {file.name} cannot be read as an .npz file ({error}).") from error
     chosen = next(iter(table)) if key is None and len(table) == 1 else key
     if chosen not in table:
-        raise InvalidSetting(
-            f"The trace {file.name} has arrays {printable(listed(table), 200)}: name one of them as key."
-        )
+        names = printable(", ".join(table), 200)
+        raise InvalidSetting(f"The trace {file.name} has arrays {names}: name one of them as key.")
     if table[chosen].dtype.kind not in "fiub":
-        raise InvalidSetting(
-            f"The array {printable(chosen)} of {file.name} is not of numbers, but of {table[chosen].dtype}."
-        )
+        kind = table[chosen].dtype
+        raise InvalidSetting(f"The array {printable(chosen)} of {file.name} is not of numbers, but of {kind}.")
     return np.asarray(table[chosen], dtype=np.float64)
 
 
@@ -188,7 +185,11 @@ def fit(times: ArrayLike) -> list[Fit]:
     Raises:
         InvalidSetting: There are fewer than 8 times, a time is not greater than 0, or all times are equal.
     """
-    table = checked_times(times)
+    with np.errstate(all="ignore"):  # of times at the ends of a float's range no law is probable
+        return _fits(checked_times(times))
+
+
+def _fits(table: NDArray[np.float64]) -> list[Fit]:
     x = table.ravel()
     if len(x) < 8:
         raise InvalidSetting(f"{len(x)} times are too few to fit a law to; 8 are the least.")

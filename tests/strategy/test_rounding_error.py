@@ -28,7 +28,7 @@ def model_of(code: GradientCode, scale: float) -> tuple[np.ndarray, dict[str, An
     @app.train()
     def train(message: Message, context: Context) -> Message:
         shard = int(context.node_config["partition-id"])
-        content = {
+        content: Any = {
             "arrays": ArrayRecord([update(shard, scale)]),
             "metrics": MetricRecord({"num-examples": 3 * shard + 1}),
         }
