@@ -13,6 +13,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from .._flower_internals import in_a_simulation
+from .._text import printable
 from ..errors import InvalidSetting, PrivacyRefused
 from ..protocol import PARTITION_ID
 from .settings import DPSGD, Privacy, privacy_from_json, privacy_to_json
@@ -133,7 +134,10 @@ class Spent:
         """
         for record in content.values():
             if isinstance(record, ConfigRecord) and _NAME in record:
-                found = cls(**json.loads(str(record[_NAME])))
+                try:
+                    found = cls(**json.loads(str(record[_NAME])))
+                except (TypeError, RecursionError) as error:
+                    raise ValueError(f"a report that cannot be read ({type(error).__name__})") from None
                 if not (math.isfinite(found.epsilon) and math.isfinite(found.total_epsilon)):
                     raise ValueError("an epsilon that is not finite")
                 return found
@@ -164,10 +168,10 @@ def asked_of(message: Message, context: Context) -> Asked | None:
             values["privacy"] = privacy_from_json(values["privacy"])
             values["earlier"] = tuple((int(first), int(last)) for first, last in values["earlier"])
             return Asked(**values)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             if isinstance(error, InvalidSetting):
                 raise
-            raise InvalidSetting(f"A request for privacy that cannot be read ({error}).") from None
+            raise InvalidSetting(f"A request for privacy that cannot be read ({printable(str(error))}).") from None
     for config in message.content.values():
         if isinstance(config, ConfigRecord) and _NAME in config:
             server_round, shard = config.get("server-round"), context.node_config.get(PARTITION_ID)

@@ -419,6 +419,20 @@ def test_the_worker_refuses_what_is_no_product() -> None:
         coded_matmul(grid, A, B, polynomial(4, 2, 2))
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "5", "{}", '{"matrix": 1, "x": 2}', "{"])
+def test_a_task_that_cannot_be_read_is_refused_in_one_sentence(text: str) -> None:
+    app = ClientApp()
+
+    @app.query("matmul")
+    def matmul(message: Message, context: Context) -> Message:
+        record: Any = message.content["fl-gradcode.product"]
+        record["json"] = text
+        return coded_matmul_worker(message, context)
+
+    with InProcessGrid(app, 4) as grid, pytest.raises(RoundFailed, match="The task of a coded product cannot be read"):
+        coded_matmul(grid, A, B, polynomial(4, 2, 2))
+
+
 def test_a_node_of_another_version_refuses_a_product_with_what_to_install() -> None:
     app = ClientApp()
 
