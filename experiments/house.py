@@ -20,6 +20,7 @@ PLACES = (
     "_lazy",
     "_text",
     "_files",
+    "_npy",
     "_logging",
     "_flower_internals",
     "_seeding",

@@ -1,4 +1,4 @@
-"""Everything that reaches past public interfaces, each with its reason: ten reaches into Flower, one into imports.
+"""Everything that reaches past public interfaces, each with its reason: eleven reaches into Flower, one into imports.
 
 They rely on details that Flower does not promise. All were checked with Flower 1.41.0 and 1.42.0, and
 `tests/test_flower_internals.py` looks for each detail in the installed version. When a new version turns that test red,
@@ -14,6 +14,7 @@ this is the file to change.
 | `inside_a_run` | Flower builds a `Message` only in a process that it started itself |
 | `message_of_nobody` | private training must not see who asks, and a `Message` has no public way to say nothing |
 | `number_message` | a grid gives each message its id, and Flower's own grids write it past the public interface too |
+| `in_a_simulation` | a node is not told whether it has a machine of its own, or is one of many on the server's |
 | `WhenImported` | torch must be seeded the moment an app imports it, and importing it here would cost a second |
 """
 
@@ -40,6 +41,7 @@ __all__ = [
     "caller_among",
     "clipping_mods_around_or_inside",
     "has_client_fn",
+    "in_a_simulation",
     "inside_a_run",
     "is_legacy_server",
     "isolate_flower_random",
@@ -187,6 +189,18 @@ def caller_among(kinds: tuple[type[object], ...]) -> object | None:
         if isinstance(caller, kinds):
             return caller
     return None
+
+
+#: Modules that call a ClientApp where all nodes are on the server's machine: Flower's simulation engine, and our tests.
+SIMULATING_MODULES = ("flwr.simulation.ray_transport.ray_actor", "fl_gradcode.testing", "fl_gradcode.appcheck.trial")
+
+
+def in_a_simulation() -> bool:
+    """Returns whether the calling code runs in a simulation, where all nodes are processes of the server's machine.
+
+    On a SuperNode, which runs the same apps on somebody else's machine, the caller is another module of Flower.
+    """
+    return any(frame.f_globals.get("__name__") in SIMULATING_MODULES for frame in _callers())
 
 
 def _callers() -> Iterator[FrameType]:

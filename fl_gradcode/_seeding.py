@@ -18,6 +18,7 @@ import numpy as np
 from ._flower_internals import WhenImported, isolate_flower_random
 
 __all__ = [
+    "check_global_states",
     "generators_restored",
     "global_states",
     "seed_generators",
@@ -152,3 +153,13 @@ def set_global_states(states: dict[str, Any]) -> None:
     """Restore what `global_states` returned."""
     random.setstate(states["random"])
     np.random.set_state(states["numpy"])
+
+
+def check_global_states(states: dict[str, Any]) -> None:
+    """Check that `set_global_states` could restore the states, without changing any generator.
+
+    Raises:
+        KeyError, TypeError, ValueError: It could not.
+    """
+    random.Random().setstate(states["random"])
+    np.random.RandomState(0).set_state(states["numpy"])

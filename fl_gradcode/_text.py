@@ -9,7 +9,7 @@ from typing import Any
 __all__ = ["duration_text", "listed", "numbered", "printable", "seconds_text"]
 
 
-def printable(text: str, most: int) -> str:
+def printable(text: str, most: int = 100) -> str:
     """Returns the beginning of a text from outside, without signs that a terminal or a log would act on.
 
     Args:
@@ -19,7 +19,9 @@ def printable(text: str, most: int) -> str:
     cut = text if len(text) <= most else f"{text[: most - 3]}..."
     if cut.isprintable():
         return cut
-    shown = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in cut)
+    shown = "".join(
+        sign if sign.isprintable() else sign.encode("unicode_escape", "surrogatepass").decode() for sign in cut
+    )
     return shown if len(shown) <= most else f"{shown[: most - 3]}..."
 
 

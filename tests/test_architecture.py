@@ -40,6 +40,7 @@ NEVER = {
 #: Packages outside the library by place. Exact names (`flwr.app` does not include `flwr.app.message`), except WHOLE.
 FLOWER = names("flwr.app flwr.serverapp flwr.serverapp.strategy flwr.serverapp.exception")
 PACKAGES: dict[str, frozenset[str]] = {
+    "_npy": names("numpy"),
     "_seeding": names("numpy"),
     "codes": names("numpy scipy"),
     "latency": names("numpy scipy"),

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from fl_gradcode._files import absolute_path, make_folder, put_in_place, replace_file
+from fl_gradcode._files import (
+    absolute_path,
+    make_folder,
+    parse_json,
+    put_in_place,
+    read_file,
+    replace_file,
+    replacing,
+)
 from fl_gradcode.errors import InvalidSetting
 
 
@@ -100,3 +108,70 @@ def test_a_relative_path_is_refused_with_its_setting(tmp_path: Path) -> None:
     assert absolute_path(str(tmp_path), "ledger") == tmp_path
     with pytest.raises(InvalidSetting, match=r"^ledger='run\.jsonl' is a relative path; .* Give an absolute path\.$"):
         absolute_path("run.jsonl", "ledger")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions")
+def test_a_replaced_file_keeps_its_mode_whatever_the_umask(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for umask in (0o022, 0o077, 0o000):
+        before = os.umask(umask)
+        try:
+            for mode in (0o600, 0o640, 0o444):
+                path.unlink(missing_ok=True)
+                path.write_text("before")
+                path.chmod(mode)
+                replace_file(path, "after")
+                assert stat.S_IMODE(path.stat().st_mode) == mode
+            path.unlink()
+            replace_file(path, "new")
+            assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+        finally:
+            os.umask(before)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+def test_a_draft_takes_the_place_of_a_link_and_follows_it_nowhere(tmp_path: Path) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "file"
+    victim.write_text("mine")
+    draft = tmp_path / "file.new"
+    draft.symlink_to(victim)
+    with replacing(path, draft) as file:
+        file.write(b"content")
+    assert victim.read_text() == "mine" and path.read_text() == "content" and not draft.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes")
+def test_only_regular_files_are_read_and_none_beyond_a_size(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_bytes(bytes(100))
+    for name, text in (("pipe", "Not a regular file"), (".", "Is a directory"), ("none", "No such file")):
+        with pytest.raises(OSError, match=text):
+            read_file(tmp_path / name, 1000)
+    with pytest.raises(OSError, match="Not a regular file"):
+        read_file(Path("/dev/zero"), 1000)
+    assert read_file(tmp_path / "file", 100) == bytes(100)
+    with pytest.raises(OSError, match="More than 99 bytes"):
+        read_file(tmp_path / "file", 99)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (b"\xff", "byte 0 is not in UTF-8"),
+        (b"\xef\xbb\xbf{}", "BOM"),
+        (b"[NaN]", "NaN is no number"),
+        (b"-Infinity", "-Infinity is no number"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b'{"a":' * 200_000, "nested too deeply"),
+        (b"9" * 5000, "integer string"),
+        (b"", "Expecting value"),
+    ],
+)
+def test_what_is_no_json_is_a_value_error(text: bytes, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence) as error:
+        parse_json(text)
+    assert len(str(error.value)) < 200
+
+
+def test_infinite_numbers_are_read_where_a_file_of_ours_has_them() -> None:
+    assert parse_json(b'[Infinity, -Infinity, "x"]', finite=False) == [float("inf"), float("-inf"), "x"]

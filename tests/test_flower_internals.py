@@ -253,3 +253,14 @@ def test_a_numbered_message_has_that_id_and_its_reply_answers_it() -> None:
         number_message(message, "message-7")
         assert message.metadata.message_id == "message-7"
         assert Message(RecordDict(), reply_to=message).metadata.reply_to_message_id == "message-7"
+
+
+def test_flower_s_simulation_calls_apps_from_the_module_that_is_known() -> None:
+    from fl_gradcode._flower_internals import SIMULATING_MODULES, in_a_simulation
+
+    source = Path(importlib.util.find_spec(SIMULATING_MODULES[0]).origin).read_text()  # type: ignore[union-attr, arg-type]
+    assert "app(message=message, context=context)" in source.replace("client_app(", "app(")
+    assert not in_a_simulation()
+    frame = {"__name__": SIMULATING_MODULES[0], "asked": in_a_simulation}
+    exec("found = (lambda: asked())()", frame)
+    assert frame["found"] is True

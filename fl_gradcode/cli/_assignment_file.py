@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from .._files import MEGABYTE, parse_json, read_file
 from ..errors import InvalidSetting
 
 __all__ = ["read_assignment"]
+
+_LARGEST = 64 * MEGABYTE
+_MOST = 10**6  # of shards
 
 
 def read_assignment(path: Path) -> list[tuple[int, ...]]:
@@ -17,8 +20,8 @@ def read_assignment(path: Path) -> list[tuple[int, ...]]:
         InvalidSetting: The file cannot be read, or is not one list of distinct shard numbers for each worker.
     """
     try:
-        workers = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
+        workers = parse_json(read_file(path, _LARGEST))
+    except (OSError, ValueError):
         workers = None
     if not isinstance(workers, list) or not workers or not all(map(_is_list_of_shards, workers)):
         raise InvalidSetting(
@@ -32,4 +35,4 @@ def read_assignment(path: Path) -> list[tuple[int, ...]]:
 
 
 def _is_list_of_shards(value: object) -> bool:
-    return isinstance(value, list) and all(type(shard) is int and shard >= 0 for shard in value)
+    return isinstance(value, list) and all(type(shard) is int and 0 <= shard < _MOST for shard in value)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .._text import listed
+from .._text import listed, printable
 from ..errors import InvalidSetting
 from ..latency import POPULATIONS, Fit, Latency, checked_times, fit, named, read_table, read_trace, replay, trace
 from ..runlog import History, Ledger, Timing
@@ -19,6 +19,7 @@ __all__ = ["UNITS", "Source", "read_source"]
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 _LONGEST, _SHORTEST = 86_400.0, 1e-6  # bounds of the median job's seconds: outside, the unit is wrong
 _DEFAULT_SHARE = 0.8
+_MOST = 1e15  # of a number in a table: of seconds, workers, rounds or shards
 _COLUMNS = ("worker", "seconds", "round", "shards", "computing")
 
 
@@ -118,8 +119,8 @@ def _jobs(
     missing = [column for column in ("worker", "seconds") if column not in header]
     if missing:
         raise InvalidSetting(
-            f"The trace {name} has columns {', '.join(header)} and lacks {' and '.join(missing)}: a table of jobs "
-            "needs worker and seconds, and may have round, shards and computing."
+            f"The trace {name} has columns {printable(', '.join(header), 200)} and lacks {' and '.join(missing)}: a "
+            "table of jobs needs worker and seconds, and may have round, shards and computing."
         )
     place = {column: header.index(column) for column in _COLUMNS if column in header}
     jobs: list[Timing] = []
@@ -154,10 +155,11 @@ def _number(name: str, number: int, column: str, row: list[str], at: int) -> flo
         value = float(text)
     except ValueError:
         raise InvalidSetting(
-            f"The trace {name} has {text!r} as {column} in line {number}; it must be a number."
+            f"The trace {name} has {printable(text)!r} as {column} in line {number}; it must be a number."
         ) from None
-    if not 0 <= value < float("inf"):
-        raise InvalidSetting(f"The trace {name} has {column} {value:g} in line {number}; it must be at least 0.")
+    if not 0 <= value <= _MOST:
+        bounds = "at least 0" if not value > 0 else f"at most {_MOST:g}"
+        raise InvalidSetting(f"The trace {name} has {column} {value:g} in line {number}; it must be {bounds}.")
     return value
 
 

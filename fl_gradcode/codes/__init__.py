@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .gradient_code import GradientCode
     from .prime_field import P, PrimeField, combine_mod, lift_mod, matmul_mod, solve_mod
     from .reals import REALS, Reals, combine
+    from .rounding import rounding_bound
     from .universal import for_assignment
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "matmul_mod",
     "may_cover",
     "reed_solomon",
+    "rounding_bound",
     "solve_mod",
     "stochastic",
     "uncoded",
@@ -114,6 +116,9 @@ __getattr__, __dir__ = lazy_names(
             "REALS",
             "Reals",
             "combine",
+        ],
+        "rounding": [
+            "rounding_bound",
         ],
         "universal": [
             "for_assignment",

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from .._files import MEGABYTE, read_file
+from .._npy import read_npz
+from .._text import printable
 from ..errors import InvalidSetting
 from .laws import Law, Marginal, bimodal, bursty, lognormal, pareto, shifted_exponential
 
@@ -20,6 +22,8 @@ __all__ = ["Fit", "checked_times", "fit", "read_table", "read_trace", "replay", 
 
 #: A time above this multiple of the median counts as slow.
 _SLOW = 3.0
+_LONGEST = 1e15  # seconds; what is larger is no measured time, and overflows in sums of squares
+_LARGEST = 256 * MEGABYTE  # of a file, and of the arrays in it; a million rounds of 30 workers
 
 
 def trace(times: ArrayLike, *, name: str = "trace") -> Law:
@@ -75,6 +79,8 @@ def checked_times(times: ArrayLike) -> NDArray[np.float64]:
     if not (np.isfinite(table) & (table >= 0)).all():
         bad = tuple(int(x) for x in np.argwhere(~(np.isfinite(table) & (table >= 0)))[0])
         raise InvalidSetting(f"The trace has {table[bad]} at row {bad[0]}, column {bad[1]}; times are at least 0.")
+    if table.max() > _LONGEST:
+        raise InvalidSetting(f"The trace has a time of {table.max():g} s; no time is above {_LONGEST:g} s.")
     return table
 
 
@@ -103,7 +109,7 @@ def read_trace(path: str | Path, *, key: str | None = None) -> NDArray[np.float6
     try:
         return np.array(rows, dtype=np.float64)
     except ValueError as error:
-        raise InvalidSetting(f"The trace {file.name} is not a table of numbers: {error}.") from error
+        raise InvalidSetting(f"The trace {file.name} is not a table of numbers: {printable(str(error))}.") from error
 
 
 def read_table(path: str | Path) -> tuple[list[str], list[list[str]]]:
@@ -118,10 +124,12 @@ def read_table(path: str | Path) -> tuple[list[str], list[list[str]]]:
     if file.suffix != ".csv":
         raise InvalidSetting(f"A trace is a .csv or .npz file, not {file.name!r}.")
     try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:
-            rows = [row for row in csv.reader(lines) if row]
+        text = read_file(file, _LARGEST).decode("utf-8-sig")
+        rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
+    except OSError as error:
+        raise InvalidSetting(f"The trace {file.name} cannot be read: {error.strerror}.") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InvalidSetting(f"The trace {file.name} cannot be read as text: {error}.") from error
+        raise InvalidSetting(f"The trace {file.name} cannot be read as text: {str(error)[:200]}.") from error
     header: list[str] = []
     if rows and not all(_is_number(cell) for cell in rows[0]):
         header, rows = [cell.strip() for cell in rows[0]], rows[1:]
@@ -132,19 +140,18 @@ def read_table(path: str | Path) -> tuple[list[str], list[list[str]]]:
 
 def _array_of(file: Path, key: str | None) -> NDArray[np.float64]:
     try:
-        with file.open("rb") as raw:  # opened here, because NumPy does not close a file that is damaged
-            loaded = np.load(raw)
-            if not isinstance(loaded, np.lib.npyio.NpzFile):
-                raise ValueError("it is a single array")
-            table = dict(loaded)
-    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
-        what = f"{type(error).__name__}, or it holds objects instead of numbers"
-        raise InvalidSetting(f"The trace {file.name} cannot be read as an .npz file ({what}).") from error
+        table = read_npz(file, _LARGEST)
+    except OSError as error:
+        raise InvalidSetting(f"The trace {file.name} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise InvalidSetting(f"The trace {file.name} cannot be read as an .npz file ({error}).") from error
     chosen = next(iter(table)) if key is None and len(table) == 1 else key
     if chosen not in table:
-        raise InvalidSetting(f"The trace {file.name} has arrays {', '.join(table)}: name one of them as key.")
+        names = printable(", ".join(table), 200)
+        raise InvalidSetting(f"The trace {file.name} has arrays {names}: name one of them as key.")
     if table[chosen].dtype.kind not in "fiub":
-        raise InvalidSetting(f"The array {chosen} of {file.name} is not of numbers, but of {table[chosen].dtype}.")
+        kind = table[chosen].dtype
+        raise InvalidSetting(f"The array {printable(chosen)} of {file.name} is not of numbers, but of {kind}.")
     return np.asarray(table[chosen], dtype=np.float64)
 
 
@@ -178,7 +185,11 @@ def fit(times: ArrayLike) -> list[Fit]:
     Raises:
         InvalidSetting: There are fewer than 8 times, a time is not greater than 0, or all times are equal.
     """
-    table = checked_times(times)
+    with np.errstate(all="ignore"):  # of times at the ends of a float's range no law is probable
+        return _fits(checked_times(times))
+
+
+def _fits(table: NDArray[np.float64]) -> list[Fit]:
     x = table.ravel()
     if len(x) < 8:
         raise InvalidSetting(f"{len(x)} times are too few to fit a law to; 8 are the least.")

@@ -12,7 +12,8 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from ..errors import VersionMismatch
+from .._files import parse_json
+from ..errors import UnsuitableApp, VersionMismatch
 from ..protocol import Cost, read_json, record_of
 
 __all__ = ["QUERY", "Answer", "Task", "block"]
@@ -67,9 +68,16 @@ class Task:
 
         Raises:
             VersionMismatch: The server uses another protocol version.
+            UnsuitableApp: The task cannot be read.
         """
         record = content.get(_RECORD)
-        return cls(**json.loads(read_json(record, "server"))) if isinstance(record, ConfigRecord) else None
+        if not isinstance(record, ConfigRecord):
+            return None
+        text = read_json(record, "server")
+        try:
+            return cls(**parse_json(text.encode()))
+        except (TypeError, ValueError) as error:
+            raise UnsuitableApp(f"The task of a coded product cannot be read ({type(error).__name__}).") from None
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,14 @@ from flwr.app import Array, Message
 from flwr.serverapp import Grid
 from numpy.typing import ArrayLike, NDArray
 
+from ..codes import Reals
 from ..errors import InvalidSetting, RoundFailed
 from ..grid import SETTLED, EarlyStopGrid, Wait, poll_nodes
 from ..protocol import as_array
+from .answer_check import AnswerCheck, gram_of
 from .product_code import ProductCode
 from .records import QUERY, Task
+from .scales import Scales
 from .stop_rule import PlacingRule, ProductRule
 
 __all__ = ["CodedMatrix", "Nodes", "ProductReport", "coded_matmul"]
@@ -99,6 +102,10 @@ class ProductReport:
         stragglers: Workers without an answer, because they are too slow or absent.
         rejected: (worker, reason) of answers that were not used, because they are errors or wrong.
         late: Workers whose answer to an earlier phase arrived during this one, and was dropped.
+        unchecked: Workers whose answers `extra` was meant to check, but of whose errors the check saw too little,
+            although all answers that came were used. Empty if `extra` is 0.
+        error_bound: Most by which an entry of the product differs from A @ B if at most one of the used answers is
+            wrong, whatever it contains; see `coded_matmul`.
         condition: Condition number of the decoding; see `ProductCode.condition`.
         waiting: Seconds of waiting in the grid's time, which is virtual on a virtual grid.
         decoding: Real seconds of decoding.
@@ -111,6 +118,8 @@ class ProductReport:
     stragglers: tuple[int, ...]
     rejected: tuple[tuple[int, str], ...]
     late: tuple[int, ...]
+    unchecked: tuple[int, ...]
+    error_bound: float
     condition: float
     waiting: float
     decoding: float
@@ -139,6 +148,20 @@ def coded_matmul(
     Flower cannot cancel work, so a node whose answer was not needed keeps computing. For several products, pass the
     same `EarlyStopGrid`, which sends such a node nothing until it is free, or use a `CodedMatrix`.
 
+    Wrong answers: an answer that cannot be read, is not finite, or is larger than any product of the blocks that were
+    sent counts as a straggler. With `extra` answers, one that is accepted although it is wrong changes no block of the
+    product by more than 1e-6 in float64, or 1e-2 in float32, of the norms of A's blocks times those of B's that make up
+    the largest block (Frobenius norms, rows and columns scaled as below). How much of an error the check sees differs
+    between workers. Where it sees too little, more answers are waited for, and if none come, `ProductReport.unchecked`
+    names the workers, and a line is logged. `ProductReport.error_bound` is the bound of the product at hand, entry by
+    entry, with rounding errors. Without `extra` only an answer's size limits what it can change. Two wrong answers that
+    conspire are found with `extra=4`.
+
+    Scales: over the reals, rows of A and columns of B whose sizes differ by more than a factor of 16 are scaled to
+    about 1 before they are coded. So are the columns of A, with the rows of B inversely, if the code divides the inner
+    dimension. Otherwise the rounding errors of large rows would enter small ones. The factors are powers of two, and
+    are undone exactly.
+
     Args:
         grid: The engine's grid, a `VirtualGrid` or an `EarlyStopGrid`.
         A: Left matrix, shape (rows, inner).
@@ -146,10 +169,11 @@ def coded_matmul(
         code: The code, made by a function of `fl_gradcode.matmul`.
         timeout: Seconds to wait for answers; None to wait as long as any node may still answer.
         extra: Number of answers beyond k to wait for, which are used to check all answers. With 1, a wrong answer is
-            detected and the wait goes on. With 2, its sender is identified and left out.
+            detected and the wait goes on. With 2, its sender is identified and left out. An error that is hardly larger
+            than rounding may be put down to another worker; the product is within the same bound then.
         node_timeout: Seconds to wait for n nodes; after that, k + extra nodes are enough.
         server_round: The round that the product belongs to, by which a virtual grid draws latencies.
-        rng: Draws the random projections of the check.
+        rng: Draws the random projections of the check over a field.
 
     Returns:
         The product, shape (rows, columns) or (rows,), float32 if A and B are, else float64. Over a field it is int64,
@@ -158,7 +182,7 @@ def coded_matmul(
     Raises:
         RoundFailed: There are too few usable answers, or the answers disagree until the end. The message says why.
         InvalidCode: A and B do not fit each other or the code.
-        Overflow: The product might not fit the code's field.
+        Overflow: The product might not fit the code's field, or an entry of it does not fit the dtype.
     """
     a, b = (np.asarray(x) for x in (A, B))
     if a.dtype == np.float32 != b.dtype:
@@ -211,7 +235,11 @@ class CodedMatrix:
             if value is not None and not value >= 0:
                 raise InvalidSetting(f"{name}={value} must be a number of seconds of at least 0.")
         self.code, self.timeout, self.extra, self.node_timeout = code, timeout, extra, node_timeout
-        self._a = code.operand(A, "A")
+        a = code.operand(A, "A")
+        real = isinstance(code.numbers, Reals)
+        self._scales = Scales.of(a, inner=code.partition[1] > 1) if real else None  # whole numbers lose no digits
+        self._a = a if self._scales is None else self._scales.left(a)
+        self._gram = gram_of(self._a, *code.partition[:2]) if real else np.zeros((0, 0))
         self._kind = np.zeros(0, np.asarray(A).dtype)  # keeps A's dtype, which decides the fraction bits of products
         self.grid = grid if isinstance(grid, EarlyStopGrid) else EarlyStopGrid(grid)
         self.reports: list[ProductReport] = []
@@ -219,6 +247,7 @@ class CodedMatrix:
         self._rng = np.random.default_rng() if rng is None else rng
         self._nodes = Nodes(self.grid, code.n)
         self._products = 0
+        self._warned = False
 
     def place(self) -> tuple[int, ...]:
         """Send every node its block and wait for all of them; returns the workers that hold their blocks, ascending."""
@@ -261,9 +290,13 @@ class CodedMatrix:
         """
         b = self.code.operand(B, "B").astype(self._a.dtype, copy=False)
         self.code.check_fit(self._a, b)
+        columns = np.zeros(b.shape[1], np.int64)
+        if self._scales is not None:
+            b, columns = self._scales.right(b)
         workers = self._present()
         self._products += 1
-        rule, messages = self._ask(b, workers, server_round)
+        check = self._check_of(b)
+        rule, messages = self._ask(b, workers, server_round, check)
         self.grid.expect(rule)
         self.grid.send_and_receive(messages, timeout=self.timeout)
         self._nodes.learn(rule.wait, rule.holding)
@@ -271,10 +304,42 @@ class CodedMatrix:
             raise RoundFailed(rule.failure())
         started = time.perf_counter()
         bits = self.code.fraction_bits(self._kind, B)
-        shape = (len(self._a), *np.shape(B)[1:])
-        product = self.code.decode([*rule.answers.values()], rule.answers, shape=shape, fraction_bits=bits)
-        self.reports.append(self._report(rule, workers, time.perf_counter() - started))
-        return product
+        whole = (len(self._a), b.shape[1])
+        product = self.code.decode([*rule.answers.values()], rule.answers, shape=whole, fraction_bits=bits)
+        if self._scales is not None:
+            product = self._scales.undone(product, columns)
+        decoding = time.perf_counter() - started
+        bound = self._error_bound(rule, check, columns)
+        self.reports.append(self._report(rule, workers, decoding, bound))
+        return product.reshape(len(self._a), *np.shape(B)[1:])
+
+    def _check_of(self, b: NDArray[Any]) -> AnswerCheck:
+        _, m, q = self.code.partition
+        dtype = self.code.answer_type(self._a, b)[1]
+        gram = gram_of(b, m, q) if self._scales is not None else self._gram
+        return AnswerCheck(self.code, self._gram, gram, -(-b.shape[0] // m), dtype, self._rng)
+
+    def _error_bound(self, rule: ProductRule, check: AnswerCheck, columns: NDArray[np.int64]) -> float:
+        """Returns the most by which an entry can be off if one used answer is wrong; warns once if digits are lost."""
+        used = list(rule.answers)
+        coefficients = self.code.coefficients(used)
+        rest = 0.0 if rule.finding is None else rule.finding.rest
+        blocks = check.honest(used, coefficients) + check.unseen(used, coefficients, rest).max(axis=0)
+        if self._scales is None:
+            return float(blocks.max())
+        lost = check.amplified(used, coefficients)
+        if lost > check.most_amplified and not self._warned:
+            self._warned = True
+            _log.warning(
+                "Product %d may have lost %.0f of its digits to rounding: the answers that came amplify it by up to "
+                "%.1g. The code is badly conditioned, or the rows of B differ too much in size for a code that divides "
+                "the inner dimension.",
+                self._products,
+                math.log10(lost),
+                lost,
+            )
+        p, _, q = self.code.partition
+        return float((blocks * self._scales.largest(columns, p, q)).max())
 
     def _present(self) -> dict[int, int]:
         least = self.code.k + self.extra
@@ -282,7 +347,7 @@ class CodedMatrix:
         return self._nodes.present(wanted, least, self.node_timeout)
 
     def _ask(
-        self, b: NDArray[Any], workers: Mapping[int, int], server_round: int | None
+        self, b: NDArray[Any], workers: Mapping[int, int], server_round: int | None, check: AnswerCheck
     ) -> tuple[ProductRule, list[Message]]:
         code, number = self.code, self._products
         label = f"product {number} of {self._name}"
@@ -314,7 +379,7 @@ class CodedMatrix:
             dtype=dtype,
             extra=self.extra,
             resend=lambda node: message(node, True),
-            rng=self._rng,
+            check=check,
         )
         return rule, [message(node, node not in self._nodes.holding) for node in workers]
 
@@ -347,7 +412,9 @@ class CodedMatrix:
         self.grid.send_and_receive([message(node) for node in tasks], timeout=timeout)
         self._nodes.learn(rule.wait, rule.holding)
 
-    def _report(self, rule: ProductRule, workers: Mapping[int, int], decoding: float) -> ProductReport:
+    def _report(
+        self, rule: ProductRule, workers: Mapping[int, int], decoding: float, error_bound: float
+    ) -> ProductReport:
         used, rejected, wait = tuple(rule.answers), tuple(rule.rejected), rule.wait
         heard = {*used, *(worker for worker, _ in rejected)}
         return ProductReport(
@@ -356,6 +423,8 @@ class CodedMatrix:
             tuple(i for i in range(self.code.n) if i not in heard),
             rejected,
             tuple(workers[late.node] for late in wait.late if late.node in workers),
+            rule.unchecked,
+            error_bound,
             self.code.condition(used),
             wait.seconds,
             decoding,

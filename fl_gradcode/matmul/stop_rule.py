@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,75 +10,18 @@ import numpy as np
 from flwr.app import Message
 from numpy.typing import NDArray
 
-from ..codes import P, matmul_mod, solve_mod
-from ..errors import InvalidCode
+from .._text import listed, numbered, printable
 from ..grid import Arrival, StopRule, Wait
 from ..protocol import rejection_of, view
+from .answer_check import AnswerCheck, Finding
 from .product_code import ProductCode
 from .records import Answer, block
 
-__all__ = ["PlacingRule", "ProductRule", "disagreement", "project", "suspects", "tolerance"]
+__all__ = ["PlacingRule", "ProductRule"]
 
-_PROJECTIONS = 4
-_STANDS_OUT = 0.01
+_log = logging.getLogger(__name__)
 
-
-def project(answers: Sequence[NDArray[Any]], rng: np.random.Generator) -> NDArray[Any]:
-    """Returns four random linear projections of each answer, the same for all answers, shape (len(answers), 4)."""
-    height, width = answers[0].shape
-    if answers[0].dtype == np.uint32:
-        a, b = (rng.integers(1, P, shape) for shape in ((_PROJECTIONS, height), (width, _PROJECTIONS)))
-        rows = [matmul_mod(matmul_mod(a, x.astype(np.int64)), b).diagonal() for x in answers]
-        return np.array(rows)
-    u, v = rng.standard_normal((_PROJECTIONS, height)), rng.standard_normal((_PROJECTIONS, width))
-    return np.array([np.einsum("tj,tj->t", u.astype(x.dtype) @ x, v) for x in answers])
-
-
-def tolerance(dtype: np.dtype[Any]) -> float:
-    """Returns the largest relative disagreement of correct answers: 1e-9, or 1e-4 in float32, or 0 over a field."""
-    return 0.0 if dtype == np.uint32 else 1e-4 if dtype == np.float32 else 1e-9
-
-
-def disagreement(code: ProductCode, numbers: NDArray[Any], workers: Sequence[int]) -> float:
-    """Returns the distance of these workers' projected answers from those of any product, relative to their size.
-
-    Over a field, the result is 0 or 1, and a wrong answer is missed with a probability of about 1e-9. Over the reals, a
-    wrong answer is missed if its error is below about 1e-9 of the answers' size.
-
-    Args:
-        code: The code.
-        numbers: The projections, from `project`, shape (len(workers), 4).
-        workers: Workers that sent the answers, in the same order.
-
-    Raises:
-        InvalidCode: There are only k answers or fewer, which always agree with some product.
-    """
-    if len(workers) <= code.k:
-        raise InvalidCode(f"{len(workers)} answers cannot be checked against each other; more than k={code.k} can.")
-    D = code.evaluation.D[list(workers)]
-    if D.dtype.kind == "i":
-        return float(solve_mod(D, np.asarray(numbers, np.int64)) is None)
-    outside = np.linalg.qr(D, mode="complete")[0][:, code.k :].conj().T  # directions that no product can reach
-    size = float(np.linalg.norm(numbers))
-    return float(np.linalg.norm(outside @ numbers)) / size if size else 0.0
-
-
-def suspects(code: ProductCode, numbers: NDArray[Any], workers: Sequence[int], limit: float) -> list[int]:
-    """Returns the workers without whose answer all others agree.
-
-    If one answer is wrong and there are at least k + 2 answers, its sender is the only suspect. The list is empty if
-    there are fewer answers, or if more than one is wrong.
-    """
-    if len(workers) < code.k + 2:
-        return []
-    without = {}
-    for place, worker in enumerate(workers):
-        others = [*workers[:place], *workers[place + 1 :]]
-        without[worker] = disagreement(code, np.delete(numbers, place, axis=0), others)
-    good = sorted((worker for worker in without if without[worker] <= limit), key=lambda worker: without[worker])
-    # An error slightly above the limit may fall below it whichever answer is left out. Leaving out the wrong one gives
-    # a much smaller disagreement than the others.
-    return good[:1] if len(good) > 1 and without[good[0]] < _STANDS_OUT * without[good[1]] else good
+_LONGEST = 200  # characters of what a node says
 
 
 class _Rule(StopRule):
@@ -127,7 +71,7 @@ class _Rule(StopRule):
 
     def reject(self, worker: int, reason: str) -> None:
         """Note that a worker's answer is not used, and why."""
-        self.rejected.append((worker, reason or "no reason given"))
+        self.rejected.append((worker, printable(reason, _LONGEST) or "no reason given"))
 
 
 class PlacingRule(_Rule):
@@ -146,6 +90,10 @@ class PlacingRule(_Rule):
 class ProductRule(_Rule):
     """Stops at the k-th usable answer, or at the (k + extra)-th if these answers agree.
 
+    More answers are waited for if they disagree and nobody can be named, or if the check would miss too large an error
+    of one of the workers. Once nobody else can answer, answers that agree are used, and `unchecked` names the workers
+    of which the check saw too little.
+
     Args:
         label, matrix, product, workers: See `_Rule`.
         code: The code.
@@ -153,7 +101,12 @@ class ProductRule(_Rule):
         dtype: Dtype of every answer.
         extra: Number of answers beyond k to wait for, which are used to check all answers.
         resend: Returns the message for a node that has lost its block of A.
-        rng: Draws the projections of the check.
+        check: The bounds of the answers, and the check of more than k of them.
+
+    Attributes:
+        answers: Worker -> its answer, in order of arrival.
+        finding: What the check said of these answers; None if they were not checked.
+        unchecked: Workers that the check was meant to check, and of whose errors it sees too little.
     """
 
     def __init__(
@@ -168,15 +121,16 @@ class ProductRule(_Rule):
         dtype: np.dtype[Any],
         extra: int,
         resend: Callable[[int], Message],
-        rng: np.random.Generator,
+        check: AnswerCheck,
     ) -> None:
         super().__init__(label, matrix, product, workers)
-        self.code, self.shape, self.dtype, self._resend = code, shape, dtype, resend
-        #: Worker -> its answer, in order of arrival.
+        self.code, self.shape, self.dtype, self._resend, self._check = code, shape, dtype, resend, check
         self.answers: dict[int, NDArray[Any]] = {}
+        self.finding: Finding | None = None
+        self.unchecked: tuple[int, ...] = ()
         self._decided = False
         self.needed = code.k + extra
-        self._seed = int(rng.integers(2**63))
+        self._least, self._left_out = self.needed, 0
         self._again: set[int] = set()  # nodes that get their block again as soon as they are free
         self._resent: set[int] = set()
 
@@ -215,17 +169,25 @@ class ProductRule(_Rule):
                 self._resent.add(arrival.node)
             return
         try:
-            values = self._values(reply)
-        except ValueError as error:
-            self.reject(said.worker, str(error))
+            values = self._values(said.worker, reply)
+        except Exception as error:  # an answer is untrusted input, and reading it can raise almost anything
+            why = str(error) if isinstance(error, ValueError) else type(error).__name__
+            self.reject(said.worker, f"its product cannot be used: {why}")
             return
         self.answers[said.worker] = values
         self._look()
 
+    def finish(self, wait: Wait) -> list[Message]:
+        """Decide with the answers that came, now that no more are waited for; returns no messages."""
+        super().finish(wait)
+        if not self._decided and len(self.answers) > self.code.k:
+            self._settle()
+        return []
+
     def failure(self) -> str:
         """Returns a sentence that says why there is no product, with the first few reasons."""
         came = f"{len(self.answers)} usable answers came, and the product needs {self.needed}"
-        if len(self.answers) > self.code.k:
+        if self.finding is not None and not self.finding.agree:
             came = f"the {len(self.answers)} answers that came disagree with each other, so that one or more are wrong"
         reasons = "; ".join(f"worker {worker}: {reason}" for worker, reason in self.rejected[:3])
         ended = {"timed out": "time ran out", "hopeless": "nobody else can answer", "answered": "everybody answered"}
@@ -234,41 +196,67 @@ class ProductRule(_Rule):
             f"{ended.get(self.wait.ended, self.wait.ended)}{f' ({reasons})' if reasons else ''}."
         )
 
-    def _values(self, reply: Message) -> NDArray[Any]:
+    def _values(self, worker: int, reply: Message) -> NDArray[Any]:
         sent = block(reply.content, "answer")
         if sent is None:
-            raise ValueError("it holds no product")
+            raise ValueError("there is none")
         values = view(sent)
         if values.shape != self.shape or values.dtype != self.dtype:
-            raise ValueError(
-                f"its product has shape {values.shape} of {values.dtype}, not {self.shape} of {self.dtype}"
-            )
+            raise ValueError(f"it has shape {values.shape} of {values.dtype}, not {self.shape} of {self.dtype}")
         if self.dtype == np.uint32:
             if values.size and int(values.max()) >= 2**31 - 1:
-                raise ValueError("its product has entries outside the field")
+                raise ValueError("it has entries outside the field")
         elif not np.isfinite(values).all():
-            raise ValueError("its product has entries that are not finite")
+            raise ValueError("it has entries that are not finite")
+        if self._check.impossible(worker, values):
+            self._left_out += 1  # a wrong answer that is found takes no second one to find it
+            raise ValueError("it is larger than any product of the blocks that were sent")
         return values
 
     def _look(self) -> None:
         """Decide whether there are enough answers; if there are more than k, they have to agree."""
-        workers = list(self.answers)
-        if len(workers) < self.needed:
+        self.finding = None
+        if len(self.answers) < self.needed:
             return
-        if len(workers) == self.code.k:
+        if len(self.answers) == self.code.k:
             self._decided = True
             return
-        numbers = project(list(self.answers.values()), np.random.default_rng(self._seed))
-        limit = tolerance(self.dtype)
-        off = disagreement(self.code, numbers, workers)
-        if off <= limit:
-            self._decided = True
+        self.finding = self._check.look(self.answers)
+        if self.finding.suspects:
+            self._drop(self.finding.suspects)
+        # Answers that came beyond k though no check was asked for are checked as far as it goes.
+        asked = self._least > self.code.k
+        self._decided = self.finding.agree and not (asked and self._weak())
+        if not self._decided:
+            self.needed = len(self.answers) + 1  # one more answer may identify a wrong one, or check a weak one
+
+    def _settle(self) -> None:
+        """Decide although no more answers come, if what there is allows it."""
+        self.finding = self._check.look(self.answers)
+        if not self.finding.agree or len(self.answers) + self._left_out < self._least:
             return
-        wrong = suspects(self.code, numbers, workers, limit)
-        if len(wrong) == 1:
-            del self.answers[wrong[0]]
-            self.reject(wrong[0], f"it disagrees with the {len(workers) - 1} others")
-            self._decided = True
-        else:
-            self._decided = False  # resets the flag, which may be set if several answers were read together
-            self.needed = len(workers) + 1  # one more answer may identify the wrong one
+        self._decided = True
+        self.unchecked = tuple(self._weak())
+        if self.unchecked:
+            _log.warning(
+                "Product %d was computed, but its check sees too little of worker%s %s: a wrong answer could have "
+                "changed it by more than the check promises. Choose more extra answers, or a code with larger n - k.",
+                self.product,
+                "" if len(self.unchecked) == 1 else "s",
+                listed(self.unchecked, 10),
+            )
+
+    def _drop(self, suspects: tuple[frozenset[int], ...]) -> None:
+        """Leave out the most suspect workers. The others agree, so that their own check bounds what is still wrong."""
+        wrong = suspects[0]
+        others = sorted(frozenset().union(*suspects[1:]) - wrong)
+        either = f", or {numbered('worker', others)} does" if others else ""
+        for worker in sorted(wrong):
+            del self.answers[worker]
+            self._left_out += 1
+            self.reject(worker, f"it disagrees with the {len(self.answers)} others{either}")
+        self.finding = self._check.look(self.answers)
+
+    def _weak(self) -> list[int]:
+        assert self.finding is not None
+        return self._check.weak(list(self.answers), self.finding.rest)

@@ -16,7 +16,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from .._files import replace_file
+from .._files import MEGABYTE, parse_json, read_file, replace_file
 from .._text import listed
 from ..errors import InvalidSetting, ShardMismatch
 from .shard_files import Stamp, check_names, find, hash_shard, stamp_of
@@ -39,6 +39,8 @@ WITHHELD = "withheld"
 
 _NAME, _VERSION = "fl-gradcode shards", 1
 _VERIFIED = ".verified.json"
+_LARGEST = 64 * MEGABYTE  # of a file of ours; a manifest of 100,000 shards has a third
+_MOST = 10**15  # of counts: more bytes than anybody stores
 _RECENT = 2_000_000_000  # nanoseconds, the resolution of the coarsest file system clock in use (FAT)
 
 
@@ -136,8 +138,8 @@ class Manifest:
             InvalidSetting: The file is not a manifest, or of a newer format.
         """
         try:
-            values = json.loads(file.read_bytes())
-        except (ValueError, RecursionError):
+            values = parse_json(read_file(file, _LARGEST))
+        except ValueError:
             raise InvalidSetting(f"{file} is not JSON, perhaps cut off while it was copied: copy it again.") from None
         try:
             name, _, version = str(values["format"]).rpartition(" ")
@@ -254,8 +256,8 @@ def remember(folder: Path, found: Mapping[str, tuple[Stamp, str]]) -> None:
 
 def _verified(folder: Path) -> dict[str, Any]:
     try:
-        values = json.loads((folder / _VERIFIED).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        values = parse_json(read_file(folder / _VERIFIED, _LARGEST))
+    except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
 
@@ -292,6 +294,6 @@ def _shard(values: dict[str, Any]) -> Shard:
 
 
 def _count(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(value)
+    if type(value) is not int or not 0 <= value <= _MOST:
+        raise ValueError("a count")
     return value

@@ -21,7 +21,7 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from .._flower_internals import message_of_nobody
 from ..errors import FlGradcodeError, PrivacyRefused, TrainingFailed
 from .budget_ledger import Charge
-from .records import BUDGET, FOLDER, Asked, giving
+from .records import BUDGET, FOLDER, Asked, common_folder, giving
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -243,7 +243,7 @@ def call_privately(
             outside of private training, without its text. Where nothing is protected, a misuse that is none of single
             records.
     """
-    asked = replace(asked, folder=str(context.run_config.get(FOLDER, "")))
+    asked = replace(asked, folder=common_folder(context))
     config = {key: value for key, value in sorted(context.run_config.items()) if key != FOLDER}
     attempts = Attempts(protects=BUDGET in context.node_config)
     while True:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .._files import lock, make_folder, sync_folder
+from .._files import MEGABYTE, lock, make_folder, open_file, parse_json, read_file, sync_folder
 from ..errors import InvalidSetting, PrivacyRefused
 from .accounting import Spend, epsilon_of
 from .keys import check_own
@@ -26,6 +26,8 @@ __all__ = ["BudgetLedger", "Charge", "Entry", "Request"]
 
 # A server that claims more than so many rounds without this node is wrong, and would fill its disk.
 _MOST_MISSED = 10_000
+_LARGEST = 256 * MEGABYTE  # of a shard's file; a million rounds
+_MOST = 10**9  # of rounds, and of steps in one of them
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ class BudgetLedger:
         path = self.path_of(shard)
         try:
             check_own(path)
-            content = path.read_bytes()
+            content = read_file(path, _LARGEST)
         except FileNotFoundError:
             return [], 0
         except OSError as error:
@@ -188,8 +190,8 @@ class BudgetLedger:
         entries = []
         for number, line in enumerate(lines, start=1):
             try:
-                entries.append(_entry_of(json.loads(line)))
-            except (ValueError, KeyError, TypeError, AttributeError):
+                entries.append(_entry_of(parse_json(line)))
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
                 raise InvalidSetting(
                     f"Line {number} of the ledger of spent privacy {path} cannot be read. Restore the file; without it "
                     "nobody knows what was spent."
@@ -233,12 +235,12 @@ class BudgetLedger:
         """Let one process at a time charge: two that read before either writes would both find room in the budget."""
         try:
             make_folder(self.folder, mode=0o700)
-            file = open(self.folder / ".lock", "ab")  # noqa: SIM115 # closed below
+            opened = open_file(self.folder / ".lock", os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise InvalidSetting(
                 f"The folder for spent privacy {self.folder} cannot be written: {error.strerror}."
             ) from None
-        with file:
+        with os.fdopen(opened, "r+b") as file:
             if (problem := lock(file, wait=True)) is not None:  # two that spend at once would count too little
                 raise InvalidSetting(
                     f"The folder for spent privacy {self.folder} cannot be locked ({problem.strerror}): it must be on "
@@ -292,7 +294,7 @@ def _refuse_other_data(request: Request, entries: list[Entry]) -> None:
 def _is_whole(line: bytes) -> bool:
     """Returns whether a line without a newline is an entry all the same."""
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(parse_json(line), dict)
     except ValueError:
         return False
 
@@ -304,7 +306,7 @@ def _entry_of(v: dict[str, Any]) -> Entry:
         ValueError: A number is none that a charge could have.
     """
     noise, rate, steps, number = v["noise-multiplier"], v["sample-rate"], v["steps"], v["round"]
-    if type(steps) is not int or type(number) is not int or steps < 1 or number < 0:
+    if type(steps) is not int or type(number) is not int or not (1 <= steps <= _MOST and 0 <= number <= _MOST):
         raise ValueError("steps and rounds are whole numbers")
     if isinstance(noise, bool) or isinstance(rate, bool) or not (0 < noise < math.inf and 0 < rate <= 1):
         raise ValueError("noise and rate are positive numbers")

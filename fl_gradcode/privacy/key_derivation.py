@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from .._files import absolute_path
 from ..errors import InvalidSetting
 from ..protocol import NUM_PARTITIONS
-from .records import BUDGET, FOLDER, Asked, is_request
+from .records import BUDGET, FOLDER, Asked, common_folder, is_request
 from .settings import privacy_to_json
 
 __all__ = ["SECRET_BYTES", "KeyContext", "PRFStream", "derived_seed", "folder_of", "key_context", "needed"]
@@ -214,18 +214,19 @@ def folder_of(context: Context, asked: Asked) -> Path | None:
         asked: The request, which holds the run config's folder where `train()` must not see it.
 
     Raises:
-        InvalidSetting: The path is relative, or only the server names one although the node has a budget.
+        InvalidSetting: The path is relative, or only the server names one although the node has a budget or is on a
+            machine of its own.
     """
-    own, common = context.node_config.get(FOLDER), asked.folder or context.run_config.get(FOLDER)
+    own = context.node_config.get(FOLDER)
     if BUDGET in context.node_config and not own:
         raise InvalidSetting(
             f"This node has {BUDGET} and no {FOLDER} in its node config: one that the server names could be an empty "
             "ledger each time. Add it there."
         )
-    if own or common:
-        path = absolute_path(str(own or common), FOLDER)
-        return path if own else path / f"node-{asked.worker}"
-    return None
+    if own:
+        return absolute_path(str(own), FOLDER)
+    common = asked.folder or common_folder(context)
+    return absolute_path(common, FOLDER) / f"node-{asked.worker}" if common else None
 
 
 def needed(folder: Path | None, what: str) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .._files import make_folder, replace_file
+from .._files import MEGABYTE, make_folder, parse_json, read_file, replace_file
 from ..errors import InvalidSetting
 
 __all__ = ["KEYS_FILE", "NodeKeys", "check_own", "check_private", "read_keys", "rotate_keys", "write_keys"]
@@ -20,6 +20,8 @@ KEYS_FILE = "keys.json"
 
 _FORMAT = "fl-gradcode keys 1"
 _BYTES = 32
+_LARGEST = 16 * MEGABYTE  # of a key file; that of 100,000 shards has half
+_MOST = 10**9  # of workers, generations and holders
 #: For everybody but the owner.
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
@@ -141,7 +143,7 @@ def read_keys(folder: str | os.PathLike[str]) -> NodeKeys:
     path = Path(folder) / KEYS_FILE
     try:
         check_private(path)
-        values = json.loads(path.read_text())
+        values = parse_json(read_file(path, _LARGEST))
     except FileNotFoundError:
         raise InvalidSetting(
             f"There is no key file {path}. Make keys with fl-gradcode keys make, and bring each node its folder."
@@ -152,10 +154,10 @@ def read_keys(folder: str | os.PathLike[str]) -> NodeKeys:
         raise InvalidSetting(f"The key file {path} cannot be read: {type(error).__name__}.") from None
     try:
         if values["format"] != _FORMAT:
-            raise InvalidSetting(f"{path} has format {values['format']!r}; this version reads {_FORMAT!r}.")
-        found = {int(shard): bytes.fromhex(text) for shard, text in values["secrets"].items()}
-        holders = {int(shard): int(count) for shard, count in values["holders"].items()}
-        keys = NodeKeys(int(values["worker"]), int(values["generation"]), found, holders)
+            raise InvalidSetting(f"{path} has format {repr(values['format'])[:50]}; this version reads {_FORMAT!r}.")
+        found = {_whole(int(shard)): bytes.fromhex(text) for shard, text in values["secrets"].items()}
+        holders = {_whole(int(shard)): _whole(count) for shard, count in values["holders"].items()}
+        keys = NodeKeys(_whole(values["worker"]), _whole(values["generation"]), found, holders)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, InvalidSetting):
             raise
@@ -166,6 +168,12 @@ def read_keys(folder: str | os.PathLike[str]) -> NodeKeys:
         if len(set(secret)) == 1:
             raise InvalidSetting(f"The secret of shard {shard} in {path} is one byte repeated: anybody can guess it.")
     return keys
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int or not 0 <= value <= _MOST:
+        raise ValueError("a whole number")
+    return value
 
 
 def check_own(path: Path) -> None:

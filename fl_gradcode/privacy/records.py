@@ -12,6 +12,8 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
+from .._flower_internals import in_a_simulation
+from .._text import printable
 from ..errors import InvalidSetting, PrivacyRefused
 from ..protocol import PARTITION_ID
 from .settings import DPSGD, Privacy, privacy_from_json, privacy_to_json
@@ -23,6 +25,7 @@ __all__ = [
     "Spent",
     "asked_of",
     "budget_of",
+    "common_folder",
     "giving",
     "in_config",
     "is_request",
@@ -131,7 +134,10 @@ class Spent:
         """
         for record in content.values():
             if isinstance(record, ConfigRecord) and _NAME in record:
-                found = cls(**json.loads(str(record[_NAME])))
+                try:
+                    found = cls(**json.loads(str(record[_NAME])))
+                except (TypeError, RecursionError) as error:
+                    raise ValueError(f"a report that cannot be read ({type(error).__name__})") from None
                 if not (math.isfinite(found.epsilon) and math.isfinite(found.total_epsilon)):
                     raise ValueError("an epsilon that is not finite")
                 return found
@@ -162,10 +168,10 @@ def asked_of(message: Message, context: Context) -> Asked | None:
             values["privacy"] = privacy_from_json(values["privacy"])
             values["earlier"] = tuple((int(first), int(last)) for first, last in values["earlier"])
             return Asked(**values)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             if isinstance(error, InvalidSetting):
                 raise
-            raise InvalidSetting(f"A request for privacy that cannot be read ({error}).") from None
+            raise InvalidSetting(f"A request for privacy that cannot be read ({printable(str(error))}).") from None
     for config in message.content.values():
         if isinstance(config, ConfigRecord) and _NAME in config:
             server_round, shard = config.get("server-round"), context.node_config.get(PARTITION_ID)
@@ -240,3 +246,21 @@ def asks_for_privacy(message: Message, context: Context) -> bool:
     """Returns whether `train()` has to use `private_training` for this message."""
     asked = asked_of(message, context)
     return asked is not None and isinstance(asked.privacy, DPSGD)
+
+
+def common_folder(context: Context) -> str:
+    """Returns the folder of all nodes' folders that the run config names, in a simulation; "" if there is none.
+
+    Raises:
+        InvalidSetting: The node is on a machine of its own, and its node config names no folder: a server must not
+            choose where a node reads and writes.
+    """
+    named = str(context.run_config.get(FOLDER) or "")
+    if not named or in_a_simulation():
+        return named
+    if context.node_config.get(FOLDER) or BUDGET in context.node_config:  # with a budget, the owner's folder is needed
+        return ""
+    raise InvalidSetting(
+        f"The run config has {FOLDER}, which only simulations use: a server does not choose where a node reads and "
+        f"writes. Start the node with --node-config '... {FOLDER}=\"/path/to/node-0\"'."
+    )

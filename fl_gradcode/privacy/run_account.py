@@ -22,6 +22,7 @@ __all__ = ["Account", "CentralGaussian", "Releases", "RunAccount", "amplificatio
 
 _log = logging.getLogger(__name__)
 _SETS = 100  # of survivors that are tried
+_LARGEST = 10**9  # of numbers of shards, rounds and draws
 
 #: First and last round of each of several ranges, ascending and apart.
 Ranges = tuple[tuple[int, int], ...]
@@ -61,19 +62,32 @@ class Account:
         }
 
     def merged(self, state: Mapping[str, Any]) -> Account:
-        """Returns the account with what another one of the same run has, given as its `state`."""
+        """Returns the account with what another one of the same run has, given as its `state`.
+
+        Raises:
+            InvalidSetting: The state is damaged, or of other shards.
+        """
+        try:
+            return self._merged(state)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError):
+            raise InvalidSetting(
+                "The account of privacy beside the checkpoint, or in it, is damaged or of other shards: restore the "
+                "file. Without it nobody knows what was asked."
+            ) from None
+
+    def _merged(self, state: Mapping[str, Any]) -> Account:
         account = self
         for shard, ranges in state["released"]:
-            account = account.released([int(shard)], *((int(first), int(last)) for first, last in ranges))
+            account = account.released([_whole(shard)], *((_whole(first), _whole(last)) for first, last in ranges))
         counts = {}
         for name in ("draws", "holders"):
             mine = dict(getattr(self, name))
             for shard, count in state.get(name, ()):
-                mine[int(shard)] = max(mine[int(shard)], int(count))
+                mine[_whole(shard)] = max(mine[_whole(shard)], _whole(count))
             counts[name] = mine
         number, request = state.get("asked") or (0, "")
-        newer = number and (self.asked is None or number >= self.asked[0])
-        return replace(account, **counts, asked=(int(number), str(request)) if newer else self.asked)
+        newer = number and (self.asked is None or _whole(number) >= self.asked[0])
+        return replace(account, **counts, asked=(_whole(number), str(request)) if newer else self.asked)
 
     def covers(self, state: Mapping[str, Any]) -> bool:
         """Whether it has all that another account, given as its `state`, has released and drawn."""
@@ -102,6 +116,17 @@ class Account:
     def last_round(self) -> int:
         """The last round in which any shard was asked; 0: none was."""
         return max((last for ranges in self.ranges.values() for _, last in ranges), default=0)
+
+
+def _whole(value: Any) -> int:
+    """Returns a whole number that a run can reach.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if type(value) is not int or not 0 <= value <= _LARGEST:
+        raise ValueError(value)
+    return value
 
 
 def _joined(ranges: Sequence[tuple[int, int]]) -> Ranges:

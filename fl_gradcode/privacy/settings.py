@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 from .._files import absolute_path
+from .._text import printable
 from ..errors import InvalidSetting
 from .accounting import ACCOUNTANTS, Spend, epsilon_of, noise_multiplier_for
 
@@ -198,9 +199,9 @@ def privacy_from_json(text: str) -> Privacy:
         values = json.loads(text)
         kinds: dict[str, type[Privacy]] = {"dp-sgd": DPSGD, "central": CentralNoise}
         return kinds[values.pop("kind")](**values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InvalidSetting(
-            f"Privacy settings that cannot be read ({error}): are both sides of one version?"
+            f"Privacy settings that cannot be read ({printable(str(error))}): are both sides of one version?"
         ) from None
 
 

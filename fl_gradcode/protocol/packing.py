@@ -18,6 +18,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, MetricRecord
 from numpy.typing import NDArray
 
+from .._npy import array_of
+
 __all__ = [
     "Layout",
     "MetricsLayout",
@@ -52,36 +54,15 @@ def view(array: Array) -> NDArray[np.generic]:
     """Returns the values of a Flower array, read-only and without a copy; bfloat16 is copied to float32.
 
     Raises:
-        ValueError: The array is not serialised by NumPy, or its bytes do not fit its shape.
+        ValueError: The array is not serialised by NumPy, or its bytes cannot be read or do not fit its shape.
     """
     if array.stype != "numpy.ndarray":
         raise ValueError(f"arrays are serialised as {array.stype!r}, expected 'numpy.ndarray'")
-    if array.data[:8] != b"\x93NUMPY\x01\x00":  # another format version: structured types, huge headers
-        return np.asarray(array.numpy())
-    offset = 10 + int.from_bytes(array.data[8:10], "little")
-    shape, fortran_order, dtype = _header(array.data[:offset])
-    if len(array.data) - offset != dtype.itemsize * math.prod(shape):
-        raise ValueError("an array's bytes do not fit its shape")
-    flat = np.frombuffer(array.data, dtype, math.prod(shape), offset)
-    values = flat.reshape(shape, order="F" if fortran_order else "C")
-    if array.dtype == _BFLOAT16 and dtype.itemsize == 2:
+    values = array_of(array.data)
+    if array.dtype == _BFLOAT16 and values.dtype.itemsize == 2:
         bits = np.ascontiguousarray(values).view(np.uint16).astype(np.uint32) << 16
-        return bits.view(np.float32).reshape(shape)
+        return bits.view(np.float32).reshape(values.shape)
     return values
-
-
-@lru_cache(maxsize=1024)
-def _header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
-    """Returns shape, whether the order is Fortran's, and dtype.
-
-    The result is cached, because NumPy takes longer to parse this text than to read a small array.
-    """
-    stream = io.BytesIO(header)
-    np.lib.format.read_magic(stream)
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-    if dtype.hasobject:
-        raise ValueError("arrays of Python objects are refused")
-    return shape, fortran_order, dtype
 
 
 def all_finite(values: NDArray[np.floating]) -> bool:

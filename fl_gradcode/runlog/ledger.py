@@ -1,6 +1,7 @@
 """The ledger: one row for each round, in memory and in a file.
 
-`docs/ledger.md` explains every field of a row.
+Several runs may write one file in turns. Each of them locks it for the moment in which it writes. `docs/ledger.md`
+explains every field of a row.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, Any
 
-from .._files import absolute_path, followed, make_folder, replace_file, sync_folder
+from .._files import absolute_path, followed, lock, make_folder, open_file, parse_json, replace_file, sync_folder
+from .._text import numbered
 from ..errors import InvalidSetting
+from .lines import every_line, object_of, row_of
 from .rows import PHASES, Late, PhaseKind, RoundRow
 
 __all__ = ["Ledger"]
@@ -22,6 +24,8 @@ __all__ = ["Ledger"]
 _log = logging.getLogger(__name__)
 _BEGINNING = b'{"schema": '  # of every line
 _IN_MEMORY = 256  # rows
+_PATIENCE = 10.0  # seconds in which another program should have written its row
+_BLOCK = 1 << 16
 
 
 class Ledger:
@@ -42,14 +46,39 @@ class Ledger:
             with self._writing():
                 self.path = followed(self.path)
                 make_folder(self.path.parent)
-                self.path.open("a").close()
-                sync_folder(self.path.parent)
-                self._mend()
+                with self._locked() as file:
+                    sync_folder(self.path.parent)
+                    self._mend(file)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """The rows of `rounds` as JSON values, as they stand in the file, oldest first."""
         return [row.to_json() for row in self.rounds]
+
+    @contextmanager
+    def _locked(self) -> Iterator[IO[bytes]]:
+        """The file, open for reading and appending, which no other run writes to meanwhile.
+
+        Raises:
+            InvalidSetting: Another program keeps it locked.
+            OSError: It cannot be opened.
+        """
+        assert self.path is not None
+        while True:
+            with os.fdopen(open_file(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND), "r+b") as file:
+                # A file system without locks gives another error: then rows are whole all the same, as they are short.
+                if isinstance(lock(file, seconds=_PATIENCE), BlockingIOError):
+                    raise InvalidSetting(
+                        f"The ledger {str(self.path)!r} is locked by another program: end that one, or name another "
+                        "file."
+                    )
+                here = os.fstat(file.fileno())
+                with suppress(FileNotFoundError):
+                    there = self.path.stat()
+                    if (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino):
+                        yield file
+                        return
+            # Another run has replaced the file since it was opened.
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -72,8 +101,9 @@ class Ledger:
         if self.path is not None and len(self.rounds) >= 2 * _IN_MEMORY:
             del self.rounds[:-_IN_MEMORY]
         if self.path is not None:
-            with self._writing(), self.path.open("a") as file:
-                file.write(_line(values))
+            with self._writing(), self._locked() as file:
+                self._mend(file)  # another program may have been killed while it wrote
+                file.write(_line(values).encode())
                 file.flush()
                 os.fsync(file.fileno())  # a checkpoint is written after it, and must not be there without it
         for kind in PHASES:
@@ -93,54 +123,65 @@ class Ledger:
         """
         if self.path is None:
             return []
-        every = self.read_rounds(self.path)
-        kept = [row for row in every if row.run != run or row.round <= rounds]
-        if len(kept) < len(every):
-            with self._writing():
+        with self._writing(), self._locked():
+            every = self.read_rounds(self.path)
+            kept = [row for row in every if row.run != run or row.round <= rounds]
+            if len(kept) < len(every):
                 replace_file(self.path, "".join(_line(row.to_json()) for row in kept))
         self.rounds = [row for row in kept if row.run == run][-_IN_MEMORY:]
         return self.rounds
+
+    def tell_lost(self, run: str, rounds: Iterable[int]) -> None:
+        """Logs a warning if rows of these rounds of a run are missing in the file, since they have been written."""
+        lost = sorted({*rounds} - {row.round for row in self.rows_of(run)}) if self.path is not None else []
+        if lost:
+            _log.warning(
+                "The ledger %s has no row of %s of run %s, which the checkpoint has: rows were lost, or the file is "
+                "another one.",
+                self.path,
+                numbered("round", lost),
+                run,
+            )
 
     def recall(self, run: str, rounds: int) -> None:
         """Replaces `self.rounds` by the run's rows up to round `rounds`, as they stand in the file."""
         self.rounds = [row for row in self.rows_of(run) if row.round <= rounds][-_IN_MEMORY:]
 
-    def _mend(self) -> None:
-        """Cuts off a last line that was being written when its process was killed."""
-        assert self.path is not None
-        content = self.path.read_bytes()
-        end = content.rfind(b"\n") + 1
-        if end < len(content):
-            try:
-                json.loads(content[end:])
-            except ValueError:
-                if not content[end:].startswith(_BEGINNING[: len(content) - end]):
-                    raise InvalidSetting(
-                        f"{str(self.path)!r} is no ledger, and nothing was written to it: name another file."
-                    ) from None
-                os.truncate(self.path, end)
-            else:
-                with self.path.open("ab") as file:
-                    file.write(b"\n")
+    def _mend(self, file: IO[bytes]) -> None:
+        """Cuts off a last line that was being written when its process was killed.
+
+        Raises:
+            InvalidSetting: It is no line of a ledger.
+        """
+        end = file.seek(0, os.SEEK_END)
+        rest = b""
+        while end and b"\n" not in rest:
+            start = max(0, end - _BLOCK)
+            file.seek(start)
+            rest, end = file.read(end - start) + rest, start
+        rest = rest[rest.rfind(b"\n") + 1 :]
+        if not rest:
+            return
+        try:
+            parse_json(rest)
+        except ValueError:
+            if not rest.startswith(_BEGINNING[: len(rest)]):
+                raise InvalidSetting(
+                    f"{str(self.path)!r} is no ledger, and nothing was written to it: name another file."
+                ) from None
+            file.truncate(file.seek(0, os.SEEK_END) - len(rest))
+        else:
+            file.write(b"\n")
+            file.flush()
 
     @staticmethod
     def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         """Returns the rows of a ledger file as JSON values, oldest first.
 
         Raises:
-            InvalidSetting: The file cannot be read, or a line is not JSON.
+            InvalidSetting: The file cannot be read, or a line is no JSON object.
         """
-        try:
-            lines = Path(path).read_text().splitlines()
-        except OSError as error:
-            raise InvalidSetting(f"The ledger {str(path)!r} cannot be read: {error.strerror}.") from error
-        rows = []
-        for number, line in enumerate(lines, 1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise InvalidSetting(f"Line {number} of the ledger {str(path)!r} is not JSON: {error}.") from error
-        return rows
+        return [object_of(text, where) for where, text in every_line(path)]
 
     @staticmethod
     def read_rounds(path: str | os.PathLike[str]) -> list[RoundRow]:
@@ -149,13 +190,7 @@ class Ledger:
         Raises:
             InvalidSetting: The file cannot be read, or a line is not a ledger row.
         """
-        rounds = []
-        for number, values in enumerate(Ledger.read(path), 1):
-            try:
-                rounds.append(RoundRow.from_json(values))
-            except InvalidSetting as error:
-                raise InvalidSetting(f"Line {number} of {str(path)!r}: {error}") from None
-        return rounds
+        return [row_of(text, where) for where, text in every_line(path)]
 
 
 def _line(values: dict[str, Any]) -> str:

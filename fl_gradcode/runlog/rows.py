@@ -260,7 +260,8 @@ class PhaseRow(_Line):
         decodable_after_replies, decodable_after_seconds: When the replies sufficed; None if they never did.
         decoding_error: max |a @ B - 1|.
         kappa: Noise amplification; None if nothing was decoded.
-        rounding_error: Relative error of the update from float rounding, about; None if nothing was decoded.
+        rounding_error: Relative error of the update from float rounding, at most; None if nothing was decoded, and over
+            a prime field.
         coverage: Share of each sampled shard in the sum.
         quantisation_error: Largest error of an entry of the mean from fixed point; None unless over a prime field.
         filled_in: Shards whose last known update stands in for a missing one.

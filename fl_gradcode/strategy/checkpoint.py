@@ -1,6 +1,8 @@
 """Stores everything that a run needs to continue after its server was killed, in one file that is replaced atomically.
 
 The file is a zip archive without compression. It contains `state.json` and one member for each array, and no code.
+Another program may have made it, so nothing in it is believed: members are as large as the file says, and values are of
+the kinds that `strategy_state` lists.
 """
 
 from __future__ import annotations
@@ -13,20 +15,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, MetricRecord
 
-from .._files import absolute_path, followed, lock, make_folder, put_in_place, replace_file
+from .._files import (
+    MEGABYTE,
+    absolute_path,
+    followed,
+    lock,
+    make_folder,
+    open_file,
+    parse_json,
+    read_file,
+    replace_file,
+    replacing,
+)
+from .._seeding import check_global_states
 from ..errors import InvalidSetting
+from ..protocol import view
 from .strategy_state import decode, encode
 
-__all__ = ["Checkpoint", "Saved"]
+__all__ = ["KINDS", "Checkpoint", "MetricsKind", "Saved"]
 
 _log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _STATE = "state.json"
+_LARGEST_STATE, _LARGEST_ACCOUNT = 64 * MEGABYTE, 64 * MEGABYTE
+#: Names of the metrics in Flower's `Result`.
+MetricsKind = Literal["train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp"]
+KINDS: tuple[MetricsKind, ...] = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
+_LATEST_ROUND = 10**9
+#: Of every member: the real time says nothing, and a zip archive knows no clock before 1980 or after 2107.
+_TIME = (1980, 1, 1, 0, 0, 0)
+_OPEN = os.O_RDWR | os.O_CREAT
 
 
 @dataclass
@@ -72,7 +95,7 @@ class Checkpoint:
         try:
             self.path = followed(self.path)
             make_folder(self.path.parent)
-            self._beside("lock").open("a").close()
+            os.close(open_file(self._beside("lock"), _OPEN))
         except OSError as error:
             raise InvalidSetting(f"The checkpoint {str(path)!r} cannot be written: {error.strerror}.") from error
 
@@ -83,17 +106,23 @@ class Checkpoint:
         Raises:
             InvalidSetting: Another run holds the lock.
         """
-        with self._beside("lock").open("a") as file:
-            error = lock(file)
-            if isinstance(error, BlockingIOError):
+        try:
+            opened = open_file(self._beside("lock"), _OPEN)
+        except OSError as error:
+            raise InvalidSetting(
+                f"The checkpoint {self.path} cannot be locked: {self._beside('lock')}: {error.strerror}."
+            ) from error
+        with os.fdopen(opened, "r+b") as file:
+            problem = lock(file)
+            if isinstance(problem, BlockingIOError):
                 raise InvalidSetting(
                     f"The checkpoint {self.path} is in use by another run. Stop that one, or name another file."
                 )
-            if error is not None:
+            if problem is not None:
                 _log.warning(
                     "The checkpoint %s cannot be locked (%s): make sure that no second run uses it.",
                     self.path,
-                    error.strerror,
+                    problem.strerror,
                 )
             yield
 
@@ -103,27 +132,32 @@ class Checkpoint:
         Raises:
             InvalidSetting: The file is damaged or has another format.
         """
-        if not self.path.exists():
+        if not os.path.lexists(self.path):
             return None
         try:
-            with zipfile.ZipFile(self.path) as archive:
-                state = json.loads(archive.read(_STATE))
+            with os.fdopen(open_file(self.path), "rb") as file, zipfile.ZipFile(file) as archive:
+                _check_members(archive, os.fstat(file.fileno()).st_size)
+                state = parse_json(archive.read(_STATE), finite=False)
                 if state["format"] != _FORMAT:
                     raise InvalidSetting(
-                        f"The checkpoint {self.path} has format {state['format']}; this version reads {_FORMAT}. Go on "
-                        "with the version that wrote it, or name another file to start over."
+                        f"The checkpoint {self.path} has format {str(state['format'])[:20]}; this version reads "
+                        f"{_FORMAT}. Go on with the version that wrote it, or name another file to start over."
                     )
+                if type(state["blobs"]) is not int or state["blobs"] != len(archive.infolist()) - 1:
+                    raise ValueError("the number of its members")
                 blobs = [archive.read(str(number)) for number in range(state["blobs"])]
-            return Saved(**{entry.name: decode(state["saved"][entry.name], blobs) for entry in fields(Saved)})
+            saved = Saved(**{entry.name: decode(state["saved"][entry.name], blobs) for entry in fields(Saved)})
+            _check(saved)
         except InvalidSetting:
             raise
         except OSError as error:
             raise InvalidSetting(f"The checkpoint {self.path} cannot be read: {error.strerror}.") from error
         except Exception as error:  # a damaged file can raise almost anything
             raise InvalidSetting(
-                f"The checkpoint {self.path} is damaged ({type(error).__name__}: {error}). Restore the file, or "
+                f"The checkpoint {self.path} is damaged ({type(error).__name__}: {_cut(error)}). Restore the file, or "
                 "remove it to start over."
             ) from error
+        return saved
 
     def save(self, saved: Saved) -> None:
         """Replace the saved state; a crash or a power cut leaves either the old or the new file.
@@ -133,16 +167,15 @@ class Checkpoint:
         """
         blobs: list[bytes] = []
         values = {entry.name: encode(getattr(saved, entry.name), blobs) for entry in fields(Saved)}
-        draft = self._beside("new")
+        members = [(_STATE, json.dumps({"format": _FORMAT, "blobs": len(blobs), "saved": values}).encode())]
+        members += [(str(number), blob) for number, blob in enumerate(blobs)]
         try:
-            with draft.open("wb") as file:
-                with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                    archive.writestr(_STATE, json.dumps({"format": _FORMAT, "blobs": len(blobs), "saved": values}))
-                    for number, blob in enumerate(blobs):
-                        archive.writestr(str(number), blob)
-                file.flush()
-                os.fsync(file.fileno())
-            put_in_place(draft, self.path)
+            with (
+                replacing(self.path, self._beside("new")) as file,
+                zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+            ):
+                for name, data in members:
+                    archive.writestr(zipfile.ZipInfo(name, _TIME), data)
         except OSError as error:
             raise InvalidSetting(
                 f"The checkpoint {self.path} cannot be written: {error.strerror}. The one before it is still there."
@@ -163,12 +196,73 @@ class Checkpoint:
             ) from error
 
     def load_privacy(self, run: str) -> dict[str, Any] | None:
-        """Returns the privacy account that was saved last for this run, or None if there is none."""
-        try:
-            values = json.loads(self._beside("privacy").read_text())
-            return dict(values["account"]) if values["run"] == run else None
-        except (OSError, ValueError, KeyError, TypeError):
+        """Returns the privacy account that was saved last for this run, or None if there is none.
+
+        Raises:
+            InvalidSetting: The file is damaged, or cannot be read.
+        """
+        path = self._beside("privacy")
+        if not os.path.lexists(path):
             return None
+        try:
+            values = parse_json(read_file(path, _LARGEST_ACCOUNT))
+            return dict(values["account"]) if values["run"] == run else None
+        except OSError as error:
+            raise InvalidSetting(f"The account of privacy {path} cannot be read: {error.strerror}.") from error
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise InvalidSetting(
+                f"The account of privacy {path} is damaged ({type(error).__name__}). Restore the file; if it is lost, "
+                "remove it, and all rounds so far count as asked of all shards."
+            ) from error
 
     def _beside(self, suffix: str) -> Path:
         return self.path.with_name(f"{self.path.name}.{suffix}")
+
+
+def _check_members(archive: zipfile.ZipFile, size: int) -> None:
+    """Refuse an archive that would take more memory than its file has bytes, or that has other members.
+
+    Raises:
+        ValueError: It says what is wrong.
+    """
+    members = archive.infolist()
+    if any(one.compress_type != zipfile.ZIP_STORED or one.compress_size != one.file_size for one in members):
+        raise ValueError("a member is compressed")
+    if sum(one.file_size for one in members) > size:
+        raise ValueError("its members are larger than the file")
+    if {one.filename for one in members} != {_STATE, *map(str, range(len(members) - 1))}:
+        raise ValueError("it has other members than a checkpoint")
+    if archive.getinfo(_STATE).file_size > _LARGEST_STATE:
+        raise ValueError(f"{_STATE} has more than {_LARGEST_STATE} bytes")
+
+
+def _check(saved: Saved) -> None:
+    """Check the types of a state that was read; what a strategy keeps is checked when it is restored.
+
+    Raises:
+        TypeError, ValueError: Something is of another type, or no such value can be.
+    """
+    run, number, arrays = (getattr(saved, name) for name in ("run", "round", "arrays"))
+    if not isinstance(run, str) or len(run) > 1000:
+        raise TypeError("run")
+    if type(number) is not int or not 0 <= number <= _LATEST_ROUND:
+        raise ValueError("round")
+    if not isinstance(arrays, ArrayRecord):
+        raise TypeError("arrays")
+    for array in saved.arrays.values():
+        view(array)
+    kept: list[Any] = [saved.fingerprint, saved.strategy, saved.randomness, saved.metrics, saved.privacy or {}]
+    if not all(type(value) is dict and all(isinstance(key, str) for key in value) for value in kept):
+        raise TypeError("what is kept is no dict of names")
+    if saved.randomness:
+        check_global_states(saved.randomness)
+    for rounds in saved.metrics.values():
+        for number, metrics in rounds.items():
+            if type(number) is not int:
+                raise TypeError("metrics")
+            MetricRecord(metrics)
+
+
+def _cut(error: Exception) -> str:
+    text = str(error)
+    return text if len(text) <= 200 else f"{text[:200]}..."

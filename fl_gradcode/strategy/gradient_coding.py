@@ -360,6 +360,7 @@ class GradientCoding(Strategy):
         run.keeper.restore(saved)
         rows = self.ledger.rows_of(run.name)
         self.ledger.resume(run.name, saved.round)
+        self.ledger.tell_lost(run.name, run.keeper.rounds)
         set_global_states(saved.randomness)
         self._arrays = saved.arrays
         run.resume(saved, rows, request)

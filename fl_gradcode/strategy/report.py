@@ -9,7 +9,7 @@ import numpy as np
 from flwr.serverapp import Grid
 
 from .._text import numbered
-from ..codes import EXACT, GradientCode, PrimeField
+from ..codes import EXACT, GradientCode, PrimeField, rounding_bound
 from ..grid import JobTime
 from ..grid import Late as LateReply
 from ..privacy import RunAccount
@@ -78,7 +78,7 @@ def phase_row(
         decodable_after_seconds=after[1] if after else None,
         decoding_error=error,
         kappa=kappa,
-        rounding_error=None if decoded is None or kappa is None else _unit_roundoff(decoded) * kappa,
+        rounding_error=None if decoded is None else _rounding(code, decoded),
         coverage=tuple(round(float(c), 6) for c in coverage),
         quantisation_error=_quantisation(phase, decoded),
         filled_in=tuple(FilledIn(old.shards, old.round) for old in stale),
@@ -168,9 +168,11 @@ def _quantisation(phase: Phase, decoded: Decoded | Returned | None) -> float | N
     return numbers.rounding(phase.code.k) / float(decoded.metrics[phase.plan.weight_key])  # type: ignore[arg-type]
 
 
-def _unit_roundoff(decoded: Decoded | Returned) -> float:
-    """Returns the relative rounding error of one number on the wire; records that come as returned are not rounded."""
+def _rounding(code: GradientCode, decoded: Decoded | Returned) -> float | None:
+    """Returns the relative rounding error of the update at most; records that come as returned are not rounded."""
     if isinstance(decoded, Returned):
         return 0.0
+    if isinstance(code.numbers, PrimeField):
+        return None
     dtype = np.float64 if decoded.arrays is None else wire_dtype(decoded.layout)
-    return float(np.finfo(dtype).eps) / 2
+    return rounding_bound(code, decoded.vector, np.dtype(dtype), further=len(decoded.stale))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -19,19 +18,12 @@ from .._seeding import global_states
 from ..codes import GradientCode
 from ..errors import InvalidSetting
 from ..privacy import privacy_to_json
-from .checkpoint import Checkpoint, Saved
+from .checkpoint import KINDS, Checkpoint, MetricsKind, Saved
 from .options import Options
 from .strategy_state import StrategyState
 
 __all__ = ["ResumedRounds", "RunKeeper", "fingerprint_of", "request_of"]
 
-#: Names of the metrics in Flower's `Result`.
-MetricsKind = Literal["train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp"]
-_KINDS: tuple[MetricsKind, ...] = (
-    "train_metrics_clientapp",
-    "evaluate_metrics_clientapp",
-    "evaluate_metrics_serverapp",
-)
 _CODE, _PROMISE = "code", "privacy promise"
 
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
@@ -66,7 +58,14 @@ def _alike(kept: Any, now: Any) -> bool:
     """Returns whether two sketches describe the same code, up to rounding."""
     if kept is None or now is None:
         return kept is now
-    return [*kept[:-1]] == now[:-1] and np.allclose(kept[-1], now[-1], rtol=0, atol=1e-6)
+    try:
+        return [*kept[:-1]] == now[:-1] and np.allclose(kept[-1], now[-1], rtol=0, atol=1e-6)
+    except (TypeError, ValueError, IndexError, KeyError):  # the file may hold anything
+        return False
+
+
+def _equal(kept: Any, now: Any) -> bool:
+    return type(kept) is type(now) and json.dumps(kept, default=repr) == json.dumps(now, default=repr)
 
 
 def request_of(grid: Grid, options: Options, train_config: ConfigRecord | None) -> str:
@@ -104,7 +103,7 @@ class RunKeeper:
         self, checkpoint: Checkpoint | None, state: StrategyState, fingerprint: dict[str, Any], name: str | None
     ) -> None:
         self._checkpoint, self._state, self._fingerprint, self._name = checkpoint, state, fingerprint, name
-        self._metrics: dict[str, dict[int, dict[str, Any]]] = {kind: {} for kind in _KINDS}
+        self._metrics: dict[str, dict[int, dict[str, Any]]] = {kind: {} for kind in KINDS}
         self.saved: Saved | None = None
 
     @contextmanager
@@ -130,6 +129,11 @@ class RunKeeper:
     def path(self) -> Path | None:
         """Path of the checkpoint's file; None without a checkpoint."""
         return None if self._checkpoint is None else self._checkpoint.path
+
+    @property
+    def rounds(self) -> set[int]:
+        """The rounds that the run has metrics of, whose rows were written before."""
+        return {number for rounds in self._metrics.values() for number in rounds if number}
 
     @property
     def name(self) -> str | None:
@@ -187,7 +191,7 @@ class RunKeeper:
             done: Number of rounds that were done before.
         """
         if done:
-            for kind in _KINDS:
+            for kind in KINDS:
                 numbered = {number: MetricRecord(values) for number, values in sorted(self._metrics[kind].items())}
                 setattr(result, kind, numbered)
         return result
@@ -196,13 +200,18 @@ class RunKeeper:
         saved = self.saved
         if saved is None or self._checkpoint is None:
             return
+        if not saved.randomness or {*saved.metrics} != {*KINDS}:
+            raise InvalidSetting(
+                f"The checkpoint {self._checkpoint.path} is damaged: it lacks the states of generators, or metrics. "
+                "Restore the file, or remove it to start over."
+            )
         where = f"The checkpoint {self._checkpoint.path} is of"
         if self._name is not None and saved.run != self._name:
             raise InvalidSetting(f"{where} run {saved.run!r}, and this is run {self._name!r}: name another file.")
         for what, value in self._fingerprint.items():
-            same = _alike if what == _CODE else operator.eq
-            if not same(saved.fingerprint.get(what), value):
-                told = "" if what in (_CODE, _PROMISE) else f" ({saved.fingerprint.get(what)!r}, now {value!r})"
+            kept = saved.fingerprint.get(what)
+            if not (_alike(kept, value) if what == _CODE else _equal(kept, value)):
+                told = "" if what in (_CODE, _PROMISE) else f" ({repr(kept)[:100]}, now {value!r})"
                 raise InvalidSetting(
                     f"{where} a run with another {what}{told}. Go on with the same one, or name another file to start "
                     "over."

@@ -7,6 +7,7 @@ run is resumed. A strategy can take over by defining `state_dict()` and `load_st
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import logging
 import random
@@ -30,6 +31,19 @@ _LISTS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 _DICTS: dict[str, Any] = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
 #: Default factories that a stored defaultdict may have, by name.
 _FACTORIES: dict[str, Any] = {kind.__name__: kind for kind in (int, float, bool, str, list, tuple, set, dict)}
+#: Kinds of NumPy's dtypes that an array may have: numbers and texts, no objects, no fields, no dates.
+_ARRAYS = "biufcSU"
+#: Dtypes of tensors by name.
+_TENSORS = frozenset(
+    {"bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64", "float16", "bfloat16"}
+    | {"float32", "float64", "complex32", "complex64", "complex128", "float8_e4m3fn", "float8_e5m2"}
+    | {"float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"}
+)
+#: NumPy's bit generators by name, which no other function of `numpy.random` is.
+_BIT_GENERATORS: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox, np.random.SFC64)
+}
 # Types of attributes that a strategy is given and does not change, so that its constructor restores them.
 _GIVEN = (
     types.FunctionType,
@@ -63,7 +77,7 @@ def encode(value: Any, blobs: list[bytes]) -> Any:
         return {_TYPE: "bytes", _VALUE: _blob(value, blobs)}
     if isinstance(value, np.generic):
         return {_TYPE: "scalar", _VALUE: encode(np.asarray(value), blobs)}
-    if type(value) is np.ndarray and value.dtype.kind in "biufcSU":
+    if type(value) is np.ndarray and value.dtype.kind in _ARRAYS:
         plain = np.ascontiguousarray(value)
         return {
             _TYPE: "array",
@@ -87,7 +101,12 @@ def encode(value: Any, blobs: list[bytes]) -> Any:
             raise Unstorable(kind)
         return {_TYPE: kind, _VALUE: pairs}
     torch = sys.modules.get("torch")  # imported already if the value is a tensor
-    if torch is not None and type(value) is torch.Tensor and value.layout == torch.strided:
+    if (
+        torch is not None
+        and type(value) is torch.Tensor
+        and value.layout == torch.strided
+        and str(value.dtype).removeprefix("torch.") in _TENSORS
+    ):
         plain = value.detach().cpu().contiguous()
         data = plain.reshape(-1).view(torch.uint8).numpy().tobytes()
         return {
@@ -96,7 +115,7 @@ def encode(value: Any, blobs: list[bytes]) -> Any:
             "dtype": str(plain.dtype).removeprefix("torch."),
             "shape": [*plain.shape],
         }
-    if isinstance(value, np.random.Generator):
+    if isinstance(value, np.random.Generator) and type(value.bit_generator) in _BIT_GENERATORS.values():
         return {
             _TYPE: "Generator",
             _VALUE: encode(value.bit_generator.state, blobs),
@@ -108,42 +127,78 @@ def encode(value: Any, blobs: list[bytes]) -> Any:
 
 
 def decode(tree: Any, blobs: list[bytes]) -> Any:
-    """Returns the value that `encode` turned into `tree` and `blobs`."""
+    """Returns the value that `encode` turned into `tree` and `blobs`.
+
+    Raises:
+        Exception: Something else has made them; almost anything may be raised, and nothing is called but what makes a
+            value of a kind that `encode` knows.
+    """
     if not isinstance(tree, dict):
+        if isinstance(tree, list):
+            raise TypeError("a list without its kind")
         return tree
     kind, value = tree[_TYPE], tree[_VALUE]
     if kind in _LISTS:
-        return _LISTS[kind](decode(item, blobs) for item in value)
+        return _LISTS[kind](decode(item, blobs) for item in _as_list(value))
     if kind == "deque":
-        return deque((decode(item, blobs) for item in value), tree["length"])
+        return deque((decode(item, blobs) for item in _as_list(value)), tree["length"])
     if kind == "bytes":
-        return blobs[value]
+        return _blob_of(value, blobs)
     if kind == "scalar":
         return decode(value, blobs)[()]
     if kind == "array":
-        return np.frombuffer(blobs[value], np.dtype(tree["dtype"])).reshape(tree["shape"]).copy()
+        dtype = np.dtype(str(tree["dtype"]))
+        if dtype.kind not in _ARRAYS or dtype.shape:
+            raise TypeError(f"an array of {dtype}")
+        return np.frombuffer(_blob_of(value, blobs), dtype).reshape(_shape(tree["shape"])).copy()
     if kind == "Array":
-        return Array(dtype=tree["dtype"], shape=tuple(tree["shape"]), stype=tree["stype"], data=blobs[value])
+        texts = {name: str(tree[name]) for name in ("dtype", "stype")}
+        return Array(shape=_shape(tree["shape"]), data=_blob_of(value, blobs), **texts)
     if kind == "ArrayRecord":
-        return ArrayRecord({name: decode(item, blobs) for name, item in value})
+        return ArrayRecord({str(name): decode(item, blobs) for name, item in _as_list(value)})
     if kind in _RECORDS:
         return _RECORDS[kind](decode(value, blobs))
     if kind in _DICTS or kind == "defaultdict":
-        pairs = ((decode(key, blobs), decode(item, blobs)) for key, item in value)
-        return _DICTS[kind](dict(pairs)) if kind in _DICTS else defaultdict(_FACTORIES.get(tree["factory"]), pairs)
+        pairs = ((decode(key, blobs), decode(item, blobs)) for key, item in _as_list(value))
+        if kind in _DICTS:
+            return _DICTS[kind](dict(pairs))
+        return defaultdict(None if tree["factory"] is None else _FACTORIES[tree["factory"]], pairs)
     if kind == "tensor":
         import torch
 
-        numbers = torch.frombuffer(bytearray(blobs[value]), dtype=torch.uint8) if blobs[value] else torch.empty(0)
+        if tree["dtype"] not in _TENSORS:
+            raise TypeError(f"a tensor of {tree['dtype']}")
+        data = _blob_of(value, blobs)
+        numbers = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0)
         dtype = getattr(torch, tree["dtype"])
-        return (numbers.view(dtype) if len(numbers) else numbers.to(dtype)).reshape(tree["shape"])
+        return (numbers.view(dtype) if len(numbers) else numbers.to(dtype)).reshape(_shape(tree["shape"]))
     if kind == "Generator":
-        bits = getattr(np.random, tree["kind"])()
+        bits = _BIT_GENERATORS[tree["kind"]](0)
         bits.state = decode(value, blobs)
         return np.random.Generator(bits)
-    generator = random.Random()
-    generator.setstate(decode(value, blobs))
-    return generator
+    if kind == "Random":
+        generator = random.Random()
+        generator.setstate(decode(value, blobs))
+        return generator
+    raise TypeError(f"a value of kind {str(kind)[:50]!r}")
+
+
+def _as_list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError("a list is missing")
+    return value
+
+
+def _blob_of(number: Any, blobs: list[bytes]) -> bytes:
+    if type(number) is not int or not 0 <= number < len(blobs):
+        raise IndexError("a member that is not there")
+    return blobs[number]
+
+
+def _shape(sizes: Any) -> tuple[int, ...]:
+    if not all(type(size) is int and size >= 0 for size in _as_list(sizes)):
+        raise ValueError("a shape of other than whole numbers")
+    return tuple(sizes)
 
 
 class StrategyState:
@@ -201,20 +256,52 @@ class StrategyState:
         """Set the attributes that had changed, as returned by `changed`.
 
         Raises:
-            InvalidSetting: Only one of the strategies that wrote and restore the state has `state_dict()`.
+            InvalidSetting: Only one of the strategies that wrote and restore the state has `state_dict()`, or the state
+                is not one of this strategy's. Nothing is changed then.
         """
+        self._check(state)
+        self._set(state)
+
+    def _check(self, state: Any) -> None:
+        """Refuse a state that this strategy cannot have written, before anything is changed."""
+        whose = type(self.strategy).__name__
+        if type(state) is not dict or not all(isinstance(name, str) for name in state):
+            raise InvalidSetting(f"The checkpoint has no state of {whose}, or a damaged one: restore the file.")
         if self._own != ("state_dict" in state) and (state or self._own):
             raise InvalidSetting(
-                f"{type(self.strategy).__name__} has {'a' if self._own else 'no'} state_dict(), and the checkpoint was "
+                f"{whose} has {'a' if self._own else 'no'} state_dict(), and the checkpoint was "
                 f"written {'without' if self._own else 'with'} it: go on with the strategy that wrote it."
             )
+        if self._own:
+            return
+        for name, entry in state.items():
+            what = {*entry} if type(entry) is dict else set()
+            inside = what == {"strategy"} and name in self._inside
+            if not inside and (what != {"value"} or not self._may_set(name)):
+                raise InvalidSetting(
+                    f"The checkpoint sets {name[:100]!r} of {whose}, which is no state that {whose} keeps: go on with "
+                    "the strategy that wrote it, or name another file to start over."
+                )
+        for name, one in self._inside.items():
+            one._check(state.get(name, {}).get("strategy", {}))
+
+    def _may_set(self, name: str) -> bool:
+        """Returns whether a name is one of an attribute with plain data, and not of a method or another strategy."""
+        if not name.isidentifier() or name.startswith("__") or name in self._inside:
+            return False
+        if name in vars(self.strategy) and isinstance(vars(self.strategy)[name], _GIVEN):
+            return False
+        of_class = inspect.getattr_static(type(self.strategy), name, None)
+        return not callable(of_class) and not hasattr(of_class, "__get__")
+
+    def _set(self, state: dict[str, Any]) -> None:
         if self._own:
             self.strategy.load_state_dict(state["state_dict"])  # type: ignore[attr-defined]
             return
         if self._ran:
             self._take_back(state)
         for name, inside in self._inside.items():
-            inside.restore(state.get(name, {}).get("strategy", {}))
+            inside._set(state.get(name, {}).get("strategy", {}))
         for name, entry in state.items():
             if "value" in entry:
                 setattr(self.strategy, name, entry["value"])

@@ -271,7 +271,7 @@ def test_nonsense_is_refused_in_one_sentence(arguments: list[str], sentence: str
     [
         ("", "has no rounds yet"),
         ("nonsense\n", "is not JSON"),
-        ('{"a": 1}\n', "Line 1 of '{}': This is no ledger row: it has no field 'schema'."),
+        ('{"a": 1}\n', "Line 1 of the ledger '{}': This is no ledger row: it has no field 'schema'."),
         ("[1, 2]\n", "it is [1, 2] and must be an object"),
         (json.dumps(row(1, code={**CODE, "k": 0})), "code has n=6 workers and k=0 shards"),
         (json.dumps(row(1, code={**CODE, "n": "four"})), "code.n is 'four' and must be a whole number"),

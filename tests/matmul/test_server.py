@@ -27,6 +27,7 @@ from fl_gradcode.matmul import (
     polynomial,
     uncoded_product,
 )
+from fl_gradcode.matmul.answer_check import AnswerCheck, gram_of
 from fl_gradcode.matmul.records import Answer, Task, block
 from fl_gradcode.matmul.stop_rule import ProductRule
 from fl_gradcode.protocol.cost import Cost
@@ -163,7 +164,9 @@ def test_a_wrong_answer_is_found_with_two_to_check_by(numbers: PrimeField | None
 
 
 def rule_of(code: ProductCode, answers: list[np.ndarray], **options: Any) -> ProductRule:
-    settings: dict[str, Any] = {"extra": 0, "resend": lambda node: pytest.fail("nobody lost a block"), "rng": RNG}
+    settings: dict[str, Any] = {"extra": 0, "resend": lambda node: pytest.fail("nobody lost a block")}
+    p, m, q = code.partition
+    settings["check"] = AnswerCheck(code, gram_of(A, p, m), gram_of(B, m, q), -(-7 // m), answers[0].dtype, RNG)
     settings |= {"code": code, "shape": answers[0].shape, "dtype": answers[0].dtype, **options}
     return ProductRule("product 1", "m", 1, {100 + i: i for i in range(code.n)}, **settings)
 
@@ -413,6 +416,20 @@ def test_the_worker_refuses_what_is_no_product() -> None:
         return coded_matmul_worker(message, context)
 
     with InProcessGrid(app, 4) as grid, pytest.raises(RoundFailed, match="holds no coded product"):
+        coded_matmul(grid, A, B, polynomial(4, 2, 2))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "5", "{}", '{"matrix": 1, "x": 2}', "{"])
+def test_a_task_that_cannot_be_read_is_refused_in_one_sentence(text: str) -> None:
+    app = ClientApp()
+
+    @app.query("matmul")
+    def matmul(message: Message, context: Context) -> Message:
+        record: Any = message.content["fl-gradcode.product"]
+        record["json"] = text
+        return coded_matmul_worker(message, context)
+
+    with InProcessGrid(app, 4) as grid, pytest.raises(RoundFailed, match="The task of a coded product cannot be read"):
         coded_matmul(grid, A, B, polynomial(4, 2, 2))
 
 

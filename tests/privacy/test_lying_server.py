@@ -27,6 +27,7 @@ from fl_gradcode.privacy import (
 from fl_gradcode.privacy.settings import privacy_to_json
 from fl_gradcode.protocol.records import Plan, Reply, Row
 from fl_gradcode.testing import inside_a_run
+from tests.mutations import state_of
 from tests.privacy.private_app import initial, model, private_app, settings, shard_data
 
 CODE = fractional_repetition(4, 1)
@@ -226,3 +227,22 @@ def test_a_folder_that_others_may_write_is_refused(tmp_path: Path) -> None:
     (tmp_path / "node-0").chmod(0o777)
     with pytest.raises(ValueError, match=r"Others may exchange the files in .* \(mode 0777\): chmod 700"):
         ask(tmp_path, round=2)
+
+
+def test_the_server_names_no_folder_on_a_node_with_a_machine_of_its_own(tmp_path: Path) -> None:
+    """Whatever lies there: what the node says is the same, and nothing is made."""
+    write_keys(tmp_path / "there", [CODE.shards_of(worker) for worker in range(CODE.n)])
+    (tmp_path / "file").write_text("x")
+    ask(tmp_path)  # makes the keys of this file's node
+    before, told = state_of(tmp_path), set()
+    for name in ("there", "file", "missing", "missing/below", "/etc/passwd", "\x00", "relative"):
+        named = str(tmp_path / name) if name != "relative" else name
+        with pytest.raises(ValueError, match="a server does not choose where a node reads and writes") as error:
+            ask(tmp_path, node={"privacy-dir": None}, run_config={"privacy-dir": named})
+        told.add(str(error.value))
+    assert len(told) == 1 and state_of(tmp_path) == before
+
+
+def test_a_node_s_own_folder_is_used_whatever_the_run_config_says(tmp_path: Path) -> None:
+    assert sent(ask(tmp_path, run_config={"privacy-dir": "/nowhere"}))
+    assert not Path("/nowhere").exists()

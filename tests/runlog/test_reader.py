@@ -113,7 +113,7 @@ def test_a_file_of_something_else_is_no_ledger(line: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"schema": 2}, "This ledger row has schema 2; this version of fl-gradcode reads schema 1."),
+        ({"schema": 3}, "This ledger row has schema 3; this version of fl-gradcode reads schemas 1 and 2."),
         ({"round": "2"}, "round is '2' and must be a whole number"),
         ({"code": {**CODE, "k": 0}}, "code has n=6 workers and k=0 shards"),
     ],
