@@ -26,6 +26,7 @@ from experiments.bench_codes import bandwidth, field, vectors
 from experiments.bench_matmul import products
 from experiments.bench_privacy import private_encoding, private_step
 from experiments.bench_verification import verification
+from experiments.bench_votes import votes
 from fl_gradcode import GradientCode, GradientCoding, VirtualGrid, cyclic_repetition, fractional_repetition, uncoded
 from fl_gradcode.codes import combine
 from fl_gradcode.grid import Arrival
@@ -50,6 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
         "private_encoding": private_encoding,
         "products": products,
         "verification": verification,
+        "votes": votes,
     }
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[*benchmarks, []], help="which; all by default")
