@@ -50,6 +50,7 @@ class Copies:
         apart: Largest relative difference between two copies; None if none were compared.
         disagreements: Shards -> the first disagreement about them.
         alike: A worker that sent the same update for two shards; None if none did.
+        noted: Number of copies so far.
     """
 
     def __init__(self, plan: Plan, before: ArrayRecord | None, *, compares: bool) -> None:
@@ -59,6 +60,7 @@ class Copies:
         self.apart: float | None = None
         self.disagreements: dict[tuple[int, ...], Disagreement] = {}
         self.alike: Alike | None = None
+        self.noted = 0
         self._encoding = payload_encoding(plan.fraction_bits, plan.k)
         self._sketcher = Sketcher(before) if compares and not plan.figures and before is not None else None
         self._figures = compares and plan.figures
@@ -156,6 +158,7 @@ class Copies:
 
     def _note(self, shards: tuple[int, ...], worker: int, sketch: Sketch) -> float | None:
         """Compare a copy with the first one of the same shards; returns the difference, or None for the first one."""
+        self.noted += 1
         if any(sketch.sums) and self.alike is None and self.plan.kind == "train":
             key = (sketch.norm, sketch.sums, sketch.weight, sketch.form)
             other = self._by_worker.setdefault(worker, {}).setdefault(key, shards)

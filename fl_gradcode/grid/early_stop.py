@@ -8,7 +8,7 @@ message for it is held back until the late reply arrives, and then sent at once 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from flwr.app import Message
@@ -136,7 +136,7 @@ class Waiting:
                 return "timed out"
             elif (wake := self._wake()) is not None and self.source.now() >= wake:
                 self.woken = wake
-                self._offer_idle()
+                self._offer_idle(self.rule.awake(self.idle, self.source.now()))
             elif (until := self.rule.linger_until) is not None and not self.lingered and self.source.now() >= until:
                 self.lingered = True
             elif self.next_look is not None and self.source.now() >= self.next_look:
@@ -287,14 +287,20 @@ class Waiting:
             if reply is not None and reply.has_content():
                 self.wait.bytes_up += content_bytes(reply.content)
             self.rule.offer(arrival, reply, arrival.at - self.start)
-        if arrivals:  # a reply may tell who a node is and which copies count, which changes the work that is left
+        # A reply may tell who a node is and which copies count, which changes the work that is left.
+        if arrivals and self.rule.reopens():
             self._offer_idle()
         return bool(arrivals)
 
-    def _offer_idle(self) -> None:
-        """Let the rule be asked once more for messages to idle nodes."""
-        self.free.extend(self.idle)
-        self.idle.clear()
+    def _offer_idle(self, nodes: Collection[int] | None = None) -> None:
+        """Let the rule be asked once more for messages to idle nodes, to all by default."""
+        if nodes is None:
+            self.free.extend(self.idle)
+            self.idle.clear()
+        elif nodes:
+            chosen = {*nodes}
+            self.free.extend(nodes)
+            self.idle = [node for node in self.idle if node not in chosen]
 
 
 class EarlyStopGrid(ForwardingGrid):

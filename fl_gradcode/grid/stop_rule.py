@@ -163,6 +163,14 @@ class StopRule(ABC):
         """
         return held
 
+    def reopens(self) -> bool:
+        """Returns whether a node for which there was no message may have one, after replies were read."""
+        return True
+
+    def awake(self, nodes: Sequence[int], now: float) -> Sequence[int]:
+        """Returns the idle nodes to offer work again at `wake_at`; all by default."""
+        return nodes
+
     def join(self, node: int) -> Message | None:
         """Returns the message for a node that has connected since the phase began, or None."""
         return None

@@ -140,6 +140,17 @@ class ShardQueue:
         self._copies[shard].remove(began)
         return shard, began
 
+    def awake(self, runners: Sequence[int], now: float) -> list[int]:
+        """Returns the idle runners for which a second copy is due by now or may be; the others are waited for."""
+        ready = []
+        for runner in runners:
+            due, _ = self.due.get(runner, (now, -1))
+            if due <= now:
+                ready.append(runner)
+            elif due < math.inf:
+                self.wake(due, now)
+        return ready
+
     def wake(self, due: float, now: float) -> None:
         """Note that a second copy is due at a later time."""
         if self.wake_at is None or self.wake_at <= now or due < self.wake_at:

@@ -116,6 +116,8 @@ class Phase(StopRule):
         self.late_disagreements: list[Disagreement] = []
         self.most_verifying = 0.0
         self.left_out: frozenset[int] = frozenset()
+        self._unverified: frozenset[int] = frozenset()
+        self._unverified_as_of = (-1, -1)
         self._lingers: float | None = None
         self._first_rows = first_rows
 
@@ -175,8 +177,12 @@ class Phase(StopRule):
         """Shards of which a second copy is wanted and has not come, or a third one that says which of two is right."""
         if self.verification is None:
             return frozenset()
-        wanted = self.verification.wanted
-        return (wanted - self.copies.compared) | (wanted & self.copies.unsettled)
+        as_of = (len(self.copies.compared), self.copies.noted)
+        if as_of != self._unverified_as_of:  # asked for each free node at each arrival
+            wanted = self.verification.wanted
+            self._unverified = (wanted - self.copies.compared) | (wanted & self.copies.unsettled)
+            self._unverified_as_of = as_of
+        return self._unverified
 
     @property
     def keeps_late(self) -> bool:  # type: ignore[override]

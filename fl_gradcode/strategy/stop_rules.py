@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from flwr.app import ArrayRecord, Message
 
@@ -222,6 +222,10 @@ class ShardPhase(Phase):
         self._unread: dict[str, int] = {}  # token -> shard
         self._sent: dict[int, set[int]] = {}  # node -> shards whose copy came from it
         self._failed: set[int] = set()  # nodes
+        self._done_shards: set[int] = set()
+        self._done_as_of: tuple[int, int] = (id(None), 0)
+        self._reopened = True  # whether a node without work may have some again
+        self._offered: object = None  # the group that counted when nodes without work were last asked for
 
     @property
     def wake_at(self) -> float | None:  # type: ignore[override]
@@ -251,7 +255,7 @@ class ShardPhase(Phase):
         if node in self._failed or worker not in self._turns:
             return None
         # A copy whose layout differs from the other replies' does not count, and a second one would not count either.
-        closed = self._covered() | self._sent.get(node, set())
+        closed: Collection[int] = _Either(self._covered(), self._sent.get(node, set()))
         if self.linger_until is not None:
             # A second copy, which is not worth it if it makes the node late for the next round.
             if now + _LIKELY * self._queue.took(node) > self.linger_until:
@@ -259,6 +263,21 @@ class ShardPhase(Phase):
             closed = (self._row.keys() - self.unverified) | self._sent.get(node, set())
         shard = self._queue.start(node, worker, closed, now)
         return None if shard is None else self.factory.one_shard(node, worker, shard)
+
+    def awake(self, nodes: Sequence[int], now: float) -> Sequence[int]:
+        """Returns the nodes for which a second copy is due, and those for which that is not known."""
+        return self._queue.awake(nodes, now)
+
+    def reopens(self) -> bool:
+        """Returns whether a node for which there was no work may have some again.
+
+        A copy that counts leaves less to do. More is left after a loss, if other replies count than before, and when
+        second copies are wanted.
+        """
+        best = self.replies.best
+        reopens = self._reopened or best is not self._offered or bool(self.votes) or self.decided
+        self._reopened, self._offered = False, best
+        return reopens
 
     def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
         """Returns the first copy of each shard, once all have one, and then second copies."""
@@ -278,7 +297,7 @@ class ShardPhase(Phase):
         """Returns whether some shard has neither a copy nor a holder among `nodes`."""
         able = [node for node in nodes if node not in self._failed]
         _, strangers = _known_of(able, self.registry)
-        possible = self._covered()
+        possible = {*self._covered()}
         for node in able:
             possible.update(self._shards_of(node) - self._sent.get(node, set()))
         missing = [set(self._turns[i]) for i in self.registry.missing(self._turns)]
@@ -300,6 +319,7 @@ class ShardPhase(Phase):
             # The node was asked for its first shard before its worker was known.
             self._sent.setdefault(arrival.node, set()).add(self._turns[worker][0])
         if not good:
+            self._reopened = True
             self._failed.add(arrival.node)
             if not arrival.token:  # the message could not be sent, so no reply will arrive
                 self._queue.drop(arrival.node)
@@ -307,17 +327,24 @@ class ShardPhase(Phase):
     def restarted(self, node: int) -> None:
         """Release the shard that a restarted node was working on, and allow new work for the node."""
         super().restarted(node)
+        self._reopened = True
         self._queue.drop(node)
         self._failed.discard(node)
 
     def _done(self) -> set[int]:
-        """Returns the shards whose update is in the group of replies that counts."""
+        """Returns the shards whose update is in the group of replies that counts; not to be changed."""
         best = self.replies.best
-        rows = best.copies if best else {}
-        return {shard for shard, row in self._row.items() if row in rows}
+        as_of = (id(best), 0 if best is None else len(best.copies))
+        if as_of != self._done_as_of:  # asked for each free node at each arrival
+            rows = {} if best is None else best.copies
+            self._done_shards, self._done_as_of = {shard for shard, row in self._row.items() if row in rows}, as_of
+        return self._done_shards
 
     def _covered(self) -> set[int]:
-        return self._done() if self.votes else self._done().union(self._unread.values())
+        """Returns the shards that have a copy, read or not; not to be changed."""
+        if self.votes or not self._unread:
+            return self._done()
+        return self._done().union(self._unread.values())
 
     def _shards_of(self, node: int) -> set[int]:
         """Returns the sampled shards that a node holds, as far as it is known."""
@@ -334,6 +361,22 @@ class ShardPhase(Phase):
             (0 if ballots is None else ballots.most_equal(row)) + left[shard] + strangers <= self.votes
             for shard, row in self._row.items()
         )
+
+
+class _Either(Collection[int]):
+    """The union of two sets, which is not made."""
+
+    def __init__(self, one: set[int], other: set[int]) -> None:
+        self._one, self._other = one, other
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._one or item in self._other
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._one | self._other)
+
+    def __len__(self) -> int:
+        return len(self._one | self._other)
 
 
 def _coded_row(plan: Plan) -> Callable[[Reply], int | Rejection]:
