@@ -43,6 +43,7 @@ class WorkerRegistry:
         self._worker: dict[int, int] = {}
         self._speaker: dict[int, _Speaker] = {}
         self._first: dict[int, int] = {}  # worker -> the node that it was first, as long as that node is listed
+        self._spoke_for: dict[int, int] = {}  # node -> the worker that it last was
         self._engine: dict[int, int] = {}  # node -> worker, as the engine knows it
         self._was: dict[int, int] = {}  # node that is listed and whose replies count no more -> the worker that it was
 
@@ -54,6 +55,7 @@ class WorkerRegistry:
         other._worker = dict(self._worker)
         other._speaker = dict(self._speaker)
         other._first = dict(self._first)
+        other._spoke_for = dict(self._spoke_for)
         other._engine = dict(self._engine)
         other._was = dict(self._was)
         other._named = dict(self._worker)
@@ -138,6 +140,13 @@ class WorkerRegistry:
                 )
                 return Rejection("duplicate-worker", why)
             self._worker.pop(speaker.node, None)
+        old = self._spoke_for.get(node, worker)
+        if old != worker:  # it was another worker before it failed
+            if self._speaker.get(old, _Speaker(-1, 0)).node == node:
+                del self._speaker[old]
+            if self._first.get(old) == node:
+                del self._first[old]
+        self._spoke_for[node] = worker
         self._worker[node] = worker
         self._named.setdefault(node, worker)
         self._first.setdefault(worker, node)
@@ -151,10 +160,18 @@ class WorkerRegistry:
         self._speaker = {worker: one for worker, one in self._speaker.items() if one.node in listed}
         self._first = {worker: node for worker, node in self._first.items() if node in listed}
         self._was = {node: worker for node, worker in self._was.items() if node in listed}
+        self._spoke_for = {node: worker for node, worker in self._spoke_for.items() if node in listed}
         self.holdings = {node: shards for node, shards in self.holdings.items() if node in listed}
 
-    def learn_from(self, node: int, message: Message | None, *, run: str) -> None:
-        """Learn which worker a node is from a reply that is not used; an error reply makes the node unknown."""
+    def learn_from(self, node: int, message: Message | None, *, run: str, server_round: int) -> None:
+        """Learn which worker a node is from a reply that is not used; an error reply makes the node unknown.
+
+        Args:
+            node: The node.
+            message: Its reply, or None.
+            run: Name of the run; replies to another one teach nothing.
+            server_round: The round that asked.
+        """
         if message is None:
             return
         if message.has_error():
@@ -163,7 +180,7 @@ class WorkerRegistry:
         with contextlib.suppress(ValueError, VersionMismatch):
             reply = Reply.find_in(message.content)
             known = reply is not None and (reply.kind == "probe" or reply.run == run)
-            if reply is not None and known and self.claim(node, reply.worker, reply.round) is None and reply.holds:
+            if reply is not None and known and self.claim(node, reply.worker, server_round) is None and reply.holds:
                 self.holdings[node] = dict(reply.holds)
 
     def missing(self, workers: Iterable[int]) -> list[int]:

@@ -216,7 +216,9 @@ class Phase(StopRule):
 
     def arrived_late(self, late: Late, reply: Message | None) -> None:
         """Learn from a reply to an earlier phase which worker its node is, and compare it with what was used."""
-        self.registry.learn_from(late.node, reply, run=self.plan.run)
+        _, _, asked = late.label.partition(" ")
+        asked_in = int(asked) if asked.isdecimal() else 0
+        self.registry.learn_from(late.node, reply, run=self.plan.run, server_round=asked_in)
         found = self.comparisons.late(late.label, reply, self.registry.worker_of(late.node))
         if found is not None:
             self.late[late.node], disagreement, blamed = found

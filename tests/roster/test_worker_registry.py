@@ -88,3 +88,11 @@ def test_an_engine_does_not_bring_a_silenced_worker_back() -> None:
     assert phase.worker_of(11) is None and phase.silenced == {1} and phase.missing([0, 1]) == [1]
     phase.keep([10])
     assert phase.silenced == set()
+
+
+def test_a_node_that_fails_and_takes_another_number_gives_its_old_one_back() -> None:
+    registry = WorkerRegistry()
+    assert kind(registry, 10, 1, 5) is None
+    registry.forget(10)
+    assert kind(registry, 10, 2, 5) is None
+    assert kind(registry, 11, 1, 5) is None and registry.node_of(1) == 11 and registry.node_of(2) == 10
