@@ -403,3 +403,19 @@ def test_figures_that_do_not_add_up_are_rejected_and_the_rest_decodes() -> None:
 def test_settings_that_cannot_be(setting: Any) -> None:
     with pytest.raises(InvalidSetting, match=next(iter(setting))):
         GradientCoding(FedAvg(), uncoded(2), **setting)
+
+
+def test_a_late_reply_in_another_worker_s_name_is_not_compared() -> None:
+    app, code = toy_like(), fractional_repetition(3, 2)
+    kept: dict[int, Message] = {}
+
+    def keep(worker: int, message: Message, reply: Message) -> Message:
+        kept[worker] = reply
+        return reply
+
+    with InProcessGrid(app, 3, tamper=keep) as grid:
+        strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), code)
+        strategy.start(grid, ArrayRecord({"w": Array(np.zeros(4))}), num_rounds=1)
+        run: Any = strategy._run
+        comparisons = run._comparisons
+        assert comparisons.late("train 1", kept[2], 1) is None and comparisons.late("train 1", kept[2], None) is None

@@ -103,6 +103,11 @@ def test_holders_with_other_data_do_not_count() -> None:
     assert tie.holders()[0] == [] and tie.wrong() == {1: [0], 2: [0]} and tie.code() is None
     tie.learn(3, {0: "x"})
     assert tie.holders()[0] == [2, 3] and tie.changes() == []
+    early = Holdings(Discovered(k=1, s=0))
+    early.learn(5, {0: "evil"})
+    assert early.holders()[0] == [5]  # nobody else has reported yet
+    early.learn(1, {0: "x"})
+    assert early.holders()[0] == []  # whoever reports first has no right to it
     tie.begin()
     tie.learn(4, {0: "y"})  # of a tie, what was right stays right
     assert tie.holders()[0] == [2, 3] and tie.changes() == []

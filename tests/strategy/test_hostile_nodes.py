@@ -331,3 +331,12 @@ def test_a_reply_with_more_records_than_its_own_is_no_larger_in_the_row(tmp_path
     path = tmp_path / "ledger.jsonl"
     result, _ = run(fractional_repetition(6, 2), by(0, lie), rounds=2, ledger=path)
     assert is_honest(result, 6, 2) and path.stat().st_size < 12_000
+
+
+def test_a_record_that_is_larger_than_any_of_ours_is_not_read() -> None:
+    result, strategy = run(
+        fractional_repetition(6, 2), by(0, lambda message, reply: say(reply, more="m" * 2_000_000)), rounds=2
+    )
+    assert is_honest(result, 6, 2)
+    assert {one["kind"] for one in rejected(strategy)} == {"unreadable"}
+    assert all("characters; at most 2000000 are read" in one["reason"] for one in rejected(strategy))
