@@ -326,3 +326,22 @@ def test_a_word_stands_for_its_value(word: Any, value: object) -> None:
 def test_a_word_that_is_not_known_is_refused() -> None:
     with pytest.raises(InvalidSetting, match="must be one of coded, shards, adaptive, or a Coded"):
         GradientCoding(FedAvg(), fractional_repetition(4, 1), send="coded vectors")  # type: ignore[arg-type]
+
+
+@BOTH
+@pytest.mark.parametrize("case", ["error", "NaN"])
+def test_an_idle_node_takes_over_what_another_has_lost(case: str, deployed: bool) -> None:
+    """It is done long before, and would start a second copy only much later."""
+    change = BAD[case][0]
+
+    def tamper(worker: int, message: Message, reply: Message) -> Message:
+        config = message.content.config_records["config"]
+        if worker != 1 or config["server-round"] != 2:
+            return reply
+        return Message(Error(2, "broken"), reply_to=message) if case == "error" else change(reply)
+
+    options: dict[str, Any] = {"deployed": deployed, "tamper": tamper, "patience": 1000.0, "sees": "mean", "rounds": 2}
+    latency = Latency(compute=Law("", lambda seed, worker, tick: 0.3 if worker == 0 and tick > 2 else 1.0))
+    _, (_, row), _ = run(fractional_repetition(2, 1), latency, verify=0, **options)
+    assert row["train"]["outcome"] == "exact" and row["train"]["used"] == [0]
+    assert row["train"]["seconds"]["waiting"] < 2.0
