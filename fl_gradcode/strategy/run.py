@@ -210,6 +210,8 @@ class Run:
         if kind == "train" or self.row is None:
             self._open_row(server_round, grid)
         self.phase = None
+        if kind == "evaluate" and self.options.secure is not None:
+            return []  # nodes answer nothing unmasked, and the manifest has training alone
         configure = getattr(self.strategy, f"configure_{kind}")
         self._drafts = list(configure(server_round, arrays, config, ShardGrid(self.code.k, grid)))
         if not self._drafts:
@@ -244,7 +246,13 @@ class Run:
         account = self.account if arrays_key else None
         mixes = mode.send == "coded" and (code.groups is None or code.m > 1)
         by_code = options.votes > 0 and mixes  # then the code itself says which replies are wrong
-        compares = self._has_replicas(mode.code) and not options.independent and not by_code
+        secure = options.secure
+        if secure is not None and len(shards) != self.code.k:
+            raise InvalidSetting(
+                f"The wrapped strategy samples {len(shards)} of {self.code.k} shards, and under secure= each sum has "
+                "all of them."
+            )
+        compares = self._has_replicas(mode.code) and not options.independent and not by_code and secure is None
         plan = make_plan(
             code,
             shards,
@@ -273,7 +281,9 @@ class Run:
             shards,
             before,
             self.registry.copy(),
-            Scrutiny(self._comparisons, compares, self._agreed, options.votes),
+            Scrutiny(
+                self._comparisons, compares, self._agreed, options.votes, None if secure is None else secure.manifest
+            ),
             kappa_max=kappa_max,
         )
 
@@ -318,6 +328,8 @@ class Run:
         refuse_unsuitable(phase.replies, ever_decoded=self._ever_decoded)
         for key, text in broken_promises(phase.replies):
             self._warn_once(key, text)
+        if phase.replies.simulated:
+            self._warn_once("simulated", "Masks of a simulation protect nothing: all keys are on this machine.")
         for worker in odd_ones_out(phase.replies):
             node = self.registry.node_of(worker)
             if node is not None:
