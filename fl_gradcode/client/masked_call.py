@@ -20,7 +20,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from .._files import absolute_path, replace_file
 from .._flower_internals import message_of_nobody
 from .._seeding import seed_generators
-from ..errors import FlGradcodeError, InvalidSetting, SecureRefused
+from ..errors import FlGradcodeError, InvalidSetting, NotCertified, SecureRefused
 from ..placement import checked_path
 from ..privacy import FOLDER, check_own, read_keys
 from ..protocol import (
@@ -189,7 +189,10 @@ def _certify(folder: Path, body: ManifestBody, digest: bytes, colluders: int | N
             return
     except FileNotFoundError:
         pass
-    body.certificate(colluders=colluders, min_classes=min_classes)
+    try:
+        body.certificate(colluders=colluders, min_classes=min_classes)
+    except NotCertified as error:
+        raise SecureRefused(f"The manifest does not protect as this node's owner requires: {error}") from None
     replace_file(path, line, mode=0o600)
 
 

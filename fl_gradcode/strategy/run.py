@@ -42,6 +42,8 @@ __all__ = ["Run", "mode_chooser"]
 _log = logging.getLogger(__name__)
 _LATER = 2  # rounds after which a run that could not compare says so, since copies may still come late
 
+_SIMULATED = "Secure aggregation in a simulation protects nothing: all keys are on the server's machine."
+
 Kind = Literal["train", "evaluate"]
 
 
@@ -185,6 +187,8 @@ class Run:
         if self.account is not None:
             self.account.begin(num_rounds)
         source = grid.source
+        if self.options.secure is not None and source.fixed_nodes:
+            self._warn_once("simulated", _SIMULATED)
         if self._holdings is None:
             wait_for_nodes(
                 grid,
@@ -329,7 +333,7 @@ class Run:
         for key, text in broken_promises(phase.replies):
             self._warn_once(key, text)
         if phase.replies.simulated:
-            self._warn_once("simulated", "Masks of a simulation protect nothing: all keys are on this machine.")
+            self._warn_once("simulated", _SIMULATED)
         for worker in odd_ones_out(phase.replies):
             node = self.registry.node_of(worker)
             if node is not None:
