@@ -20,7 +20,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from .._files import absolute_path, replace_file
 from .._flower_internals import message_of_nobody
 from .._seeding import seed_generators
-from ..errors import FlGradcodeError, InvalidSetting, NotCertified, SecureRefused
+from ..errors import FlGradcodeError, InvalidSetting, NotCertified, SecureRefused, ShardMismatch
 from ..placement import checked_path
 from ..privacy import FOLDER, check_own, read_keys
 from ..protocol import (
@@ -169,7 +169,11 @@ def _keys_in(folder: Path, worker: int, owner: Mapping[str, Any]) -> ClassKeys:
     held = held_by(owner) if owner.get(SHARDS_DIR) else None
     check_data(manifest, seeds, held or {})
     for _, shard in _turns(body, worker) if held is not None else ():
-        checked_path(absolute_path(str(owner[SHARDS_DIR]), SHARDS_DIR), shard)
+        try:
+            checked_path(absolute_path(str(owner[SHARDS_DIR]), SHARDS_DIR), shard)
+        except ShardMismatch as error:
+            _log.error("%s", error)
+            raise SecureRefused(f"The data of shard {shard} are not those of this node's {SHARDS_DIR}.") from None
     here = versions_of(name for name, _ in body.versions)
     for name, wanted in body.versions:
         if here[name] != wanted:
@@ -182,7 +186,8 @@ def _keys_in(folder: Path, worker: int, owner: Mapping[str, Any]) -> ClassKeys:
 
 def _certify(folder: Path, body: ManifestBody, digest: bytes, colluders: int | None, min_classes: int | None) -> None:
     """Certify the graph once for each manifest and requirement: a node starts a process for each message."""
-    line, path = f"{digest.hex()} {colluders} {min_classes}", folder / _CERTIFIED
+    by = versions_of(["fl-gradcode"])["fl-gradcode"]  # another version may know better
+    line, path = f"{digest.hex()} {colluders} {min_classes} {by}", folder / _CERTIFIED
     try:
         check_own(path)
         if path.read_text() == line:

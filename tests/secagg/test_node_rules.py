@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
+from typer.testing import CliRunner
 
 from fl_gradcode import Discovered, GradientCoding, cyclic_repetition, fractional_repetition
+from fl_gradcode.cli.app import app as command_line
 from fl_gradcode.codes import reed_solomon
 from fl_gradcode.errors import FlGradcodeError, InvalidCode, InvalidSetting, NotCertified, PrivacyRefused, SecureRefused
+from fl_gradcode.placement import Manifest as DataManifest
 from fl_gradcode.privacy import DPSGD, CentralNoise
 from fl_gradcode.protocol import Plan, Reply, probe_content
 from fl_gradcode.secagg import MANIFEST_FILE, SecureAggregation, deal, make_body
@@ -166,6 +169,25 @@ def test_other_data_or_another_environment_are_refused(tmp_path: Path, asked: tu
     ):
         manifest = dealt(tmp_path / name, FRC, **settings)
         refused(tmp_path / name, changed(content, secure=manifest.digest.hex()), match)
+
+
+def test_changed_files_of_a_shard_are_refused_without_a_number(tmp_path: Path, asked: tuple[Path, RecordDict]) -> None:
+    for shard in range(8):
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        (tmp_path / "shards" / f"shard-{shard}.csv").write_text(f"{shard},1\n" * 10)
+    place = f"place {tmp_path / 'shards'} {tmp_path / 'placed'} --workers 8 --s 1"
+    assert CliRunner().invoke(command_line, place.split()).exit_code == 0
+    data = DataManifest.for_all_shards(tmp_path / "placed" / "manifest.json", 8).digests
+    manifest = dealt(tmp_path / "keys", FRC, data=dict(data))
+    content, placed = changed(asked[1], secure=manifest.digest.hex()), tmp_path / "placed" / f"node-{W}"
+    assert request_in(ask(known_app(), tmp_path / "keys", W, content, node_config={"shards-dir": str(placed)}))
+    refused(tmp_path / "keys", changed(content, round=2), "are not those that the manifest was made for")
+    other = tmp_path / "placed" / "node-3"
+    refused(tmp_path / "keys", changed(content, round=2), "The data of", node_config={"shards-dir": str(other)})
+    file = next(placed.glob("shard-*.csv"))
+    file.chmod(0o600)
+    file.write_text("9,9\n")
+    refused(tmp_path / "keys", changed(content, round=2), r"shards-dir\.$", node_config={"shards-dir": str(placed)})
 
 
 def test_a_folder_of_another_worker_or_with_others_keys_is_refused(

@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import FedAvg
 from fl_gradcode import GradientCode, GradientCoding, fractional_repetition
 from fl_gradcode.codes import reed_solomon
 from fl_gradcode.latency import Latency, constant, lognormal, scaled
-from fl_gradcode.secagg import encoding, masks
+from fl_gradcode.secagg import SecureAggregation, encoding, masks
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import flat, initial_arrays
 from tests.secagg.rounds import copy_of, dealt, known_app, mean_of_integers, start, update_for
@@ -80,14 +80,15 @@ def test_the_run_config_names_the_folder_in_a_simulation_and_the_row_says_that_i
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     manifest = dealt(tmp_path, FRC)
-    from fl_gradcode.secagg import SecureAggregation
-
-    with InProcessGrid(known_app(), 8, run_config={"secagg-dir": str(tmp_path), "rate": 0.1}) as grid:
+    seen: list[dict[str, Any]] = []
+    app = known_app(before=lambda shard, message, context: seen.append(dict(context.run_config)))
+    with InProcessGrid(app, 8, run_config={"secagg-dir": str(tmp_path), "rate": 0.1}) as grid:
         strategy = GradientCoding(FedAvg(), FRC, secure=SecureAggregation(manifest))
         strategy.start(grid, initial_arrays(), num_rounds=1)
     (row,) = strategy.ledger.rows
     assert row["train"]["outcome"] == "exact" and row["train"]["secure"]["simulated"]
     assert "in a simulation protects nothing" in caplog.text
+    assert seen and all(one == {"rate": 0.1} for one in seen)
 
 
 # ---- what leaves ----
