@@ -9,6 +9,7 @@ from .leakage import leakage
 from .place import place
 from .plan import plan
 from .privacy import keys, privacy
+from .secure import secure
 from .status import status
 
 __all__ = ["app", "main"]
@@ -33,6 +34,7 @@ app.command()(place)
 app.command()(privacy)
 app.command()(status)
 app.add_typer(keys, name="keys")
+app.add_typer(secure, name="secure")
 
 
 def main() -> None:

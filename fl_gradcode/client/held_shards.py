@@ -6,17 +6,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flwr.app import Context
+
 from .._files import absolute_path
+from .._flower_internals import in_a_simulation
 from .._text import numbered
 from ..errors import InvalidSetting, ShardMismatch
 from ..placement import WITHHELD, checked_path, held_digests
 from ..privacy import BUDGET, FOLDER
 from ..protocol import Plan
 
-__all__ = ["SHARDS", "SHARDS_DIR", "held_by", "refuse_other_shards", "told_by"]
+__all__ = [
+    "SECAGG_DIR",
+    "SHARDS",
+    "SHARDS_DIR",
+    "held_by",
+    "refuse_other_shards",
+    "secagg_folder",
+    "secagg_named",
+    "told_by",
+]
 
 #: Keys of the node config.
 SHARDS_DIR, SHARDS = "shards-dir", "shards"
+#: Key of the node config, and of the run config where all nodes are on one machine: folder of secure aggregation.
+SECAGG_DIR = "secagg-dir"
 
 
 def held_by(node_config: Mapping[str, Any]) -> dict[int, str] | None:
@@ -42,8 +56,10 @@ def told_by(node_config: Mapping[str, Any]) -> tuple[tuple[int, str], ...]:
     """Returns the (shard, SHA-256) pairs that a reply reports; empty if the node config names no shards.
 
     A node with privacy settings withholds the SHA-256 of its data. Somebody who knows all records but one could
-    otherwise use it to find the last one.
+    otherwise use it to find the last one. Under secure aggregation it tells nothing: what it holds is in the manifest.
     """
+    if node_config.get(SECAGG_DIR):
+        return ()
     held = held_by(node_config) or {}
     return tuple(sorted(dict.fromkeys(held, WITHHELD).items() if _is_private(node_config) else held.items()))
 
@@ -87,6 +103,29 @@ def refuse_other_shards(plan: Plan, worker: int, node_config: Mapping[str, Any])
             )
         if folder:
             checked_path(Path(str(folder)), shard)
+
+
+def secagg_named(context: Context) -> bool:
+    """Returns whether the node's own config, or the run config, names a folder of secure aggregation."""
+    return bool(context.node_config.get(SECAGG_DIR) or context.run_config.get(SECAGG_DIR))
+
+
+def secagg_folder(context: Context, worker: int) -> tuple[Path, bool]:
+    """Returns the node's folder of secure aggregation, and whether all nodes are on the server's machine.
+
+    Raises:
+        InvalidSetting: The node is on a machine of its own, and its node config names no folder: a server must not
+            choose where a node reads and writes. Or the path is not absolute.
+    """
+    own, simulated = context.node_config.get(SECAGG_DIR), in_a_simulation()
+    if own:
+        return absolute_path(str(own), SECAGG_DIR), simulated
+    if simulated:
+        return absolute_path(str(context.run_config[SECAGG_DIR]), SECAGG_DIR) / f"node-{worker}", True
+    raise InvalidSetting(
+        f"The run config has {SECAGG_DIR}, which only simulations use: a server does not choose where a node reads and "
+        f"writes. Start the node with --node-config '... {SECAGG_DIR}=\"/path/to/node-{worker}\"'."
+    )
 
 
 def _is_private(node_config: Mapping[str, Any]) -> bool:

@@ -5,25 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from .._flower_internals import has_client_fn, mods_around
 from .._seeding import generators_restored, seed_generators
-from ..errors import FlGradcodeError, Overflow, ShardMismatch, UnsuitableApp, VersionMismatch
+from ..errors import FlGradcodeError, Overflow, SecureRefused, ShardMismatch, UnsuitableApp, VersionMismatch
 from ..privacy import (
     DPSGD,
     Asked,
     CentralNoise,
     Privacy,
-    Spent,
     asked_of,
     call_privately,
     clip,
@@ -32,7 +31,6 @@ from ..privacy import (
     refuse_clipping_mods,
     refuse_statistics,
     refuse_unprotected,
-    spent_by,
 )
 from ..protocol import (
     ARRAYS,
@@ -50,14 +48,15 @@ from ..protocol import (
     counters_in,
     difference_between,
     flatten_metrics,
-    flatten_update,
     is_probe,
     payload_encoding,
     rounding_of,
     with_kind,
 )
 from .file_watch import watching_files
-from .held_shards import held_by, refuse_other_shards, told_by
+from .held_shards import SECAGG_DIR, held_by, refuse_other_shards, secagg_folder, secagg_named, told_by
+from .recording_config import RecordingConfig
+from .trained_shard import TrainedShard, read_reply
 
 __all__ = ["LEGACY_CLIENT", "RecordingConfig", "gradient_coding_mod"]
 
@@ -65,62 +64,6 @@ LEGACY_CLIENT = (
     "The ClientApp has a client_fn, Flower's legacy interface (NumPyClient), whose messages hold no arrays that can be "
     "coded. Write a function that takes a Message and returns one, and register it with @app.train()."
 )
-
-
-class RecordingConfig(dict[str, Any]):
-    """A node_config that records whether `partition-id` is read, by its key or with all other values."""
-
-    was_read = False
-
-    def __getitem__(self, key: str) -> Any:
-        self.was_read |= key == PARTITION_ID
-        return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Returns the same as `dict.get`."""
-        self.was_read |= key == PARTITION_ID
-        return super().get(key, default)
-
-    def __iter__(self) -> Iterator[str]:  # also makes dict(config) and {**config} call keys()
-        return super().__iter__()
-
-    def keys(self) -> Any:
-        """Returns the same as `dict.keys`, which does not read values."""
-        return super().keys()
-
-    def values(self) -> Any:
-        """Returns the same as `dict.values`."""
-        self.was_read = True
-        return super().values()
-
-    def items(self) -> Any:
-        """Returns the same as `dict.items`."""
-        self.was_read = True
-        return super().items()
-
-    def copy(self) -> Any:
-        """Returns a plain dict that records nothing."""
-        self.was_read = True
-        return super().copy()
-
-    def pop(self, *args: Any) -> Any:
-        """Returns the same as `dict.pop`."""
-        self.was_read = True
-        return super().pop(*args)
-
-    def setdefault(self, *args: Any) -> Any:
-        """Returns the same as `dict.setdefault`."""
-        self.was_read = True
-        return super().setdefault(*args)
-
-    def popitem(self) -> Any:
-        """Returns the same as `dict.popitem`."""
-        self.was_read = True
-        return super().popitem()
-
-    def __repr__(self) -> str:
-        self.was_read = True
-        return super().__repr__()
 
 
 _log = logging.getLogger(__name__)
@@ -152,6 +95,7 @@ def gradient_coding_mod(message: Message, context: Context, call_next: _Call) ->
             before this one, or the function's reply cannot be coded or lacks the privacy that the server promises.
             Flower sends the error to the server as an error reply.
         PrivacyRefused: This node has a `max-epsilon`, and is asked for an update without noise.
+        SecureRefused: This node has a `secagg-dir`, and is asked for anything but a masked reply under its manifest.
     """
     try:
         return _answered(message, context, call_next)
@@ -162,16 +106,24 @@ def gradient_coding_mod(message: Message, context: Context, call_next: _Call) ->
 
 
 def _answered(message: Message, context: Context, call_next: _Call) -> Message:
-    if not message.has_content():
+    masked = secagg_named(context)
+    if not message.has_content() and not masked:
         return call_next(message, context)
-    if is_probe(message.content):
-        who = Reply("", 0, "probe", _worker_of(context), "idle", holds=told_by(context.node_config))
+    if message.has_content() and is_probe(message.content):
+        holds = () if masked else told_by(context.node_config)
+        who = Reply("", 0, "probe", _worker_of(context), "idle", holds=holds)
         return Message(who.content(), reply_to=message)
+    if masked:
+        return _answered_masked(message, context, call_next)
     plan = Plan.find_in(message.content)
     if plan is None:
         asked = asked_of(message, context)
         refuse_unprotected(message, context, asked.privacy if asked else None)
         return guarded_reply(asked, message, context, call_next)
+    if plan.secure:
+        raise SecureRefused(
+            f"The server asks for a masked reply, and this node has no {SECAGG_DIR} in its node config to mask with."
+        )
     if plan.kind != message.metadata.message_type.split(".")[0] or (plan.kind == "train") != bool(plan.arrays_key):
         raise UnsuitableApp(
             f"The plan says {plan.kind!r}, and the message does not: does the server have this version?"
@@ -185,6 +137,21 @@ def _answered(message: Message, context: Context, call_next: _Call) -> Message:
     _refuse_mods_before()
     with generators_restored():
         return _CodedCall(plan, Plan.remove_from(message.content), message, context, call_next).run()
+
+
+def _answered_masked(message: Message, context: Context, call_next: _Call) -> Message:
+    from .masked_call import masked_answer, refusing  # a plain round needs neither keys nor masks
+
+    with refusing():
+        refuse_unprotected(message, context, None)
+        if has_client_fn():
+            raise UnsuitableApp(LEGACY_CLIENT)
+        refuse_clipping_mods(call_next, as_returned=False)
+        _refuse_mods_before()
+        worker = _worker_of(context)
+        folder, simulated = secagg_folder(context, worker)
+        with generators_restored():
+            return masked_answer(message, context, call_next, folder=folder, worker=worker, simulated=simulated)
 
 
 def _refuse_mods_before() -> None:
@@ -250,7 +217,7 @@ class _CodedCall:
                 before = self.arrays[self.plan.arrays_key] if self.plan.arrays_key else None
                 # No variable holds the result: its update must be gone when the next shard is trained.
                 self.encoder.add(
-                    _protected(_read_reply(content, self.plan, shard, before, self.privacy), self.plan, self.privacy),
+                    _protected(read_reply(content, self.plan, shard, before, self.privacy), self.plan, self.privacy),
                     coefficients,
                 )
             except (ValueError, Overflow) as error:
@@ -356,67 +323,7 @@ class _CodedCall:
         return Message(content, reply_to=self.message)
 
 
-@dataclass(frozen=True)
-class _ShardResult:
-    """The result of `train()` or `evaluate()` for one shard.
-
-    Attributes:
-        shard: Number of the shard.
-        names: The user's names of the ArrayRecord (empty when evaluating) and the MetricRecord.
-        layout: Names, dtypes and shapes of the arrays.
-        update: Difference of the arrays after and before training, shape (d,); empty when evaluating.
-        metrics: All metrics, as returned.
-        spent: Privacy that training has spent; None without private training.
-    """
-
-    shard: int
-    names: tuple[str, str]
-    layout: Layout
-    update: NDArray[np.floating]
-    metrics: MetricRecord
-    spent: Spent | None
-
-
-def _read_reply(
-    content: RecordDict, plan: Plan, shard: int, before: dict[str, Array] | None, privacy: Privacy | None
-) -> _ShardResult:
-    """Returns the result in the app's reply, and removes its arrays from `content` to save memory.
-
-    Args:
-        content: Content of the reply.
-        plan: Plan of the phase.
-        shard: Number of the shard.
-        before: The arrays that training started from; None when evaluating.
-        privacy: The privacy promise that training has to keep. Under `DPSGD`, a reply without the record of private
-            training is refused.
-
-    Raises:
-        ValueError: The reply cannot be coded.
-    """
-    spent = spent_by(content, shard, plan.round, plan.weight_key) if isinstance(privacy, DPSGD) else None
-    array_records = [name for name, record in content.items() if isinstance(record, ArrayRecord)]
-    metric_records = [(name, r) for name, r in content.items() if isinstance(r, MetricRecord)]
-    if len(metric_records) != 1:
-        raise ValueError(f"a reply needs exactly one MetricRecord, not {len(metric_records)}")
-    dropped = [name for name, record in content.items() if isinstance(record, ConfigRecord)]
-    if dropped and spent is None:  # private training brings a record of its own, and nothing else leaves the node
-        raise ValueError(
-            f"the reply holds the ConfigRecord {dropped[0]!r}, which coded vectors cannot carry; leave it out, or let "
-            "the server pass send='shards', under which every record arrives as it was returned"
-        )
-    metrics_name, metrics = metric_records[0]
-    if before is None:
-        return _ShardResult(shard, ("", metrics_name), (), np.zeros(0, np.float32), metrics, spent)
-    if len(array_records) != 1:
-        raise ValueError(f"a reply needs exactly one ArrayRecord, not {len(array_records)}")
-    returned: Any = content.pop(array_records[0])
-    arrays = {**returned}
-    del returned
-    layout, update = flatten_update(before, arrays)
-    return _ShardResult(shard, (array_records[0], metrics_name), layout, update, metrics, spent)
-
-
-def _protected(result: _ShardResult, plan: Plan, privacy: Privacy | None) -> _ShardResult:
+def _protected(result: TrainedShard, plan: Plan, privacy: Privacy | None) -> TrainedShard:
     """Returns the part of a result that may leave the node under the privacy promise.
 
     Training metrics reveal something about the data, so only the weight is kept. Under `CentralNoise`, the update is
@@ -462,7 +369,7 @@ class _Encoder:
         self._update: NDArray[Any] | None = None
         self._metrics: NDArray[Any] | None = None
 
-    def add(self, result: _ShardResult, coefficients: tuple[float, ...]) -> None:
+    def add(self, result: TrainedShard, coefficients: tuple[float, ...]) -> None:
         """Add one shard's weighted update, weight and weighted metrics; the update may be overwritten.
 
         Raises:
@@ -493,7 +400,7 @@ class _Encoder:
         if self._plan.figures:
             self.figures.append(self._encoding.with_metrics(figures, metrics))
 
-    def _check_layout(self, result: _ShardResult, metrics_layout: MetricsLayout) -> None:
+    def _check_layout(self, result: TrainedShard, metrics_layout: MetricsLayout) -> None:
         if self.layout is None or self.metrics_layout is None:
             self.layout, self.metrics_layout, self.names = result.layout, metrics_layout, result.names
             return

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     )
     from .records import (
         ARRAYS,
+        IN_CLEAR,
+        MASKED,
         METRICS,
         MOST_WORKERS,
         NUM_PARTITIONS,
@@ -58,6 +60,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ARRAYS",
+    "IN_CLEAR",
+    "MASKED",
     "METRICS",
     "MOST_WORKERS",
     "NUM_PARTITIONS",
@@ -153,6 +157,8 @@ __getattr__, __dir__ = lazy_names(
         ],
         "records": [
             "ARRAYS",
+            "IN_CLEAR",
+            "MASKED",
             "METRICS",
             "MOST_WORKERS",
             "NUM_PARTITIONS",

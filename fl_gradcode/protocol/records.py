@@ -17,6 +17,8 @@ from ..errors import VersionMismatch
 
 __all__ = [
     "ARRAYS",
+    "IN_CLEAR",
+    "MASKED",
     "METRICS",
     "MOST_WORKERS",
     "NUM_PARTITIONS",
@@ -36,7 +38,7 @@ __all__ = [
 ]
 
 #: Version of the records' format. It changes with every change of a plan or a reply that the other side would misread.
-PROTOCOL = 4
+PROTOCOL = 5
 _MOST_OF_A_NAME = 100  # letters
 _MOST_OF_A_VERSION = 40
 _MOST_OF_A_DIGEST = 64
@@ -99,12 +101,17 @@ _PROBE = "fl-gradcode.probe"
 UPDATE = "fl-gradcode.update"
 #: Names of the two arrays in it: the coded update, and the coded weight and metrics.
 ARRAYS, METRICS = "arrays", "metrics"
+#: Name of the one array in it under secure aggregation: the masked words of update, metrics, check and status.
+MASKED = "masked"
 
 #: Worker numbers are below this limit. A larger one is a mistake, and would allocate memory for that many rows.
 MOST_WORKERS = 10_000
 
 #: Possible outcomes of a reply; see `Reply`.
-OUTCOMES = ("coded", "returned", "idle", "gave-up", "fixed-data")
+OUTCOMES = ("coded", "returned", "masked", "idle", "gave-up", "fixed-data")
+
+#: All that a masked reply says in clear, beside the versions of protocol and library. None of it depends on data.
+IN_CLEAR = ("run", "round", "kind", "worker", "outcome", "shards", "manifest", "request", "simulated")
 
 #: Flower's own keys of `Context.node_config`. The first one is set to the shard number when `train()` is called.
 PARTITION_ID, NUM_PARTITIONS = "partition-id", "num-partitions"
@@ -145,6 +152,7 @@ class Plan:
             of coded vectors. Each row then has one shard.
         figures: Whether a coded reply describes the update of each shard by a few numbers, because the code mixes
             shards and the server cannot compare their holders otherwise.
+        secure: Digest of the manifest under which replies are masked, as hexadecimal; empty for plain replies.
     """
 
     run: str
@@ -165,6 +173,7 @@ class Plan:
     open: bool = False
     as_returned: bool = False
     figures: bool = False
+    secure: str = ""
 
     @property
     def label(self) -> str:
@@ -209,9 +218,10 @@ class Reply:
         round: The server round, copied from the plan.
         kind: "train" or "evaluate", copied from the plan, or "probe".
         worker: Worker that answers, which is the node's own `partition-id`.
-        outcome: "coded"; "returned" (the message also holds the function's own records, for one shard); "idle" (the row
-            is empty), "gave-up" (after `give_up_after`), or "fixed-data" (the app did not read `partition-id`). Only a
-            coded reply contains vectors.
+        outcome: "coded"; "returned" (the message also holds the function's own records, for one shard); "masked" (one
+            vector of masked words, and nothing but `IN_CLEAR` beside it); "idle" (the row is empty), "gave-up" (after
+            `give_up_after`), or "fixed-data" (the app did not read `partition-id`). Only coded and masked replies
+            contain vectors.
         shards: The shards that were combined, or the one whose records were returned.
         layout: Name, dtype and shape of each array that `train()` returned.
         metrics_layout: Name, length (-1 for a scalar) and whether it is a whole number, for the weight and each metric.
@@ -227,6 +237,9 @@ class Reply:
         environment: With privacy, what the node computes with: kind of device, settings, versions, and threads.
         holds: Under an open plan, the shards that the node holds and the SHA-256 of each. It is empty if not known, and
             `placement.WITHHELD` if the node keeps it secret to protect its records.
+        manifest: With masks, digest of the manifest that the node has pinned, as hexadecimal.
+        request: With masks, digest of the request that the node has received, as hexadecimal.
+        simulated: With masks, whether the keys are on the server's machine, where they protect nothing.
     """
 
     run: str
@@ -247,10 +260,14 @@ class Reply:
     spent: tuple[tuple[int, str, float, float], ...] = ()
     environment: str = ""
     holds: tuple[tuple[int, str], ...] = ()
+    manifest: str = ""
+    request: str = ""
+    simulated: bool = False
 
     def to_record(self) -> ConfigRecord:
-        """Returns this reply as a ConfigRecord."""
-        return record_of(vars(self))
+        """Returns this reply as a ConfigRecord, which has the fields `IN_CLEAR` alone if it is masked."""
+        values = vars(self)
+        return record_of({name: values[name] for name in IN_CLEAR} if self.outcome == "masked" else values)
 
     def content(self, **records: Any) -> RecordDict:
         """Returns a RecordDict with this reply and further records."""
@@ -298,6 +315,10 @@ def _parse_plan(text: str) -> Plan:
 @lru_cache(maxsize=64)  # a reply is parsed on arrival, for its times, and again a moment later when it is read
 def _parse_reply(text: str) -> Reply:
     v = json.loads(text)
+    if v["outcome"] == "masked":
+        if set(v) != {*IN_CLEAR}:
+            raise ValueError("a masked reply with other fields than it has")
+        v = {**vars(Reply("", 0, "", 0, "")), **v}
     v["layout"] = tuple((str(a), str(d), tuple(int(x) for x in s)) for a, d, s in v["layout"])
     v["metrics_layout"] = tuple((str(a), int(x), bool(w)) for a, x, w in v["metrics_layout"])
     v["figures"] = tuple(tuple(float(x) for x in figures) for figures in v["figures"])
@@ -311,6 +332,9 @@ def _parse_reply(text: str) -> Reply:
         v[name] = printable(str(v[name]), _MOST_OF_A_NAME)
     v["run"], v["kind"] = str(v["run"]), str(v["kind"])
     v["arrays_name"], v["metrics_name"] = str(v["arrays_name"]), str(v["metrics_name"])
+    for name in ("manifest", "request"):
+        v[name] = printable(str(v[name]), _MOST_OF_A_DIGEST)
+    v["simulated"] = bool(v["simulated"])
     if v["outcome"] not in OUTCOMES:
         raise ValueError(f"outcome {v['outcome']!r}")
     if not all(figures and all(map(math.isfinite, figures)) for figures in v["figures"]):

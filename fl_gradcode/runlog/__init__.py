@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         PrivacyLine,
         Rejected,
         RoundRow,
+        SecureLine,
     )
     from .status import RunStatus, as_json, status_of
     from .workers import MARKS, WorkerLine, gone_of
@@ -47,6 +48,7 @@ __all__ = [
     "RoundRow",
     "RunRows",
     "RunStatus",
+    "SecureLine",
     "Timing",
     "WorkerLine",
     "advise",
@@ -89,6 +91,7 @@ __getattr__, __dir__ = lazy_names(
             "PrivacyLine",
             "Rejected",
             "RoundRow",
+            "SecureLine",
         ],
         "status": [
             "RunStatus",

@@ -32,6 +32,7 @@ __all__ = [
     "PrivacyLine",
     "Rejected",
     "RoundRow",
+    "SecureLine",
 ]
 
 #: Version of the row format. A row with another version is refused.
@@ -233,6 +234,24 @@ class PrivacyLine(_Line):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SecureLine(_Line):
+    """How the replies of a phase were masked.
+
+    Attributes:
+        manifest: Digest of the manifest, as hexadecimal.
+        request: Digest of the request whose replies were added up, as the nodes computed it; None if no sum was used.
+        clipped: Number of clipped entries in all shards, or of clipped updates if their norm is limited; None if no sum
+            was used.
+        simulated: Whether a node said that its keys are on the server's machine, where masks protect nothing.
+    """
+
+    manifest: str
+    request: str | None = None
+    clipped: int | None = None
+    simulated: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseRow(_Line):
     """What happened in one phase of a round.
 
@@ -263,13 +282,15 @@ class PhaseRow(_Line):
         rounding_error: Relative error of the update from float rounding, at most; None if nothing was decoded, and over
             a prime field.
         coverage: Share of each sampled shard in the sum.
-        quantisation_error: Largest error of an entry of the mean from fixed point; None unless over a prime field.
+        quantisation_error: Largest error of an entry of the mean from fixed point; None unless over a prime field or
+            under secure aggregation, where clipping comes on top.
         filled_in: Shards whose last known update stands in for a missing one.
         replica_disagreement: Largest relative difference between two holders of a shard; None if no shard was received
             from two.
         compared: The shards that were received from two holders.
         model: Whether the wrapped strategy made a model of what was decoded; None unless training was decoded.
         privacy: What was promised and spent; None without privacy, and in evaluation.
+        secure: How replies were masked; None without secure aggregation.
         timings: Jobs whose replies came in meanwhile, late ones too.
         owing: Jobs whose replies are not in yet.
         bytes_down, bytes_up: Payload sent, and payload of the replies that were read.
@@ -306,6 +327,7 @@ class PhaseRow(_Line):
     compared: tuple[int, ...] = ()
     model: bool | None = None
     privacy: PrivacyLine | None = None
+    secure: SecureLine | None = field(default=None, metadata=_SOMETIMES)
     timings: tuple[JobLine, ...] = ()
     owing: tuple[JobLine, ...] = ()
     bytes_down: int

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .quantiser import Quantiser
     from .request import Entry, Received, content_digest, given_digest, layout_digest, request_digest
     from .ring import FIELD, INTEGERS, Ring
+    from .settings import SecureAggregation
 
 __all__ = [
     "DIGEST_FILE",
@@ -41,6 +42,7 @@ __all__ = [
     "Quantiser",
     "Received",
     "Ring",
+    "SecureAggregation",
     "Sending",
     "ShardClasses",
     "ShardResult",
@@ -141,6 +143,9 @@ __getattr__, __dir__ = lazy_names(
             "FIELD",
             "INTEGERS",
             "Ring",
+        ],
+        "settings": [
+            "SecureAggregation",
         ],
     },
 )

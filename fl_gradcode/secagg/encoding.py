@@ -62,7 +62,14 @@ class MaskedReply:
 
     @classmethod
     def from_payload(
-        cls, body: ManifestBody, payload: bytes, *, worker: int, manifest: bytes, request: bytes, number: int | None
+        cls,
+        body: ManifestBody,
+        payload: bytes | memoryview,
+        *,
+        worker: int,
+        manifest: bytes,
+        request: bytes,
+        number: int | None,
     ) -> MaskedReply:
         """Returns the reply whose payload was received.
 

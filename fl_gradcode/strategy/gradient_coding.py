@@ -27,7 +27,10 @@ from .options import Adaptive, Approximation, Coded, Options, Shards, send_of
 from .resume import ResumedRounds, RunKeeper, fingerprint_of, request_of
 from .run import Run
 from .strategy_state import StrategyState
-from .wrapped import check_bounds, check_strategy, check_what_it_sees
+from .wrapped import check_bounds, check_full_participation, check_strategy, check_what_it_sees
+
+if TYPE_CHECKING:
+    from ..secagg import SecureAggregation
 
 __all__ = ["GradientCoding"]
 
@@ -90,6 +93,9 @@ class GradientCoding(Strategy):
             data that differ from it.
         privacy: The privacy promise of the run, a `DPSGD` or a `CentralNoise` (`fl_gradcode.privacy`,
             docs/privacy.md).
+        secure: Masks all replies, so that the server learns the sum over all shards alone: a `SecureAggregation`
+            (`fl_gradcode.secagg`, docs/secure-aggregation.md). Nodes are then not asked to evaluate; pass `evaluate_fn`
+            to `start`.
 
     Raises:
         IncompatibleStrategy: The strategy cannot be wrapped, or needs more than one decoded mean. The message says what
@@ -121,6 +127,7 @@ class GradientCoding(Strategy):
         run: str | None = None,
         privacy: Privacy | None = None,
         manifest: Manifest | str | os.PathLike[str] | None = None,
+        secure: SecureAggregation | None = None,
     ) -> None:
         check_strategy(strategy)
         if not isinstance(code, GradientCode | Discovered):
@@ -142,7 +149,12 @@ class GradientCoding(Strategy):
             allow_fixed_data=allow_fixed_data,
             privacy=privacy,
             digests=None if manifest is None else Manifest.for_all_shards(manifest, code.k).digests,
+            secure=secure,
         )
+        if secure is not None:
+            check_full_participation(strategy)
+            if isinstance(code, Discovered):
+                raise InvalidSetting("secure= needs the manifest's code, and Discovered builds one for each round.")
         check_what_it_sees(strategy, self.options)
         if isinstance(code, GradientCode):
             self.options.check_code(code)

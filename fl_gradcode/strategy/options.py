@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..codes import GradientCode, PrimeField, locates_wrong_replies
 from ..errors import InvalidSetting
 from ..privacy import DPSGD, CentralNoise, Privacy
+
+if TYPE_CHECKING:
+    from ..secagg import SecureAggregation
 
 __all__ = ["Adaptive", "Approximation", "Coded", "Options", "Send", "Shards", "can_fill_in", "send_of"]
 
@@ -142,6 +145,7 @@ class Options:
     privacy: Privacy | None = None
     digests: Mapping[int, str] | None = None
     votes: int = 0
+    secure: SecureAggregation | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.on_undecodable, Approximation) and self.on_undecodable not in _POLICIES:
@@ -173,6 +177,27 @@ class Options:
             raise InvalidSetting(f"votes={self.votes} counts equal copies, and {what}. Choose one.")
         if self.privacy is not None and not isinstance(self.privacy, DPSGD | CentralNoise):
             raise InvalidSetting(f"privacy={self.privacy!r}: pass a DPSGD(...) or a CentralNoise(...).")
+        if self.secure is not None and (wrong := self._not_masked()):
+            raise InvalidSetting(f"secure= {wrong}.")
+
+    def _not_masked(self) -> str:
+        """Returns what these settings have that masked replies do not combine with, or an empty string."""
+        send = self.send
+        if not isinstance(send, Coded):
+            return f"masks coded vectors, and send={str(send)!r} asks for single shards: choose send='coded'"
+        if self.approximation is not None:
+            return "decodes the exact sum or nothing: choose on_undecodable='skip' or 'raise'"
+        if send.give_up_after is not None or send.kappa_max != float("inf"):
+            return "sends whole classes without rounding noise: leave give_up_after= and kappa_max= out"
+        if self.privacy is not None:
+            return "does not combine with privacy= yet: choose one"
+        if self.votes:
+            return "does not combine with votes= yet: choose one"
+        if self.on_disagreement != "warn":
+            return "never uses copies that differ: leave on_disagreement= out"
+        if self.digests is not None:
+            return "has its own manifest, which commits to the data: leave manifest= out"
+        return ""
 
     @property
     def only_mean(self) -> str:
@@ -224,6 +249,8 @@ class Options:
             )
         self._check_privacy(code)
         self._check_votes(code)
+        if self.secure is not None:
+            self.secure.check_code(code)
         if self.fills_in and not can_fill_in(code, shardwise=self.shardwise):
             raise InvalidSetting(
                 f"fill_in needs to know single updates, and a {code.name} code mixes them. Take fractional_repetition "

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import ArrayRecord, Message
@@ -26,6 +26,9 @@ from .options import Approximation
 from .plan_messages import MessageFactory
 from .replies import ReplyCollector
 from .reply_groups import Decoded, Noise, ReplyGroup, Returned, ReturnedReplies, StaleUpdate, StaleUpdates
+
+if TYPE_CHECKING:
+    from ..secagg import Manifest
 
 __all__ = ["Phase", "Scrutiny"]
 
@@ -44,12 +47,14 @@ class Scrutiny:
         compares: Whether the copies of a shard should agree in this phase.
         agreed: Layouts with which earlier rounds of the run were decoded.
         votes: Number of wrong replies that may be among the holders of each shard, which are then located.
+        masks: The manifest by which replies are masked; None if they are not.
     """
 
     comparisons: Comparisons
     compares: bool = True
     agreed: AgreedLayouts = field(default_factory=AgreedLayouts)
     votes: int = 0
+    masks: Manifest | None = None
 
 
 class Phase(StopRule):
@@ -104,7 +109,16 @@ class Phase(StopRule):
         self.copies = self.comparisons.open(self.plan, before, compares=compares)
         self.verification = self.comparisons.wanted(self.plan) if compares and self.plan.kind == "train" else None
         self.replies = ReplyCollector(
-            self.plan, code, before, registry, self.copies, row_of, spare=spare, agreed=self.agreed, votes=self.votes
+            self.plan,
+            code,
+            before,
+            registry,
+            self.copies,
+            row_of,
+            spare=spare,
+            agreed=self.agreed,
+            votes=self.votes,
+            masks=scrutiny.masks,
         )
         self.collected = False
         self.wait = Wait()
@@ -353,7 +367,7 @@ class Phase(StopRule):
             return None
         if self.replies.before is not None:
             self.agreed.add(best.key)
-        if stale_updates is not None:
+        if stale_updates is not None and isinstance(best, ReplyGroup):
             stale_updates.keep(self.code, self.shards, self.plan.round, best, vector)
         return decoded
 

@@ -76,6 +76,7 @@ def make_plan(
         open=is_open,
         as_returned=as_returned,
         figures=figures,
+        secure="" if options.secure is None else options.secure.manifest.digest.hex(),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, RecordDict
@@ -21,6 +21,7 @@ from ..errors import VersionMismatch
 from ..privacy import clipping_mod_named_in
 from ..protocol import (
     ARRAYS,
+    MASKED,
     METRICS,
     UPDATE,
     NotFiniteRecord,
@@ -42,9 +43,14 @@ from ..protocol import (
 )
 from ..roster import WorkerRegistry
 from .layouts import AgreedLayouts, check_layout, check_records, unlike_sent
-from .reply_groups import ReplyGroup, ReturnedReplies
+from .reply_groups import MaskedReplies, ReplyGroup, ReturnedReplies
+
+if TYPE_CHECKING:
+    from ..secagg import Manifest
 
 __all__ = ["NO_MOD", "NotFinite", "Rejected", "ReplyCollector", "vectors_of"]
+
+Group = ReplyGroup | ReturnedReplies | MaskedReplies
 
 
 def vectors_of(
@@ -112,8 +118,10 @@ def _explained(rejection: Rejection) -> Rejection:
     return rejection if clipping is None else Rejection("clipping-mod", rejection.reason)
 
 
-def _difference(one: ReplyGroup | ReturnedReplies, other: ReplyGroup | ReturnedReplies) -> str:
+def _difference(one: Group, other: Group) -> str:
     """Returns in what the replies of a group differ from those of another."""
+    if isinstance(one, MaskedReplies) or isinstance(other, MaskedReplies):
+        return f"it answered another request, {str(one.key)[:12]}..., than most, {str(other.key)[:12]}..."
     whose = "most other replies'"
     if isinstance(one, ReplyGroup) and isinstance(other, ReplyGroup):
         mine, theirs = one.reply, other.reply
@@ -177,6 +185,7 @@ class ReplyCollector:
         spare: Whether a second copy of a row is normal, and only not needed; if False, it is rejected.
         agreed: Layouts with which earlier rounds of the run were decoded.
         votes: Number of wrong replies that may be among the holders of each shard.
+        masks: The manifest by which replies are masked; None if they are not.
 
     Attributes:
         asked: Nodes that are to be asked in this phase; some may still owe a reply to an earlier one.
@@ -194,7 +203,9 @@ class ReplyCollector:
         spare: bool = False,
         agreed: AgreedLayouts | None = None,
         votes: int = 0,
+        masks: Manifest | None = None,
     ) -> None:
+        self._masks = masks
         self._votes, self._by_unit = votes, votes > 0 and code.groups is not None and code.m == 1
         self._agreement = _Agreement(plan, before)
         self.asked: set[int] = set()
@@ -218,22 +229,26 @@ class ReplyCollector:
         self.other_requests: dict[int, tuple[int, int]] = {}
         #: Shard -> two of its holders that share noise and compute with other devices or versions: worker, with what.
         self.other_environments: dict[int, tuple[tuple[int, str], tuple[int, str]]] = {}
-        self.groups: dict[object, ReplyGroup | ReturnedReplies] = {}
+        self.groups: dict[object, Group] = {}
+        #: Whether a masked reply comes from a node of a simulation.
+        self.simulated = False
         self._contexts: dict[int, tuple[int, str]] = {}
         self._environments: dict[int, tuple[int, str]] = {}
         #: Worker that shares noise -> what it computes with.
         self.environments: dict[int, str] = {}
 
     @property
-    def best(self) -> ReplyGroup | ReturnedReplies | None:
+    def best(self) -> Group | None:
         """The group of replies that is decodable, else the largest one; None if there is no reply."""
         groups = self.groups.values()
         if len(groups) < 2:
             return next(iter(groups), None)
         return max(groups, key=lambda b: (b.decoder.decodable and not self.distrusts(b), len(b.decoder.survivors)))
 
-    def distrusts(self, group: ReplyGroup | ReturnedReplies) -> str:
+    def distrusts(self, group: Group) -> str:
         """Returns why the layout of these replies does not count yet, or an empty string if it does."""
+        if isinstance(group, MaskedReplies):  # the manifest has their layout
+            return ""
         if self.before is None or group.key in self._agreed or 2 * len(group.workers) > len(self.asked):
             return ""
         if group.key not in self._unlike_sent:
@@ -313,6 +328,8 @@ class ReplyCollector:
         return self._accept(node, reply, message)
 
     def _accept(self, node: int, reply: Reply, message: Message) -> Rejection | None:
+        if (reply.outcome == "masked") != (self._masks is not None):
+            return Rejection("layout", "it is not masked" if self._masks is not None else "it is masked")
         if (reply.outcome == "returned") != self.plan.as_returned:
             wrong = "coded vectors instead of records" if self.plan.as_returned else "records instead of coded vectors"
             return Rejection("layout", f"it holds {wrong}")
@@ -321,6 +338,8 @@ class ReplyCollector:
             return row
         if self.sender_of(row) is not None and not self._spare:
             return Rejection("duplicate", "duplicate")
+        if self._masks is not None:
+            return self._accept_masked(self._masks, node, row, reply, message)
         if reply.outcome == "returned":
             return self._accept_records(node, row, reply, message)
         if wrong := self._misnamed(reply):
@@ -369,6 +388,42 @@ class ReplyCollector:
             group = self.groups[key] = ReturnedReplies(self.code, key, array_names, ballots)
         assert isinstance(group, ReturnedReplies)
         if not group.add(row, (node, reply.worker), content, unlike=(apart or 0.0) > DISAGREEMENT):
+            self.spare_from.add(reply.worker)
+        return None
+
+    def _accept_masked(
+        self, manifest: Manifest, node: int, row: int, reply: Reply, message: Message
+    ) -> Rejection | None:
+        """Take a masked reply; those to different requests never go together."""
+        from ..secagg import MaskedReply  # a plain server loads no cryptography
+
+        if reply.manifest != manifest.digest.hex():
+            return Rejection("layout", f"its masks are of another manifest, {reply.manifest[:12]}...")
+        try:
+            record = message.content[UPDATE]
+            words = view(record[MASKED]) if isinstance(record, ArrayRecord) else None
+            if words is None or words.dtype != np.uint32 or words.ndim != 1:
+                raise ValueError("it holds no vector of masked words")
+            masked = MaskedReply.from_payload(
+                manifest.body,
+                np.ascontiguousarray(words).data,
+                worker=reply.worker,
+                manifest=manifest.digest,
+                request=bytes.fromhex(reply.request),
+                number=None,
+            )
+            if len(masked.request) != 32:
+                raise ValueError("the digest of its request does not have 32 bytes")
+        except Exception as error:  # a reply is untrusted input, and must not end the run
+            return Rejection("layout", f"unusable vectors: {last_line(str(error))}")
+        self.simulated |= reply.simulated
+        self.answered.append(reply.worker)
+        group = self.groups.get(masked.request.hex())
+        if group is None:
+            names = (self.plan.arrays_key, "metrics" if self.plan.arrays_key != "metrics" else "numbers")
+            group = self.groups[masked.request.hex()] = MaskedReplies(self.code, masked.request.hex(), manifest, names)
+        assert isinstance(group, MaskedReplies)
+        if not group.add(row, (node, reply.worker), masked):
             self.spare_from.add(reply.worker)
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
@@ -12,11 +12,27 @@ from numpy.typing import NDArray
 
 from ..codes import GradientCode, PrimeField
 from ..copies import Ballots
+from ..errors import MaskedSumInvalid
 from ..protocol import Layout, PayloadEncoding, Reply, counters_in, rebuild_arrays, rebuild_metrics
 
-__all__ = ["Decoded", "Noise", "ReplyGroup", "Returned", "ReturnedReplies", "StaleUpdate", "StaleUpdates"]
+__all__ = [
+    "Decoded",
+    "MaskedReplies",
+    "MaskedSum",
+    "Noise",
+    "ReplyGroup",
+    "Returned",
+    "ReturnedReplies",
+    "StaleUpdate",
+    "StaleUpdates",
+]
+
+if TYPE_CHECKING:
+    from ..secagg import Manifest, MaskedReply
 
 T = TypeVar("T")
+
+_PIECE = 1 << 16  # entries of a masked sum that are turned into floats at once
 
 # An estimate must still be close to a mean. The least-squares vector of a code with signs may subtract shards, and
 # dividing by the small remaining weight would throw the model far off.
@@ -59,6 +75,21 @@ class Noise:
 
 
 @dataclass(frozen=True)
+class MaskedSum:
+    """What a masked sum tells besides the mean.
+
+    Attributes:
+        request: Digest of the request that was answered, as hexadecimal.
+        clipped: Number of clipped entries, or of clipped updates if their norm is limited.
+        error: Largest error of an entry of the mean from rounding to integers.
+    """
+
+    request: str
+    clipped: int
+    error: float
+
+
+@dataclass(frozen=True)
 class Decoded:
     """The decoded result of a phase.
 
@@ -70,6 +101,7 @@ class Decoded:
         vector: The decoding vector, shape (n,) or (n, m).
         used: Workers whose replies were used, ascending.
         stale: Earlier updates that filled in for missing shards.
+        masks: What a masked sum tells besides; None if replies were not masked.
     """
 
     arrays: ArrayRecord | None
@@ -79,6 +111,7 @@ class Decoded:
     vector: NDArray[Any]
     used: tuple[int, ...]
     stale: tuple[StaleUpdate, ...] = ()
+    masks: MaskedSum | None = None
 
 
 class HeldReplies(Generic[T]):
@@ -245,6 +278,73 @@ class ReplyGroup(HeldReplies[tuple[NDArray[Any], NDArray[Any]]]):
         names = (self.reply.arrays_name, self.reply.metrics_name)
         workers = tuple(sorted({self.senders[row][1] for row in used}))
         return Decoded(arrays, record, self.reply.layout, names, vector, workers, tuple(stale))
+
+
+class MaskedReplies(HeldReplies["MaskedReply"]):
+    """Masked replies to one request.
+
+    Args:
+        code: The code by which replies add up.
+        key: Digest of the request.
+        manifest: The manifest by which they are masked.
+        names: The names of the ArrayRecord and the MetricRecord for the wrapped strategy.
+
+    Attributes:
+        differing: Two workers whose copies of one class differ; None if there are none.
+    """
+
+    def __init__(self, code: GradientCode, key: object, manifest: Manifest, names: tuple[str, str]) -> None:
+        super().__init__(code, key)
+        self._manifest, self._names = manifest, names
+        self.differing: tuple[int, int] | None = None
+
+    def add(self, row: int, sender: tuple[int, int], copy: MaskedReply, *, unlike: bool = False) -> bool:
+        """Add a reply; returns whether it may be used, or is only a further copy."""
+        fellows = {*self._code.order_of([row])} if self._code.groups is not None else set()
+        for other, its in self.copies.items():
+            if fellows & {*self._code.order_of([other])} and its.payload() != copy.payload():
+                self.differing = self.differing or (self.senders[other][1], sender[1])
+        return super().add(row, sender, copy, unlike=unlike)
+
+    def decode(
+        self,
+        code: GradientCode,
+        vector: NDArray[Any],
+        before: ArrayRecord | None,
+        stale: Sequence[StaleUpdate] = (),
+        noise: Noise | None = None,
+    ) -> Decoded | str:
+        """Returns the decoded mean, or a string that says why there is none; see `ReplyGroup.decode`.
+
+        The check words are decoded before anything else is looked at.
+        """
+        from ..secagg import decode  # a plain server loads no cryptography
+
+        assert before is not None and not stale and noise is None
+        if self.differing is not None:
+            return "workers {} and {} hold the same shards and sent different integers".format(*self.differing)
+        used = [int(i) for i in np.flatnonzero(vector.reshape(code.n, -1).any(axis=1))]
+        body = self._manifest.body
+        try:
+            (total,) = decode(self._manifest, [self.copies[row] for row in used])
+        except MaskedSumInvalid as error:
+            return str(error)[:-1]
+        if not total.weight > 0:
+            return f"the decoded {body.weight_key!r} is {total.weight:g}, and a mean needs a positive one"
+        layout = ((body.weight_key, -1, False), *((name, length, False) for name, length in body.metrics))
+        whole = float(total.weight).is_integer()
+        _, record = rebuild_metrics(layout, np.array([total.weight, *total.metrics]), whole=whole)
+        scale = total.unit * total.largest_weight
+        starts = range(0, total.integers.size, _PIECE)
+        pieces = (total.integers[i : i + _PIECE].astype(np.float64) * scale for i in starts)
+        try:
+            arrays = rebuild_arrays(body.arrays, before, pieces, total.weight)
+        except OverflowError as error:
+            return str(error)
+        error_of_mean = (len(body.classes) + body.classes.k * 2.0**-21) * scale / total.weight
+        masks = MaskedSum(self.copies[used[0]].request.hex(), total.clipped, error_of_mean)
+        workers = tuple(sorted({self.senders[row][1] for row in used}))
+        return Decoded(arrays, record, body.arrays, self._names, vector, workers, (), masks)
 
 
 @dataclass(frozen=True)

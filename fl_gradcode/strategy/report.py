@@ -14,7 +14,7 @@ from ..grid import JobTime
 from ..grid import Late as LateReply
 from ..privacy import RunAccount
 from ..protocol import report_key, wire_dtype
-from ..runlog import CodeLine, FilledIn, JobLine, Late, Outcome, PhaseRow, PhaseSeconds, Rejected, RoundRow
+from ..runlog import CodeLine, FilledIn, JobLine, Late, Outcome, PhaseRow, PhaseSeconds, Rejected, RoundRow, SecureLine
 from .phase import Phase
 from .reply_groups import Decoded, Returned
 
@@ -78,13 +78,14 @@ def phase_row(
         decodable_after_seconds=after[1] if after else None,
         decoding_error=error,
         kappa=kappa,
-        rounding_error=None if decoded is None else _rounding(code, decoded),
+        rounding_error=None if decoded is None or phase.plan.secure else _rounding(code, decoded),
         coverage=tuple(round(float(c), 6) for c in coverage),
         quantisation_error=_quantisation(phase, decoded),
         filled_in=tuple(FilledIn(old.shards, old.round) for old in stale),
         replica_disagreement=phase.copies.apart,
         compared=tuple(sorted(phase.copies.compared)),
         privacy=account.line(replies.spent, replies.other_requests) if account and phase.plan.privacy else None,
+        secure=_masked(phase, decoded) if phase.plan.secure else None,
         timings=tuple(_timed(phase, job) for job in wait.times),
         owing=tuple(_timed(phase, job) for job in wait.owing),
         bytes_down=wait.bytes_down,
@@ -160,9 +161,24 @@ def _timed(phase: Phase, job: JobTime) -> JobLine:
     )
 
 
+def _masked(phase: Phase, decoded: Decoded | Returned | None) -> SecureLine:
+    used = decoded.masks if isinstance(decoded, Decoded) else None
+    return SecureLine(
+        manifest=phase.plan.secure,
+        request=None if used is None else used.request,
+        clipped=None if used is None else used.clipped,
+        simulated=phase.replies.simulated,
+    )
+
+
 def _quantisation(phase: Phase, decoded: Decoded | Returned | None) -> float | None:
-    """Returns the largest error that fixed point causes in an entry of the mean, or None if replies are floats."""
+    """Returns the largest error that fixed point causes in an entry of the mean, or None if replies are floats.
+
+    Under secure aggregation it is the error against the mean of the clipped updates.
+    """
     numbers = phase.code.numbers
+    if isinstance(decoded, Decoded) and decoded.masks is not None:
+        return decoded.masks.error
     if not isinstance(decoded, Decoded) or not isinstance(numbers, PrimeField):
         return None
     return numbers.rounding(phase.code.k) / float(decoded.metrics[phase.plan.weight_key])  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from .strategy_state import StrategyState
 
 __all__ = ["ResumedRounds", "RunKeeper", "fingerprint_of", "request_of"]
 
-_CODE, _PROMISE = "code", "privacy promise"
+_CODE, _PROMISE, _MASKS = "code", "privacy promise", "secure manifest"
 
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -42,6 +42,7 @@ def fingerprint_of(strategy: Strategy, code: GradientCode | None, k: int, option
         "shards": k,
         "seed": options.seed,
         _PROMISE: privacy,
+        _MASKS: None if options.secure is None else options.secure.manifest.digest.hex(),
     }
 
 

@@ -42,6 +42,8 @@ __all__ = ["Run", "mode_chooser"]
 _log = logging.getLogger(__name__)
 _LATER = 2  # rounds after which a run that could not compare says so, since copies may still come late
 
+_SIMULATED = "Secure aggregation in a simulation protects nothing: all keys are on the server's machine."
+
 Kind = Literal["train", "evaluate"]
 
 
@@ -185,6 +187,8 @@ class Run:
         if self.account is not None:
             self.account.begin(num_rounds)
         source = grid.source
+        if self.options.secure is not None and source.fixed_nodes:
+            self._warn_once("simulated", _SIMULATED)
         if self._holdings is None:
             wait_for_nodes(
                 grid,
@@ -210,6 +214,8 @@ class Run:
         if kind == "train" or self.row is None:
             self._open_row(server_round, grid)
         self.phase = None
+        if kind == "evaluate" and self.options.secure is not None:
+            return []  # nodes answer nothing unmasked, and the manifest has training alone
         configure = getattr(self.strategy, f"configure_{kind}")
         self._drafts = list(configure(server_round, arrays, config, ShardGrid(self.code.k, grid)))
         if not self._drafts:
@@ -244,7 +250,13 @@ class Run:
         account = self.account if arrays_key else None
         mixes = mode.send == "coded" and (code.groups is None or code.m > 1)
         by_code = options.votes > 0 and mixes  # then the code itself says which replies are wrong
-        compares = self._has_replicas(mode.code) and not options.independent and not by_code
+        secure = options.secure
+        if secure is not None and len(shards) != self.code.k:
+            raise InvalidSetting(
+                f"The wrapped strategy samples {len(shards)} of {self.code.k} shards, and under secure= each sum has "
+                "all of them."
+            )
+        compares = self._has_replicas(mode.code) and not options.independent and not by_code and secure is None
         plan = make_plan(
             code,
             shards,
@@ -273,7 +285,9 @@ class Run:
             shards,
             before,
             self.registry.copy(),
-            Scrutiny(self._comparisons, compares, self._agreed, options.votes),
+            Scrutiny(
+                self._comparisons, compares, self._agreed, options.votes, None if secure is None else secure.manifest
+            ),
             kappa_max=kappa_max,
         )
 
@@ -318,6 +332,8 @@ class Run:
         refuse_unsuitable(phase.replies, ever_decoded=self._ever_decoded)
         for key, text in broken_promises(phase.replies):
             self._warn_once(key, text)
+        if phase.replies.simulated:
+            self._warn_once("simulated", _SIMULATED)
         for worker in odd_ones_out(phase.replies):
             node = self.registry.node_of(worker)
             if node is not None:

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
 
-from ..errors import IncompatibleStrategy
+from ..errors import IncompatibleStrategy, InvalidSetting
 from ..grid import ForwardingGrid
 from ..protocol import restore_types
 from .options import Options
@@ -25,6 +25,7 @@ __all__ = [
     "aggregate",
     "arrays_key_of",
     "check_bounds",
+    "check_full_participation",
     "check_strategy",
     "check_what_it_sees",
     "common_content",
@@ -88,6 +89,21 @@ def check_strategy(strategy: Strategy) -> None:
         raise IncompatibleStrategy(
             f"{name} cannot be wrapped: it overrides start(), which the wrapper has to run itself. Move what it adds "
             "into a function and pass it as GradientCoding(..., on_round_end=)."
+        )
+
+
+def check_full_participation(strategy: Strategy) -> None:
+    """Refuse a strategy that samples clients, whose shards secure aggregation could not leave out.
+
+    Two sums that differ by a shard show that shard's update.
+
+    Raises:
+        InvalidSetting: It does.
+    """
+    fraction = getattr(strategy, "fraction_train", 1.0)
+    if fraction != 1.0:
+        raise InvalidSetting(
+            f"fraction_train={fraction} samples shards, and under secure= each sum has all of them: set it to 1.0."
         )
 
 

@@ -1,0 +1,360 @@
+"""The client half of a secure round: the node's own rules, the request digest, training, and the masked reply.
+
+What depends on data never shows per node. A shard whose training fails poisons its class, so that the reply has the
+same form as any other, and the reason is in the node's log. In clear a node refuses only by its owner's files and its
+ledger. `train()` is handed what the request digest binds, and constants.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+
+from .._files import absolute_path, replace_file
+from .._flower_internals import message_of_nobody
+from .._seeding import seed_generators
+from ..errors import FlGradcodeError, InvalidSetting, NotCertified, SecureRefused, ShardMismatch
+from ..placement import checked_path
+from ..privacy import FOLDER, check_own, read_keys
+from ..protocol import (
+    MASKED,
+    NUM_PARTITIONS,
+    PARTITION_ID,
+    UPDATE,
+    Plan,
+    Reply,
+    as_array,
+    flatten_metrics,
+)
+from ..secagg import (
+    AnsweredRequests,
+    ClassIntegers,
+    ClassKeys,
+    Entry,
+    ManifestBody,
+    Received,
+    ShardResult,
+    check_data,
+    class_keys,
+    content_digest,
+    given_digest,
+    masked_reply,
+    read_manifest,
+    request_digest,
+    seeds_of,
+)
+from .environment import environment_words, versions_of
+from .held_shards import SECAGG_DIR, SHARDS, SHARDS_DIR, held_by
+from .recording_config import RecordingConfig
+from .trained_shard import read_reply
+
+__all__ = ["masked_answer", "refusing"]
+
+#: Keys of the node config: the owner's own requirements.
+COLLUDERS, MIN_CLASSES, MAX_REQUESTS = "secagg-colluders", "secagg-min-classes", "secagg-max-requests"
+#: Key of the node config: further keys of it that the app may read, with commas between.
+APP_CONFIG = "secagg-app-config"
+
+#: Fields of a plan that are not bound: they are taken from the manifest, or ignored.
+_NOT_BOUND = ("rows", "digests", "releases", "give_up_after")
+_ANSWERED, _CERTIFIED = "answered", "secagg-certified"
+_OURS = "fl-gradcode."
+
+_log = logging.getLogger(__name__)
+
+_Call = Callable[[Message, Context], Message]
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Turn whatever is raised inside into a refusal whose text depends on no data; the reason is logged."""
+    try:
+        yield
+    except FlGradcodeError:
+        raise
+    except Exception as error:
+        _log.error("The node could not answer a request of secure aggregation", exc_info=error)
+        raise SecureRefused(f"The node could not answer ({type(error).__name__}); the reason is in its log.") from None
+
+
+def masked_answer(
+    message: Message, context: Context, call_next: _Call, *, folder: Path, worker: int, simulated: bool
+) -> Message:
+    """Returns the masked reply to a message, or the bytes that were kept if it was answered before.
+
+    Args:
+        message: The message.
+        context: The node's context.
+        call_next: The app's function.
+        folder: The node's own folder, with keys, manifest, digest and ledger.
+        worker: Number of the worker.
+        simulated: Whether the folder is on the server's machine.
+
+    Raises:
+        SecureRefused: The rules of the node's owner, its files or its ledger forbid the answer.
+        InvalidSetting: A setting or a file of the node cannot be used.
+    """
+    plan = Plan.find_in(message.content) if message.has_content() else None
+    if plan is None or not plan.secure:
+        raise SecureRefused(f"This node has a {SECAGG_DIR} and answers nothing unmasked; the message asks for that.")
+    owner = context.node_config
+    keys = _keys_in(folder, worker, owner)
+    body = keys.manifest.body
+    if plan.secure != keys.manifest.digest.hex():
+        raise SecureRefused("The server has another manifest than this node has pinned.")
+    _check_plan(plan, body, worker, message.metadata.message_type)
+    content = _in_order(Plan.remove_from(message.content))
+    run_config = {key: value for key, value in context.run_config.items() if key not in (FOLDER, SECAGG_DIR)}
+    request = request_digest(
+        manifest=keys.manifest.digest,
+        run=plan.run,
+        kind=plan.kind,
+        round=plan.round,
+        content=content_digest(_received(plan, message.metadata.message_type, content)),
+        given=given_digest(seed=plan.seed, run_config=run_config, k=plan.k),
+        quantiser=body.quantiser.digest,
+        layout=body.layout,
+    )
+    answered = AnsweredRequests(folder / _ANSWERED, most=_number(owner, MAX_REQUESTS))
+    payload = answered.reply_to(plan.run, plan.kind, plan.round, request)
+    if payload is None:
+        integers = {c: ClassIntegers(body, c, keys.seeds[c], request) for c in body.classes.sent_by(worker)}
+        training = _Training(plan, content, message.metadata.message_type, body, _for_app(owner), run_config, call_next)
+        for number, shard in _turns(body, worker):
+            integers[number].add(shard, training.of(shard))
+        masked = masked_reply(keys, request, {c: one.parts() for c, one in integers.items()})
+        payload = answered.keep(plan.run, plan.kind, plan.round, request, masked.payload())
+    reply = Reply(
+        run=plan.run,
+        round=plan.round,
+        kind=plan.kind,
+        worker=worker,
+        outcome="masked",
+        shards=plan.rows[worker].shards,
+        manifest=keys.manifest.digest.hex(),
+        request=request.hex(),
+        simulated=simulated,
+    )
+    words = as_array(np.frombuffer(payload, "<u4"))
+    return Message(reply.content(**{UPDATE: ArrayRecord({MASKED: words})}), reply_to=message)
+
+
+# What the owner's files say
+
+
+def _keys_in(folder: Path, worker: int, owner: Mapping[str, Any]) -> ClassKeys:
+    """Returns the keys of this node, after checking all that its owner requires.
+
+    Raises:
+        SecureRefused: The manifest, its graph, the data or the environment are not what they must be.
+        InvalidSetting: A file cannot be read.
+    """
+    own = read_keys(folder)
+    if own.worker != worker:
+        raise SecureRefused(f"This node is worker {worker}, and its {SECAGG_DIR} has the keys of worker {own.worker}.")
+    manifest = read_manifest(folder)
+    body = manifest.body
+    if body.classes.sending != "coded" or body.app or body.identities:
+        raise SecureRefused("The manifest asks for what this version cannot do: see fl_gradcode.secagg.")
+    _certify(folder, body, manifest.digest, _number(owner, COLLUDERS), _number(owner, MIN_CLASSES))
+    seeds = seeds_of(own, body.classes)
+    keys = class_keys(manifest, worker, seeds)
+    held = held_by(owner) if owner.get(SHARDS_DIR) else None
+    check_data(manifest, seeds, held or {})
+    for _, shard in _turns(body, worker) if held is not None else ():
+        try:
+            checked_path(absolute_path(str(owner[SHARDS_DIR]), SHARDS_DIR), shard)
+        except ShardMismatch as error:
+            _log.error("%s", error)
+            raise SecureRefused(f"The data of shard {shard} are not those of this node's {SHARDS_DIR}.") from None
+    here = versions_of(name for name, _ in body.versions)
+    for name, wanted in body.versions:
+        if here[name] != wanted:
+            raise SecureRefused(f"The manifest pins {name} {wanted}, and this node has {here[name] or 'none'}.")
+    missing = sorted({*body.environment} - {*environment_words()})
+    if missing:
+        raise SecureRefused(f"The manifest pins the environment {missing[0]!r}, which is not this node's.")
+    return keys
+
+
+def _certify(folder: Path, body: ManifestBody, digest: bytes, colluders: int | None, min_classes: int | None) -> None:
+    """Certify the graph once for each manifest and requirement: a node starts a process for each message."""
+    by = versions_of(["fl-gradcode"])["fl-gradcode"]  # another version may know better
+    line, path = f"{digest.hex()} {colluders} {min_classes} {by}", folder / _CERTIFIED
+    try:
+        check_own(path)
+        if path.read_text() == line:
+            return
+    except FileNotFoundError:
+        pass
+    try:
+        body.certificate(colluders=colluders, min_classes=min_classes)
+    except NotCertified as error:
+        raise SecureRefused(f"The manifest does not protect as this node's owner requires: {error}") from None
+    replace_file(path, line, mode=0o600)
+
+
+def _number(owner: Mapping[str, Any], key: str) -> int | None:
+    value = owner.get(key)
+    if value is None:
+        return None
+    if type(value) is not int or value < 0:
+        raise InvalidSetting(f"{key}={value!r} of the node config must be a whole number of at least 0.")
+    return value
+
+
+def _for_app(owner: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the app may read of the node config: where its shards are, and what the owner lists."""
+    listed = [key.strip() for key in str(owner.get(APP_CONFIG, "")).split(",") if key.strip()]
+    return {key: owner[key] for key in (SHARDS_DIR, SHARDS, *listed) if key in owner}
+
+
+# What the message says
+
+
+def _check_plan(plan: Plan, body: ManifestBody, worker: int, message_type: str) -> None:
+    """Refuse a plan that asks for anything but the worker's whole row of the manifest.
+
+    Raises:
+        SecureRefused: It does. The text depends on the message alone.
+    """
+    if type(plan.round) is not int or plan.round < 0 or type(plan.run) is not str or type(plan.seed) is not int:
+        raise SecureRefused("The plan's run, round and seed must be a text and whole numbers.")
+    if plan.kind != "train" or message_type.split(".")[0] != "train":
+        raise SecureRefused("The manifest covers training, and the server asks for something else.")
+    if (plan.n, plan.k, plan.weight_key) != (body.classes.n, body.classes.k, body.weight_key):
+        raise SecureRefused("The plan has other workers, shards or weights than the manifest.")
+    if plan.privacy or plan.open or plan.as_returned or plan.figures:
+        raise SecureRefused("The plan asks for what secure aggregation does not combine with.")
+    asked = plan.rows[worker].shards if worker in plan.rows else ()
+    if sorted(asked) != sorted(shard for _, shard in _turns(body, worker)):
+        raise SecureRefused(f"Worker {worker} is not asked for its whole classes.")
+
+
+def _turns(body: ManifestBody, worker: int) -> list[tuple[int, int]]:
+    """Returns the (class, shard) pairs of a worker's row, in the order in which it works on them.
+
+    Holders begin with different shards, so that what an app keeps between shards makes their updates differ.
+    """
+    pairs = [(c, j) for c in body.classes.sent_by(worker) for j in body.classes.members[c]]
+    start = worker % len(pairs) if pairs else 0
+    return [*pairs[start:], *pairs[:start]]
+
+
+def _in_order(content: RecordDict) -> RecordDict:
+    """Returns records, and the entries of all but arrays, in the order of their names, as `train()` gets them.
+
+    Flower's messages need not keep it, and whatever `train()` sees must be the same for all holders.
+
+    Raises:
+        SecureRefused: A record has a name of this library's.
+    """
+    ordered: dict[str, Any] = {}
+    for name, record in sorted(content.items()):
+        if name.startswith(_OURS):
+            raise SecureRefused(f"The message has a record {name!r} besides its plan.")
+        kind: Any = type(record)
+        ordered[name] = record if isinstance(record, ArrayRecord) else kind(dict(sorted(record.items())))
+    return RecordDict(ordered)
+
+
+def _received(plan: Plan, message_type: str, content: RecordDict) -> list[Received]:
+    """Returns all that `train()` and its result depend on of a message, for the request digest."""
+    bound = {name: value for name, value in sorted(vars(plan).items()) if name not in _NOT_BOUND}
+    told = [Entry(name, "plan", (), json.dumps(value).encode()) for name, value in bound.items()]
+    found = [Received("Plan", "", [Entry("message-type", "str", (), message_type.encode()), *told])]
+    for name, record in content.items():
+        entries = [_entry(key, value) for key, value in record.items()]
+        found.append(Received(type(record).__name__, name, entries))
+    return found
+
+
+def _entry(key: str, value: Any) -> Entry:
+    if isinstance(value, Array):
+        return Entry(key, f"{value.dtype}/{value.stype}", tuple(value.shape), value.data)
+    if isinstance(value, list):
+        kinds, texts = [type(one).__name__ for one in value], [_text(one) for one in value]
+        return Entry(key, "list", (len(value),), json.dumps([kinds, texts]).encode())
+    return Entry(key, type(value).__name__, (), _text(value).encode())
+
+
+def _text(value: Any) -> str:
+    return value.hex() if isinstance(value, float | bytes) else str(value)
+
+
+# Training
+
+
+class _Training:
+    """Calls the app's function shard by shard; whatever goes wrong with a shard makes its result None."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        content: RecordDict,
+        message_type: str,
+        body: ManifestBody,
+        node_config: Mapping[str, Any],
+        run_config: Mapping[str, Any],
+        call_next: _Call,
+    ) -> None:
+        self._plan, self._content, self._type, self._body = plan, content, message_type, body
+        self._node_config, self._run_config, self._call_next = node_config, run_config, call_next
+
+    def of(self, shard: int) -> ShardResult | None:
+        """Returns the result of a shard, or None if its training failed; the log has the reason."""
+        try:
+            return self._trained(shard)
+        except KeyboardInterrupt:  # the node's owner
+            raise
+        except BaseException as error:  # sys.exit() for one shard would tell the server of its data otherwise
+            _log.error(
+                "Shard %d, %s: this shard failed, and so does the round. The server learns how many shards failed.",
+                shard,
+                self._plan.label,
+                exc_info=error,
+            )
+            return None
+
+    def _trained(self, shard: int) -> ShardResult:
+        plan, body = self._plan, self._body
+        config = RecordingConfig({**self._node_config, PARTITION_ID: shard, NUM_PARTITIONS: plan.k})
+        context = Context(0, 0, config, RecordDict(), dict(sorted(self._run_config.items())))
+        given = message_of_nobody(_copied(self._content), self._type)
+        seed_generators(plan.seed, plan.round, shard)
+        reply = self._call_next(given, context)
+        if reply.has_error():
+            raise ValueError(f"train() answered with an error: {reply.error.reason}")
+        if context.state:
+            raise ValueError("train() kept something in context.state, which other holders cannot know")
+        if not config.was_read and not plan.allow_fixed_data:
+            raise ValueError("train() never read partition-id: which data does it use?")
+        before = self._content[plan.arrays_key]
+        if not isinstance(before, ArrayRecord):
+            raise ValueError(f"the record {plan.arrays_key!r} holds no arrays")
+        content = RecordDict({**reply.content})
+        del reply
+        trained = read_reply(content, plan, shard, dict(before), None)
+        if trained.layout != body.arrays:
+            raise ValueError(f"train() returned arrays {trained.layout}; the manifest has {body.arrays}")
+        layout, metrics = flatten_metrics(trained.metrics, plan.weight_key)
+        named = tuple((name, length) for name, length, _ in layout[1:])
+        if named != body.metrics:
+            raise ValueError(f"train() returned metrics {named}; the manifest has {body.metrics}")
+        return ShardResult(trained.update, float(metrics[0]), metrics[1:])
+
+
+def _copied(content: RecordDict) -> RecordDict:
+    """Returns a copy that the app may change without changing what the next shard gets."""
+    copied: dict[str, Any] = {}
+    for name, record in content.items():
+        kind: Any = type(record)
+        copied[name] = kind({key: list(one) if isinstance(one, list) else one for key, one in record.items()})
+    return RecordDict(copied)

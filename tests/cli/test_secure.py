@@ -1,0 +1,93 @@
+"""`fl-gradcode secure`, as a dealer and as a node's owner call it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fl_gradcode.cli.app import app
+from fl_gradcode.codes import fractional_repetition, reed_solomon
+from fl_gradcode.secagg import MANIFEST_FILE, SecureAggregation, read_manifest
+from tests.secagg.rounds import start
+
+
+def call(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "120"})
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Path:
+    path = tmp_path / "layout.json"
+    values = {"arrays": [["0", "float32", [3, 2]], ["1", "float32", [5]]], "metrics": {"pair": 2, "loss": -1}}
+    path.write_text(json.dumps(values))
+    return path
+
+
+def test_key_files_and_three_words_make_a_run(tmp_path: Path, layout: Path) -> None:
+    keys = tmp_path / "keys"
+    assert call("keys", "make", keys, "--workers", 8, "--stragglers", 1)[0] == 0
+    before = (keys / "node-3" / "keys.json").read_bytes()
+    make = ("secure", "make", keys, "--layout", layout, "-n", 8, "-s", 1, "--largest-weight", 8, "--pin-machine")
+    code, out, _ = call(*make)
+    assert code == 0 and "A manifest for 8 workers" in out and "any 1 colluding workers" in out
+    assert (keys / "node-3" / "keys.json").read_bytes() == before
+    manifest = read_manifest(keys / "node-3")
+    assert manifest.digest.hex() in out
+    assert SecureAggregation(keys / MANIFEST_FILE).manifest.digest == manifest.digest
+    assert dict(manifest.body.versions).keys() == {"numpy"} and manifest.body.environment
+    strategy, _, _ = start(fractional_repetition(8, 1), keys)
+    assert strategy.ledger.rows[0]["train"]["outcome"] == "exact"
+    told = [call("secure", "check", keys / f"node-{worker}")[1] for worker in range(8)]
+    assert sum("answered    1 requests, last round 1" in one for one in told) >= 4
+    # Another manifest is another digest, which the server has to be told too.
+    assert call(*make, "--bound", 2)[0] == 0
+    assert read_manifest(keys / "node-3").digest != manifest.digest
+
+
+def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "secure-aggregation.md").read_text()
+    (layout,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    (commands,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("layout.json").write_text(layout)
+    for line in commands.splitlines():
+        program, *arguments = shlex.split(line)
+        code, _, error = call(*arguments)
+        assert program == "fl-gradcode" and code == 0, error
+
+
+def test_keys_are_made_where_there_are_none(tmp_path: Path, layout: Path) -> None:
+    keys = tmp_path / "keys"
+    code, out, error = call(
+        *("secure", "make", keys, "--layout", layout, "-n", 6, "-s", 1, "-m", 2, "--code", "reed-solomon"),
+        *("--largest-weight", 8, "--colluders", 0, "--pin", ""),
+    )
+    assert code == 0, error
+    assert "Keys and a manifest for 6 workers" in out
+    strategy, _, _ = start(reed_solomon(6, 1, m=2), keys)
+    assert strategy.ledger.rows[0]["train"]["outcome"] == "exact"
+
+
+def test_what_cannot_be_made_is_refused_with_one_sentence(tmp_path: Path, layout: Path) -> None:
+    base = ("secure", "make", tmp_path / "keys", "--layout", layout, "-s", 1, "--largest-weight", 8)
+    for more, said in (
+        (("-n", 8, "--code", "cyclic"), "--code 'cyclic' must be one of fractional, reed-solomon."),
+        (("-n", 8, "-m", 2), "-m 2 needs --code reed-solomon"),
+        (("-n", 8, "--colluders", 3), "colluders"),
+        (("-n", 8, "--layout", tmp_path / "none.json"), "must hold, as JSON"),
+    ):
+        code, _, error = call(*base, *more)
+        assert code != 0 and said in " ".join(error.split()), error
+    assert call(*base, "-n", 8)[0] == 0
+    code, _, error = call(*base, "-n", 10)
+    assert code != 0 and "10" in error
+    node = tmp_path / "keys" / "node-0"
+    (node / "secagg-digest").write_text("00" * 32 + "\n")
+    code, _, error = call("secure", "check", node)
+    assert code != 0 and "another one than this node has pinned" in " ".join(error.split())
