@@ -460,13 +460,7 @@ def _summaries(values: dict[int, Array]) -> list[int]:
         others = np.stack([column for i, column in values.items() if i != at and i not in found])
         if np.isnan(others).any() or np.isnan(values[at]).any() or not (np.ptp(others, axis=0) > 0).all():
             continue
-        for summary in (
-            others.max(axis=0),
-            others.mean(axis=0),
-            others.sum(axis=0),
-            np.median(others, axis=0),
-            others.min(axis=0),
-        ):
+        for summary in (np.max, np.mean, np.sum, np.median, np.min):
             if np.allclose(values[at], summary(others, axis=0), rtol=1e-5, atol=0) and at not in found:
                 found.append(at)
     return found
