@@ -124,7 +124,7 @@ def make_plan(
     first = rounds // 5
     if measured is not None:
         every = latency.parts(seed=seed, n=n, rounds=measured)
-        order, first = _rounds_to_simulate(measured, n)
+        order, first, passes = _rounds_to_simulate(measured, n)
         slow = _permanently_slow([every], model_megabytes)
         draws = [Parts(every.fixed[order], every.compute[order], every.transfer[order])]
     else:
@@ -153,25 +153,29 @@ def make_plan(
     place = next(i for i, line in enumerate(lines) if line is recommended)
     evidence = None
     if measured is not None:
-        seconds = np.stack([sample.seconds for sample in samples])
+        seconds = np.stack([sample.seconds.reshape(passes, -1).mean(axis=0) for sample in samples])
         lines, evidence = weigh(lines, recommended, verdict, seconds, measured)
         verdict = evidence.verdict
     shares = None if share is None else _shares(share, samples, lines, place, draws[:_SHARE_RUNS], first)
     return RoundPlan(tuple(lines), lines[place], verdict, n, slow, evidence, shares)
 
 
-def _rounds_to_simulate(measured: int, n: int) -> tuple[NDArray[np.int64], int]:
-    """Returns the measured rounds to simulate, in order, and how many of them come first to let the run settle."""
-    most = int(np.clip(_JOBS // n, *_SIMULATED))
+def _rounds_to_simulate(measured: int, n: int) -> tuple[NDArray[np.int64], int, int]:
+    """Returns the measured rounds to simulate, how many of them come first to let the run settle, and the passes.
+
+    Few rounds are passed through several times: which late jobs a round finds depends on where the run began.
+    """
+    most, passes = int(np.clip(_JOBS // n, *_SIMULATED)), 1
     length = max(_BLOCK, most // _BLOCKS)
     if measured > most + length:
         blocks = most // length  # each from the middle of its part of the rounds
         starts = ((np.arange(blocks) + 0.5) * measured / blocks - length / 2).astype(np.int64)
         order = (starts[:, None] + np.arange(length)).ravel()
     else:
-        order = np.arange(measured)
+        passes = max(1, _SIMULATED[0] // measured)
+        order = np.tile(np.arange(measured), passes)
     settle = min(measured, max(10, min(50, measured // 5)))
-    return np.concatenate([np.arange(settle), order]), settle
+    return np.concatenate([np.arange(settle), order]), settle, passes
 
 
 def _shares(
