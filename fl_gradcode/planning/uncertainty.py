@@ -6,7 +6,8 @@ rounds are drawn, with a length that is chosen from the autocorrelation of the r
 References:
     Politis and Romano, "A circular block-resampling procedure for stationary data", 1992; Politis and White, "Automatic
     block-length selection for the dependent bootstrap", Econometric Reviews 23, 2004, corrected by Patton et al., 2009.
-    The percentiles are those of logarithms of means, spread as by Student's t for the number of blocks.
+    Meketon and Schmeiser, "Overlapping batch means: something for nothing?", 1984, for the degrees of freedom.
+    Percentiles are those of logarithms of means, spread as by Student's t.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def block_length(seconds: Array) -> int:
     rounds = len(seconds)
     x = seconds - seconds.mean()
     variance = float(x @ x) / rounds
-    if rounds < 8 or not math.isfinite(variance) or variance <= 1e-24 * float(seconds.mean()) ** 2:
+    if rounds < 8 or not math.isfinite(variance) or variance <= 1e-24 * float(np.square(seconds).mean()):
         return 1
     most = min(rounds // 2, math.ceil(math.sqrt(rounds)) + 10)
     lags = np.array([float(x[: rounds - lag] @ x[lag:]) / rounds for lag in range(most + 1)])
@@ -48,8 +49,8 @@ def block_length(seconds: Array) -> int:
     window = np.where(scaled <= 0.5, 1.0, 2 * (1 - scaled))
     spectrum = lags[0] + 2 * float(window @ lags[1 : width + 1])
     slope = 2 * float(window @ (np.arange(1, width + 1) * lags[1 : width + 1]))
-    if spectrum <= 0:
-        return 1
+    if spectrum <= 0:  # rounds make up for each other
+        return min(width, rounds // 4)
     length = (2 * slope**2 / (4 / 3 * spectrum**2)) ** (1 / 3) * rounds ** (1 / 3)
     return int(min(max(1, round(length)), rounds // 4))
 
@@ -79,8 +80,11 @@ def interval_of(estimate: float, drawn: Array, blocks: float) -> tuple[float, fl
         blocks: Number of blocks that the rounds hold.
     """
     tail = (1 - LEVEL) / 2
-    freedom = max(1.0, blocks - 1)
-    wider = float(stats.t.ppf(1 - tail, freedom) / stats.norm.ppf(1 - tail)) * math.sqrt((freedom + 1) / freedom)
+    apart_blocks = max(1.0, blocks - 1)
+    # Blocks overlap, which leaves half as many degrees of freedom again as blocks side by side would.
+    freedom = 1.5 * apart_blocks
+    wider = float(stats.t.ppf(1 - tail, freedom) / stats.norm.ppf(1 - tail))
+    wider *= math.sqrt((apart_blocks + 1) / apart_blocks)
     apart = np.log(np.maximum(drawn, 1e-300)) - math.log(estimate)
     low, high = np.quantile(apart, [tail, 1 - tail])
     return estimate * math.exp(wider * min(0.0, low)), estimate * math.exp(wider * max(0.0, min(high, 700 / wider)))

@@ -108,7 +108,10 @@ def weigh(
     exact = [i for i, line in enumerate(lines) if i and line.scheme.exact and finite[i]]
     other = place or (min(exact, key=lambda i: lines[i].steady) if exact else 0)
     used = [i for i in {0, other} if finite[i]]
-    length = max((block_length(seconds[i]) for i in used), default=1)
+    series = [seconds[i] for i in used]
+    if len(used) > 1:  # a late job delays other rounds of one scheme than of the other: their ratio needs longer blocks
+        series.append(seconds[used[0]] / lines[used[0]].steady - seconds[used[1]] / lines[used[1]].steady)
+    length = max(map(block_length, series), default=1)
     blocks = simulated / length
     drawn = resampled_means(np.where(finite[:, None], seconds, 1.0), length, rng)
     result = [

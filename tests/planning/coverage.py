@@ -27,9 +27,10 @@ def coverage(name: str, *, rounds: int, traces: int) -> dict[str, float]:
     for _ in range(traces):
         rows = int(rng.integers(LONG - rounds)) + np.arange(rounds)
         seconds = _seconds(whole, np.concatenate([rows[:SETTLE], rows]))[:, SETTLE:]
-        length = max(map(block_length, seconds))
-        drawn = resampled_means(seconds, length, rng)
         mean = seconds.mean(axis=1)
+        ratio = seconds[0] / mean[0] - seconds[1] / mean[1]
+        length = max(map(block_length, (*seconds, ratio)))
+        drawn = resampled_means(seconds, length, rng)
         for at, (estimate, values, true) in enumerate(
             [
                 (mean[0], drawn[0], truth[0]),

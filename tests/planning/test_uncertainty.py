@@ -16,7 +16,7 @@ from tests.planning.coverage import coverage
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     # 60 traces: a coverage of 0.9 has a standard error of 0.04; `python -m tests.planning.coverage` draws 200.
     found = coverage("lognormal", rounds=80, traces=60)
-    assert all(0.78 <= share <= 0.99 for share in found.values()), found
+    assert min(found.values()) >= 0.78 and sum(found.values()) < 2.97, found
 
 
 def test_blocks_are_as_long_as_rounds_are_alike() -> None:
