@@ -163,7 +163,10 @@ def _refuse_a_log(name: str, text: str) -> None:
 def _separator(lines: list[str]) -> str:
     """Returns the separator by which the lines have the same number of cells, more than one; a comma if none does."""
     for separator in _SEPARATORS:
-        counts = {len(row) for row in csv.reader(lines, delimiter=separator)}
+        try:
+            counts = {len(row) for row in csv.reader(lines, delimiter=separator)}
+        except csv.Error:  # a quote that is not closed, or a cell of more than 128 KiB: said when all lines are read
+            continue
         if len(counts) == 1 and counts.pop() > 1:
             return separator
     for separator in ("\t", ";"):
