@@ -66,7 +66,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(folder / "data.npz", x=rng.random((12, 3)), y=rng.integers(3, size=12), z=np.array(["a", "b", "c"] * 4))
     table = "\n".join(",".join(f"{x:.4f}" for x in row) for row in rng.exponential(1.0, (12, 4)))
     (folder / "rounds.csv").write_text(f"a,b,c,d\n{table}\n")
-    jobs = "\n".join(f"{i % 4},{1 + i / 7:.3f},{1 + i // 4},1,{i / 9:.3f}" for i in range(24))
+    jobs = "\n".join(f"{i % 4},{1 + i * 5 % 24 / 7:.3f},{1 + i // 4},1,{i * 5 % 24 / 9:.3f}" for i in range(24))
     (folder / "jobs.csv").write_text(f"worker,seconds,round,shards,computing\n{jobs}\n")
     return folder
 

@@ -6,12 +6,15 @@ The planner and what it needs of SciPy are imported when the command runs, so th
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.status import Status
 
 from ..errors import InvalidSetting
 from ._errors import one_sentence
@@ -36,12 +39,16 @@ LAWS = (
 )
 
 
+_SILENT = 5.0  # seconds until a plan whose output is piped says how far it is
+
+
 def plan(
     source: Annotated[
         str,
         typer.Argument(
-            help=f"A law ({', '.join(LAWS)}); a .csv or .npz of measured seconds (one column for each worker and one "
-            "row for each round, or a header with worker,seconds[,round,shards,computing]); or a run's ledger (.jsonl)."
+            help=f"A law ({', '.join(LAWS)}); a .csv, .tsv or .npz of measured seconds (one column for each worker and "
+            "one row for each round, or a header with worker,seconds[,round,shards,computing]); or a run's ledger "
+            "(.jsonl)."
         ),
     ],
     workers: Annotated[
@@ -51,15 +58,18 @@ def plan(
     link: Annotated[float | None, typer.Option(help="Network bandwidth of a client, in Mbit/s each way.")] = None,
     compute_share: Annotated[
         float | None,
-        typer.Option(help="Share of a job's time that grows with its shards (default: 0.8, or what a ledger says)."),
+        typer.Option(help="Share of a job's time that grows with its shards (default: what the file tells, or 0.8)."),
     ] = None,
     s: Annotated[list[int] | None, typer.Option("--s", help="Tolerance to try; may be given several times.")] = None,
-    unit: Annotated[str, typer.Option(help="Unit of a file's times: s, ms or us.")] = "s",
+    unit: Annotated[
+        str | None, typer.Option(help="Unit of a file's times: s, ms or us (default: what a column's name says, or s).")
+    ] = None,
     key: Annotated[str | None, typer.Option(help="Name of the array in an .npz file.")] = None,
     add_transfer: Annotated[
         bool, typer.Option("--add-transfer", help="A file's times do not contain the transfer: add it.")
     ] = False,
     figure: Annotated[Path | None, typer.Option(help="Also write a figure (.png, .svg, .pdf).")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Print all schemes, not only those that matter.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the simulated runs.")] = 0,
     matmul: Annotated[
@@ -89,33 +99,42 @@ def plan(
                 )
             _plan_products(read, n, model, seed, figure, as_json=as_json)
         else:
-            _plan_rounds(read, n, model, seed, figure, s, as_json=as_json)
+            _plan_rounds(read, n, model, seed, figure, s, every=every, as_json=as_json)
 
 
 def _plan_rounds(
     read: Source, n: int, megabytes: float, seed: int, figure: Path | None, tolerances: list[int] | None, *,
-    as_json: bool,
+    every: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Prints which scheme to take for rounds."""
+    if read.rounds == 1:
+        raise InvalidSetting(
+            f"{read.told}: one round does not tell how the next ones go, so there is no verdict. Give ten or more."
+        )
     from ..planning import make_plan
-    from .plan_output import draw_plan, plan_as_json, plan_table
+    from .plan_output import draw_plan, plan_as_json, plan_remarks, plan_table
 
     console = Console()
-    with _spinner(console, as_json=as_json):
-        result = make_plan(read.latency, n, model_megabytes=megabytes, tolerances=tolerances or None, seed=seed)
+    with _progress(console, as_json=as_json) as progress:
+        result = make_plan(
+            read.latency,
+            n,
+            model_megabytes=megabytes,
+            tolerances=tolerances or None,
+            seed=seed,
+            share=read.split.share,
+            progress=progress,
+        )
     if figure is not None:
-        draw_plan(result, figure, title=f"{n} workers, {read.told}")
+        draw_plan(result, figure, told=f"{n} workers, {read.told}")
     if as_json:
         typer.echo(json.dumps(plan_as_json(result, read), indent=2))
         return
-    console.print(plan_table(result, read, uploads=bool(megabytes)))
     _print_verdict(console, result.verdict)
-    if result.slow:
-        console.print(f"Always slow: workers {', '.join(map(str, result.slow))}.", highlight=False)
-    print_lines(console, ["", f"    {result.recommended.scheme.python}", ""])
-    if read.fits:
-        best = read.fits[0]
-        console.print(f"Closest law: {best.code} (Kolmogorov-Smirnov distance {best.distance:.2f}).", highlight=False)
+    print_lines(console, ["", *(f"    {line}" for line in result.recommended.scheme.to_paste.splitlines()), ""])
+    for remark in plan_remarks(result, read):
+        console.print(remark, highlight=False, markup=False)
+    console.print(plan_table(result, read, uploads=bool(megabytes), every=every))
     if figure is not None:
         print_lines(console, [f"Figure: {figure}"])
 
@@ -149,6 +168,23 @@ def _print_verdict(console: Console, verdict: str) -> None:
 def _spinner(console: Console, *, as_json: bool) -> AbstractContextManager[object]:
     """Returns a spinner for people at a terminal; nothing for pipes and JSON."""
     return console.status("Simulating runs ...") if console.is_terminal and not as_json else nullcontext()
+
+
+@contextmanager
+def _progress(console: Console, *, as_json: bool) -> Iterator[Callable[[int, int], None]]:
+    """Says how far a long plan is: beside a spinner at a terminal, otherwise in lines on stderr every few seconds."""
+    said = time.monotonic()
+    with _spinner(console, as_json=as_json) as spinner:
+
+        def progress(done: int, of: int) -> None:
+            nonlocal said
+            if isinstance(spinner, Status):
+                spinner.update(f"Simulating runs: {done} of {of} schemes ...")
+            elif time.monotonic() - said > _SILENT:
+                said = time.monotonic()
+                typer.echo(f"{done} of {of} schemes are simulated.", err=True)
+
+        yield progress
 
 
 def _number_of_workers(given: int | None, read: Source) -> int:

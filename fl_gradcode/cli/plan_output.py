@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +14,144 @@ from ..planning import Line, ProductLine, ProductPlan, RoundPlan
 from ._output import finite_or_none, plain_table
 from .plan_source import Source
 
-__all__ = ["draw_plan", "draw_products", "plan_as_json", "plan_table", "products_as_json", "products_table"]
+__all__ = [
+    "draw_plan",
+    "draw_products",
+    "plan_as_json",
+    "plan_remarks",
+    "plan_table",
+    "products_as_json",
+    "products_table",
+]
 
 
-def plan_table(plan: RoundPlan, read: Source, *, uploads: bool) -> Table:
-    """Returns a table with a line for each scheme; `uploads` adds a column of the megabytes uploaded."""
+_ROWS = 6  # of the table, unless all schemes are asked for
+_GOOD = 0.05  # Kolmogorov-Smirnov distance of a law that is worth naming
+
+
+def plan_remarks(plan: RoundPlan, read: Source) -> list[str]:
+    """Returns what to know beside the verdict, one sentence or two each."""
+    remarks = [f"Share of a job that grows with its shards: {read.split.told()}. {_of_shares(plan, read)}".rstrip()]
+    if plan.evidence is not None:
+        remarks += plan.evidence.parts
+        if plan.evidence.simulated < plan.evidence.rounds:
+            remarks.append(
+                f"{plan.evidence.simulated} of the {plan.evidence.rounds} rounds were simulated, in blocks spread over "
+                "all of them."
+            )
+    if plan.slow:
+        remarks.append(f"Always slow: workers {', '.join(map(read.worker, plan.slow))}.")
+    elif read.fits and read.fits[0].distance <= _GOOD:
+        best = read.fits[0]
+        remarks.append(f"Closest law: {best.code} (Kolmogorov-Smirnov distance {best.distance:.2f}).")
+    remarks += [f"Read: {note}." for note in read.notes]
+    return remarks
+
+
+def _of_shares(plan: RoundPlan, read: Source) -> str:
+    """Returns for which shares the verdict holds, and what to do where the share is not known."""
+    shares, unsure = plan.shares, read.split.origin == "assumed"
+    adaptive = ' If you do not know the share, send="adaptive" decides during the run.' if unsure else ""
+    if shares is None:
+        return "With this share for all workers another scheme would be right." + adaptive
+    if (shares.low, shares.high) == (0.0, 1.0):
+        return "The verdict holds for every share."
+    others = [
+        f"{where}, {advice}"
+        for where, advice in (("below", shares.below), ("above", shares.above))
+        if advice is not None
+    ]
+    return f"The verdict holds from {shares.low:g} to {shares.high:g}; {'; '.join(others)}.{adaptive}"
+
+
+def plan_table(plan: RoundPlan, read: Source, *, uploads: bool, every: bool = False) -> Table:
+    """Returns a table of schemes.
+
+    Args:
+        plan: The plan.
+        read: What it was made from.
+        uploads: Whether to add a column of the megabytes uploaded.
+        every: Whether to show all schemes; otherwise at most six, with the best of each kind.
+    """
+    shown = list(plan.lines) if every else _that_matter(plan)
+    measured = plan.evidence is not None
+    sure = "90 %: interval from resampled rounds" if measured else "±: its standard error"
+    hidden = "" if len(shown) == len(plan.lines) else f" --all shows all {len(plan.lines)} schemes."
     caption = (
-        "run: mean seconds a round over a run, where workers that were not needed are still busy; ±: its standard "
-        "error; gain: against waiting for all; idle: seconds of a round that finds all workers idle (* closed form); "
+        f"run: mean seconds a round over a run, where workers that were not needed are still busy; {sure}; "
+        "gain: against waiting for all; idle: seconds of a round that finds all workers idle (* closed form); "
         f"work: times what plain FedAvg computes; {'up: MB of all replies of a round; ' if uploads else ''}"
-        "holds: shards that a worker stores; †: loses data."
+        f"holds: shards that a worker stores; >: recommended; †: loses data.{hidden}"
     )
     table = plain_table(title=f"{plan.n} workers, {read.told}", caption=caption)
-    table.add_column("scheme", no_wrap=True)
-    columns = ["run", "±", "gain", "idle", "work", *(["up"] if uploads else []), "holds"]
+    table.add_column("  scheme", no_wrap=True)
+    columns = ["run", "90 %" if measured else "±", "gain", "idle", "work", *(["up"] if uploads else []), "holds"]
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
-    for line in plan.lines:
+    for line in shown:
+        error = _cell(line.error, 1)
+        if measured:
+            error = "-" if line.interval is None else "-".join(_cell(end, 2) for end in line.interval)
         cells = [
             _cell(line.steady),
-            _cell(line.error, 1),
+            error,
             f"{plan.speedup(line):.2f}x",
             _cell(line.idle) + ("*" if line.closed_form else " "),
             f"{line.computed:.2f}x",
             *([f"{line.upload:.3g}"] if uploads else []),
             str(line.storage),
         ]
-        style = "bold green" if line is plan.recommended else None if line.scheme.exact else "dim"
-        table.add_row(line.scheme.name + ("" if line.scheme.exact else " †"), *cells, style=style)
+        chosen = line is plan.recommended
+        style = "bold green" if chosen else None if line.scheme.exact else "dim"
+        mark = "> " if chosen else "  "
+        table.add_row(mark + line.scheme.name + ("" if line.scheme.exact else " †"), *cells, style=style)
     return table
+
+
+def _that_matter(plan: RoundPlan) -> list[Line]:
+    """Returns waiting for all, the recommended line and the fastest of each kind, in the order of the plan."""
+    kinds: dict[str | None, Line] = {}
+    for line in plan.lines[1:]:
+        kind = _family(line)
+        if kind is not None and (kind not in kinds or line.steady < kinds[kind].steady):
+            kinds[kind] = line
+    rest = sorted(kinds.values(), key=lambda line: (not line.scheme.exact, line.steady))
+    dropped = [line for line in rest if not line.scheme.exact][:1]
+    chosen = [plan.lines[0], plan.recommended, *dropped]
+    chosen += [line for line in rest if line.scheme.exact and not any(line is one for one in chosen)]
+    chosen = chosen[: _ROWS + (plan.recommended is plan.lines[0])]
+    return [line for line in plan.lines if any(line is one for one in chosen)]
 
 
 def plan_as_json(plan: RoundPlan, read: Source) -> dict[str, Any]:
     """Returns a plan for rounds, with all of its lines, as JSON values."""
+    shares, evidence = plan.shares, plan.evidence
     return {
         "source": read.told,
         "workers": plan.n,
         "verdict": plan.verdict,
         "recommended": _line(plan.recommended),
         "always-slow": list(plan.slow),
+        "names": list(read.names),
+        "notes": list(read.notes),
+        "compute-share": {
+            "share": read.split.share,
+            "origin": read.split.origin,
+            "interval": None if read.split.interval is None else list(read.split.interval),
+            "holds-from": None if shares is None else shares.low,
+            "holds-to": None if shares is None else shares.high,
+            "below": None if shares is None else shares.below,
+            "above": None if shares is None else shares.above,
+        },
+        "evidence": None
+        if evidence is None
+        else {
+            "rounds": evidence.rounds,
+            "simulated": evidence.simulated,
+            "times-faster": None if evidence.faster is None else [finite_or_none(end) for end in evidence.faster],
+            "sure": evidence.sure,
+            "parts": list(evidence.parts),
+        },
         "fits": [{"law": one.code, "distance": one.distance} for one in read.fits],
         "schemes": [_line(line) for line in plan.lines],
     }
@@ -66,7 +166,8 @@ def _line(line: Line) -> dict[str, Any]:
         "megabytes-up": finite_or_none(line.upload),
         "idle-start-is-closed-form": line.closed_form,
         "shards-stored": line.storage,
-        "python": line.scheme.python,
+        "interval": None if line.interval is None else [finite_or_none(end) for end in line.interval],
+        "python": line.scheme.to_paste,
     }
 
 
@@ -107,7 +208,7 @@ def _save_figure(figure: Any, path: str | Path) -> None:
         raise InvalidSetting(f"The figure {str(path)!r} cannot be written: {error}.") from error
 
 
-def draw_plan(plan: RoundPlan, path: str | Path, *, title: str) -> None:
+def draw_plan(plan: RoundPlan, path: str | Path, *, told: str) -> None:
     """Writes a figure of the seconds a round of each scheme over s. The format follows the file's ending.
 
     Raises:
@@ -115,6 +216,8 @@ def draw_plan(plan: RoundPlan, path: str | Path, *, title: str) -> None:
         InvalidSetting: The file cannot be written.
     """
     figure, axes = _new_figure()
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     families: dict[str, list[Line]] = {}
     for line in plan.lines[1:]:
         family = _family(line)
@@ -135,18 +238,22 @@ def draw_plan(plan: RoundPlan, path: str | Path, *, title: str) -> None:
             )
     best = plan.recommended
     axes.plot(
-        [best.scheme.s], [best.steady], marker="*", markersize=17, color="#F0E442", markeredgecolor="black",
-        linestyle="", label="recommended", zorder=5,
+        [best.scheme.s], [best.steady], marker="o", markersize=15, markerfacecolor="none", markeredgecolor="black",
+        markeredgewidth=1.8,
+        linestyle="", label=f"recommended:\n{best.scheme.name}", zorder=5,
     )  # fmt: skip
     values = [line.steady for line in plan.lines if line.steady < float("inf")]
     if max(values) > 8 * min(values):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(bottom=0)
     axes.set_xticks(sorted({0, *(line.scheme.s for line in plan.lines if _family(line))}))
     axes.set_xlabel("s: stragglers that a code tolerates, or that are dropped")
     axes.set_ylabel("mean seconds a round, over a run")
-    axes.set_title(title, fontsize=10)
+    axes.set_title("\n".join([*textwrap.wrap(plan.headline, 84), told]), fontsize=9)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,17 +11,33 @@ from numpy.typing import NDArray
 
 from .._text import listed, printable
 from ..errors import InvalidSetting
-from ..latency import POPULATIONS, Fit, Latency, checked_times, fit, named, read_table, read_trace, replay, trace
-from ..runlog import History, Ledger, Timing
+from ..latency import (
+    DEFAULT_SHARE,
+    POPULATIONS,
+    Fit,
+    Jobs,
+    Latency,
+    Measured,
+    Split,
+    fit,
+    is_table,
+    job_tables,
+    measured_rounds,
+    named,
+    read_measured,
+    read_trace,
+    replay,
+    split_of,
+    trace,
+)
+from ..runlog import History, Ledger, RoundRow
 
 __all__ = ["UNITS", "Source", "read_source"]
 
 #: Name of a unit of time -> its seconds.
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 _LONGEST, _SHORTEST = 86_400.0, 1e-6  # bounds of the median job's seconds: outside, the unit is wrong
-_DEFAULT_SHARE = 0.8
-_MOST = 1e15  # of a number in a table: of seconds, workers, rounds or shards
-_COLUMNS = ("worker", "seconds", "round", "shards", "computing")
+_MOST_FITTED = 20_000  # times that laws are fitted to, spread over all
 
 
 @dataclass(frozen=True)
@@ -31,13 +48,26 @@ class Source:
         latency: How long a job takes.
         n: Number of workers; None if the source does not say.
         told: What was read, in one line.
+        split: The share of a job's time that grows with its shards, and where it comes from.
+        names: Name of each worker in the file; empty if it has none but their numbers from 0.
+        rounds: Number of measured rounds; None for a law and for a sample of times.
+        notes: What a user may want to know of how the source was read, in words.
         fits: Laws fitted to measured times, best first; empty for a named law.
     """
 
     latency: Latency
     n: int | None
     told: str
+    split: Split
+    names: tuple[str, ...] = ()
+    rounds: int | None = None
+    notes: tuple[str, ...] = ()
     fits: tuple[Fit, ...] = ()
+
+    def worker(self, number: int) -> str:
+        """Returns what people call a worker: its number, and its name if it has one."""
+        name = printable(self.names[number], 40) if self.names else str(number)
+        return name if name == str(number) else f"{number} ({name})"
 
 
 def read_source(
@@ -47,31 +77,32 @@ def read_source(
     compute_share: float | None = None,
     model_megabytes: float = 0.0,
     link: float | None = None,
-    unit: str = "s",
+    unit: str | None = None,
     key: str | None = None,
     transfer_included: bool = True,
 ) -> Source:
     """Returns the latency that a name or a file stands for.
 
-    A .csv file holds one of two tables:
+    A .csv or .tsv file, compressed or not, holds one of two tables:
 
     * *Jobs*: one row for each job. The header has `worker` and `seconds` and may have `round`, `shards` (1 if missing)
       and `computing`, the part of the seconds that grows with the shards.
     * *Rounds*: one row for each round and one column for each worker, with or without a header. Each number is the time
       for one shard. A single column is a sample for all workers.
 
-    An .npz file holds a table of rounds under `key`. A .jsonl file is a ledger.
+    `latency.read_measured` knows other words for these columns, and other forms. An .npz file holds a table of rounds
+    under `key`. A .jsonl file is a ledger.
 
     Args:
         source: A name in `POPULATIONS`, or a path.
         n: Number of workers. Tables with one column need it.
-        compute_share: Share of a time that grows with the shards; 0.8 if None. What jobs and ledgers say themselves
-            takes precedence.
+        compute_share: Share of a time that grows with the shards. If None, it is fitted to jobs of several loads, or
+            assumed to be 0.8. What clients measured themselves takes precedence.
         model_megabytes: Size of the model, in MB.
         link: Network bandwidth in Mbit/s each way.
         transfer_included: Whether measured times contain the transfer. If so, it is taken out of the part that does
             not grow with the shards. Otherwise it is added, as for a named law.
-        unit: Unit of a table's times: s, ms or us.
+        unit: Unit of a table's times: s, ms or us. None for what the name of the column says, or seconds.
         key: Name of the array in an .npz file.
 
     Raises:
@@ -83,117 +114,138 @@ def read_source(
         raise InvalidSetting(f"The model size {model_megabytes} MB must be a finite number of at least 0.")
     if link is not None and not 0 < link < float("inf"):
         raise InvalidSetting(f"The network bandwidth {link} Mbit/s must be a finite number above 0.")
-    if unit not in UNITS:
+    if unit is not None and unit not in UNITS:
         raise InvalidSetting(f"The unit {unit!r} is not known; choose one of {', '.join(UNITS)}.")
     a_megabyte = 0.0 if link is None else 8.0 / link
     moved = 2 * a_megabyte * model_megabytes if transfer_included else 0.0  # seconds of transfer in a measured time
-    share = _DEFAULT_SHARE if compute_share is None else compute_share
     path = Path(source)
-    if path.suffix == ".jsonl":
-        history = History.of_ledger(Ledger.read_rounds(path))
+    if path.suffix.lower() == ".jsonl":
+        rows = Ledger.read_rounds(path)
+        history = History.of_ledger(rows)
         told = f"{path.name}: {history.rounds} rounds of {history.n} workers"
-        return _of_history(history, told, a_megabyte, moved)
-    if path.suffix in (".csv", ".npz"):
-        if path.suffix == ".csv":
-            header, rows = read_table(path)
-            if "worker" in header or ("seconds" in header and len(header) > 1) or "round" in header:
-                history, told = _jobs(path.name, header, rows, UNITS[unit], compute_share)
-                return _of_history(history, told, a_megabyte, moved)
-        table = checked_times(read_trace(path, key=key)) * UNITS[unit]
-        return _of_table(path.name, table, n, share, a_megabyte, moved)
+        return _of_jobs(told, history.jobs(), compute_share, a_megabyte, moved, notes=_of_coded_rounds(rows))
+    if path.suffix.lower() == ".npz":
+        table = read_trace(path, key=key)
+        if table.ndim == 1:
+            table = table[:, None]
+        if table.ndim != 2 or not table.size:
+            raise InvalidSetting(f"The array in {path.name} has shape {table.shape}, and must have (rounds, workers).")
+        return _of_measured(measured_rounds(path.name, table), n, compute_share, unit, a_megabyte, moved)
+    if is_table(path):
+        return _of_measured(read_measured(path), n, compute_share, unit, a_megabyte, moved)
     if source not in POPULATIONS:
         known = ", ".join(POPULATIONS)
+        why = " Save the sheet as CSV." if path.suffix.lower() in (".xlsx", ".xls", ".ods") else _of_text(path)
         raise InvalidSetting(
-            f"{source!r} is neither a law ({known}) nor a .csv, .npz or .jsonl file; choose a law or name a file."
+            f"{printable(repr(source))} is neither a law ({known}) nor a .csv, .tsv, .npz or .jsonl file; choose a law "
+            f"or name a file.{why}"
         )
-    latency = named(source, share)
+    split = Split(DEFAULT_SHARE, "assumed") if compute_share is None else Split(compute_share, "given")
+    latency = named(source, split.share)
     if link is not None:
         latency = Latency(latency.fixed, latency.compute, a_megabyte, latency.evaluation, latency.slowdown)
-    return Source(latency, None, f"law {source}")
+    return Source(latency, None, f"law {source}", split)
 
 
-def _jobs(
-    name: str, header: list[str], rows: list[list[str]], unit: float, compute_share: float | None
-) -> tuple[History, str]:
-    """Returns the times in a table of jobs, and one line that describes them."""
-    missing = [column for column in ("worker", "seconds") if column not in header]
-    if missing:
-        raise InvalidSetting(
-            f"The trace {name} has columns {printable(', '.join(header), 200)} and lacks {' and '.join(missing)}: a "
-            "table of jobs needs worker and seconds, and may have round, shards and computing."
-        )
-    place = {column: header.index(column) for column in _COLUMNS if column in header}
-    jobs: list[Timing] = []
-    seen: dict[int, int] = {}
-    for number, row in enumerate(rows, 2):
-        values = {column: _number(name, number, column, row, at) for column, at in place.items()}
-        worker = int(values["worker"])
-        if worker != values["worker"]:
-            raise InvalidSetting(
-                f"The trace {name} has worker {values['worker']:g} in line {number}; workers are whole."
-            )
-        seen[worker] = seen.get(worker, 0) + 1
-        seconds = values["seconds"] * unit
-        computing = values["computing"] * unit if "computing" in values else None
-        if computing is None and compute_share is not None:
-            shards = values.get("shards", 1.0)
-            computing = seconds * compute_share * shards / (1 - compute_share + compute_share * shards)
-        round_number = int(values.get("round", seen[worker]))
-        jobs.append(Timing(round_number, worker, values.get("shards", 1.0), seconds, computing))
-    _check_scale(name, np.array([one.seconds for one in jobs]))
-    # Workers may be named by ids, or from 1. A number that is not in the file gets no worker.
-    numbers = {worker: i for i, worker in enumerate(sorted(seen))}
-    history = History(len(numbers))
-    history.add(replace(one, worker=numbers[one.worker]) for one in jobs)
-    told = f"{name}: {len(rows)} jobs of {history.n} workers"
-    return history, told if max(seen) < len(seen) else f"{told} ({listed(numbers, 4)} are 0, 1, ... here)"
-
-
-def _number(name: str, number: int, column: str, row: list[str], at: int) -> float:
-    text = row[at] if at < len(row) else ""
-    try:
-        value = float(text)
-    except ValueError:
-        raise InvalidSetting(
-            f"The trace {name} has {printable(text)!r} as {column} in line {number}; it must be a number."
-        ) from None
-    if not 0 <= value <= _MOST:
-        bounds = "at least 0" if not value > 0 else f"at most {_MOST:g}"
-        raise InvalidSetting(f"The trace {name} has {column} {value:g} in line {number}; it must be {bounds}.")
-    return value
-
-
-def _of_history(history: History, told: str, a_megabyte: float, moved: float) -> Source:
-    fixed, compute = history.tables()
-    _check_transfer(told, moved, float(np.median(fixed)))
-    latency = Latency(
-        fixed=replay(np.maximum(0.0, fixed - moved), name="fixed"),
-        compute=replay(compute, name="compute"),
-        transfer=a_megabyte,
+def _of_text(path: Path) -> str:
+    """Returns what to do with a text file of another name, such as a log."""
+    if path.suffix.lower() not in (".txt", ".log", ".out") or not path.is_file():
+        return ""
+    return (
+        " Flower's logs do not say how long each client took: run with GradientCoding(strategy, uncoded(n), "
+        "ledger=path), which trains as before, and give that ledger. A table in a text file needs the ending .csv."
     )
-    return Source(latency, history.n, told, _fits(fixed + compute))
 
 
-def _of_table(
-    name: str, table: NDArray[np.float64], n: int | None, share: float, a_megabyte: float, moved: float
+def _of_coded_rounds(rows: Sequence[RoundRow]) -> tuple[str, ...]:
+    """Returns a note if rounds of a ledger ended before all replies were in."""
+    if all(row.code.name == "uncoded" for row in rows):
+        return ()
+    return (
+        "the rounds were coded: a worker that was busy in a round left no time for it, so slow periods count for less, "
+        "and waiting for all may take longer than shown",
+    )
+
+
+def _of_measured(
+    measured: Measured, n: int | None, share: float | None, unit: str | None, a_megabyte: float, moved: float
 ) -> Source:
-    _check_scale(name, table)
-    rounds, workers = table.shape
-    if workers == 1 and n is None:
+    if unit is not None and measured.unit not in (None, UNITS[unit]):
+        raise InvalidSetting(
+            f"--unit {unit}, but the column of times in {measured.name} is named after another unit; leave --unit out, "
+            "or rename the column."
+        )
+    scale = UNITS[unit] if unit is not None else measured.unit or 1.0
+    jobs, name = measured.jobs, measured.name
+    if scale != 1.0:
+        jobs = replace(jobs, seconds=jobs.seconds * scale, computing=jobs.computing * scale)
+    notes = measured.notes if unit is not None or scale == 1.0 else (*measured.notes, f"unit: {scale:g} s")
+    _check_scale(name, jobs.seconds)
+    if measured.sample:
+        return _of_sample(name, jobs.seconds[:, None], n, share, a_megabyte, moved, notes)
+    rounds = len(np.unique(jobs.round))
+    by_job = rounds * jobs.n != len(jobs.seconds)
+    told = f"{name}: {rounds} round{'s' if rounds > 1 else ''} of {jobs.n} workers"
+    told += f", {len(jobs.seconds)} jobs" if by_job else ""
+    names = measured.workers
+    if names and tuple(names) != tuple(map(str, range(jobs.n))):
+        told += f" ({printable(listed(names, 4), 200)} are 0, 1, ... here)"
+    else:
+        names = ()
+    return _of_jobs(told, jobs, share, a_megabyte, moved, names=names, notes=notes)
+
+
+def _of_jobs(
+    told: str, jobs: Jobs, share: float | None, a_megabyte: float, moved: float, *,
+    names: tuple[str, ...] = (), notes: tuple[str, ...] = (),
+) -> Source:  # fmt: skip
+    split = split_of(jobs, given=share)
+    tables = job_tables(jobs, split)
+    fixed, compute = tables.fixed, tables.compute
+    rounds = len(fixed)
+    if tables.missing:
+        notes = (
+            *notes,
+            f"{tables.missing} of {fixed.size} pairs of a round and a worker have no time, and take the "
+            "worker's next one",
+        )
+    for worker, last in tables.stopped:
+        who = printable(names[worker], 40) if names else str(worker)
+        notes = (
+            *notes,
+            f"worker {who} stopped answering after round {last}; it is planned with its last time, but waiting for all "
+            "would never end if it is gone",
+        )
+    middle, usual = float(np.median(fixed)), float(np.median(fixed + compute))
+    _check_transfer(told, moved, middle)
+    # The transfer is a share of the part that does not grow with the shards, since a slow moment slows it down as well.
+    pace = fixed / middle if middle > 0 else (fixed + compute) / usual
+    latency = Latency(
+        fixed=replay(fixed * (1 - moved / middle) if moved else fixed, name="fixed"),
+        compute=replay(compute, name="compute"),
+        transfer=replay(a_megabyte * pace, name="transfer") if a_megabyte else 0.0,
+    )
+    return Source(latency, jobs.n, told, split, names, rounds, notes, _fits(fixed + compute))
+
+
+def _of_sample(
+    name: str, table: NDArray[np.float64], n: int | None, given: float | None, a_megabyte: float, moved: float,
+    notes: tuple[str, ...],
+) -> Source:  # fmt: skip
+    if n is None:
         raise InvalidSetting(
             f"The trace {name} has one column, a sample for all workers: say how many, with --workers."
         )
-    told = f"{name}: {rounds} times" if workers == 1 else f"{name}: {rounds} rounds of {workers} workers"
-    middle = float(np.median(table))
+    split = Split(DEFAULT_SHARE, "assumed") if given is None else Split(given, "given")
+    told, share, middle = f"{name}: {len(table)} times", split.share, float(np.median(table))
     _check_transfer(told, moved, (1 - share) * middle)
-    # The parts are shares of the median time, since a slow moment slows the transfer down as well.
     latency = Latency(
         fixed=max(0.0, 1 - share - moved / middle),
         compute=share,
         transfer=a_megabyte / middle,
-        slowdown=trace(table, name=name) if workers == 1 else replay(table, name=name),
+        slowdown=trace(table, name=name),
     )
-    return Source(latency, None if workers == 1 else workers, told, _fits(table))
+    return Source(latency, None, told, split, notes=notes, fits=_fits(table))
 
 
 def _check_transfer(told: str, moved: float, room: float) -> None:
@@ -219,6 +271,8 @@ def _check_scale(name: str, times: NDArray[np.float64]) -> None:
 
 
 def _fits(table: NDArray[np.float64]) -> tuple[Fit, ...]:
+    if table.size > _MOST_FITTED and len(table) > 100:
+        table = table[np.linspace(0, len(table) - 1, max(100, _MOST_FITTED // table.shape[1])).astype(int)]
     try:
         return tuple(fit(table))
     except InvalidSetting:

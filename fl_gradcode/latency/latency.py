@@ -111,6 +111,13 @@ class Latency:
         # A part of 0 seconds stays 0 for any slowdown, including an infinite one.
         return Parts(*(np.multiply(slow, table, out=np.zeros_like(slow), where=table > 0) for table in tables))
 
+    @property
+    def measured_rounds(self) -> int | None:
+        """Number of measured rounds after which all times repeat; None if a part is drawn at random."""
+        laws = [law for law in (self.fixed, self.compute, self.transfer, self.slowdown) if isinstance(law, Law)]
+        tables = [law.table for law in laws if law.table is not None]
+        return max(map(len, tables)) if tables and len(tables) == len(laws) else None
+
     def marginal(self, worker: int, *, shards: float, megabytes: float) -> Marginal | None:
         """Returns the distribution of a training job's `seconds`, or None if more than one law is random.
 
@@ -139,6 +146,8 @@ class Latency:
     def _table(law: Law | float, seed: int, n: int, rounds: int) -> NDArray[np.float64]:
         if not isinstance(law, Law):
             return np.full((rounds, n), float(law))
+        if law.table is not None:
+            return law.table[np.arange(rounds) % len(law.table)][:, np.arange(n) % law.table.shape[1]]
         # Tick 2 t is training in round t.
         return np.array([[law.draw(seed, worker, 2 * t) for worker in range(n)] for t in range(1, rounds + 1)])
 

@@ -119,11 +119,13 @@ class Law:
         draw: Function (seed, worker, tick) -> value of at least 0; `inf` means that no reply comes.
         marginal: Function worker -> the distribution of each of its draws. None if draws of different workers are not
             independent, or if the distribution is not known.
+        table: Measured values that the law replays round after round, shape (rounds, workers); None for other laws.
     """
 
     name: str
     draw: Callable[[int, int, int], float]
     marginal: Callable[[int], Marginal] | None = None
+    table: NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
 
 
 def constant(value: float) -> Law:
@@ -302,7 +304,11 @@ def scaled(law: Law, factors: Mapping[int, float] | Sequence[float]) -> Law:
 
     unscaled = law.marginal
     if unscaled is None:
-        return Law(f"{law.name}, scaled", draw)
+        measured = law.table
+        if measured is not None:
+            each = np.array([table.get(worker, 1.0) for worker in range(measured.shape[1])])
+            measured = np.where(np.isinf(each), each, measured * np.where(np.isinf(each), 1.0, each))
+        return Law(f"{law.name}, scaled", draw, table=measured)
 
     def marginal(worker: int) -> Marginal:
         factor = table.get(worker, 1.0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +10,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from .._files import MEGABYTE, read_file
 from .._npy import read_npz
 from .._text import printable
 from ..errors import InvalidSetting
+from .exports import read_measured
 from .laws import Law, Marginal, bimodal, bursty, lognormal, pareto, shifted_exponential
+from .sheets import LARGEST, read_sheet
 
 __all__ = ["Fit", "checked_times", "fit", "read_table", "read_trace", "replay", "trace"]
 
 #: A time above this multiple of the median counts as slow.
 _SLOW = 3.0
 _LONGEST = 1e15  # seconds; what is larger is no measured time, and overflows in sums of squares
-_LARGEST = 256 * MEGABYTE  # of a file, and of the arrays in it; a million rounds of 30 workers
 
 
 def trace(times: ArrayLike, *, name: str = "trace") -> Law:
@@ -59,7 +57,7 @@ def replay(times: ArrayLike, *, name: str = "replay") -> Law:
     """
     table = checked_times(times)
     rounds, workers = table.shape
-    return Law(name, lambda seed, worker, tick: float(table[(tick // 2 - 1) % rounds, worker % workers]))
+    return Law(name, lambda seed, worker, tick: float(table[(tick // 2 - 1) % rounds, worker % workers]), table=table)
 
 
 def checked_times(times: ArrayLike) -> NDArray[np.float64]:
@@ -85,31 +83,23 @@ def checked_times(times: ArrayLike) -> NDArray[np.float64]:
 
 
 def read_trace(path: str | Path, *, key: str | None = None) -> NDArray[np.float64]:
-    """Returns the times in a file, in seconds, shape (ticks, workers) or as stored.
+    """Returns the times in a file as a table of rounds, shape (rounds, workers), or an array as stored.
+
+    Columns that count rounds or tell the time are left out, as `read_measured` describes.
 
     Args:
         path: A .csv file with one column a worker and an optional header line, or a .npz file.
         key: Name of the array in a .npz file; may be None if there is only one.
 
     Raises:
-        InvalidSetting: The file does not exist or cannot be read.
+        InvalidSetting: The file does not exist or cannot be read, or a time is missing.
     """
     file = Path(path)
     if not file.is_file():
         raise InvalidSetting(f"There is no trace file {str(path)!r}.")
-    if file.suffix == ".npz":
+    if file.suffix.lower() == ".npz":
         return _array_of(file, key)
-    _, rows = read_table(file)
-    uneven = next((row for row in rows if len(row) != len(rows[0])), None)
-    if uneven is not None:
-        raise InvalidSetting(
-            f"The trace {file.name} is not a table of numbers: it has a row of {len(uneven)} and one of "
-            f"{len(rows[0])}; each worker is a column."
-        )
-    try:
-        return np.array(rows, dtype=np.float64)
-    except ValueError as error:
-        raise InvalidSetting(f"The trace {file.name} is not a table of numbers: {printable(str(error))}.") from error
+    return read_measured(file).rounds_table()
 
 
 def read_table(path: str | Path) -> tuple[list[str], list[list[str]]]:
@@ -118,29 +108,13 @@ def read_table(path: str | Path) -> tuple[list[str], list[list[str]]]:
     Raises:
         InvalidSetting: The file does not exist, is of another kind, or has no rows.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise InvalidSetting(f"There is no trace file {str(path)!r}.")
-    if file.suffix != ".csv":
-        raise InvalidSetting(f"A trace is a .csv or .npz file, not {file.name!r}.")
-    try:
-        text = read_file(file, _LARGEST).decode("utf-8-sig")
-        rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
-    except OSError as error:
-        raise InvalidSetting(f"The trace {file.name} cannot be read: {error.strerror}.") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InvalidSetting(f"The trace {file.name} cannot be read as text: {str(error)[:200]}.") from error
-    header: list[str] = []
-    if rows and not all(_is_number(cell) for cell in rows[0]):
-        header, rows = [cell.strip() for cell in rows[0]], rows[1:]
-    if not rows:
-        raise InvalidSetting(f"The trace {file.name} has no rows of times; each row is one round.")
-    return header, rows
+    sheet = read_sheet(path)
+    return sheet.header, sheet.rows
 
 
 def _array_of(file: Path, key: str | None) -> NDArray[np.float64]:
     try:
-        table = read_npz(file, _LARGEST)
+        table = read_npz(file, LARGEST)
     except OSError as error:
         raise InvalidSetting(f"The trace {file.name} cannot be read: {error.strerror}.") from error
     except ValueError as error:
@@ -260,11 +234,3 @@ def _quality(
     steps = np.arange(len(x) + 1) / len(x)
     distance = float(max(np.abs(cdf - steps[1:]).max(), np.abs(cdf - steps[:-1]).max()))
     return distance, 2 * parameters - 2 * float(log_density.sum())
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -10,56 +10,30 @@ if there is one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .._text import seconds_text
 from ..codes import check_count, fractional_repetition
 from ..errors import InvalidSetting
 from ..latency import Latency, Parts
-from .closed_forms import idle_mean
+from .compute_share import SHARES, ShareRange, at_shares, range_of
+from .scheme_runs import Line, SchemeRuns
 from .schemes import Scheme, any_code, drop_slowest, over_selection, partial_work, repetition, wait_for_all
-from .simulation import idle_rounds, steady_rounds
+from .verdicts import GAIN, Evidence, recommend, weigh
 
 __all__ = ["GAIN", "Line", "RoundPlan", "candidates", "make_plan", "spread"]
 
-#: Coding is recommended if it shortens rounds by at least this fraction. Below that, it is not worth its storage.
-GAIN = 0.05
-#: A scheme whose rounds are at most this fraction longer than the fastest is preferred if it stores or computes less.
-_CLOSE = 0.04
 # Schemes within 15 % of the fastest get further runs, up to 8 times as many, until their differences are known to 1 %.
 _NEAR, _SURE, _MORE = 1.15, 0.01, 8
-_IDLE_RUNS = 10  # number of runs for which the idle start is simulated if it has no closed form
+# Of measured rounds, so many jobs are simulated, in a number of rounds between two bounds, in blocks over all of them.
+_JOBS, _SIMULATED, _BLOCK, _BLOCKS = 30_000, (200, 4_000), 20, 100
+_SHARE_RUNS = 8  # runs with which other shares of compute are tried
 _TOLERANCES = (1, 2, 3, 4, 5, 7)
 #: A worker this many times slower than the median one, in every draw of the population, counts as permanently slow.
 _SLOW = 1.5
-
-
-@dataclass(frozen=True)
-class Line:
-    """The expected times and costs of one scheme.
-
-    Attributes:
-        scheme: The scheme.
-        idle: Expected seconds of a round in which all workers start idle.
-        closed_form: Whether `idle` is a closed form; otherwise it was simulated.
-        steady: Mean seconds of a round over a run.
-        error: Standard error of `steady` in seconds; NaN if it is not known.
-        computed: Shards computed in a round, whether needed or not, divided by n; 1 without a code.
-        upload: Size of a round's replies in megabytes, whether needed or not.
-        storage: Largest number of shards that a worker has to store.
-    """
-
-    scheme: Scheme
-    idle: float
-    closed_form: bool
-    steady: float
-    error: float
-    computed: float
-    upload: float
-    storage: int
 
 
 @dataclass(frozen=True)
@@ -69,9 +43,13 @@ class RoundPlan:
     Attributes:
         lines: One line for each scheme; the first is waiting for all.
         recommended: The line of the exact scheme to use; the first line if coding does not pay.
-        verdict: One sentence, which starts with "do not code" if coding does not pay.
+        verdict: What to do, in words: it starts with "code", "do not code" or, if measured rounds are too few or too
+            different, "cannot tell".
         n: Number of workers.
         slow: Workers that are permanently slow, slowest first.
+        evidence: What measured rounds say of the recommendation; None for a law.
+        shares: Shares of compute for which the recommendation holds; None if that was not asked, or is not so at the
+            share itself.
     """
 
     lines: tuple[Line, ...]
@@ -79,11 +57,19 @@ class RoundPlan:
     verdict: str
     n: int
     slow: tuple[int, ...]
+    evidence: Evidence | None = None
+    shares: ShareRange | None = None
 
     @property
     def codes(self) -> bool:
         """Whether coding is recommended."""
         return self.recommended is not self.lines[0]
+
+    @property
+    def headline(self) -> str:
+        """The first statement of the verdict, without costs and doubts."""
+        first = self.verdict.split(";")[0].split(". ")[0].rstrip(".")
+        return first[0].upper() + first[1:]
 
     def speedup(self, line: Line) -> float:
         """Returns how many times shorter the line's rounds are than with waiting for all."""
@@ -100,6 +86,8 @@ def make_plan(
     populations: int = 32,
     seed: int = 0,
     schemes: Sequence[Scheme] | None = None,
+    share: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> RoundPlan:
     """Returns the plan that compares schemes for n workers under a latency.
 
@@ -110,10 +98,13 @@ def make_plan(
         tolerances: Values of s to try; by default a few up to n / 3.
         rounds: Number of rounds of each simulated run; the first fifth is ignored, because a run has to settle first.
         populations: Number of runs, each with its own random population of devices and slow periods. If the latency
-            replays measured times, all draws are equal, and one long run with the same total number of rounds is
-            simulated instead.
+            replays measured rounds, one run through all of them is simulated instead or, of very many, through a sample
+            of blocks of rounds that is spread over all of them.
         seed: Seed of the first population.
         schemes: Schemes to compare; by default `candidates`.
+        share: Share of a one-shard job that grows with the shards. If given, the plan says for which other shares the
+            recommendation would hold, see `RoundPlan.shares`.
+        progress: Called after each scheme with the number of schemes that are done, and of all.
 
     Raises:
         InvalidSetting: There are fewer than 2 workers, or an argument is out of range.
@@ -129,24 +120,85 @@ def make_plan(
     for scheme in schemes or ():
         if scheme.n != n:
             raise InvalidSetting(f"The scheme {scheme.name!r} is for {scheme.n} workers; planned is for n={n}.")
-    draws = [latency.parts(seed=seed + number, n=n, rounds=rounds) for number in range(populations)]
-    if populations > 1 and _equal(*draws[:2]):  # measured times are replayed, so that all draws are equal
-        draws = [latency.parts(seed=seed, n=n, rounds=rounds * populations)]
-    slow = _permanently_slow(draws, model_megabytes)
+    measured = latency.measured_rounds
+    first = rounds // 5
+    if measured is not None:
+        every = latency.parts(seed=seed, n=n, rounds=measured)
+        order, first, passes = _rounds_to_simulate(measured, n)
+        slow = _permanently_slow([every], model_megabytes)
+        draws = [Parts(every.fixed[order], every.compute[order], every.transfer[order])]
+    else:
+        draws = [latency.parts(seed=seed + number, n=n, rounds=rounds) for number in range(populations)]
+        if populations > 1 and _equal(*draws[:2]):  # measured times are replayed, so that all draws are equal
+            draws = [latency.parts(seed=seed, n=n, rounds=rounds * populations)]
+            first = rounds * populations // 5
+        slow = _permanently_slow(draws, model_megabytes)
     chosen = schemes if schemes is not None else candidates(n, tolerances, slow=slow, m=bool(model_megabytes))
     chosen = [wait_for_all(n), *(scheme for scheme in chosen if scheme.enough != n or scheme.s)]
-    samples = [_Sample(scheme, latency, draws, model_megabytes) for scheme in chosen]
+    samples: list[SchemeRuns] = []
+    for scheme in chosen:
+        samples.append(SchemeRuns(scheme, latency, draws, model_megabytes, first=first))
+        if progress is not None:
+            progress(len(samples), len(chosen))
     while len(draws) > 1 and len(samples[0].means) < _MORE * populations:
         unsure = _unsure(samples)
         if not unsure:
             break
-        first = seed + len(samples[0].means)
-        more = [latency.parts(seed=first + number, n=n, rounds=rounds) for number in range(populations)]
+        begin = seed + len(samples[0].means)
+        more = [latency.parts(seed=begin + number, n=n, rounds=rounds) for number in range(populations)]
         for sample in [samples[0], *unsure]:
             sample.add(more)
-    lines = tuple(sample.line() for sample in samples)
-    recommended, verdict = _recommend(lines)
-    return RoundPlan(lines, recommended, verdict, n, slow)
+    lines = [sample.line() for sample in samples]
+    recommended, verdict = recommend(lines)
+    place = next(i for i, line in enumerate(lines) if line is recommended)
+    evidence = None
+    if measured is not None:
+        seconds = np.stack([sample.seconds.reshape(passes, -1).mean(axis=0) for sample in samples])
+        lines, evidence = weigh(lines, recommended, verdict, seconds, measured)
+        verdict = evidence.verdict
+    shares = None if share is None else _shares(share, samples, lines, place, draws[:_SHARE_RUNS], first)
+    return RoundPlan(tuple(lines), lines[place], verdict, n, slow, evidence, shares)
+
+
+def _rounds_to_simulate(measured: int, n: int) -> tuple[NDArray[np.int64], int, int]:
+    """Returns the measured rounds to simulate, how many of them come first to let the run settle, and the passes.
+
+    Few rounds are passed through several times: which late jobs a round finds depends on where the run began.
+    """
+    most, passes = int(np.clip(_JOBS // n, *_SIMULATED)), 1
+    length = max(_BLOCK, most // _BLOCKS)
+    if measured > most + length:
+        blocks = most // length  # each from the middle of its part of the rounds
+        starts = ((np.arange(blocks) + 0.5) * measured / blocks - length / 2).astype(np.int64)
+        order = (starts[:, None] + np.arange(length)).ravel()
+    else:
+        passes = max(1, _SIMULATED[0] // measured)
+        order = np.tile(np.arange(measured), passes)
+    settle = min(measured, max(10, min(50, measured // 5)))
+    return np.concatenate([np.arange(settle), order]), settle, passes
+
+
+def _shares(
+    share: float, samples: Sequence[SchemeRuns], lines: Sequence[Line], place: int, draws: Sequence[Parts], first: int
+) -> ShareRange | None:
+    """Returns the shares of compute for which the recommended line, at `place`, is the right one."""
+    same = [np.full(len(SHARES), np.mean(sample.means[: len(draws)])) for sample in samples]
+    times = [
+        at_shares(sample.scheme, draws, first, sample.message)
+        if not sample.scheme.shardwise and sample.scheme.exact and sample.scheme.s
+        else known
+        for sample, known in zip(samples, same, strict=True)
+    ]
+    holds, instead = [], []
+    for at in range(len(SHARES)):
+        there = [replace(line, steady=float(seconds[at])) for line, seconds in zip(lines, times, strict=True)]
+        best, _ = recommend(there)
+        exact = [line.steady for line in there[1:] if line.scheme.exact]
+        gains = there[place].steady <= (1 - GAIN) * there[0].steady
+        close = bool(exact) and there[place].steady <= (1 + GAIN) * min(exact)
+        holds.append(best is there[place] or (place > 0 and gains and close))
+        instead.append("do not code" if best is there[0] else f"code: {best.scheme.name}")
+    return range_of(share, holds, instead)
 
 
 def candidates(
@@ -201,46 +253,7 @@ def _permanently_slow(draws: Sequence[Parts], model_megabytes: float) -> tuple[i
     return tuple(int(i) for i in np.argsort(-least, kind="stable") if least[i] > _SLOW)
 
 
-class _Sample:
-    """Simulates runs of one scheme, and collects their results."""
-
-    def __init__(self, scheme: Scheme, latency: Latency, draws: Sequence[Parts], model: float) -> None:
-        self.scheme, self.model = scheme, model
-        self.means: list[float] = []  # mean seconds of a round, for each run
-        self.computed: list[float] = []
-        self.messages: list[float] = []
-        self.add(draws)
-        self.closed = idle_mean(scheme, latency, model_megabytes=model)
-        self.idle = self.closed
-        if self.idle is None:
-            few = [idle_rounds(scheme, parts, model_megabytes=model).seconds.mean() for parts in draws[:_IDLE_RUNS]]
-            self.idle = float(np.mean(few))
-
-    def add(self, draws: Sequence[Parts]) -> None:
-        """Simulate one more run for each draw."""
-        for parts in draws:
-            run = steady_rounds(self.scheme, parts, model_megabytes=self.model)
-            self.means.append(float(run.seconds[len(run.seconds) // 5 :].mean()))
-            self.computed.append(run.computed)
-            self.messages.append(run.messages)
-
-    def line(self) -> Line:
-        """Returns the line of the plan that summarises the runs."""
-        known = len(self.means) > 1 and bool(np.isfinite(self.means).all())
-        assert self.idle is not None
-        return Line(
-            self.scheme,
-            self.idle,
-            self.closed is not None,
-            float(np.mean(self.means)),
-            float(np.std(self.means, ddof=1) / np.sqrt(len(self.means))) if known else float("nan"),
-            float(np.mean(self.computed)) / self.scheme.n,
-            float(np.mean(self.messages)) * self.model / self.scheme.m,
-            int(self.scheme.loads.max()),
-        )
-
-
-def _unsure(samples: Sequence[_Sample]) -> list[_Sample]:
+def _unsure(samples: Sequence[SchemeRuns]) -> list[SchemeRuns]:
     """Returns the exact schemes that need further runs, because it is not clear yet which of them is the fastest.
 
     Schemes are compared on the same draws. Populations with permanent differences, such as phones, vary far more than
@@ -262,38 +275,3 @@ def _unsure(samples: Sequence[_Sample]) -> list[_Sample]:
         if apart.std(ddof=1) / np.sqrt(most) > _SURE * fastest:
             return [sample for sample in near if sample is not samples[0]]
     return []
-
-
-def _recommend(lines: Sequence[Line]) -> tuple[Line, str]:
-    plain = lines[0]
-    exact = [line for line in lines[1:] if line.scheme.exact]
-    if not exact:
-        return plain, "do not code: no code was compared that any worker may miss."
-    coded = [line for line in exact if np.isfinite(line.steady)]
-    if not coded:
-        return plain, "do not code: more workers never answer than any code that was compared tolerates."
-    if not plain.steady:
-        return plain, "do not code: a round takes no time as it is."
-    fastest = min(coded, key=lambda line: line.steady)
-    if np.isfinite(plain.steady) and fastest.steady > (1 - GAIN) * plain.steady:
-        change = fastest.steady / plain.steady - 1
-        how = (
-            f"{change:.0%} longer"
-            if change > 0.005
-            else f"only {-change:.0%} shorter"
-            if change < -0.005
-            else "as long"
-        )
-        return plain, (
-            f"do not code: waiting for all takes {seconds_text(plain.steady)} a round, and with the best code "
-            f"({fastest.scheme.name}) a round is {how}."
-        )
-    longest = min((1 + _CLOSE) * fastest.steady, (1 - GAIN) * plain.steady)
-    close = [line for line in coded if line.steady <= longest]
-    best = min(close, key=lambda line: (line.storage, line.computed, line.steady))
-    gain = f"{plain.steady / best.steady:.2f}x faster than" if np.isfinite(plain.steady) else "where nothing else ends:"
-    against = f"waiting for all ({seconds_text(plain.steady)})" if np.isfinite(plain.steady) else "some never answer"
-    return best, (
-        f"code: {best.scheme.name} takes {seconds_text(best.steady)} a round, {gain} {against}; each worker stores "
-        f"{best.storage} shards, and {best.computed:.2f} times as much is computed."
-    )

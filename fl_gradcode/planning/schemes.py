@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -66,6 +67,19 @@ class Scheme:
     def loads(self) -> NDArray[np.int64]:
         """Number of shards that each worker holds, shape (n,)."""
         return np.array([len(block) for block in self.blocks])
+
+    @property
+    def amplifies(self) -> bool:
+        """Whether decoding amplifies rounding errors, as that of codes without groups does."""
+        return self.exact and self.s > 0 and not self.groups
+
+    @property
+    def to_paste(self) -> str:
+        """Python lines that import what `python` uses, and `python`."""
+        used = sorted({*re.findall(r"\b(EarlyStopGrid|GradientCoding|Shards|\w+_repetition)\(", self.python)})
+        imports = [f"from fl_gradcode import {', '.join(used)}"] if used else []
+        numpy = ["import numpy as np"] if "np." in self.python else []
+        return "\n".join([*numpy, *imports, self.python])
 
     @property
     def table(self) -> NDArray[np.int64]:

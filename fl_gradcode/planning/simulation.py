@@ -18,7 +18,7 @@ from ..latency import Parts
 from .schemes import Scheme
 from .work_queue import ShardQueue, turns_of
 
-__all__ = ["RoundTimes", "idle_rounds", "steady_rounds"]
+__all__ = ["RoundTimes", "coded_rounds", "idle_rounds", "steady_rounds"]
 
 
 class RoundTimes:
@@ -59,24 +59,34 @@ def steady_rounds(scheme: Scheme, parts: Parts, *, model_megabytes: float = 0.0)
     if scheme.shardwise:
         return _shardwise(scheme, parts, model_megabytes, idle=False)
     durations = parts.seconds(scheme.loads.astype(np.float64), _megabytes(scheme, model_megabytes))
+    return coded_rounds(scheme, durations[None])[0]
+
+
+def coded_rounds(scheme: Scheme, durations: NDArray[np.float64]) -> list[RoundTimes]:
+    """Returns the times of several runs under a scheme with one message a worker and round.
+
+    Args:
+        scheme: The scheme; it is not `shardwise`.
+        durations: Seconds of each job, shape (runs, rounds, n).
+    """
     end_of, loads = _end(scheme), scheme.loads
-    busy, now = np.zeros(scheme.n), 0.0
-    seconds = np.empty(len(durations))
-    messages = computed = begun = 0
-    for t, duration in enumerate(durations):
+    runs, rounds, n = durations.shape
+    busy, now = np.zeros((runs, n)), np.zeros((runs, 1))
+    seconds = np.empty((runs, rounds))
+    messages, computed, begun = (np.zeros(runs) for _ in range(3))
+    for t in range(rounds):
         begin = np.maximum(busy, now)
-        finish = begin + duration
-        end = float(end_of(finish))
+        finish = begin + durations[:, t]
+        end = end_of(finish)[:, None]
         asked = (begin <= end) & (begin < np.inf)
         busy = np.where(asked, finish, busy)
-        seconds[t], now = end - now, end
-        messages += int(asked.sum())
-        computed += int(loads[asked].sum())
-        begun += 1
-        if end == np.inf:  # the workers that are waited for never answer, in this and all later rounds
-            seconds[t:] = np.inf
-            break
-    return RoundTimes(seconds, computed / begun, messages / begun)
+        messages += asked.sum(axis=1)
+        computed += asked @ loads
+        begun += now[:, 0] < np.inf
+        # Once the workers that are waited for never answer, no later round ends either.
+        seconds[:, t] = np.subtract(end, now, out=np.full_like(end, np.inf), where=now < np.inf)[:, 0]
+        now = end
+    return [RoundTimes(*one) for one in zip(seconds, computed / begun, messages / begun, strict=True)]
 
 
 def idle_rounds(scheme: Scheme, parts: Parts, *, model_megabytes: float = 0.0) -> RoundTimes:
@@ -100,6 +110,8 @@ def _end(scheme: Scheme) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]
         last = scheme.enough - 1
         return lambda finish: np.asarray(np.partition(finish, last, axis=-1)[..., last])
     table, m = scheme.table, scheme.m
+    if m == 1 and not (table == scheme.n).any():
+        return lambda finish: np.asarray(finish[..., table].min(axis=-1).max(axis=-1))
 
     def of_groups(finish: NDArray[np.float64]) -> NDArray[np.float64]:
         filled = np.concatenate([finish, np.full((*finish.shape[:-1], 1), np.inf)], axis=-1)[..., table]

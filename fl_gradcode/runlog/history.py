@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidSetting
-from ..latency import Latency, Parts, replay
+from ..latency import Jobs, Latency, Parts, job_tables, replay, split_of
 from .rows import RoundRow
 
 __all__ = ["History", "Timing"]
@@ -183,10 +183,38 @@ class History:
         turns = np.arange(rounds) % len(fixed)
         return Parts(fixed[turns], compute[turns], np.zeros((rounds, self.n)))
 
+    def jobs(self) -> Jobs:
+        """Returns the job times as arrays.
+
+        A reply that is still owed counts with its seconds so far, if these are more than those of the worker's other
+        jobs in that round. A job is listed in each round in which it is owed, and the entry with most seconds counts.
+        """
+        done = [one for one in self._timings if not one.owing]
+        longest: dict[tuple[int, int], float] = {}
+        for one in done:
+            longest[one.round, one.worker] = max(one.seconds, longest.get((one.round, one.worker), -1.0))
+        owed: dict[tuple[int, int], Timing] = {}
+        for one in self._timings:
+            if one.owing and one.seconds > longest.get((one.round, one.worker), -1.0):
+                owed[one.round, one.worker] = one
+        both = [*done, *owed.values()]
+        return Jobs(
+            self.n,
+            np.array([one.round for one in both], dtype=np.int64),
+            np.array([one.worker for one in both], dtype=np.int64),
+            np.array([one.shards for one in both], dtype=np.float64),
+            np.array([one.seconds for one in both], dtype=np.float64),
+            np.array([np.nan if one.computing is None else one.computing for one in both], dtype=np.float64),
+        )
+
     def latency(self) -> Latency:
-        """Returns a latency that replays the measured rounds and starts again after the last one."""
-        fixed, compute = self.tables()
-        return Latency(fixed=replay(fixed, name="fixed"), compute=replay(compute, name="compute"))
+        """Returns a latency that replays the measured rounds and starts again after the last one.
+
+        The split of the times is that of `fl_gradcode.latency.split_of`.
+        """
+        jobs = self.jobs()
+        tables = job_tables(jobs, split_of(jobs))
+        return Latency(fixed=replay(tables.fixed, name="fixed"), compute=replay(tables.compute, name="compute"))
 
 
 def _parts(one: Timing, share: float) -> tuple[float, float]:

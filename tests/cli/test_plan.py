@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +61,7 @@ def test_a_light_tail_is_not_coded_and_a_heavy_one_is() -> None:
 
 
 def test_the_table_fits_eighty_columns_and_cuts_nothing() -> None:
-    _, out, _ = plan("phones", "-n", "6", "--model", "20", *QUICK)
+    _, out, _ = plan("phones", "-n", "6", "--model", "20", "--all", *QUICK)
     assert "…" not in out
     assert max(len(line) for line in out.splitlines() if "strategy =" not in line) <= 80
     assert all(word in out for word in ("wait for all", "over-select", "any n - s", "m = 2", "at once", "up"))
@@ -98,7 +99,8 @@ def test_a_figure_is_written(tmp_path: Path) -> None:
     svg = (tmp_path / "plan.svg").read_text()
     # Matplotlib draws text as shapes, and writes what it says beside them as a comment.
     assert "<!-- mean seconds a round, over a run -->" in svg
-    assert "<!-- 6 workers, law serverless -->" in svg and "<!-- recommended -->" in svg
+    assert "<!-- 6 workers, law serverless -->" in svg and "<!-- recommended: -->" in svg
+    assert "<!-- Code: partial work" in svg
 
 
 def test_the_help_names_the_laws_that_there_are() -> None:
@@ -207,25 +209,90 @@ def test_times_that_cannot_contain_the_transfer_are_refused_or_have_it_added(tmp
     assert added == pytest.approx(np.mean(times.max(axis=1)) * (1 + 36 / np.median(times)), rel=0.05)
 
 
+# What tables say
+
+
+def test_all_rounds_count_and_parts_that_differ_are_named(tmp_path: Path) -> None:
+    lines = [f"1,1,1,1,1,{1 if t < 1600 else 20}\n" for t in range(10_000)]
+    told = as_json(write(tmp_path / "slow.csv", "".join(lines)), "--s", "1")
+    assert told["schemes"][0]["seconds-over-a-run"] == pytest.approx(1 + 19 * 0.84, rel=0.03)
+    assert told["recommended"]["s"] == 1 and told["evidence"]["rounds"] == 10_000
+    assert any('beginning (rounds 1 to 1000) would get "do not code"' in one for one in told["evidence"]["parts"])
+
+
+def test_time_that_does_not_grow_with_the_load_is_seen(tmp_path: Path) -> None:
+    lines = [f"{t},{i},{1 if t < 10 else 4},10.0" for t in range(20) for i in range(6)]
+    told = as_json(write(tmp_path / "t.csv", "\n".join(["round,worker,shards,seconds", *lines])), "--s", "1")
+    assert (told["compute-share"]["origin"], told["compute-share"]["share"]) == ("fitted", 0.0)
+    assert told["schemes"][0]["seconds-over-a-run"] == pytest.approx(10.0)
+
+
+def test_the_assumed_split_is_said_with_the_range_for_which_the_verdict_holds(tmp_path: Path) -> None:
+    times = np.random.default_rng(5).lognormal(0, 0.1, (60, 8))
+    times[np.arange(60), np.random.default_rng(6).integers(8, size=60)] *= 8
+    np.savetxt(tmp_path / "t.csv", times, delimiter=",")
+    told = as_json(str(tmp_path / "t.csv"), *QUICK)
+    share = told["compute-share"]
+    assert (share["share"], share["origin"]) == (0.8, "assumed") and share["holds-from"] <= 0.8 <= share[
+        "holds-to"
+    ] == 1.0
+    assert share["below"] is None or share["below"].startswith("code: ")
+    _, out, _ = plan(str(tmp_path / "t.csv"), *QUICK)
+    assert "Share of a job that grows with its shards: 0.80 (assumed, not measured)." in out
+    # At an edge of the range, the share itself is planned with: below it, something else is recommended.
+    edge = as_json(str(tmp_path / "t.csv"), *QUICK, "--compute-share", str(share["holds-from"]))
+    assert edge["recommended"]["seconds-over-a-run"] >= 0.94 * told["recommended"]["seconds-over-a-run"]
+
+
+def test_missing_jobs_are_said_and_who_stopped_is_named(tmp_path: Path) -> None:
+    lines = [f"{t},node-{i},1" for t in range(40) for i in range(8) if i != 7 or t == 0]
+    notes = as_json(write(tmp_path / "t.csv", "\n".join(["round,worker,seconds", *lines])), "--s", "1")["notes"]
+    assert any(note.startswith("39 of 320 pairs of a round and a worker have no time") for note in notes)
+    assert any(note.startswith("worker node-7 stopped answering after round 0") for note in notes)
+
+
+def test_few_rounds_cannot_tell_and_many_can(tmp_path: Path) -> None:
+    table = np.ones((4, 6))
+    table[2, 3] = 9.0
+    np.savetxt(tmp_path / "few.csv", table, delimiter=",", fmt="%.2f")
+    np.savetxt(tmp_path / "many.csv", np.tile(table, (30, 1)), delimiter=",", fmt="%.2f")
+    few, many = (as_json(str(tmp_path / f"{name}.csv"), "--s", "1") for name in ("few", "many"))
+    assert not few["evidence"]["sure"] and few["verdict"].startswith("cannot tell: 4 rounds say that ")
+    assert many["evidence"]["sure"] and "120 rounds say: between " in many["verdict"]
+    low, high = many["evidence"]["times-faster"]
+    assert low < many["schemes"][0]["seconds-over-a-run"] / many["recommended"]["seconds-over-a-run"] < high
+    assert all(one["interval"][0] <= one["seconds-over-a-run"] <= one["interval"][1] for one in many["schemes"])
+
+
+def test_the_answer_comes_first_and_six_rows_follow(tmp_path: Path) -> None:
+    _, out, _ = plan("virtual-machines", "-n", "9", *QUICK)
+    assert out.startswith("Code: ") and "raw data of other" in out.replace("\n", " ")
+    assert "from fl_gradcode import GradientCoding, fractional_repetition" in out
+    assert sum(line.count(" > ") or line.startswith(" >") for line in out.splitlines()) == 1
+    rows = [line for line in out.splitlines() if re.search(r"\d\.\d\dx +[\d.]+\*? ", line)]
+    assert 4 <= len(rows) <= 6
+    assert len(plan("virtual-machines", "-n", "9", *QUICK, "--all")[1].splitlines()) > len(out.splitlines())
+
+
 # Bad input
 
 
 BAD = {
     "empty": ("", "has no rows of times"),
     "only a header": ("worker,seconds\n", "has no rows of times"),
-    "missing column": ("worker,time\n0,1\n", "has columns worker, time and lacks seconds"),
-    "round without worker": ("round,a,b\n1,2,3\n", "lacks worker and seconds"),
+    "missing column": ("worker,speed\n0,1\n", "has columns worker, speed and lacks seconds"),
+    "one round": ("round,a,b\n1,2,3\n", "one round does not tell how the next ones go"),
     "negative": ("worker,seconds\n0,1\n1,-2\n", "has seconds -2 in line 3"),
-    "nan in jobs": ("worker,seconds\n0,nan\n1,2\n", "has seconds nan in line 2"),
+    "nothing but nan": ("worker,seconds\n0,nan\n1,nan\n", "has no job with a time above 0"),
     "text in jobs": ("worker,seconds\n0,fast\n1,2\n", "has 'fast' as seconds in line 2"),
-    "short row of jobs": ("worker,seconds\n0\n1,2\n", "has '' as seconds in line 2"),
+    "short row of jobs": ("worker,seconds\n0\n1,2\n", "has a row of 1 cells in line 2, and the header has 2"),
     "half a worker": ("worker,seconds\n0.5,1\n1,2\n", "has worker 0.5 in line 2"),
-    "nan": ("1,2\nnan,3\n", "has nan at row 1, column 0"),
-    "negative round": ("1,2\n3,-4\n", "has -4.0 at row 1, column 1"),
-    "ragged": ("1,2\n3,4,5\n", "has a row of 3 and one of 2"),
-    "text": ("a,b\nc,d\n", "is not a table of numbers"),
+    "a silent worker": ("1,nan\n2,nan\n", "has no time above 0 of worker 1: leave the column out"),
+    "negative round": ("1,2\n3,-4\n", "has column 2 -4 in line 2; it must be at least 0"),
+    "ragged": ("1,2\n3,4,5\n", "has a row of 3 cells in line 2, and line 1 has 2"),
+    "text": ("a,b\nc,d\n", "has 'c' as a in line 2; it must be a number"),
     "one column": ("1\n2\n", "say how many, with --workers"),
-    "one worker": ("worker,seconds\n0,1\n0,2\n", "planning needs at least 2"),
+    "one worker": ("worker,seconds\n0,2\n0,1\n", "planning needs at least 2"),
     "milliseconds": ("900000,800000\n900000,700000\n", "if they are milliseconds"),
     "nothing takes time": ("0,0\n0,0\n", "no job is that short"),
 }

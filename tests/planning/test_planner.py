@@ -22,9 +22,9 @@ from fl_gradcode.latency import Latency, exponential, lognormal, pareto, scaled,
 from fl_gradcode.latency.populations import POPULATIONS, named
 from fl_gradcode.planning.closed_forms import idle_mean
 from fl_gradcode.planning.planner import GAIN, Line, RoundPlan, candidates, make_plan, spread
-from fl_gradcode.planning.planner import _recommend as recommend
 from fl_gradcode.planning.schemes import Scheme, any_code, drop_slowest, partial_work, repetition, wait_for_all
 from fl_gradcode.planning.simulation import steady_rounds
+from fl_gradcode.planning.verdicts import recommend
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import toy_app
 

@@ -1,0 +1,471 @@
+"""Tables of measured times as people export them: which column is what, and which job has no time.
+
+A table is one of *jobs*, with a column of workers and one of seconds, or of *rounds*, with a column for each worker.
+Whatever else is in it is named and left out, or refused in one sentence: a column that counts up or tells the time is
+no worker.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._text import listed, printable
+from ..errors import InvalidSetting
+from .column_names import Heading, heading_of, is_time_of_day, not_a_worker, odd_one_out
+from .jobs import Jobs
+from .sheets import MISSING, Sheet, is_number, number_of, read_sheet
+
+__all__ = ["Measured", "measured_rounds", "read_measured"]
+
+_MOST = 1e15  # of seconds, rounds and shards: more is no measured number, and overflows in sums of squares
+_FEW = 10  # rows from which on a column that only grows is no coincidence
+_PHASES = frozenset({"kind", "phase", "type", "task", "stage", "event", "messagetype"})
+_TRAINING = frozenset({"train", "fit", "training", "trained", "fitres", "fitins"})
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The times in a file.
+
+    Attributes:
+        name: Name of the file.
+        jobs: The jobs that have a time; those without are left out.
+        workers: Name of each worker, as the file has it; empty if it has none.
+        sample: Whether the file is one column of times, a sample for all workers.
+        unit: Seconds of the unit that a column's name says; None if none says one.
+        notes: What was read in a way that a user may want to know, in words.
+    """
+
+    name: str
+    jobs: Jobs
+    workers: tuple[str, ...]
+    sample: bool
+    unit: float | None
+    notes: tuple[str, ...]
+
+    def rounds_table(self) -> Array:
+        """Returns the seconds of one shard as a table, shape (rounds, workers).
+
+        Raises:
+            InvalidSetting: A worker has no time in a round, or several.
+        """
+        jobs = self.jobs
+        rounds, place = np.unique(jobs.round, return_inverse=True)
+        full = len(rounds) * jobs.n == len(jobs.seconds)
+        at = place * jobs.n + jobs.worker
+        if not full or len(np.unique(at)) < len(at):
+            at = np.setdiff1d(np.arange(len(rounds) * jobs.n), at)
+            where = f": round {rounds[at[0] // jobs.n]}, worker {at[0] % jobs.n} has none" if len(at) else ""
+            raise InvalidSetting(f"The trace {self.name} lacks times{where}; each worker needs one in each round.")
+        table = np.empty(len(at))
+        table[at] = jobs.seconds * (self.unit or 1.0)
+        return table.reshape(len(rounds), jobs.n)
+
+
+def read_measured(path: str | Path) -> Measured:
+    """Returns the times in a .csv or .tsv file, in the unit of the file.
+
+    Raises:
+        InvalidSetting: The file cannot be read, or not be understood. The sentence names the file, and the line, column
+            and value where one is to blame.
+    """
+    sheet = read_sheet(path)
+    headings = [heading_of(name) for name in sheet.header]
+    words = {heading.meaning for heading in headings}
+    if headings and ("worker" in words or ("seconds" in words and len(headings) > 1 and not _wide(headings))):
+        return _of_jobs(sheet, headings)
+    return _of_rounds(sheet, headings)
+
+
+def measured_rounds(name: str, table: Array, workers: Sequence[str] = (), notes: Sequence[str] = ()) -> Measured:
+    """Returns the times of a table of rounds, shape (rounds, workers), in which NaN and 0 stand for no time.
+
+    Raises:
+        InvalidSetting: A time is negative or absurdly large, or there is none.
+    """
+    n = table.shape[1]
+    bad = np.argwhere((table < 0) | (table > _MOST) & (table < math.inf))
+    if len(bad):
+        row, column = (int(x) for x in bad[0])
+        bound = "at least 0" if table[row, column] < 0 else f"at most {_MOST:g}"
+        raise InvalidSetting(
+            f"The trace {name} has {table[row, column]} at row {row}, column {column}; it must be {bound}."
+        )
+    there = np.isfinite(table) & (table > 0)
+    if not there.any():
+        raise InvalidSetting(f"The trace {name} has no time above 0, and no job is that short.")
+    rounds, worker = np.nonzero(there)
+    seconds = table[there]
+    jobs = Jobs(n, rounds + 1, worker, np.ones(len(seconds)), seconds, np.full(len(seconds), np.nan))
+    zeros = table == 0
+    told = [*notes, *_said_of_zeros(zeros.sum(axis=0), workers)]
+    silent = np.flatnonzero(~there.any(axis=0))
+    if len(silent):
+        who = listed([_called(int(i), workers) for i in silent], 4)
+        raise InvalidSetting(f"The trace {name} has no time above 0 of worker {who}: leave the column out.")
+    return Measured(name, jobs, tuple(workers), n == 1, None, tuple(told))
+
+
+def _said_of_zeros(zeros: NDArray[np.int64], workers: Sequence[str]) -> list[str]:
+    if not zeros.any():
+        return []
+    who = listed([_called(int(i), workers) for i in np.flatnonzero(zeros)], 4)
+    number = int(zeros.sum())
+    what = "1 time of 0 s is" if number == 1 else f"{number} times of 0 s are"
+    return [f"{what} taken as failed (worker {who})"]
+
+
+def _called(worker: int, names: Sequence[str]) -> str:
+    return printable(names[worker], 40) if names else str(worker)
+
+
+# Tables of jobs
+
+
+def _of_jobs(sheet: Sheet, headings: list[Heading]) -> Measured:
+    place, unused = _columns_of_jobs(sheet, headings)
+    notes = list(sheet.notes)
+    renamed = [f"{printable(sheet.header[at], 40)} is {word}" for word, at in place.items() if sheet.header[at] != word]
+    if renamed:
+        notes.append("columns: " + ", ".join(renamed))
+    rows = list(zip(*sheet.rows, strict=True))
+    for at in list(unused):
+        if headings[at].plain in _PHASES:
+            training = [cell.strip().lower() in _TRAINING for cell in rows[at]]
+            if any(training) and not all(training):
+                notes.append(f"{training.count(False)} jobs that are no training are left out")
+                sheet = replace(
+                    sheet,
+                    rows=[row for row, use in zip(sheet.rows, training, strict=True) if use],
+                    lines=[line for line, use in zip(sheet.lines, training, strict=True) if use],
+                )
+                rows = list(zip(*sheet.rows, strict=True))
+                unused.remove(at)
+    if unused:
+        notes.append(
+            f"not used: {printable(listed([sheet.header[at] or 'a column without a name' for at in unused], 5))}"
+        )
+    values = {}
+    for word, at in place.items():
+        if word != "worker":
+            values[word] = _numbers(sheet, rows[at], at, missing=word in ("seconds", "computing"))
+    seconds = values["seconds"]
+    lines = np.array(sheet.lines)
+    _refuse_clocks(sheet, place["seconds"], seconds, values.get("round"))
+    names, worker = _workers(sheet, rows[place["worker"]], place["worker"])
+    if "round" in values:
+        whole = values["round"] % 1 == 0
+        if not whole.all():
+            at = int(np.flatnonzero(~whole)[0])
+            raise InvalidSetting(
+                f"The trace {sheet.name} has round {values['round'][at]:g} in line {lines[at]}; rounds are whole."
+            )
+        rounds = values["round"].astype(np.int64)
+    else:
+        # The first job of each worker is of the first round, and so on; a job without a time counts as well.
+        order = np.argsort(worker, kind="stable")
+        start = np.searchsorted(worker[order], worker[order])
+        rounds = np.empty(len(worker), dtype=np.int64)
+        rounds[order] = np.arange(len(worker)) - start + 1
+        if np.bincount(worker).max() > 1:
+            notes.append("no column of rounds: the k-th job of a worker is taken as that of round k")
+    shards = values.get("shards", np.ones(len(seconds)))
+    unit, computing = headings[place["seconds"]].unit, np.full(len(seconds), np.nan)
+    if "computing" in values:
+        own = headings[place["computing"]].unit
+        computing = values["computing"] * ((own or 1.0) / (unit or 1.0) if own != unit and own and unit else 1.0)
+    there = np.isfinite(seconds) & (seconds > 0)
+    empty = int(np.isnan(seconds).sum())
+    if empty:
+        notes.append(f"{empty} of {len(seconds)} jobs have no time: they never came back")
+    zeros = np.bincount(worker[seconds == 0], minlength=len(names))
+    notes += _said_of_zeros(zeros, names)
+    without = there & ~(shards > 0)
+    if without.any():
+        notes.append(f"{int(without.sum())} jobs of no shards are left out")
+        there &= shards > 0
+    above = there & (computing > seconds)
+    if above.any():
+        at = int(np.flatnonzero(above)[0])
+        raise InvalidSetting(
+            f"The trace {sheet.name} has computing {computing[at]:g} in line {lines[at]}, above its seconds "
+            f"{seconds[at]:g}; computing is a part of the seconds."
+        )
+    if not there.any():
+        raise InvalidSetting(f"The trace {sheet.name} has no job with a time above 0, and no job is that short.")
+    jobs = Jobs(len(names), rounds[there], worker[there], shards[there], seconds[there], computing[there])
+    silent = sorted({*range(len(names))} - {*np.unique(worker[there]).tolist()})
+    if silent:
+        gone = listed([printable(names[i], 40) for i in silent], 4)
+        notes.append(f"no job of worker {gone} has a time: left out")
+        new = np.full(len(names), -1)
+        new[[i for i in range(len(names)) if i not in set(silent)]] = np.arange(len(names) - len(silent))
+        names = [name for i, name in enumerate(names) if i not in set(silent)]
+        jobs = replace(jobs, n=len(names), worker=new[jobs.worker])
+    return Measured(sheet.name, jobs, tuple(names), False, unit, tuple(notes))
+
+
+def _columns_of_jobs(sheet: Sheet, headings: list[Heading]) -> tuple[dict[str, int], list[int]]:
+    """Returns the place of each quantity's column, and the places of columns that mean none."""
+    place: dict[str, int] = {}
+    for word in ("worker", "seconds", "round", "shards", "computing"):
+        found = [(heading.rank, at) for at, heading in enumerate(headings) if heading.meaning == word]
+        first = [at for rank, at in found if rank == min(found)[0]]
+        if len(first) > 1:
+            names = listed([printable(repr(sheet.header[at]), 40) for at in first], 4)
+            raise InvalidSetting(
+                f"The trace {sheet.name} has columns {names}, each of which may be the {word}: call one of them {word} "
+                "and the others otherwise."
+            )
+        if first:
+            place[word] = first[0]
+    missing = [word for word in ("worker", "seconds") if word not in place]
+    if missing:
+        raise InvalidSetting(
+            f"The trace {sheet.name} has columns {printable(', '.join(sheet.header), 200)} and lacks "
+            f"{' and '.join(missing)}: a table of jobs needs worker and seconds, and may have round, shards and "
+            "computing."
+        )
+    return place, [at for at in range(len(headings)) if at not in place.values()]
+
+
+def _refuse_clocks(sheet: Sheet, at: int, seconds: Array, rounds: Array | None) -> None:
+    """Refuses a column of seconds that tells when, and not how long."""
+    known = seconds[np.isfinite(seconds)]
+    name = printable(repr(sheet.header[at]) if sheet.header else str(at + 1), 40)
+    if len(known) and is_time_of_day(float(np.median(known))):
+        raise InvalidSetting(
+            f"The trace {sheet.name} has {known[0]:.10g} in line {sheet.lines[0]}, column {name}, which is a date in "
+            "seconds since 1970: give how long each job took, not when."
+        )
+    if len(known) < _FEW:
+        return
+    if (np.diff(known) > 0).all() and (rounds is None or (np.diff(rounds) >= 0).all()):
+        raise InvalidSetting(
+            f"The trace {sheet.name} has column {name}, which only grows ({known[0]:g}, {known[1]:g}, ... "
+            f"{known[-1]:g}): it tells when, or the table is sorted by it. Give how long each job took, round by round."
+        )
+
+
+def _workers(sheet: Sheet, cells: Sequence[str], at: int) -> tuple[list[str], NDArray[np.int64]]:
+    """Returns the names of the workers in ascending order, and each job's place among them."""
+    unique = sorted({*cells})
+    clean = {}
+    numeric = all(is_number(cell.strip()) for cell in unique)
+    for cell in unique:
+        name = cell.strip()
+        if name.lower() in MISSING or not name:
+            line = sheet.lines[cells.index(cell)]
+            raise InvalidSetting(
+                f"The trace {sheet.name} has {printable(repr(cell))} as worker in line {line}; name it."
+            )
+        if numeric and not name.lstrip("+-").isdigit():
+            line = sheet.lines[cells.index(cell)]
+            if not re.fullmatch(r"\d+\.0*", name):
+                why = " Numbers with exponents have lost digits." if "e" in name.lower() else ""
+                raise InvalidSetting(
+                    f"The trace {sheet.name} has worker {printable(name)} in line {line}; workers are names or whole "
+                    f"numbers.{why}"
+                )
+            name = name.split(".")[0]
+        clean[cell] = name
+    names = sorted({*clean.values()}, key=int if numeric else _natural)
+    if len(names) > 100_000:
+        raise InvalidSetting(
+            f"The trace {sheet.name} has {len(names)} workers in column {at + 1}; is it a count of jobs?"
+        )
+    number = {name: i for i, name in enumerate(names)}
+    lookup = {cell: number[name] for cell, name in clean.items()}
+    return names, np.fromiter((lookup[cell] for cell in cells), dtype=np.int64, count=len(cells))
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Returns a key that sorts w9 before w10."""
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part)
+        for part in re.findall(r"\d+|\D+", name)
+        if part.isascii()
+    ]
+
+
+def _numbers(sheet: Sheet, cells: Sequence[str], at: int, *, missing: bool) -> Array:
+    """Returns a column's numbers; NaN where a cell has none and `missing` allows it."""
+    try:
+        if sheet.decimal_comma:
+            raise ValueError
+        values = np.array(cells, dtype=np.float64)
+    except ValueError:
+        values = np.array([_number(sheet, row, cell, at, missing) for row, cell in enumerate(cells)])
+    values = np.where(np.isposinf(values), np.nan, values) if missing else values
+    wrong = ~((values >= 0) & (values <= _MOST)) & ~(np.isnan(values) if missing else np.zeros(len(values), dtype=bool))
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        bounds = f"at most {_MOST:g}" if values[row] > _MOST else "at least 0"
+        raise InvalidSetting(
+            f"The trace {sheet.name} has {_column(sheet, at)} {values[row]:g} in line {sheet.lines[row]}; it must be "
+            f"{bounds}."
+        )
+    return values
+
+
+def _number(sheet: Sheet, row: int, cell: str, at: int, missing: bool) -> float:
+    text = cell.strip()
+    if missing and text.lower() in MISSING:
+        return math.nan
+    try:
+        return number_of(text, decimal_comma=sheet.decimal_comma)
+    except ValueError:
+        empty = ", or empty if the job never came back" if missing else ""
+        raise InvalidSetting(
+            f"The trace {sheet.name} has {printable(repr(text))} as {_column(sheet, at)} in line {sheet.lines[row]}; "
+            f"it must be a number{empty}."
+        ) from None
+
+
+def _column(sheet: Sheet, at: int) -> str:
+    if not sheet.header:
+        return f"column {at + 1}"
+    name = sheet.header[at]
+    return printable(heading_of(name).meaning or (name if name else f"column {at + 1}"), 40)
+
+
+# Tables of rounds
+
+
+def _wide(headings: list[Heading]) -> bool:
+    """Returns whether a column called time stands beside columns of workers, and is a clock."""
+    seconds = [heading for heading in headings if heading.meaning == "seconds"]
+    others = [heading for heading in headings if not heading.meaning and not not_a_worker(heading.plain)]
+    return all(heading.plain in ("time", "elapsed") for heading in seconds) and len(others) > 1
+
+
+def _of_rounds(sheet: Sheet, headings: list[Heading]) -> Measured:
+    notes = list(sheet.notes)
+    columns = list(zip(*sheet.rows, strict=True))
+    width = len(columns)
+    if not headings and width > 1:
+        _refuse_split_decimals(sheet)
+    words = headings or [heading_of("")] * width
+    left: list[int] = []
+    single = width == 1
+    for at, heading in enumerate(words):
+        named = bool(headings) and not single and not_a_worker(heading.plain)
+        clock = bool(headings) and not single and heading.meaning == "seconds"
+        if named or clock or (not single and _is_dates(columns[at])):
+            left.append(at)
+    values: dict[int, Array] = {
+        at: _numbers(sheet, columns[at], at, missing=True) for at in range(width) if at not in left
+    }
+    for at, column in list(values.items()):
+        if len(values) > 1 and _counts_up(column, other=[values[i] for i in values if i != at], sheet=sheet, at=at):
+            left.append(at)
+            del values[at]
+    if not values:
+        raise InvalidSetting(
+            f"The trace {sheet.name} has columns {printable(', '.join(sheet.header), 200)}, and none of them is a "
+            "worker's: give one column for each worker, or a table of jobs with worker and seconds."
+        )
+    for at in _summaries(values):
+        left.append(at)
+        del values[at]
+    if left:
+        others = listed([_named(sheet, at) for at in sorted(left)], 5)
+        notes.append(f"no worker: {others} (counts rounds, tells the time or sums up)")
+    names = [sheet.header[at] for at in values] if sheet.header else []
+    unit = None
+    if len(values) > 1 and names:
+        odd = odd_one_out(names)
+        if odd is not None:
+            raise InvalidSetting(
+                f"The trace {sheet.name} has a column {printable(repr(odd), 40)} beside {printable(names[0], 40)} and "
+                "others of that form: if it is a worker, name it likewise; otherwise leave it out."
+            )
+        if len({*names}) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InvalidSetting(f"The trace {sheet.name} has two columns called {printable(repr(twice), 40)}.")
+    if len(values) == 1:
+        at = next(iter(values))
+        unit = words[at].unit
+        times = values[at]
+        _refuse_clocks(sheet, at, times, None)
+        missing = int(np.isnan(times).sum())
+        if missing:
+            notes.append(f"{missing} of {len(times)} cells are empty and left out")
+        one = measured_rounds(sheet.name, times[~np.isnan(times)][:, None], (), notes)
+        return replace(one, unit=unit)
+    table = np.stack(list(values.values()), axis=1)
+    empty = int(np.isnan(table).sum())
+    if empty:
+        notes.append(f"{empty} of {table.size} cells have no time: those jobs never came back")
+    units = {words[at].unit for at in values} if headings else {None}
+    found = measured_rounds(sheet.name, table, names, notes)
+    return replace(found, unit=units.pop()) if len(units) == 1 else found
+
+
+def _refuse_split_decimals(sheet: Sheet) -> None:
+    """Refuses "1,03" where a comma separates cells: the part behind it is no whole number of seconds."""
+    for row, line in zip(sheet.rows, sheet.lines, strict=True):
+        if all(cell.strip().isdigit() for cell in row) and any(re.fullmatch(r"0\d+", cell.strip()) for cell in row[1:]):
+            raise InvalidSetting(
+                f"The trace {sheet.name} has {printable(','.join(row), 40)} in line {line}: a number that begins with "
+                "0 is the end of a decimal. Separate columns by semicolons, or write decimal points."
+            )
+
+
+def _is_dates(cells: Sequence[str]) -> bool:
+    some = [cell.strip() for cell in cells if cell.strip()][:20]
+    return bool(some) and all(
+        re.search(r"\d", x) and re.search(r"\d[-/:.]\d+[-/:.]\d|\d:\d", x) and not is_number(x) for x in some
+    )
+
+
+def _counts_up(column: Array, *, other: list[Array], sheet: Sheet, at: int) -> bool:
+    """Returns whether a column counts or tells the time; refuses one that only grows otherwise."""
+    if np.isnan(column).any() or len(column) < 2:
+        return False
+    steps = np.diff(column)
+    whole = not (column % 1).any()
+    beside = np.concatenate(other)
+    beside = beside[np.isfinite(beside)]
+    decimals = len(beside) > 0 and (beside % 1 != 0).mean() > 0.5
+    if whole and (steps == steps[0]).all() and steps[0] > 0 and (len(column) > 3 or decimals or column[0] == 0):
+        return True
+    if is_time_of_day(float(column[0])):
+        return True
+    if whole and (steps >= 0).all() and steps.any() and decimals and len(column) >= _FEW and at == 0:
+        return True  # rounds in blocks: 0, 0, 1, 1 would be jobs, but 1, 2, 4, 5 leaves rounds out
+    if len(column) >= _FEW and (steps > 0).all():
+        raise InvalidSetting(
+            f"The trace {sheet.name} has {_named(sheet, at)}, which only grows ({column[0]:g}, {column[1]:g}, ... "
+            f"{column[-1]:g}): it is no worker's time for a round. Leave it out, or give times instead of totals."
+        )
+    return False
+
+
+def _summaries(values: dict[int, Array]) -> list[int]:
+    """Returns the columns that are the maximum, mean, minimum or sum of all others in each row."""
+    if len(values) < 4 or len(next(iter(values.values()))) < 3:
+        return []
+    found = []
+    for at in (*list(values)[-3:], next(iter(values))):
+        others = np.stack([column for i, column in values.items() if i != at and i not in found])
+        if np.isnan(others).any() or np.isnan(values[at]).any() or not (np.ptp(others, axis=0) > 0).all():
+            continue
+        for summary in (np.max, np.mean, np.sum, np.median, np.min):
+            if np.allclose(values[at], summary(others, axis=0), rtol=1e-5, atol=0) and at not in found:
+                found.append(at)
+    return found
+
+
+def _named(sheet: Sheet, at: int) -> str:
+    name = sheet.header[at] if sheet.header else ""
+    return f"column {printable(repr(name), 40)}" if name else f"column {at + 1}"

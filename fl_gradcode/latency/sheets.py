@@ -1,0 +1,265 @@
+"""Text files of tables as people export them, as rows of cells: separators, decimal commas, comments, compression."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from .._files import MEGABYTE, read_file
+from .._text import printable
+from ..errors import InvalidSetting
+
+__all__ = ["LARGEST", "Sheet", "is_number", "is_table", "number_of", "read_sheet"]
+
+LARGEST = 256 * MEGABYTE  # of a file, and of what it holds; a million rounds of 30 workers
+_ENDINGS = (".csv", ".tsv")
+_SEPARATORS = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas"}
+_SAMPLE = 50  # lines that tell which separator is used
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+([eE][+-]?\d+)?\s*")
+_THOUSANDS = re.compile(r"[+-]?\d{1,3}(\.\d{3})+,\d+\s*|[+-]?\d{1,3}(,\d{3})+\.\d+\s*")
+_FLOWER = re.compile(r"\[ROUND \d+(/\d+)?\]|(aggregate|configure)_(fit|train)|Starting Flower|Run finished \d+ round")
+_FINISHED = re.compile(r"Run finished (\d+) round\S* in ([\d.]+)\s*s")
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """The cells of a text file.
+
+    Attributes:
+        name: Name of the file.
+        header: Names of the columns; empty if the first line has numbers.
+        rows: The other lines, each with as many cells as the first.
+        lines: Number of each row's line in the file, from 1.
+        decimal_comma: Whether numbers are written with a decimal comma.
+        notes: How the file was read, where that is not plain.
+    """
+
+    name: str
+    header: list[str]
+    rows: list[list[str]]
+    lines: list[int]
+    decimal_comma: bool
+    notes: tuple[str, ...]
+
+
+def is_table(path: str | Path) -> bool:
+    """Returns whether the name of a file is that of a table of text, compressed or not."""
+    return Path(path).name.lower().removesuffix(".gz").endswith(_ENDINGS)
+
+
+def number_of(text: str, *, decimal_comma: bool = False) -> float:
+    """Returns the number that a cell holds.
+
+    Raises:
+        ValueError: It is no number; "1_000" is none either.
+    """
+    if "_" in text:
+        raise ValueError(text)
+    return float(text.replace(",", ".") if decimal_comma else text)
+
+
+def is_number(text: str, *, decimal_comma: bool = False) -> bool:
+    """Returns whether a cell holds a number."""
+    try:
+        number_of(text, decimal_comma=decimal_comma)
+    except ValueError:
+        return False
+    return True
+
+
+def read_sheet(path: str | Path) -> Sheet:
+    """Returns the cells of a .csv or .tsv file, which may be compressed by gzip.
+
+    Cells are separated by commas, semicolons, tabs, bars, or spaces. Lines that start with # are comments, except that
+    the last one before the data may be the header, as NumPy writes it.
+
+    Raises:
+        InvalidSetting: The file does not exist, is of another kind, has no rows, or rows of several lengths.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InvalidSetting(f"There is no trace file {str(path)!r}.")
+    if not is_table(file):
+        raise InvalidSetting(f"A trace is a .csv, .tsv or .npz file, not {file.name!r}.")
+    text = _text_of(file)
+    lines: list[str] = []
+    numbers: list[int] = []
+    comment = ""
+    stated = None
+    for number, line in enumerate(text.splitlines(), 1):
+        bare = line.strip()
+        if not bare or not bare.strip(",;|\t"):
+            continue
+        if bare.startswith("#"):
+            comment = bare.lstrip("#").strip() if not lines else comment
+        elif not lines and re.fullmatch(r"sep=.", bare, re.IGNORECASE):
+            stated = bare[-1]
+        else:
+            lines.append(line)
+            numbers.append(number)
+    if not lines:
+        raise InvalidSetting(f"The trace {file.name} has no rows of times; each row is one round.")
+    _refuse_a_log(file.name, text)
+    separator = stated or _separator(lines[:_SAMPLE])
+    rows = _cells(file.name, lines, separator)
+    head = _cells(file.name, [comment], separator)[0] if comment else []
+    # Most files have no comma inside a cell, and need no look at each of them.
+    inside = '"' in text if separator == "," else "," in text
+    comma = inside and _decimal_comma(file.name, rows, numbers)
+    notes = [f"cells are separated by {_SEPARATORS.get(separator, 'spaces')}"] if separator != "," else []
+    notes += ["numbers have decimal commas"] if comma else []
+    header: list[str] = []
+    if _is_header(rows, comma):
+        header, rows, numbers = rows[0], rows[1:], numbers[1:]
+    elif len(head) == len(rows[0]) > 1 and not all(is_number(cell, decimal_comma=comma) for cell in head):
+        header = head
+        notes.append("the header stands in a comment")
+    if not rows:
+        raise InvalidSetting(f"The trace {file.name} has no rows of times; each row is one round.")
+    rows = _even(file.name, header, rows, numbers)
+    return Sheet(file.name, [cell.strip() for cell in header], rows, numbers, comma, tuple(notes))
+
+
+def _text_of(file: Path) -> str:
+    try:
+        content = read_file(file, LARGEST)
+        if content.startswith(b"\x1f\x8b"):
+            with gzip.GzipFile(fileobj=io.BytesIO(content)) as packed:
+                content = packed.read(LARGEST + 1)
+            if len(content) > LARGEST:
+                raise InvalidSetting(f"The trace {file.name} holds more than {LARGEST} bytes.")
+        encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+        text = content.decode(encoding)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InvalidSetting(f"The trace {file.name} is no whole gzip file: {printable(str(error))}.") from error
+    except OSError as error:
+        raise InvalidSetting(f"The trace {file.name} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise InvalidSetting(
+            f"The trace {file.name} cannot be read as text: {str(error)[:200]}. Save it as UTF-8."
+        ) from error
+    if "\0" in text:
+        raise InvalidSetting(f"The trace {file.name} cannot be read as text: it has null bytes. Save it as UTF-8.")
+    return text
+
+
+def _refuse_a_log(name: str, text: str) -> None:
+    beginning = text[:20_000]
+    if len(_FLOWER.findall(beginning)) < 1 or beginning.count("INFO") < 1:
+        return
+    found = _FINISHED.search(text)
+    mean = f" It says {float(found[2]) / int(found[1]):.3g} s a round." if found and int(found[1]) else ""
+    raise InvalidSetting(
+        f"The trace {name} is a log of Flower, which does not say how long each client took.{mean} Run with "
+        "GradientCoding(strategy, uncoded(n), ledger=path), which trains as before, and give that ledger."
+    )
+
+
+def _separator(lines: list[str]) -> str:
+    """Returns the separator by which the lines have the same number of cells, more than one; a comma if none does."""
+    for separator in _SEPARATORS:
+        try:
+            counts = {len(row) for row in csv.reader(lines, delimiter=separator)}
+        except csv.Error:  # a quote that is not closed, or a cell of more than 128 KiB: said when all lines are read
+            continue
+        if len(counts) == 1 and counts.pop() > 1:
+            return separator
+    for separator in ("\t", ";"):
+        if all(separator in line for line in lines):
+            return separator
+    if not any("," in line for line in lines) and all(
+        len(line.split()) > 1 and all(is_number(cell) for cell in line.split()) for line in lines[1:]
+    ):
+        words = len(lines[0].split())
+        if len(lines) > 1 and words == len(lines[1].split()):
+            return " "
+    return ","
+
+
+def _cells(name: str, lines: list[str], separator: str) -> list[list[str]]:
+    if separator == " ":
+        return [line.split() for line in lines]
+    try:
+        rows = list(csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=False))
+    except csv.Error as error:
+        raise InvalidSetting(f"The trace {name} cannot be read as text: {str(error)[:200]}.") from error
+    if len(rows) != len(lines):
+        raise InvalidSetting(f"The trace {name} has a quoted cell that goes on in the next line; a row is one line.")
+    return rows
+
+
+def _decimal_comma(name: str, rows: list[list[str]], numbers: list[int]) -> bool:
+    """Returns whether numbers have decimal commas; both signs in one file are refused."""
+    comma = point = None
+    for row, line in zip(rows, numbers, strict=True):
+        for column, cell in enumerate(row, 1):
+            if "," in cell:
+                if _THOUSANDS.fullmatch(cell.strip()):
+                    raise InvalidSetting(
+                        f"The trace {name} has {printable(cell)!r} in line {line}, column {column}: write numbers "
+                        "without marks between thousands."
+                    )
+                if comma is None and _DECIMAL_COMMA.fullmatch(cell.strip()):
+                    comma = line, column, cell
+            elif point is None and "." in cell and is_number(cell):
+                point = line, column, cell
+    if comma and point:
+        raise InvalidSetting(
+            f"The trace {name} has {printable(comma[2])!r} in line {comma[0]}, column {comma[1]}, and "
+            f"{printable(point[2])!r} in line {point[0]}, column {point[1]}: decimals have commas or points, not both."
+        )
+    return comma is not None
+
+
+def _is_header(rows: list[list[str]], comma: bool) -> bool:
+    """Returns whether the first row names the columns, be it with numbers."""
+    first, rest = [cell.strip() for cell in rows[0]], rows[1:]
+    if not all(is_number(cell, decimal_comma=comma) for cell in first if cell):
+        return not all(is_number(cell, decimal_comma=comma) or cell.lower() in MISSING for cell in first)
+    named = [cell for cell in first if cell]
+    if not rest or not all(cell.isdigit() for cell in named) or len({*named}) < len(named) or len(named) < 2:
+        return False
+    values = [int(cell) for cell in named]
+    counted = values in ([*range(len(values))], [*range(1, len(values) + 1)])
+    if not first[0] and len(named) == len(first) - 1 and counted:
+        return True  # as pandas writes an index
+    if counted and (len(values) > 2 or values[0] == 0) and not all(row[: len(first)] == first for row in rest[:1]):
+        below = [cell for row in rest[:_SAMPLE] for cell in row]
+        # Rows may count on as well, in a file of whole numbers: 1, 2, 3 and 4, 5, 6.
+        return values[0] == 0 or any(not cell.strip().isdigit() for cell in below)
+    if min(values) > 10**12:  # ids of nodes
+        return True
+    cells = [cell.strip() for row in rest[:_SAMPLE] for cell in row if cell.strip()]
+    whole = sum(cell.isdigit() for cell in cells)
+    return len(values) > 2 and values == sorted(values) and whole <= 0.1 * len(cells)
+
+
+#: Words that stand for a job without a time, in lower case.
+MISSING = frozenset(
+    {"", "nan", "na", "n/a", "#n/a", "<na>", "null", "none", "-", "--", "?", "inf", "+inf", "infinity", "timeout",
+     "failed", "failure", "error", "dropped"}
+)  # fmt: skip
+
+
+def _even(name: str, header: list[str], rows: list[list[str]], numbers: list[int]) -> list[list[str]]:
+    """Returns the rows with one length, less a last column that is empty everywhere."""
+    width = len(header) or len(rows[0])
+    lengths = {len(row) for row in rows}
+    if len(lengths) == 1 and header and lengths == {width + 1} and all(not row[-1].strip() for row in rows):
+        return [row[:-1] for row in rows]  # a separator at the end of each line
+    if lengths == {width}:
+        return rows
+    at, row = next((at, row) for at, row in enumerate(rows) if len(row) != width)
+    what = f"the header has {width}" if header else f"line {numbers[0]} has {width}"
+    comma = " If its commas are decimal, separate the columns by semicolons." if any("," in x for x in row) else ""
+    two = all(re.fullmatch(r"\d+", cell.strip()) for cell in row)
+    comma = " If its commas are decimal, separate the columns by semicolons." if two or comma else ""
+    raise InvalidSetting(
+        f"The trace {name} has a row of {len(row)} cells in line {numbers[at]}, and {what}; each worker or quantity is "
+        f"a column.{comma}"
+    )
