@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..protocol import Layout, difference_between, view
 
-__all__ = ["AgreedLayouts", "check_layout", "check_records", "unlike_sent"]
+__all__ = ["AgreedLayouts", "check_layout", "check_records", "unlike_plain", "unlike_sent"]
 
 _BFLOAT16 = "bfloat16"
 _LARGEST_BFLOAT16 = float(np.finfo(np.float32).max)
@@ -68,6 +68,26 @@ def unlike_sent(layout: Layout, before: ArrayRecord) -> str:
     """Returns in what a layout differs from the arrays that were sent, or an empty string; their order may differ."""
     sent = tuple((name, array.dtype, tuple(array.shape)) for name, array in before.items())
     return difference_between(layout, (), sent, (), "the server's")
+
+
+def unlike_plain(key: object, before: ArrayRecord | None, weight_key: str) -> str:
+    """Returns in what records differ from what most strategies of Flower take, or an empty string.
+
+    They take one ArrayRecord with the names that were sent, none when evaluating, and one MetricRecord with the weight.
+
+    Args:
+        key: What `names_of` returns for the records.
+        before: The arrays that were sent; None when evaluating.
+        weight_key: The metric that holds the number of examples.
+    """
+    assert isinstance(key, tuple)
+    arrays = [{*names} for _, kind, names in key if kind == "ArrayRecord"]
+    metrics = [names for _, kind, names in key if kind == "MetricRecord"]
+    if arrays != ([] if before is None else [{*before}]):
+        return "the arrays are others than the server's"
+    return (
+        "" if len(metrics) == 1 and weight_key in metrics[0] else "there is not one record of metrics with the weight"
+    )
 
 
 def _check_dtype(name: str, dtype: str, sent: Array) -> None:

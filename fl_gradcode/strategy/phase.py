@@ -342,7 +342,7 @@ class Phase(StopRule):
             return None
         if isinstance(best, ReturnedReplies):
             returned = best.gather(self.shards)
-            if returned is not None and self.replies.before is not None:
+            if returned is not None:
                 self.agreed.add(best.key)
             return returned
         vector = best.decoder.vector()

@@ -42,7 +42,7 @@ from ..protocol import (
     view,
 )
 from ..roster import WorkerRegistry
-from .layouts import AgreedLayouts, check_layout, check_records, unlike_sent
+from .layouts import AgreedLayouts, check_layout, check_records, unlike_plain, unlike_sent
 from .reply_groups import MaskedReplies, ReplyGroup, ReturnedReplies
 
 if TYPE_CHECKING:
@@ -249,20 +249,19 @@ class ReplyCollector:
         """Returns why the layout of these replies does not count yet, or an empty string if it does."""
         if isinstance(group, MaskedReplies):  # the manifest has their layout
             return ""
-        if self.before is None or group.key in self._agreed or 2 * len(group.workers) > len(self.asked):
+        if group.key in self._agreed or 2 * len(group.workers) > len(self.asked):
+            return ""
+        if self.before is None and isinstance(group, ReplyGroup):
             return ""
         if group.key not in self._unlike_sent:
-            names = ({*names} for names in group.array_names) if isinstance(group, ReturnedReplies) else ()
-            self._unlike_sent[group.key] = (
-                unlike_sent(group.reply.layout, self.before)
-                if isinstance(group, ReplyGroup)
-                else ""
-                if {*self.before} in names
-                else "the arrays are named otherwise than the server's"
-            )
+            if isinstance(group, ReplyGroup):
+                assert self.before is not None
+                self._unlike_sent[group.key] = unlike_sent(group.reply.layout, self.before)
+            else:
+                self._unlike_sent[group.key] = unlike_plain(group.key, self.before, self.plan.weight_key)
         different = self._unlike_sent[group.key]
         few = f"{len(group.workers)} of the {len(self.asked)} nodes that were asked"
-        return different and f"{different}, in the replies of {few}: such arrays count if most nodes return them"
+        return different and f"{different}, in the replies of {few}: such records count if most nodes return them"
 
     def read(self, node: int, reply: Message | None, failure: str) -> Rejection | None:
         """Read one reply; returns None if it counts, else the rejection."""
@@ -381,11 +380,10 @@ class ReplyCollector:
             kind: RejectionKind = "not-finite" if isinstance(error, NotFiniteRecord) else "layout"
             return Rejection(kind, last_line(str(error)))
         self.answered.append(reply.worker)
-        array_names = tuple(tuple(record) for record in content.array_records.values())
         group = self.groups.get(key)
         if group is None:
             ballots = Ballots(self._votes + 1, self._agreement.records) if self._by_unit else None
-            group = self.groups[key] = ReturnedReplies(self.code, key, array_names, ballots)
+            group = self.groups[key] = ReturnedReplies(self.code, key, ballots)
         assert isinstance(group, ReturnedReplies)
         if not group.add(row, (node, reply.worker), content, unlike=(apart or 0.0) > DISAGREEMENT):
             self.spare_from.add(reply.worker)

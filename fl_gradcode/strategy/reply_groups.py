@@ -363,27 +363,7 @@ class Returned:
 
 
 class ReturnedReplies(HeldReplies[RecordDict]):
-    """Replies whose records have the same names, by the shard's place among the sampled ones.
-
-    Args:
-        code: The uncoded code over the sampled shards.
-        key: Names of the records and of what they hold.
-        array_names: Names of the arrays in each ArrayRecord.
-        ballots: Counts equal copies; None to take the first.
-
-    Attributes:
-        array_names: See above.
-    """
-
-    def __init__(
-        self,
-        code: GradientCode,
-        key: object,
-        array_names: tuple[tuple[str, ...], ...],
-        ballots: Ballots[RecordDict] | None = None,
-    ) -> None:
-        super().__init__(code, key, ballots)
-        self.array_names = array_names
+    """Replies whose records have the same names, by the shard's place among the sampled ones."""
 
     def gather(self, shards: list[int]) -> Returned | None:
         """Returns the records of all sampled shards, or None if one has no reply."""

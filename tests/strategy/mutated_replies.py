@@ -237,7 +237,7 @@ class Mutator:
             mutate = MUTATIONS[int(self.random.integers(len(MUTATIONS)))]
             if mutate is _numbers and not self.lies:
                 continue
-            with contextlib.suppress(ValueError, RecursionError):  # a mutation of what is mutated already
+            with contextlib.suppress(ValueError, TypeError, RecursionError):  # a mutation of what is mutated already
                 self.lied |= mutate(content, self.random)
         return Message(content, reply_to=message)
 
