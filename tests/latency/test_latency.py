@@ -246,10 +246,17 @@ def test_an_empty_csv_makes_no_trace(tmp_path: Path, text: str) -> None:
         trace(read_trace(tmp_path / "times.csv"))
 
 
-@pytest.mark.parametrize("text", ["1,2\n3\n", "1,2\n3,fast\n", "a,b\n1,2\nc,d\n"])
-def test_a_csv_that_is_no_table_of_numbers_is_refused(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("1,2\n3\n", "a row of 1 cells in line 2, and line 1 has 2"),
+        ("1,2\n3,fast\n", "'fast' as column 2 in line 2; it must be a number"),
+        ("a,b\n1,2\nc,d\n", "'c' as a in line 3; it must be a number"),
+    ],
+)
+def test_a_csv_that_is_no_table_of_numbers_is_refused(tmp_path: Path, text: str, sentence: str) -> None:
     (tmp_path / "times.csv").write_text(text)
-    with pytest.raises(InvalidSetting, match=r"^The trace times\.csv is not a table of numbers: "):
+    with pytest.raises(InvalidSetting, match=rf"^The trace times\.csv has {sentence}"):
         read_trace(tmp_path / "times.csv")
 
 
@@ -278,7 +285,7 @@ def test_a_trace_that_cannot_be_found_or_read_is_refused(tmp_path: Path) -> None
     with pytest.raises(InvalidSetting, match="^There is no trace file"):
         read_trace(tmp_path)
     (tmp_path / "times.txt").write_text("1,2\n")
-    with pytest.raises(InvalidSetting, match=r"^A trace is a \.csv or \.npz file, not 'times\.txt'\.$"):
+    with pytest.raises(InvalidSetting, match=r"^A trace is a \.csv, \.tsv or \.npz file, not 'times\.txt'\.$"):
         read_trace(tmp_path / "times.txt")
 
 

@@ -165,9 +165,11 @@ def test_a_fitted_law_can_be_simulated_although_its_parameters_were_estimated_fr
 def test_a_time_that_is_none_is_found_in_a_file_too(tmp_path: Path, bad: float) -> None:
     (tmp_path / "times.csv").write_text(f"1,2\n3,{bad}\n")
     np.savez(tmp_path / "times.npz", times=[[1.0, 2.0], [3.0, bad]])
-    for name in ("times.csv", "times.npz"):
-        with pytest.raises(InvalidSetting, match=rf"^The trace has {bad} at row 1, column 1; times are at least 0\.$"):
-            trace(read_trace(tmp_path / name))
+    with pytest.raises(InvalidSetting, match=rf"^The trace has {bad} at row 1, column 1; times are at least 0\.$"):
+        trace(read_trace(tmp_path / "times.npz"))
+    in_words = "has column 2 -1 in line 2" if bad < 0 else "lacks times: round 2, worker 1 has none"
+    with pytest.raises(InvalidSetting, match=rf"^The trace times\.csv {in_words}"):
+        trace(read_trace(tmp_path / "times.csv"))
 
 
 @pytest.mark.parametrize("times", ["abc", [1.0, "fast"], [[1.0, 2.0], [3.0]], {"a": 1}, [None, object()]])
