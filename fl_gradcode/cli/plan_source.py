@@ -217,6 +217,8 @@ def _of_jobs(
             "would never end if it is gone",
         )
     middle, usual = float(np.median(fixed)), float(np.median(fixed + compute))
+    if not usual > 0:
+        raise InvalidSetting(f"{told}: most times are 0 s, so there is nothing to plan for.")
     _check_transfer(told, moved, middle)
     # The transfer is a share of the part that does not grow with the shards, since a slow moment slows it down as well.
     pace = fixed / middle if middle > 0 else (fixed + compute) / usual
