@@ -217,11 +217,9 @@ def _of_jobs(
             "would never end if it is gone",
         )
     middle, usual = float(np.median(fixed)), float(np.median(fixed + compute))
-    if not usual > 0:
-        raise InvalidSetting(f"{told}: most times are 0 s, so there is nothing to plan for.")
     _check_transfer(told, moved, middle)
     # The transfer is a share of the part that does not grow with the shards, since a slow moment slows it down as well.
-    pace = fixed / middle if middle > 0 else (fixed + compute) / usual
+    pace = fixed / middle if middle > 0 else (fixed + compute) / usual if usual > 0 else np.ones_like(fixed)
     latency = Latency(
         fixed=replay(fixed * (1 - moved / middle) if moved else fixed, name="fixed"),
         compute=replay(compute, name="compute"),
