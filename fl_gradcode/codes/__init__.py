@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .field_codes import reed_solomon
     from .fractional import fractional_repetition, uncoded
     from .gradient_code import GradientCode
-    from .prime_field import P, PrimeField, combine_mod, lift_mod, matmul_mod, solve_mod
+    from .prime_field import P, PrimeField, combine_mod, lift_mod, matmul_mod, rank_mod, solve_mod
     from .reals import REALS, Reals, combine
     from .rounding import rounding_bound
     from .universal import for_assignment
@@ -48,6 +48,7 @@ __all__ = [
     "lstsq",
     "matmul_mod",
     "may_cover",
+    "rank_mod",
     "reed_solomon",
     "rounding_bound",
     "solve_mod",
@@ -110,6 +111,7 @@ __getattr__, __dir__ = lazy_names(
             "combine_mod",
             "lift_mod",
             "matmul_mod",
+            "rank_mod",
             "solve_mod",
         ],
         "reals": [

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ._linalg import lstsq, svd
 from .encoding_matrix import EXACT, EncodingMatrix, by_group
-from .prime_field import P, PrimeField, matmul_mod, solve_mod
+from .prime_field import P, PrimeField, matmul_mod, rank_mod, solve_mod
 
 __all__ = ["FieldRule", "IncrementalDecoder", "check_matrix"]
 
@@ -452,21 +452,4 @@ def _may_decode_sooner(code: EncodingMatrix) -> bool:
     least = code.n - code.s
     if columns.shape[1] < least:
         return True
-    return code.n <= _RANK_UP_TO and _rank(columns) < least
-
-
-def _rank(A: NDArray[np.int64]) -> int:
-    work, rank = A % P, 0
-    for column in range(work.shape[1]):
-        candidates = np.flatnonzero(work[rank:, column])
-        if not candidates.size:
-            continue
-        pivot = rank + int(candidates[0])
-        work[[rank, pivot]] = work[[pivot, rank]]
-        work[rank] = work[rank] * pow(int(work[rank, column]), P - 2, P) % P
-        below = rank + 1 + np.flatnonzero(work[rank + 1 :, column])
-        work[below] = (work[below] - work[below, column, None] * work[rank]) % P
-        rank += 1
-        if rank == len(work):
-            break
-    return rank
+    return code.n <= _RANK_UP_TO and rank_mod(columns) < least

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..errors import InvalidCode, Overflow
 from .reals import blocks_of
 
-__all__ = ["P", "PrimeField", "combine_mod", "fold", "inverse", "lift_mod", "matmul_mod", "solve_mod"]
+__all__ = ["P", "PrimeField", "combine_mod", "fold", "inverse", "lift_mod", "matmul_mod", "rank_mod", "solve_mod"]
 
 #: Size of the field, a Mersenne prime. An element has 31 bits, and takes as much space on the wire as float32.
 P = 2**31 - 1
@@ -289,3 +289,21 @@ def solve_mod(A: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int6
     x = np.zeros((unknowns, right.shape[1]), np.int64)
     x[pivots] = work[: len(pivots), unknowns:]
     return x
+
+
+def rank_mod(A: NDArray[np.int64]) -> int:
+    """Returns the rank of a matrix modulo p."""
+    work, rank = A % P, 0
+    for column in range(work.shape[1]):
+        candidates = np.flatnonzero(work[rank:, column])
+        if not candidates.size:
+            continue
+        pivot = rank + int(candidates[0])
+        work[[rank, pivot]] = work[[pivot, rank]]
+        work[rank] = work[rank] * pow(int(work[rank, column]), P - 2, P) % P
+        below = rank + 1 + np.flatnonzero(work[rank + 1 :, column])
+        work[below] = (work[below] - work[below, column, None] * work[rank]) % P
+        rank += 1
+        if rank == len(work):
+            break
+    return rank

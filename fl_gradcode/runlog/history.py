@@ -6,7 +6,6 @@ strategy with `send="adaptive"`, can compute how long the same rounds would have
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -136,46 +135,17 @@ class History:
         It is 1 if no client reported its computing seconds. That is the cautious guess, since redundancy then costs
         most.
         """
-        shares = [
-            (one.computing / one.shards) / (one.seconds - one.computing + one.computing / one.shards)
-            for one in self._timings
-            if one.computing is not None and one.seconds > 0 and 0 <= one.computing <= one.seconds
-        ]
-        return float(np.median(shares)) if shares else 1.0
+        return split_of(self.jobs(), given=1.0).share
 
     def tables(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Returns (fixed seconds, compute seconds per shard), each of shape (rounds, n).
-
-        Some workers leave no time in some rounds. Such a gap takes the worker's next known time. The previous time
-        would be wrong: a slow job that kept the worker busy for several rounds would count once for each of them.
-        After its last known time a worker keeps that one. A worker without any time gets the median of all others. An
-        owed reply counts with its seconds so far.
+        """Returns (fixed seconds, compute seconds per shard), each of shape (rounds, n); see `job_tables`.
 
         Raises:
             InvalidSetting: There are no times.
         """
-        rounds = sorted({one.round for one in self._timings})
-        if not rounds:
-            raise InvalidSetting("There are no times to plan with.")
-        place = {number: t for t, number in enumerate(rounds)}
-        share = self.split()
-        seen: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
-        longest: dict[tuple[int, int], float] = defaultdict(lambda: -1.0)
-        for one in self._timings:
-            if not one.owing:
-                seen[place[one.round], one.worker].append(_parts(one, share))
-                longest[one.round, one.worker] = max(one.seconds, longest[one.round, one.worker])
-        owed: dict[tuple[int, int], Timing] = {}
-        for one in self._timings:
-            # A job is listed in each round in which it is owed. The last entry counts, since it has the most seconds.
-            if one.owing and one.seconds > longest[one.round, one.worker]:
-                owed[one.round, one.worker] = one
-        for key, one in owed.items():
-            seen[place[key[0]], key[1]].append(_parts(one, share))
-        values = np.full((2, len(rounds), self.n), np.nan)
-        for (t, worker), pairs in seen.items():
-            values[:, t, worker] = np.mean(pairs, axis=0)
-        return _filled(values[0]), _filled(values[1])
+        jobs = self.jobs()
+        tables = job_tables(jobs, split_of(jobs, given=1.0))
+        return tables.fixed, tables.compute
 
     def replay(self, rounds: int) -> Parts:
         """Returns the measured rounds, repeated until there are `rounds` of them, for simulating other schemes."""
@@ -215,26 +185,3 @@ class History:
         jobs = self.jobs()
         tables = job_tables(jobs, split_of(jobs))
         return Latency(fixed=replay(tables.fixed, name="fixed"), compute=replay(tables.compute, name="compute"))
-
-
-def _parts(one: Timing, share: float) -> tuple[float, float]:
-    """Returns the fixed seconds of a job, and its compute seconds per shard."""
-    if one.computing is not None and 0 <= one.computing <= one.seconds:
-        return one.seconds - one.computing, one.computing / one.shards
-    unit = one.seconds / (1 - share + share * one.shards)
-    return (1 - share) * unit, share * unit
-
-
-def _filled(table: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns the table without gaps, filled as `History.tables` describes."""
-    known = ~np.isnan(table)
-    middle = float(np.median(table[known]))
-    result = table.copy()
-    for worker in range(table.shape[1]):
-        rows = np.flatnonzero(known[:, worker])
-        if not len(rows):
-            result[:, worker] = middle
-            continue
-        following = np.minimum(np.searchsorted(rows, np.arange(len(table))), len(rows) - 1)
-        result[:, worker] = table[rows[following], worker]
-    return result

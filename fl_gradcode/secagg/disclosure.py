@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._text import listed, numbered
-from ..codes import P, check_workers
+from ..codes import check_workers, rank_mod
 from .classes import ShardClasses
 from .graph import ClassGraph
 
-__all__ = ["Leakage", "leakage", "rank_mod"]
+__all__ = ["Leakage", "leakage"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ def leakage(
     m, place = classes.m, {c: number for number, c in enumerate(others)}
     rows = [row for i in replies for row in _rows(classes, i, place)]
     view = np.array(rows, np.int64).reshape(len(rows), len(others) * m)
+    view = np.unique(view, axis=0) if rows else view  # holders of one class send the same
     sums = np.zeros((len(components), m, len(others), m), np.int64)
     for number, component in enumerate(components):
         for block in range(m):
@@ -138,22 +139,3 @@ def _rows(classes: ShardClasses, worker: int, place: dict[int, int]) -> list[NDA
         if c in place:
             row[place[c]] = classes.matrix[worker, c]
     return [row.reshape(-1)]
-
-
-def rank_mod(matrix: NDArray[np.int64]) -> int:
-    """Returns the rank of a matrix modulo 2^31 - 1; each product is reduced, since sums of them would overflow."""
-    work = np.unique(matrix % P, axis=0) if len(matrix) else matrix
-    rank = 0
-    for column in range(work.shape[1]):
-        candidates = np.flatnonzero(work[rank:, column])
-        if not candidates.size:
-            continue
-        pivot = rank + int(candidates[0])
-        work[[rank, pivot]] = work[[pivot, rank]]
-        work[rank] = work[rank] * pow(int(work[rank, column]), P - 2, P) % P
-        below = rank + 1 + np.flatnonzero(work[rank + 1 :, column])
-        work[below] = (work[below] - work[below, column, None] * work[rank] % P) % P
-        rank += 1
-        if rank == len(work):
-            break
-    return rank

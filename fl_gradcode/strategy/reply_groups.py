@@ -297,13 +297,14 @@ class MaskedReplies(HeldReplies["MaskedReply"]):
         super().__init__(code, key)
         self._manifest, self._names = manifest, names
         self.differing: tuple[int, int] | None = None
+        self._first_of: dict[int, int] = {}  # group -> the row whose copy came first
 
     def add(self, row: int, sender: tuple[int, int], copy: MaskedReply, *, unlike: bool = False) -> bool:
         """Add a reply; returns whether it may be used, or is only a further copy."""
-        fellows = {*self._code.order_of([row])} if self._code.groups is not None else set()
-        for other, its in self.copies.items():
-            if fellows & {*self._code.order_of([other])} and its.payload() != copy.payload():
-                self.differing = self.differing or (self.senders[other][1], sender[1])
+        if self._code.groups is not None:
+            first = self._first_of.setdefault(self._code.order_of([row])[0], row)
+            if first != row and self.copies[first].payload() != copy.payload():
+                self.differing = self.differing or (self.senders[first][1], sender[1])
         return super().add(row, sender, copy, unlike=unlike)
 
     def decode(
