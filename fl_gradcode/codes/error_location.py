@@ -71,14 +71,15 @@ def locate_wrong_replies(
         codes: Chen, Wang, Charles, Papailiopoulos, "DRACO", 2018.
     """
     there = set(workers)
-    missing = [i for i in range(code.n) if i not in there]
+    # A worker that holds none of these shards would send zeros, which change no check.
+    missing = [i for i in code.active if i not in there]
     checks = code.s - len(missing)
     if not locates_wrong_replies(code):
         raise InvalidCode(f"A {code.name} code does not say which replies are wrong. Take reed_solomon.")
     if checks < 2 * most:
         raise InvalidCode(
-            f"{len(missing)} of {code.n} workers are missing; with s={code.s}, {most} wrong replies are located while "
-            f"at most {code.s - 2 * most} are."
+            f"{len(missing)} of {len(code.active)} workers are missing; with s={code.s}, {most} wrong replies are "
+            f"located while at most {code.s - 2 * most} are."
         )
     if not checks:
         return ()

@@ -277,6 +277,13 @@ class Phase(StopRule):
             return
         if not isinstance(best, ReplyGroup) or not best.decoder.decodable:
             return
+        missing = len(self.code.active) - len(best.decoder.survivors)
+        if missing > self.tolerance:
+            self.failure = (
+                f"{missing} of {len(self.code.active)} replies are missing, and votes={self.votes} leaves room for "
+                f"{self.tolerance}"
+            )
+            return
         located = self._locate(best)
         if located is None:
             self.failure = f"more than votes={self.votes} replies are wrong, so it cannot be known which are right"
@@ -289,8 +296,6 @@ class Phase(StopRule):
     def _locate(self, group: ReplyGroup) -> tuple[int, ...] | None:
         """Returns the workers whose replies are wrong, or None if that cannot be known."""
         there = sorted(group.decoder.survivors)
-        if len(self.code.active) - len(there) > self.tolerance:
-            return None
         random = np.random.default_rng()  # drawn once all replies are fixed
         return locate_wrong_replies(
             self.code,

@@ -122,7 +122,7 @@ class Run:
     @property
     def _tolerance(self) -> int:
         """Number of nodes that may be missing."""
-        return self.code.s - 2 * max(0, self.options.votes - len(self.registry.silenced))
+        return max(0, self.code.s - 2 * max(0, self.options.votes - len(self.registry.silenced)))
 
     # Beginning and resuming
 

@@ -106,6 +106,36 @@ def test_a_liar_that_sends_what_was_right_before_is_located() -> None:
         assert relative(result.arrays, plain) < (1e-3 if isinstance(code.numbers, PrimeField) else 1e-6)
 
 
+def test_liars_are_located_where_a_sample_of_the_shards_is_trained() -> None:
+    """Workers without a sampled shard send nothing, and are not missing."""
+    for code in (reed_solomon(9, 2), fractional_repetition(9, 2)):
+        inner = FedAvg(fraction_train=0.4, fraction_evaluate=0.0)
+        strategy = GradientCoding(inner, code, votes=1, verify=0)
+        with InProcessGrid(toy_app(), 9, tamper=lying((4,), LIES["random"])) as grid:
+            strategy.start(grid, initial_arrays(), num_rounds=4)
+        rows = [row["train"] for row in strategy.ledger.rows]
+        assert [row["outcome"] for row in rows] == ["exact"] * 4
+        assert all(4 not in row["used"] for row in rows)
+        assert any(row["workers"] < 9 for row in rows) or code.groups is not None
+
+
+def test_too_few_replies_to_locate_a_liar_are_said() -> None:
+    """Six of seven decode, and one that lies among them could not be told."""
+    latency = Latency(compute=Law("", lambda seed, worker, tick: float("inf") if worker == 6 else 1.0))
+    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), reed_solomon(7, 2), votes=1, give_up_rounds=None)
+    with InProcessGrid(toy_app(), 7) as grid:
+        strategy.start(VirtualGrid(grid, latency), initial_arrays(), num_rounds=1, timeout=60.0)
+    assert [row["train"]["outcome"] for row in strategy.ledger.rows] == ["skipped"]
+
+
+def test_votes_over_an_assignment_of_more_holders_than_its_code_tolerates() -> None:
+    code = codes.for_assignment(np.ones((3, 3), bool), s=1, rng=np.random.default_rng(0))
+    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), code, send="shards", votes=1, verify=0)
+    with InProcessGrid(toy_app(), 3, tamper=lying((1,), LIES["scaled"])) as grid:
+        result = strategy.start(grid, initial_arrays(), num_rounds=3)
+    assert relative(result.arrays, run_plain(toy_app(), 3, FedAvg(fraction_evaluate=0.0)).arrays) < 1e-6
+
+
 def test_more_liars_than_votes_are_said_and_not_used() -> None:
     code = reed_solomon(9, 4)
     strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), code, votes=1, give_up_rounds=None)
