@@ -54,14 +54,17 @@ class KeyedNoise:
     def __init__(self, stream: PRFStream, multiplier: float, *, steps: int = 0) -> None:
         self.stream, self.multiplier = stream, multiplier
         self._left = steps
-        self._next: Future[Any] | None = None
+        self._next: Future[Tensor] | None = None
         self._thread: ThreadPoolExecutor | None = None
 
-    def begin(self, numbers: int) -> None:
+    def begin(self, numbers: int, max_grad_norm: float) -> None:
         """Draw the next step's noise beside, if there is a next step and it takes a while."""
         if self._left > 0 and self._next is None and numbers >= _BESIDE:
             self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="fl-gradcode-noise")
-            self._next = self._thread.submit(self.stream.normal, numbers)
+            self._next = self._thread.submit(self._draw, numbers, max_grad_norm)
+
+    def _draw(self, numbers: int, max_grad_norm: float) -> Tensor:
+        return torch.from_numpy(self.stream.normal(numbers)).mul_(self.multiplier * max_grad_norm)
 
     def close(self) -> None:
         """End the thread."""
@@ -76,11 +79,10 @@ class KeyedNoise:
         """
         # One draw for all: many small ones cost more than their numbers.
         numbers = sum(p.numel() for p in parameters)
-        drawn = self.stream.normal(numbers) if self._next is None else self._next.result()
+        scaled = self._draw(numbers, max_grad_norm) if self._next is None else self._next.result()
         self._next = None
         self._left -= 1
-        self.begin(numbers)
-        scaled = torch.from_numpy(drawn).mul_(self.multiplier * max_grad_norm)
+        self.begin(numbers, max_grad_norm)
         pieces = torch.split(scaled, [p.numel() for p in parameters])
         return (piece.view(p.shape).to(p.device) for piece, p in zip(pieces, parameters, strict=True))
 
@@ -124,13 +126,14 @@ class KeyedDPOptimizer(DPOptimizer):  # type: ignore[misc] # Opacus has no types
         self.penalties: list[Callable[[], Tensor]] = []
         #: The sums of one batch's records so far, if it is handed out record by record; else None.
         self.parts: list[Tensor] | None = None
+        self._norm = max_grad_norm
         self._padding = padding_rows(module)
         self._schedule = schedule
         self._settings = [{key: copy.copy(v) for key, v in group.items() if key != "params"} for group in self._groups]
         for group in self._groups:
             _check_rate(group.get("lr", 0.0))
         self._told = False
-        noise.begin(sum(p.numel() for p in self.params))
+        noise.begin(sum(p.numel() for p in self.params), max_grad_norm)
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -160,8 +163,10 @@ class KeyedDPOptimizer(DPOptimizer):  # type: ignore[misc] # Opacus has no types
             sums: The sum of its clipped gradients, for each parameter; None: it has no records.
         """
         self.weight_guard.check()
+        if self.max_grad_norm != self._norm:  # the next noise is drawn for it already
+            raise Misuse("The optimizer's max_grad_norm was changed: it is the run's, and one for all steps.")
         sums = self.nothing() if sums is None else sums
-        noise = self.noise.of_a_step(self.params, self.max_grad_norm)
+        noise = self.noise.of_a_step(self.params, self._norm)
         with full_precision():
             for p, total, drawn in zip(self.params, sums, noise, strict=True):
                 noisy = drawn.add_(total)  # in float64

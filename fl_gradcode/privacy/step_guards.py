@@ -12,6 +12,9 @@ from ..errors import PrivacyRefused
 __all__ = ["OTHER_RECORDS", "Misuse", "StepGuard", "Unfit", "WeightGuard", "same_bits"]
 
 
+#: Mean size of parameters from which on they are compared one by one.
+_WIDE = 20_000
+
 OTHER_RECORDS = (
     "A step on another number of records than was drawn: train on the batches of batches(), whole, with records along "
     "the first axis of inputs and outputs. Others have not the privacy that is accounted."
@@ -97,7 +100,8 @@ class WeightGuard:
     def keep(self) -> None:
         """Remember the parameters as they are now."""
         # A copy: version counters of tensors miss what is written through `.data`.
-        self._kept, self._shapes = self._now()
+        kinds, self._shapes = self._now()
+        self._kept = [torch.cat(values) for values in kinds]
 
     def check(self) -> None:
         """Check that the parameters have the bits that `keep` remembered, on whatever device.
@@ -105,8 +109,8 @@ class WeightGuard:
         Raises:
             Misuse: One has changed.
         """
-        now, shapes = self._now()
-        if shapes != self._shapes or not all(map(same_bits, now, self._kept)):
+        kinds, shapes = self._now()
+        if shapes != self._shapes or not all(map(_same_values, kinds, self._kept)):
             raise Misuse(
                 "Something other than a step of the optimizer that optimizer() returned has changed the model, without "
                 "noise: change weights by its step() alone, and set them or their dtype before private_training."
@@ -126,15 +130,14 @@ class WeightGuard:
                     "Use layers without running statistics."
                 )
 
-    def _now(self) -> tuple[list[Tensor], list[tuple[str, torch.Size, torch.dtype]]]:
-        """Returns all values, one flat copy for each dtype and device, and name, shape and dtype of each parameter."""
-        # One copy for each kind: many small copies cost more than what is in them.
+    def _now(self) -> tuple[list[list[Tensor]], list[tuple[str, torch.Size, torch.dtype]]]:
+        """Returns flat values, a list for each dtype and device, and name, shape and dtype of each parameter."""
         parameters = _parameters_of(self._model)
         shapes = [(name, p.shape, p.dtype) for name, p in parameters.items()]
         kinds: dict[Any, list[Tensor]] = {}
         for p in parameters.values():
             kinds.setdefault((p.dtype, p.device), []).append(p.detach().reshape(-1))
-        return [torch.cat(values) for values in kinds.values()], shapes
+        return list(kinds.values()), shapes
 
 
 def _parameters_of(model: nn.Module) -> dict[str, Tensor]:
@@ -150,6 +153,13 @@ def _parameters_of(model: nn.Module) -> dict[str, Tensor]:
         found.update({f"{way}{name}": p for name, p in module._parameters.items() if p is not None})
         ways += [(f"{way}{name}.", part) for name, part in module._modules.items() if part is not None]
     return found
+
+
+def _same_values(values: list[Tensor], kept: Tensor) -> bool:
+    """Returns whether flat tensors have, one after the other, the bits of one flat copy."""
+    if sum(len(value) for value in values) < _WIDE * len(values):  # many small comparisons cost more than a copy
+        return same_bits(torch.cat(values), kept)
+    return all(map(same_bits, values, torch.split(kept, [len(value) for value in values])))
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
