@@ -23,6 +23,7 @@ from fl_gradcode.errors import InvalidSetting, PrivacyRefused
 from fl_gradcode.privacy import PrivateTraining
 from fl_gradcode.privacy.dp_optimizer import wrap
 from fl_gradcode.privacy.key_derivation import KeyContext, PRFStream
+from fl_gradcode.privacy.step_guards import Misuse, WeightGuard
 from fl_gradcode.testing import inside_a_run
 from tests.privacy.direct import Node, linear, move, records
 from tests.privacy.private_app import model, settings
@@ -291,6 +292,13 @@ def with_a_second_loss(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> N
     optimizer.step()
 
 
+def with_another_clipping_norm(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> None:
+    optimizer = dp.optimizer(torch.optim.SGD(net.parameters(), lr=1.0))
+    optimizer.max_grad_norm *= 2
+    batch = next(dp.batches())
+    step(dp, net, x[batch], y[batch], optimizer)
+
+
 MISUSES: list[tuple[str, Callable[..., None], str]] = [
     ("both", without_a_batch, "A loss without a batch of its own"),
     ("both", before_the_optimizer, r"The optimizer comes before the batches: call optimizer\(\) first"),
@@ -303,6 +311,7 @@ MISUSES: list[tuple[str, Callable[..., None], str]] = [
     ("both", twice_on_one_batch, "A loss without a batch of its own"),
     ("both", on_another_batch, "A step on another number of records than was drawn"),
     ("both", on_batches_drawn_before, "A batch without a step of its own"),
+    ("both", with_another_clipping_norm, "max_grad_norm was changed: it is the run's"),
     ("both", with_other_parameters, "The optimizer has other parameters than those of the model"),
     ("both", without_all_parameters, "The optimizer has other parameters than those of the model"),
     ("both", with_state, "The optimizer keeps something of earlier steps: make a new one"),
@@ -329,6 +338,24 @@ def test_misuse_is_refused_and_the_model_is_plain_afterwards(
     fresh, again = linear(), Node(node.folder.parent / "other", node.folder.parent / "keys")
     net.load_state_dict(fresh.state_dict())
     assert again.update(net)[0].equal(Node(node.folder.parent / "third", node.folder.parent / "keys").update(fresh)[0])
+
+
+@pytest.mark.parametrize("sizes", [(3, 4), (200, 200)], ids=["narrow", "wide"])
+def test_a_change_of_one_bit_of_any_parameter_is_noticed(sizes: tuple[int, int]) -> None:
+    net = nn.Sequential(nn.Linear(*sizes), nn.Linear(sizes[1], sizes[0], bias=False))
+    guard = WeightGuard(net)
+    guard.check()
+    for parameter in net.parameters():
+        for place in (0, -1):
+            with torch.no_grad():
+                entry = parameter.view(-1)[place]
+                before = entry.item()
+                entry.copy_(torch.nextafter(entry, entry + 1))
+            with pytest.raises(Misuse, match="has changed the model"):
+                guard.check()
+            with torch.no_grad():
+                parameter.view(-1)[place] = before
+            guard.check()
 
 
 def leftovers(net: nn.Module) -> set[str]:
