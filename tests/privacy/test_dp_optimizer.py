@@ -293,7 +293,7 @@ def with_a_second_loss(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> N
 
 
 def with_another_clipping_norm(dp: PrivateTraining, net: Any, x: Tensor, y: Tensor) -> None:
-    optimizer = dp.optimizer(torch.optim.SGD(net.parameters(), lr=1.0))
+    optimizer: Any = dp.optimizer(torch.optim.SGD(net.parameters(), lr=1.0))
     optimizer.max_grad_norm *= 2
     batch = next(dp.batches())
     step(dp, net, x[batch], y[batch], optimizer)
