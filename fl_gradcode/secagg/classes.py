@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..codes import GradientCode, PrimeField
 from ..errors import InvalidCode, InvalidSetting
-from .ring import FIELD, INTEGERS, Ring
+from ..masking import FIELD, INTEGERS, Ring
 
 __all__ = ["Sending", "ShardClasses", "classes_for", "classes_in"]
 

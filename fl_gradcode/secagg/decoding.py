@@ -11,11 +11,9 @@ from numpy.typing import NDArray
 from .._text import numbered
 from ..codes import combine_mod
 from ..errors import MasksRemain, NotDecodable, OutOfRange, ShardsFailed
+from ..masking import CHECK_WORDS, ENTRY_WORDS, INTEGERS, Part, Ring, restored
 from .encoding import MaskedReply
 from .manifest import Manifest
-from .masks import CHECK_WORDS, Part
-from .quantiser import ENTRY_WORDS, restored
-from .ring import INTEGERS, Ring
 
 __all__ = ["DecodedSum", "decode"]
 

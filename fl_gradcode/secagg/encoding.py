@@ -10,12 +10,22 @@ from numpy.typing import NDArray
 
 from ..codes import combine_mod
 from ..errors import SecureRefused
-from .integer_noise import discrete_gaussian
+from ..masking import (
+    CHECK_WORDS,
+    ENTRY_WORDS,
+    INTEGERS,
+    PARTS,
+    Part,
+    RoundedSum,
+    Stream,
+    add_streams,
+    digits_of,
+    discrete_gaussian,
+    mask_streams,
+    poison,
+)
 from .keys import dither_key, noise_key
 from .manifest import ClassKeys, ManifestBody
-from .masks import CHECK_WORDS, PARTS, Part, Stream, add_streams, mask_streams, poison
-from .quantiser import ENTRY_WORDS, RoundedSum, digits_of
-from .ring import INTEGERS
 
 __all__ = ["ClassIntegers", "MaskedReply", "Parts", "ShardResult", "encode", "mask", "masked_reply"]
 

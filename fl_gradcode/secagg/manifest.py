@@ -18,15 +18,12 @@ import numpy as np
 
 from ..codes import GradientCode, P
 from ..errors import FlGradcodeError, InvalidSetting, SecureRefused
+from ..masking import CHECK_WORDS, ENTRY_WORDS, KEY_BYTES, Quantiser, hash_of, ring_named
 from .certificate import Certificate, certify, choose_graph
 from .classes import Sending, ShardClasses, classes_for, classes_in
 from .graph import ClassGraph, split_into_cohorts, vertex_order
 from .keys import edge_key, private_key, public_key
-from .labels import KEY_BYTES, hash_of
-from .masks import CHECK_WORDS
-from .quantiser import ENTRY_WORDS, Quantiser
 from .request import layout_digest
-from .ring import ring_named
 
 __all__ = ["ClassKeys", "Manifest", "ManifestBody", "canonical", "class_keys", "make_body", "parsed", "read_body"]
 

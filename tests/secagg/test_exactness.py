@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from fl_gradcode.codes import GradientCode, fractional_repetition, reed_solomon, uncoded
 from fl_gradcode.errors import NotDecodable
+from fl_gradcode.masking.quantiser import RoundedSum
 from fl_gradcode.secagg import ManifestBody, MaskedReply, ShardResult, decode
 from fl_gradcode.secagg.keys import dither_key
-from fl_gradcode.secagg.quantiser import RoundedSum
 from tests.secagg.samples import REQUEST, body_of, replies_of, results_for, sealed, seed_of
 
 SMALL: list[tuple[GradientCode, dict[str, Any]]] = [

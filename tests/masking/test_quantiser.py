@@ -14,8 +14,8 @@ import pytest
 from numpy.typing import NDArray
 
 from fl_gradcode.errors import InvalidSetting
+from fl_gradcode.masking.quantiser import RoundedSum, digits_of, fixed_order_norm, restored
 from fl_gradcode.secagg import FIELD, INTEGERS, Quantiser, Ring
-from fl_gradcode.secagg.quantiser import RoundedSum, digits_of, fixed_order_norm, restored
 
 KEY = hashlib.sha256(b"dither").digest()
 

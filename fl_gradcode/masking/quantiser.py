@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidSetting
 from .labels import hash_of
-from .masks import counter_mode
 from .ring import Ring
+from .streams import counter_mode
 
 __all__ = ["ENTRY_WORDS", "Quantiser", "RoundedSum", "digits_of", "fixed_order_norm", "restored"]
 
