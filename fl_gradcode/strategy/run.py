@@ -214,7 +214,8 @@ class Run:
         if kind == "train" or self.row is None:
             self._open_row(server_round, grid)
         self.phase = None
-        if kind == "evaluate" and self.options.secure is not None:
+        secure = self.options.secure
+        if kind == "evaluate" and secure is not None and not secure.manifest.body.evaluation:
             return []  # nodes answer nothing unmasked, and the manifest has training alone
         configure = getattr(self.strategy, f"configure_{kind}")
         self._drafts = list(configure(server_round, arrays, config, ShardGrid(self.code.k, grid)))
