@@ -31,10 +31,15 @@ _SMALLEST_CLIP, _LARGEST_CLIP = 2.0**-20, 2.0**20
 _MOST_BITS = 30
 # A discrete Gaussian exceeds so many standard deviations with probability below 1e-20.
 _NOISE_TAIL = 9.3
-# Entries that are worked on together, so that they stay in a core's cache; a power of two, which the norm relies on.
-_CHUNK = 1 << 16
-# Bits of a unit that are kept until a class's sum is rounded; sums below 2^31 units then are whole numbers of float64.
-_GUARD = 20
+# Entries that are worked on together, so that they stay in a core's cache: an even number, for two share a dither word.
+_CHUNK = 1 << 14
+# Squares that the norm adds up in one order; a part of its definition.
+_LANES = 1 << 16
+# Bits of a unit that are kept until a class's sum is rounded, and of its dither. Sums below 2^31 units then are whole
+# numbers of float64.
+_GUARD = 16
+# No entry exceeds the bound if the sum of squares is below this part of the bound's square, however it was rounded.
+_SURE = 0.98
 # Makes up for rounding of the factor by which a long update is scaled down.
 _BELOW = 1 - 2.0**-40
 
@@ -117,11 +122,11 @@ class Quantiser:
 class RoundedSum:
     """The sum of some shards' clipped, weighted updates, which is rounded once at its end.
 
-    The result is `floor((sum_j rint(2^(f + 20) omega_j clip(u_j)) + t) / 2^20)`, with omega the weight over the largest
-    one and t uniform on 0..2^20 - 1 from a key: equal for all holders and unknown to the server. It is unbiased but for
-    the inner rounding of each shard, which is at most 2^-21 of a unit. All sums are of whole numbers below 2^52, which
-    float64 adds exactly, so neither the order of the shards nor the processor changes a bit. Products and norms are
-    single element-wise operations.
+    The result is `floor((sum_j rint(2^(f + 16) omega_j clip(u_j)) + t) / 2^16)`, with omega the weight over the largest
+    one and t uniform on 0..2^16 - 1 from a key, two a word: equal for all holders and unknown to the server. It is
+    unbiased but for the inner rounding of each shard, which is at most 2^-17 of a unit. All sums are of whole numbers
+    below 2^48, which float64 adds exactly, so neither the order of the shards nor the processor changes a bit. Products
+    and norms are single element-wise operations.
 
     Args:
         quantiser: The quantiser.
@@ -159,7 +164,7 @@ class RoundedSum:
             given = update[start : start + _CHUNK]
             piece = scratch[: given.size]
             np.copyto(piece, given)
-            if quantiser.clip == "entries":
+            if quantiser.clip == "entries" and not _surely_below(given, bound):
                 largest, smallest = float(given.max()), float(given.min())
                 if not (math.isfinite(largest) and math.isfinite(smallest)):  # NaN is passed on by both
                     return None
@@ -187,20 +192,31 @@ class RoundedSum:
         # In the same memory: a chunk is read before any result is written where it stood.
         result, cipher = self._total.view(np.int32)[:size], counter_mode(key)
         width = min(_CHUNK, size)
-        zeros, buffer = memoryview(bytes(4 * width)), bytearray(4 * width + 15)
-        words: NDArray[np.uint32] = np.frombuffer(buffer, "<u4", width)
+        most = 2 * (width + width % 2)  # bytes: whole words
+        zeros, buffer = memoryview(bytes(most)), bytearray(most + 15)
+        halves: NDArray[np.uint16] = np.frombuffer(buffer, "<u2", width)
         scratch = np.empty(width)
         for start in range(0, size, _CHUNK):
             stop = min(start + _CHUNK, size)
-            piece, dither = scratch[: stop - start], words[: stop - start]
-            cipher.update_into(zeros[: 4 * piece.size], buffer)
-            np.right_shift(dither, 32 - _GUARD, out=dither)
-            np.copyto(piece, dither.view(np.int32))
+            piece = scratch[: stop - start]
+            cipher.update_into(zeros[: 2 * piece.size], buffer)
+            np.copyto(piece, halves[: piece.size])
             piece += self._total[start:stop]
             piece *= 2.0**-_GUARD
             np.floor(piece, out=piece)
             np.copyto(result[start:stop], piece, casting="unsafe")  # finite and within the limit
         return result
+
+
+def _surely_below(values: NDArray[np.floating], bound: float) -> bool:
+    """Returns True only if all values are finite and at most the bound in size; one pass, which most updates pass.
+
+    It may return False for such values too, and the processor may decide that, so no result may depend on it.
+    """
+    if values.dtype not in (np.float32, np.float64):
+        return False
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.dot(values, values) < _SURE * bound * bound)
 
 
 def fixed_order_norm(values: NDArray[np.floating]) -> float | None:
@@ -209,10 +225,10 @@ def fixed_order_norm(values: NDArray[np.floating]) -> float | None:
     Squares are added up element-wise in a fixed order. A BLAS product would depend on the processor. The norm is
     infinite where the sum of squares exceeds float64, which scales such an update to zero.
     """
-    sums = np.zeros(_CHUNK)
+    sums = np.zeros(_LANES)
     with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, values.size, _CHUNK):
-            piece = values[start : start + _CHUNK].astype(np.float64)
+        for start in range(0, values.size, _LANES):
+            piece = values[start : start + _LANES].astype(np.float64)
             np.square(piece, out=piece)
             sums[: piece.size] += piece
         while sums.size > 1:
