@@ -24,13 +24,11 @@ def rounded(
     quantiser: Quantiser, updates: Sequence[NDArray[Any]], weights: Sequence[float]
 ) -> tuple[NDArray[np.int32], int] | None:
     """The integers and the number of clipped entries, or None."""
-    total, clipped = RoundedSum(quantiser, updates[0].size), 0
-    for update, weight in zip(updates, weights, strict=True):
-        found = total.add(update, weight)
-        if found is None:
-            return None
-        clipped += found
-    return total.integers(KEY), clipped
+    total = RoundedSum(quantiser, updates[0].size)
+    if not all(total.add(update, weight) for update, weight in zip(updates, weights, strict=True)):
+        return None
+    integers, clipped, failed = total.finish(KEY)
+    return None if failed else (integers, clipped)
 
 
 @pytest.mark.parametrize("ring", [INTEGERS, FIELD], ids=lambda ring: ring.name)
@@ -109,6 +107,23 @@ def test_a_class_is_rounded_once_in_any_order() -> None:
         assert again is not None and (again[0] == made[0]).all()
 
 
+def test_large_updates_are_added_up_earlier_and_give_the_same_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    updates = [rng.standard_normal(50_000).astype(np.float32) for _ in range(5)]
+    quantiser = Quantiser(INTEGERS, 12, 0.75)
+    together = rounded(quantiser, updates, [1.0] * 5)
+    assert together is not None
+    for most in (0, 300_000):  # one by one, and two at a time
+        monkeypatch.setattr("fl_gradcode.masking.quantiser._MOST_KEPT", most)
+        alone = rounded(quantiser, updates, [1.0] * 5)
+        assert alone is not None and (alone[0] == together[0]).all() and alone[1] == together[1]
+        updates[3][49_999] = np.nan
+        assert rounded(quantiser, updates, [1.0] * 5) is None
+        updates[3][49_999] = 0.1
+        together = rounded(quantiser, updates, [1.0] * 5)
+        assert together is not None
+
+
 def test_what_is_added_up_are_whole_numbers_that_floats_hold_exactly() -> None:
     rng = np.random.default_rng(0)
     quantiser = Quantiser(INTEGERS, 3, headroom=1, largest_weight=3.0)
@@ -116,12 +131,13 @@ def test_what_is_added_up_are_whole_numbers_that_floats_hold_exactly() -> None:
     exact = [Fraction(0)] * 10_000
     for weight in (3.0, 2.0, 1.0):
         update = rng.uniform(-1.2, 1.2, 10_000)
-        assert total.add(update, weight) is not None
+        assert total.add(update, weight)
         factor = 2.0 ** (quantiser.fraction_bits + 16) * (weight / 3.0)
         exact = [
             x + round(Fraction(min(1.0, max(-1.0, u)) * factor)) for x, u in zip(exact, update.tolist(), strict=True)
         ]
-    assert total._total.tolist() == exact
+    total._add_up()
+    assert total._total is not None and total._total.tolist() == exact
     assert max(map(abs, exact)) < 2**48
 
 
