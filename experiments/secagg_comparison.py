@@ -137,7 +137,7 @@ def accuracy(data: str, rounds: int) -> None:
                 slow = VirtualGrid(grid, Latency(compute=lognormal(1.0, 1.0)), seed=2)
                 result = strategy.start(slow, initial, num_rounds=rounds)
         model.load_state_dict(result.arrays.to_torch_state_dict())
-        x, y = torch.from_numpy(dataset.test_x), torch.from_numpy(dataset.test_y)
+        x, y = torch.from_numpy(dataset.test_x.copy()), torch.from_numpy(dataset.test_y.copy())
         _, correct = training.evaluate(model, x, y, torch.device("cpu"))
         rows = [row["train"] for row in strategy.ledger.rows]
         replies = sum(len(row["answered"]) for row in rows)

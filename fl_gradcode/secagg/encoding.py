@@ -154,7 +154,7 @@ class ClassIntegers:
         digits = digits_of([result.weight, 0.0, *result.metrics.tolist()])
         if digits is None:
             return False
-        if self._kind == "train":
+        if self._kind != "evaluate":
             if not total.add(result.update, result.weight):
                 return False
         elif not 0 <= result.weight < math.inf:  # nothing is divided by the largest weight
