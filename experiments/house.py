@@ -32,6 +32,7 @@ PLACES = (
     "runlog",
     "grid",
     "privacy",
+    "masking",
     "secagg",
     "client",
     "roster",

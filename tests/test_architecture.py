@@ -50,6 +50,7 @@ PACKAGES: dict[str, frozenset[str]] = {
     "runlog": names("numpy"),
     "grid": names("flwr.app flwr.serverapp"),
     "privacy": names("numpy scipy flwr.app"),
+    "masking": names("numpy"),
     "secagg": names("numpy"),
     "client": names("numpy flwr.app flwr.clientapp"),
     "roster": names("numpy flwr.app"),
@@ -74,8 +75,8 @@ EXTRAS = {
     ("privacy/record_losses.py", "torch"),
     ("privacy/step_guards.py", "torch"),
     ("privacy/training.py", "torch"),
-    ("secagg/labels.py", "cryptography"),
-    ("secagg/masks.py", "cryptography"),
+    ("masking/labels.py", "cryptography"),
+    ("masking/streams.py", "cryptography"),
     ("secagg/keys.py", "cryptography"),
     ("strategy/strategy_state.py", "torch"),  # tensors that a strategy keeps; imported where there are any
     ("placement/splitting.py", "flwr_datasets.partitioner"),  # extra "app": the Dirichlet split

@@ -7,11 +7,13 @@ from .._lazy import lazy_names
 if TYPE_CHECKING:
     from .discovery import discover
     from .holdings import Discovered, Holdings
+    from .rehearsal import RehearsalRule
     from .worker_registry import WorkerRegistry
 
 __all__ = [
     "Discovered",
     "Holdings",
+    "RehearsalRule",
     "WorkerRegistry",
     "discover",
 ]
@@ -25,6 +27,9 @@ __getattr__, __dir__ = lazy_names(
         "holdings": [
             "Discovered",
             "Holdings",
+        ],
+        "rehearsal": [
+            "RehearsalRule",
         ],
         "worker_registry": [
             "WorkerRegistry",

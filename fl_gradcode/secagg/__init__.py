@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from ..masking import FIELD, INTEGERS, Quantiser, Ring, discrete_gaussian
     from .answered import Answered, AnsweredRequests
     from .certificate import Certificate, certify, choose_graph
     from .classes import Sending, ShardClasses, classes_for
@@ -13,12 +14,9 @@ if TYPE_CHECKING:
     from .disclosure import Leakage, leakage
     from .encoding import ClassIntegers, MaskedReply, Parts, ShardResult, encode, masked_reply
     from .graph import ClassGraph
-    from .integer_noise import discrete_gaussian
     from .keys import agreement_tag
     from .manifest import ClassKeys, Manifest, ManifestBody, class_keys, make_body, read_body
-    from .quantiser import Quantiser
     from .request import Entry, Received, content_digest, given_digest, layout_digest, request_digest
-    from .ring import FIELD, INTEGERS, Ring
     from .settings import SecureAggregation
 
 __all__ = [
@@ -72,6 +70,13 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        ".masking": [
+            "FIELD",
+            "INTEGERS",
+            "Quantiser",
+            "Ring",
+            "discrete_gaussian",
+        ],
         "answered": [
             "Answered",
             "AnsweredRequests",
@@ -114,9 +119,6 @@ __getattr__, __dir__ = lazy_names(
         "graph": [
             "ClassGraph",
         ],
-        "integer_noise": [
-            "discrete_gaussian",
-        ],
         "keys": [
             "agreement_tag",
         ],
@@ -128,9 +130,6 @@ __getattr__, __dir__ = lazy_names(
             "make_body",
             "read_body",
         ],
-        "quantiser": [
-            "Quantiser",
-        ],
         "request": [
             "Entry",
             "Received",
@@ -138,11 +137,6 @@ __getattr__, __dir__ = lazy_names(
             "given_digest",
             "layout_digest",
             "request_digest",
-        ],
-        "ring": [
-            "FIELD",
-            "INTEGERS",
-            "Ring",
         ],
         "settings": [
             "SecureAggregation",

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from .._files import replace_file
 from ..errors import InvalidSetting, SecureRefused
+from ..masking import KEY_BYTES
 from ..privacy import NodeKeys, check_own, read_keys
 from .classes import ShardClasses
 from .keys import class_seed, data_commitment, private_key, public_key
-from .labels import KEY_BYTES
 from .manifest import Manifest, ManifestBody
 
 __all__ = ["DIGEST_FILE", "MANIFEST_FILE", "check_data", "deal", "holders_in", "read_manifest", "seeds_of"]

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from numpy.typing import NDArray
 
 from ..errors import SecureRefused
-from .labels import KEY_BYTES, derive, fields
+from ..masking import KEY_BYTES, derive, fields
 
 __all__ = [
     "agreement_tag",

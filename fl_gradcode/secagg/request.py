@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import SecureRefused
-from .labels import Field, fields, hash_of
+from ..masking import Field, fields, hash_of
 
 __all__ = ["Entry", "Received", "content_digest", "given_digest", "layout_digest", "request_digest"]
 

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -22,7 +22,7 @@ from ..copies import Comparisons, not_compared, shards_of_several
 from ..errors import InvalidSetting, RoundFailed
 from ..grid import SETTLED, Arrival, EarlyStopGrid, nodes_of_a_phase, wait_for_nodes
 from ..privacy import RunAccount
-from ..roster import Holdings, WorkerRegistry
+from ..roster import Holdings, RehearsalRule, WorkerRegistry
 from ..runlog import PhaseRow, RoundRow
 from . import report
 from .app_checks import broken_promises, odd_ones_out, refuse_unsuitable
@@ -36,6 +36,9 @@ from .resume import RunKeeper
 from .round_mode import FixedMode, ModeChooser, RoundMode
 from .stop_rules import open_phase
 from .wrapped import ShardGrid, aggregate, arrays_key_of, common_content, why_no_average
+
+if TYPE_CHECKING:
+    from ..secagg import Manifest
 
 __all__ = ["Run", "mode_chooser"]
 
@@ -105,6 +108,7 @@ class Run:
         self._told: GradientCode | None = None  # the code whose holders the ledger lists
         self._slowest: float | None = None  # largest latency of a reply, in seconds
         self._warned: set[str] = set()
+        self._rehearsed = False
         self._strangers: set[int] = set()  # nodes that were not known when the last round began
 
     def _mode_chooser(self, code: GradientCode) -> ModeChooser:
@@ -214,7 +218,8 @@ class Run:
         if kind == "train" or self.row is None:
             self._open_row(server_round, grid)
         self.phase = None
-        if kind == "evaluate" and self.options.secure is not None:
+        secure = self.options.secure
+        if kind == "evaluate" and secure is not None and not secure.manifest.body.evaluation:
             return []  # nodes answer nothing unmasked, and the manifest has training alone
         configure = getattr(self.strategy, f"configure_{kind}")
         self._drafts = list(configure(server_round, arrays, config, ShardGrid(self.code.k, grid)))
@@ -233,11 +238,38 @@ class Run:
         account = self.account if phase.plan.privacy else None
         if account is not None and account.charge_request(server_round, phase.shards):
             self.keeper.save_account(self.name, account.state)
+        if secure is not None and kind == "train" and secure.manifest.body.rehearsal and not self._rehearsed:
+            self._rehearse(phase, nodes, secure.manifest, grid)
         if isinstance(grid, EarlyStopGrid):
             grid.expect(phase)
         elif self.mode.send == "shards":
             raise InvalidSetting(f"send={str(self.options.send)!r} hands out work: run the strategy by its start().")
         return phase.messages(nodes)
+
+    def _rehearse(self, phase: Phase, nodes: Sequence[int], manifest: Manifest, grid: Grid) -> None:
+        """Let the holders of each class compare what they compute, before any of them sends a vector.
+
+        Raises:
+            RoundFailed: They differ, or too few of them answer. The message names them.
+        """
+        if not isinstance(grid, EarlyStopGrid):
+            raise InvalidSetting("A manifest with a rehearsal needs the strategy's start().")
+        classes = manifest.body.classes
+        senders = [[i for i in range(classes.n) if c in classes.sent_by(i)] for c in range(len(classes))]
+        tags: dict[int, str] = {}
+        for kind in ("rehearse", "compare"):
+            plan = replace(phase.plan, kind=kind, tags=tags)
+            rule = RehearsalRule(plan, senders, phase.registry, grid)
+            grid.expect(rule)
+            messages = phase.factory.for_plan(plan, with_arrays=kind == "rehearse").messages(
+                nodes, phase.registry, plan.rows
+            )
+            grid.send_and_receive(messages, timeout=self.timeout)
+            if not rule.enough:
+                reasons = "; ".join(sorted({*rule.refused.values()})[:3]) or "too few answered"
+                raise RoundFailed(f"The rehearsal of round {plan.round} failed, and no vector was sent: {reasons}.")
+            tags = rule.tags
+        self._rehearsed = True
 
     def _new_phase(self, kind: Kind, server_round: int, mode: RoundMode) -> Phase:
         """Returns a phase over the shards that the wrapped strategy sampled."""

@@ -12,6 +12,8 @@ import pytest
 
 from fl_gradcode.codes import fractional_repetition, reed_solomon
 from fl_gradcode.errors import InvalidSetting, MasksRemain, NotCertified, OutOfRange, SecureRefused, ShardsFailed
+from fl_gradcode.masking import streams
+from fl_gradcode.masking.labels import derive
 from fl_gradcode.secagg import (
     ClassIntegers,
     ClassKeys,
@@ -26,10 +28,8 @@ from fl_gradcode.secagg import (
     decoding,
     encode,
     masked_reply,
-    masks,
     request_digest,
 )
-from fl_gradcode.secagg.labels import derive
 from fl_gradcode.secagg.manifest import canonical, parsed
 from tests.secagg.samples import REQUEST, body_of, class_integers, keys_of, replies_of, results_for, sealed, seed_of
 
@@ -81,8 +81,8 @@ def integers_of(body: ManifestBody, results: dict[int, ShardResult]) -> list[dic
 
 
 def edge_stream(key: bytes, part: Any, body: ManifestBody) -> np.ndarray:
-    (found,) = masks.mask_streams({(0, 1): key}, REQUEST, part)
-    return masks.stream(found.key, body.lengths()[part], body.classes.ring).astype(np.int64)
+    (found,) = streams.mask_streams({(0, 1): key}, REQUEST, part)
+    return streams.stream(found.key, body.lengths()[part], body.classes.ring).astype(np.int64)
 
 
 def masked(integers: np.ndarray, c: int, streams: dict[tuple[int, int], np.ndarray], modulus: int) -> np.ndarray:

@@ -14,7 +14,8 @@ from flwr.serverapp.strategy import FedAvg
 from fl_gradcode import GradientCode, GradientCoding, fractional_repetition
 from fl_gradcode.codes import reed_solomon
 from fl_gradcode.latency import Latency, constant, lognormal, scaled
-from fl_gradcode.secagg import SecureAggregation, encoding, masks
+from fl_gradcode.masking import streams as masking_streams
+from fl_gradcode.secagg import SecureAggregation, encoding
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import flat, initial_arrays
 from tests.secagg.rounds import copy_of, dealt, known_app, mean_of_integers, start, update_for
@@ -272,7 +273,7 @@ def test_masks_that_do_not_cancel_leave_the_model_untouched(
     tmp_path: Path, code: GradientCode, what: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dealt(tmp_path, code)
-    streams = masks.mask_streams
+    streams = masking_streams.mask_streams
     calls = [0]
 
     def wrong(edges: Any, request: bytes, part: Any) -> Any:

@@ -9,11 +9,12 @@ import pytest
 from numpy.typing import NDArray
 
 from fl_gradcode.codes import fractional_repetition, reed_solomon
-from fl_gradcode.secagg import FIELD, INTEGERS, ShardResult, agreement_tag, encode, masks, request_digest
+from fl_gradcode.masking import streams
+from fl_gradcode.masking.labels import derive, hash_of
+from fl_gradcode.masking.streams import Stream, add_streams, mask_streams, stream
+from fl_gradcode.secagg import FIELD, INTEGERS, ShardResult, agreement_tag, encode, request_digest
 from fl_gradcode.secagg.keys import data_commitment, dither_key, edge_key, noise_key, private_key, public_key
-from fl_gradcode.secagg.labels import derive, hash_of
 from fl_gradcode.secagg.manifest import _digest
-from fl_gradcode.secagg.masks import Stream, add_streams, mask_streams, stream
 from tests.secagg import second
 from tests.secagg.samples import REQUEST, body_of, class_integers, keys_of, results_for, sealed, seed_of
 
@@ -109,16 +110,16 @@ def test_replacements_that_are_no_elements_are_replaced_by_the_words_after_them(
         def update_into(self, zeros: memoryview, buffer: bytearray) -> None:
             buffer[: len(zeros)] = self.update(zeros)
 
-    monkeypatch.setattr(masks, "counter_mode", Raw)
+    monkeypatch.setattr(streams, "counter_mode", Raw)
     for chunk in (1, 2, 3, 100):
-        monkeypatch.setattr(masks, "_CHUNK", chunk)
+        monkeypatch.setattr(streams, "_CHUNK", chunk)
         assert stream(b"", 4, FIELD).tolist() == found
 
 
 def test_streams_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     key = hashlib.sha256(b"reject59349").digest()
     whole = stream(key, 60_000, FIELD)
-    monkeypatch.setattr("fl_gradcode.secagg.masks._CHUNK", 997)
+    monkeypatch.setattr("fl_gradcode.masking.streams._CHUNK", 997)
     assert (stream(key, 60_000, FIELD) == whole).all()
 
 

@@ -20,7 +20,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from .masks import counter_mode
+from .streams import counter_mode
 
 __all__ = ["discrete_gaussian"]
 

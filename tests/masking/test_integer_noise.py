@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from fl_gradcode.codes import fractional_repetition
-from fl_gradcode.secagg import ShardResult, decode, discrete_gaussian, integer_noise
+from fl_gradcode.masking import integer_noise
+from fl_gradcode.secagg import ShardResult, decode, discrete_gaussian
 from fl_gradcode.secagg.keys import noise_key
 from tests.secagg.samples import REQUEST, body_of, class_integers, replies_of, results_for, sealed, seed_of
 
