@@ -27,6 +27,7 @@ PLACES = (
     "codes",
     "latency",
     "placement",
+    "staleness",
     "planning",
     "protocol",
     "runlog",

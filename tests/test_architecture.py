@@ -45,6 +45,7 @@ PACKAGES: dict[str, frozenset[str]] = {
     "codes": names("numpy scipy"),
     "latency": names("numpy scipy"),
     "placement": names("numpy scipy"),
+    "staleness": names("numpy"),
     "planning": names("numpy scipy"),
     "protocol": names("numpy flwr.app"),
     "runlog": names("numpy"),

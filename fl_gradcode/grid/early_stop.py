@@ -220,9 +220,9 @@ class Waiting:
             rejection = Rejection("no-reply", arrival.failure) if arrival.failure else None
             if reply is not None and reply.has_error():
                 rejection = rejection_of(reply)
-            elif debt.kept and reply is None and not arrival.failure:
-                reply = self.source.fetch([arrival])[0]
             late = Late(arrival.node, debt.label, rejection)
+            if debt.kept and reply is None and rejection is None and self.rule.wants(late):
+                reply = self.source.fetch([arrival])[0]
             self.wait.late.append(late)
             self.rule.arrived_late(late, reply)
         self.free.append(arrival.node)

@@ -155,6 +155,10 @@ class StopRule(ABC):
     def arrived_late(self, late: Late, reply: Message | None) -> None:
         """Note that a reply to an earlier phase has arrived; it does not count, but may contain information."""
 
+    def wants(self, late: Late) -> bool:
+        """Returns whether a late reply to a phase that kept its replies is to be fetched; True by default."""
+        return True
+
     def next_message(self, node: int, held: Message | None, now: float) -> Message | None:
         """Returns the message for a node that is free, or None.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
@@ -65,6 +65,8 @@ class ShardQueue:
     Args:
         turns: Worker -> its shards in the order of `turns_of`.
         patience: Relative time until a second copy is started; 0 starts it at once.
+        newest: Shard -> the round of its newest update that is known or under way from earlier rounds. If given, a
+            worker starts with its open shards of the earliest round, see `staleness`.
 
     Attributes:
         wake_at: Time at which the next second copy is due for an idle worker, in the seconds of `now`; None for never.
@@ -72,8 +74,14 @@ class ShardQueue:
             that shard is closed, or a copy is lost.
     """
 
-    def __init__(self, turns: Mapping[int, Sequence[int]], patience: float) -> None:
-        self._turns, self._patience = turns, patience
+    def __init__(
+        self,
+        turns: Mapping[int, Sequence[int]],
+        patience: float,
+        *,
+        newest: Callable[[int], int] | None = None,
+    ) -> None:
+        self._turns, self._patience, self._newest = turns, patience, newest
         self.wake_at: float | None = None
         self.due: dict[int, tuple[float, int]] = {}
         self._working: dict[int, tuple[int, float]] = {}  # runner -> (shard, start time)
@@ -91,7 +99,8 @@ class ShardQueue:
         """
         took = self._took.get(runner) if self._patience else None
         shard, fewest, soonest = None, 0, (math.inf, -1)
-        for j in self._turns[worker]:
+        turns = self._turns[worker]
+        for j in turns if self._newest is None else sorted(turns, key=self._newest):
             if j in closed:
                 continue
             copies = self._copies.get(j)
@@ -119,6 +128,11 @@ class ShardQueue:
         if shard is not None:
             self._took[runner] = now - began
         return shard
+
+    @property
+    def working(self) -> dict[int, int]:
+        """Runner -> the shard that it works on."""
+        return {runner: shard for runner, (shard, _) in self._working.items()}
 
     def took(self, runner: int) -> float:
         """Returns the seconds that a runner took for its last shard in this round; infinity if it has finished none."""

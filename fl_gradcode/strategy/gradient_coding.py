@@ -27,7 +27,7 @@ from .options import Adaptive, Approximation, Coded, Options, Shards, send_of
 from .resume import ResumedRounds, RunKeeper, fingerprint_of, request_of
 from .run import Run
 from .strategy_state import StrategyState
-from .wrapped import check_bounds, check_full_participation, check_strategy, check_what_it_sees
+from .wrapped import check_bounds, check_full_participation, check_staleness, check_strategy, check_what_it_sees
 
 if TYPE_CHECKING:
     from ..secagg import SecureAggregation
@@ -156,6 +156,9 @@ class GradientCoding(Strategy):
             if isinstance(code, Discovered):
                 raise InvalidSetting("secure= needs the manifest's code, and Discovered builds one for each round.")
         check_what_it_sees(strategy, self.options)
+        check_staleness(strategy, self.options)
+        if self.options.staleness is not None and isinstance(code, Discovered):
+            raise InvalidSetting("Shards(staleness=...) needs a fixed code: Discovered may give a shard other data.")
         if isinstance(code, GradientCode):
             self.options.check_code(code)
         elif isinstance(self.options.send, Adaptive):

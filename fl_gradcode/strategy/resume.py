@@ -18,6 +18,7 @@ from .._seeding import global_states
 from ..codes import GradientCode
 from ..errors import InvalidSetting
 from ..privacy import privacy_to_json
+from ..staleness import UpdateMemory
 from .checkpoint import KINDS, Checkpoint, MetricsKind, Saved
 from .options import Options
 from .strategy_state import StrategyState
@@ -160,7 +161,29 @@ class RunKeeper:
         if metrics is not None and self._checkpoint is not None:
             self._metrics[kind][number] = dict(metrics.items())
 
-    def save(self, run: str, number: int, arrays: ArrayRecord, account: dict[str, Any] | None) -> None:
+    def restore_memory(self, memory: UpdateMemory, saved: Saved) -> None:
+        """Restore the last updates of the shards.
+
+        Raises:
+            InvalidSetting: They are damaged.
+        """
+        assert saved.memory is not None and self._checkpoint is not None
+        try:
+            memory.restore(saved.memory)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InvalidSetting(
+                f"The checkpoint {self._checkpoint.path} is damaged (last updates: {error}). Restore the file, or "
+                "remove it to start over."
+            ) from error
+
+    def save(
+        self,
+        run: str,
+        number: int,
+        arrays: ArrayRecord,
+        account: dict[str, Any] | None,
+        memory: dict[str, Any] | None = None,
+    ) -> None:
         """Save the run as it is after a round.
 
         Args:
@@ -168,11 +191,12 @@ class RunKeeper:
             number: Number of the round.
             arrays: The model after the round.
             account: State of the privacy account; None without a privacy promise.
+            memory: Last updates of the shards; None without bounded staleness.
         """
         if self._checkpoint is not None:
             state, metrics = self._state.changed(), self._metrics
             self._checkpoint.save(
-                Saved(run, number, arrays, self._fingerprint, state, global_states(), metrics, account)
+                Saved(run, number, arrays, self._fingerprint, state, global_states(), metrics, account, memory)
             )
 
     def save_account(self, run: str, account: dict[str, Any]) -> None:

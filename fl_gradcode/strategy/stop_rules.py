@@ -22,7 +22,7 @@ from .phase import Phase, Scrutiny
 from .plan_messages import MessageFactory, whole_shard
 from .round_mode import RoundMode
 
-__all__ = ["CodedPhase", "ShardPhase", "open_phase"]
+__all__ = ["CodedPhase", "ShardPhase", "known_of", "open_phase", "shard_row"]
 
 #: Most sets of missing workers that are tried to prove a phase hopeless. If there are more, it counts as not hopeless.
 _TRIED = 200
@@ -153,7 +153,7 @@ class CodedPhase(Phase):
         if replies.best is not None and replies.best.decoder.decodable:
             return False  # further replies would only lower the noise
         answered = {i for group in replies.groups.values() for i in group.senders}
-        known, strangers = _known_of(nodes, self.registry)
+        known, strangers = known_of(nodes, self.registry)
         known = (known & self._participants) - answered
         missing = set(self.registry.missing(self._participants)) - answered if strangers else set()
         decoders = [group.decoder for group in replies.groups.values()] or [self.code.incremental()]
@@ -191,6 +191,7 @@ class ShardPhase(Phase):
         registry: Which node is which worker.
         scrutiny: What the replies are held against.
         patience: Relative time until a second copy of a shard is requested; see `Shards`.
+        newest: Shard -> the round of its newest update so far, by which work is handed out; see `ShardQueue`.
     """
 
     def __init__(
@@ -202,6 +203,7 @@ class ShardPhase(Phase):
         scrutiny: Scrutiny,
         *,
         patience: float = 0.0,
+        newest: Callable[[int], int] | None = None,
     ) -> None:
         plan = factory.plan
         turns = turns_of({worker: tuple(sorted(row.shards)) for worker, row in plan.rows.items()})
@@ -212,13 +214,13 @@ class ShardPhase(Phase):
             before,
             registry,
             scrutiny,
-            row_of=_shard_row(plan, shards),
+            row_of=shard_row(plan, shards),
             first_rows={worker: whole_shard(mine[0]) if mine else Row((), ()) for worker, mine in turns.items()},
             spare=True,
         )
         self._row = {shard: row for row, shard in enumerate(shards)}
         self._turns = {worker: mine for worker, mine in turns.items() if mine}
-        self._queue = ShardQueue(self._turns, 0.0 if self.votes else patience)
+        self._queue = ShardQueue(self._turns, 0.0 if self.votes else patience, newest=newest)
         self._unread: dict[str, int] = {}  # token -> shard
         self._sent: dict[int, set[int]] = {}  # node -> shards whose copy came from it
         self._failed: set[int] = set()  # nodes
@@ -256,9 +258,9 @@ class ShardPhase(Phase):
             return None
         # A copy whose layout differs from the other replies' does not count, and a second one would not count either.
         closed: Collection[int] = _Either(self._covered(), self._sent.get(node, set()))
-        if self.linger_until is not None:
+        if self.verifies_until is not None:
             # A second copy, which is not worth it if it makes the node late for the next round.
-            if now + _LIKELY * self._queue.took(node) > self.linger_until:
+            if now + _LIKELY * self._queue.took(node) > self.verifies_until:
                 return None
             closed = (self._row.keys() - self.unverified) | self._sent.get(node, set())
         shard = self._queue.start(node, worker, closed, now)
@@ -296,7 +298,7 @@ class ShardPhase(Phase):
     def hopeless(self, nodes: Sequence[int]) -> bool:
         """Returns whether some shard has neither a copy nor a holder among `nodes`."""
         able = [node for node in nodes if node not in self._failed]
-        _, strangers = _known_of(able, self.registry)
+        _, strangers = known_of(able, self.registry)
         possible = {*self._covered()}
         for node in able:
             possible.update(self._shards_of(node) - self._sent.get(node, set()))
@@ -392,7 +394,7 @@ def _coded_row(plan: Plan) -> Callable[[Reply], int | Rejection]:
     return row_of
 
 
-def _shard_row(plan: Plan, shards: Sequence[int]) -> Callable[[Reply], int | Rejection]:
+def shard_row(plan: Plan, shards: Sequence[int]) -> Callable[[Reply], int | Rejection]:
     """Returns a function that maps a reply for one shard to its row, the shard's place among the sampled ones."""
     row = {shard: place for place, shard in enumerate(shards)}
 
@@ -406,7 +408,7 @@ def _shard_row(plan: Plan, shards: Sequence[int]) -> Callable[[Reply], int | Rej
     return row_of
 
 
-def _known_of(nodes: Iterable[int], registry: WorkerRegistry) -> tuple[set[int], int]:
+def known_of(nodes: Iterable[int], registry: WorkerRegistry) -> tuple[set[int], int]:
     """Returns the workers that the nodes are known to be, and how many further workers may be among them.
 
     A node may be a further worker if it is not known.
