@@ -37,6 +37,7 @@ PLACES = (
     "client",
     "roster",
     "copies",
+    "averaging",
     "strategy",
     "matmul",
     "appcheck",

@@ -55,6 +55,7 @@ PACKAGES: dict[str, frozenset[str]] = {
     "client": names("numpy flwr.app flwr.clientapp"),
     "roster": names("numpy flwr.app"),
     "copies": names("numpy flwr.app"),
+    "averaging": names("numpy flwr.app"),
     "strategy": FLOWER | names("numpy"),
     "matmul": names("numpy scipy flwr.app flwr.serverapp flwr.clientapp"),
     "appcheck": FLOWER | names("numpy flwr.clientapp"),

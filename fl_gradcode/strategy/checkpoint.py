@@ -66,6 +66,7 @@ class Saved:
         metrics: Kind -> round -> metrics, as in Flower's `Result`.
         privacy: State of the privacy account; None if the run promises no privacy.
         memory: Last updates of the shards; None without bounded staleness.
+        average: State of the models' average; None without one.
     """
 
     run: str
@@ -77,6 +78,7 @@ class Saved:
     metrics: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
     privacy: dict[str, Any] | None = None
     memory: dict[str, Any] | None = None
+    average: dict[str, Any] | None = None
 
 
 class Checkpoint:
@@ -148,7 +150,7 @@ class Checkpoint:
                 if type(state["blobs"]) is not int or state["blobs"] != len(archive.infolist()) - 1:
                     raise ValueError("the number of its members")
                 blobs = [archive.read(str(number)) for number in range(state["blobs"])]
-            known = {"memory": None, **state["saved"]}  # files of earlier versions lack it
+            known = {"memory": None, "average": None, **state["saved"]}  # files of earlier versions lack it
             saved = Saved(**{entry.name: decode(known[entry.name], blobs) for entry in fields(Saved)})
             _check(saved)
         except InvalidSetting:
@@ -261,6 +263,7 @@ def _check(saved: Saved) -> None:
         saved.metrics,
         saved.privacy or {},
         saved.memory or {},
+        saved.average or {},
     ]
     if not all(type(value) is dict and all(isinstance(key, str) for key in value) for value in kept):
         raise TypeError("what is kept is no dict of names")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from ..averaging import ModelAverage
 from ..codes import GradientCode, PrimeField, locates_wrong_replies
 from ..errors import InvalidSetting
 from ..privacy import DPSGD, CentralNoise, Privacy
@@ -179,6 +180,7 @@ class Options:
     digests: Mapping[int, str] | None = None
     votes: int = 0
     secure: SecureAggregation | None = None
+    average: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.on_undecodable, Approximation) and self.on_undecodable not in _POLICIES:
@@ -210,6 +212,8 @@ class Options:
             raise InvalidSetting(f"votes={self.votes} counts equal copies, and {what}. Choose one.")
         if self.privacy is not None and not isinstance(self.privacy, DPSGD | CentralNoise):
             raise InvalidSetting(f"privacy={self.privacy!r}: pass a DPSGD(...) or a CentralNoise(...).")
+        if self.average is not None:
+            ModelAverage(self.average)  # checks it
         if self.secure is not None and (wrong := self._not_masked()):
             raise InvalidSetting(f"secure= {wrong}.")
         if self.staleness is not None and (wrong := self._not_stale()):

@@ -18,7 +18,6 @@ from .._seeding import global_states
 from ..codes import GradientCode
 from ..errors import InvalidSetting
 from ..privacy import privacy_to_json
-from ..staleness import UpdateMemory
 from .checkpoint import KINDS, Checkpoint, MetricsKind, Saved
 from .options import Options
 from .strategy_state import StrategyState
@@ -161,19 +160,20 @@ class RunKeeper:
         if metrics is not None and self._checkpoint is not None:
             self._metrics[kind][number] = dict(metrics.items())
 
-    def restore_memory(self, memory: UpdateMemory, saved: Saved) -> None:
-        """Restore the last updates of the shards.
+    @contextmanager
+    def reading(self, what: str) -> Iterator[None]:
+        """Tell errors about a part of the checkpoint in a sentence.
 
         Raises:
-            InvalidSetting: They are damaged.
+            InvalidSetting: The part is damaged.
         """
-        assert saved.memory is not None and self._checkpoint is not None
         try:
-            memory.restore(saved.memory)
+            yield
         except (ValueError, TypeError, KeyError, AttributeError) as error:
+            assert self._checkpoint is not None
             raise InvalidSetting(
-                f"The checkpoint {self._checkpoint.path} is damaged (last updates: {error}). Restore the file, or "
-                "remove it to start over."
+                f"The checkpoint {self._checkpoint.path} is damaged ({what}: {error}). Restore the file, or remove it "
+                "to start over."
             ) from error
 
     def save(
@@ -182,7 +182,9 @@ class RunKeeper:
         number: int,
         arrays: ArrayRecord,
         account: dict[str, Any] | None,
+        *,
         memory: dict[str, Any] | None = None,
+        average: dict[str, Any] | None = None,
     ) -> None:
         """Save the run as it is after a round.
 
@@ -192,11 +194,12 @@ class RunKeeper:
             arrays: The model after the round.
             account: State of the privacy account; None without a privacy promise.
             memory: Last updates of the shards; None without bounded staleness.
+            average: State of the models' average; None without one.
         """
         if self._checkpoint is not None:
             state, metrics = self._state.changed(), self._metrics
             self._checkpoint.save(
-                Saved(run, number, arrays, self._fingerprint, state, global_states(), metrics, account, memory)
+                Saved(run, number, arrays, self._fingerprint, state, global_states(), metrics, account, memory, average)
             )
 
     def save_account(self, run: str, account: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from .._text import numbered
+from ..averaging import ModelAverage
 from ..codes import GradientCode, PrimeField
 from ..copies import Comparisons, not_compared, shards_of_several
 from ..errors import InvalidSetting, RoundFailed
@@ -69,6 +70,8 @@ class Run:
         registry: Which node is which worker, as known between two phases.
         row: Ledger row of the current round; None between rounds.
         phase: The current phase; None between phases.
+        late_updates: Has the last updates, with bounded staleness; else None.
+        average: Average of the models; None if the run keeps none.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class Run:
         store = options.send.store if isinstance(options.send, Shards) else ""
         self.late_updates = None if rule is None else LateUpdates(UpdateMemory(code.k, store), rule)
         self._told_memory = False
+        self.average = None if options.average is None else ModelAverage(options.average)
         self._weight_key = str(getattr(strategy, "weighted_by_key", "num-examples"))
         self._holdings, self._told_lacking = holdings, ""
         self._drafts: list[Message] = []
@@ -159,8 +163,10 @@ class Run:
             request: Digest of what the answers depend on; see `request_of`.
         """
         self.done, self._resumed = saved.round, True
+        self.restore_average(saved)
         if self.late_updates is not None and saved.memory is not None:
-            self.keeper.restore_memory(self.late_updates.memory, saved)
+            with self.keeper.reading("last updates"):
+                self.late_updates.memory.restore(saved.memory)
         rows = list(rows)
         for row in rows:
             if row.round <= saved.round:
@@ -185,7 +191,19 @@ class Run:
             number: Number of the round.
         """
         memory = None if self.late_updates is None else self.late_updates.memory.state()
-        self.keeper.save(self.name, number, arrays, None if self.account is None else self.account.state, memory)
+        average = None if self.average is None else self.average.state()
+        account = None if self.account is None else self.account.state
+        self.keeper.save(self.name, number, arrays, account, memory=memory, average=average)
+
+    def restore_average(self, saved: Saved) -> None:
+        """Restore the average of the models, if the run keeps one.
+
+        Raises:
+            InvalidSetting: It is damaged.
+        """
+        if self.average is not None and saved.average is not None:
+            with self.keeper.reading("average"):
+                self.average.restore(saved.average, saved.arrays)
 
     def begin(self, grid: EarlyStopGrid, num_rounds: int) -> None:
         """Check and log the privacy cost of the run, and wait for the nodes.

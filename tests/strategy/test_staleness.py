@@ -41,6 +41,8 @@ LAWS = {
     "log-normal": Latency(compute=lognormal(2.0)),
 }
 
+CODES = [fractional_repetition(6, 2, k=8), cyclic_repetition(6, 2, rng=np.random.default_rng(1)), uncoded(5)]
+
 
 def run(
     code: GradientCode, latency: Latency, send: Shards = STALE, *, rounds: int = 12, **kwargs: Any
@@ -167,7 +169,6 @@ def test_how_much_is_kept_is_said_at_the_start(caplog: pytest.LogCaptureFixture)
 
 @pytest.mark.parametrize("store", ["", "float16"])
 def test_a_killed_run_goes_on_with_the_same_memory(store: str, tmp_path: Path) -> None:
-    """Each node's replies take no time or for ever, so that the same shards are late in both runs."""
     code, send = fractional_repetition(6, 2, k=8), Shards(staleness=3, store=store)
 
     class Killed(Exception):
@@ -177,7 +178,6 @@ def test_a_killed_run_goes_on_with_the_same_memory(store: str, tmp_path: Path) -
         if number == 5:
             raise Killed
 
-    whole, rows, _ = run(code, LAWS["one dead"], send, rounds=8)
     path, ledger = str(tmp_path / "run"), str(tmp_path / "ledger.jsonl")
     with pytest.raises(Killed):
         run(code, LAWS["exponential"], send, rounds=8, checkpoint=path, ledger=ledger, on_round_end=die, run="r")
@@ -244,7 +244,7 @@ def test_evaluation_is_of_all_shards_and_renews_updates_too() -> None:
 
 
 @pytest.mark.parametrize(
-    "inner, what",
+    ("inner", "what"),
     [
         (FedAdam(), "FedAdam adapts its rates"),
         (FedYogi(), "FedYogi adapts its rates"),
@@ -264,7 +264,7 @@ def test_optimisers_that_oscillate_are_refused_or_forced(inner: Any, what: str, 
 
 
 @pytest.mark.parametrize(
-    "make, sentence",
+    ("make", "sentence"),
     [
         (lambda: Shards(staleness=-1), "staleness=-1 must be a whole number"),
         (lambda: Shards(staleness=1.5), "staleness=1.5 must be a whole number"),  # type: ignore[arg-type]
