@@ -158,14 +158,14 @@ class _Shardwise:
         heapq.heapify(self.events)
         self.order = len(self.owed)
         held = {worker for _, worker in self.owed}
-        self.idle: list[int] = []
         self._hand_out([worker for worker in range(self.n) if worker not in held])
         while len(self.closed) < self.k:
             wake = None if self.queue.wake_at == woken else self.queue.wake_at
             if wake is not None and (not self.events or wake < self.events[0][0]):
                 self.now = max(self.now, wake)
                 woken = wake
-                self._offer_again()
+                for worker in self.queue.awake(self.now):
+                    self._hand_out([worker])
                 continue
             if not self.events or self.events[0][0] == np.inf:
                 self.now = np.inf
@@ -182,21 +182,9 @@ class _Shardwise:
                 self._hand_out(free)
         self.owed = [(finish, worker) for finish, _, worker, _ in sorted(self.events)]
 
-    def _offer_again(self) -> None:
-        offered, self.idle = self.idle, []
-        for worker in offered:
-            due, shard = self.queue.due[worker]
-            if due > self.now and shard not in self.closed:  # no copy is ever lost here
-                self.queue.wake(due, self.now)
-                self.idle.append(worker)
-            else:
-                self._hand_out([worker])
-
     def _hand_out(self, workers: list[int]) -> None:
         for worker in workers:
             if self.queue.start(worker, worker, self.closed, self.now) is None:
-                if not self.closed.issuperset(self.turns[worker]):  # else nothing is left for it in this round
-                    self.idle.append(worker)
                 continue
             heapq.heappush(self.events, (self.now + self.duration[worker], self.order, worker, False))
             self.order += 1

@@ -7,7 +7,7 @@ free node is asked, which replies are read, and when a phase is hopeless.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -144,8 +144,11 @@ class Phase(StopRule):
         self.left_out: frozenset[int] = frozenset()
         self.late_updates: LateReader | None = None
         self.ages: tuple[int, ...] = ()
-        self._unverified: frozenset[int] = frozenset()
-        self._unverified_as_of = (-1, -1)
+        self._unverified = set() if self.verification is None else {*self.verification.wanted}
+        self._noticed = 0  # comparisons
+        self._unsettled: Set[int] = frozenset()
+        self._unsettled_as_of = -1
+        self._loses = False  # whether a reply that was read since the last question may have lost the phase
         self._lingers: float | None = None
         self._first_rows = first_rows
 
@@ -210,16 +213,23 @@ class Phase(StopRule):
         return self.verifies_until
 
     @property
-    def unverified(self) -> frozenset[int]:
-        """Shards of which a second copy is wanted and has not come, or a third one that says which of two is right."""
+    def unverified(self) -> Set[int]:
+        """Shards of which a second copy is wanted and has not come, or a third one that says which of two is right.
+
+        The set is not to be changed.
+        """
         if self.verification is None:
             return frozenset()
-        as_of = (len(self.copies.compared), self.copies.noted)
-        if as_of != self._unverified_as_of:  # asked for each free node at each arrival
-            wanted = self.verification.wanted
-            self._unverified = (wanted - self.copies.compared) | (wanted & self.copies.unsettled)
-            self._unverified_as_of = as_of
-        return self._unverified
+        lately = self.copies.lately
+        if self._noticed < len(lately):  # asked for each free node at each arrival
+            self._unverified.difference_update(lately[self._noticed :])
+            self._noticed = len(lately)
+        if not self.copies.disagreements:
+            return self._unverified
+        if self._unsettled_as_of != self.copies.noted:
+            self._unsettled = self._unverified | (self.verification.wanted & self.copies.unsettled)
+            self._unsettled_as_of = self.copies.noted
+        return self._unsettled
 
     def wants(self, late: Late) -> bool:
         """Returns whether a late reply is to be fetched, to be compared or to renew a last update."""
@@ -274,7 +284,9 @@ class Phase(StopRule):
 
     def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
         """Read one reply, which either counts or is rejected with a reason."""
+        before = len(self.replies.answered)
         good = self.replies.read(arrival.node, reply, arrival.failure) is None
+        self._loses |= len(self.replies.answered) == before or self.votes > 0 or len(self.replies.groups) > 1
         self.was_read(arrival, good=good)
         best = self.replies.best
         if self.decodable_after is None and best is not None and best.decoder.decodable and not self.distrusted:
@@ -284,6 +296,11 @@ class Phase(StopRule):
             if self.verification is not None:
                 self.most_verifying = min(self.longest_linger(at), self.verification.seconds)
                 self._lingers = arrival.at + self.most_verifying
+
+    def lost_any(self) -> bool:
+        """Returns whether a reply was read that does not count, or not beside the others."""
+        loses, self._loses = self._loses, False
+        return loses
 
     def finish(self, wait: Wait) -> list[Message]:
         """End the wait and return no messages, because Flower's loop would hold them in memory for a whole round."""

@@ -142,7 +142,7 @@ class StalePhase(ShardPhase):
 
     def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
         """Returns the first copy of each shard: all of them are used."""
-        if not self._memory.versions or any(arrival.token not in self._unread for arrival in arrivals):
+        if not self._memory.versions or self._strange:
             return super().choose(arrivals, final=final)
         done = self._done()
         first: dict[int, Arrival] = {}
