@@ -44,12 +44,20 @@ class UpdateMemory:
         store: Where updates are kept: "" for memory as they came, "float16" for half of it, with 11 bits of each entry,
             or the absolute path of a file, which is mapped into memory, made anew and no longer needed after the run.
 
+    Raises:
+        InvalidSetting: The file cannot be written.
+
     Attributes:
         versions: Shard -> the round of its last known update; shards without one are missing.
     """
 
     def __init__(self, k: int, store: str | os.PathLike[str] = "") -> None:
         self.k, self.store = k, os.fspath(store)
+        folder = os.path.dirname(self.store) or "."
+        if self.store and self.store != FLOAT16 and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+            raise InvalidSetting(
+                f"The file of last updates {self.store!r} cannot be written: name one in a folder of yours."
+            )
         self.versions: dict[int, int] = {}
         self._in_flight: dict[int, tuple[int, int]] = {}  # node -> shard and round of the message it has not answered
         self._under_way: dict[int, int] | None = None  # shard -> newest round in flight

@@ -159,6 +159,11 @@ def test_updates_may_be_kept_in_half_the_memory_or_in_a_file(store: str, tmp_pat
         assert np.load(where).shape == (8, 11)
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_the_first_round(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSetting, match="cannot be written: name one in a folder of yours"):
+        run(fractional_repetition(6, 2), LAWS["exponential"], Shards(staleness=1, store=str(tmp_path / "no" / "file")))
+
+
 def test_how_much_is_kept_is_said_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "fl_gradcode")
     run(fractional_repetition(6, 2), LAWS["exponential"], rounds=2)
