@@ -28,10 +28,18 @@ class RoundTimes:
         seconds: Seconds of each round, shape (rounds,).
         computed: Mean number of shards that all workers together compute in a round, whether needed or not.
         messages: Mean number of messages sent in a round.
+        ages: Mean age of the updates of each round, in rounds; zeros but with bounded staleness.
     """
 
-    def __init__(self, seconds: NDArray[np.float64], computed: float, messages: float) -> None:
+    def __init__(
+        self,
+        seconds: NDArray[np.float64],
+        computed: float,
+        messages: float,
+        ages: NDArray[np.float64] | None = None,
+    ) -> None:
         self.seconds, self.computed, self.messages = seconds, computed, messages
+        self.ages = np.zeros(len(seconds)) if ages is None else ages
 
     @property
     def mean(self) -> float:

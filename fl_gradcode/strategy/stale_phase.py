@@ -113,7 +113,7 @@ class StalePhase(ShardPhase):
         return group.decodes_without(workers) or self._suffices(group, rows)
 
     def _suffices(self, group: Group | None, rows: Sequence[int]) -> bool:
-        if group is None or not self._memory.knows(group.key):
+        if group is None or len(rows) < self._rule.needed(len(self._row)) or not self._memory.knows(group.key):
             return False
         there = {*rows}
         others = (self._memory.versions.get(shard, 0) for shard, row in self._row.items() if row not in there)
@@ -124,7 +124,7 @@ class StalePhase(ShardPhase):
         """Time until which to wait on for further updates, in seconds on the grid's clock; None for not at all."""
         best = self.replies.best
         waits = [] if self.verifies_until is None else [self.verifies_until]
-        if best is not None and not best.decoder.decodable:
+        if self.decided and best is not None and not best.decoder.decodable:
             waits.append(self._rule.waits_until(self._began, self._last))
         return max(waits, default=None)
 
