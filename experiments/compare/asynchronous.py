@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
+from experiments.compare.synchronous import WORK_SHARE
 from fl_gradcode import VirtualGrid
 from fl_gradcode.grid import Arrival
 
@@ -25,8 +27,10 @@ OnUpdate = Callable[[int, ArrayRecord], None]
 class _Server:
     """The model, and who works on which version of it."""
 
-    def __init__(self, grid: VirtualGrid, initial: ArrayRecord) -> None:
-        self.grid = grid
+    def __init__(
+        self, grid: VirtualGrid, initial: ArrayRecord, *, share: float = 1.0, optimiser: FedAvg | None = None
+    ) -> None:
+        self.grid, self.share, self.optimiser = grid, share, optimiser
         self.keys = list(initial)
         self.model: Arrays = [array.astype(np.float64) for array in initial.to_numpy_ndarrays()]
         self.dtypes = [array.dtype for array in initial.to_numpy_ndarrays()]
@@ -39,10 +43,12 @@ class _Server:
         return ArrayRecord(dict(zip(self.keys, ArrayRecord(values).values(), strict=True)))
 
     def send(self, nodes: list[int], server_round: int) -> None:
-        record = self.record()
+        record, config = self.record(), dict[str, Any]({"server-round": server_round})
+        if self.share < 1:
+            config[WORK_SHARE] = self.share
         messages = []
         for node in nodes:
-            content = RecordDict({"arrays": record, "config": ConfigRecord({"server-round": server_round})})
+            content = RecordDict({"arrays": record, "config": ConfigRecord(config)})
             messages.append(Message(content, dst_node_id=node, message_type="train"))
         version = (self.updates, self.model)
         for token in self.grid.push(messages):
@@ -71,19 +77,42 @@ class _Server:
         for coefficient, update in terms:
             for array, one in zip(moved, update, strict=True):
                 array += coefficient * one
+        if self.optimiser is not None:
+            moved = self._optimised(moved)
         self.model = moved
         self.updates += 1
 
+    def _optimised(self, mean: Arrays) -> Arrays:
+        """What a strategy of Flower's makes of a mean, which it gets as one ordinary reply."""
+        assert self.optimiser is not None
+        before, record = (
+            ArrayRecord(dict(zip(self.keys, ArrayRecord(one).values(), strict=True))) for one in (self.model, mean)
+        )
+        list(self.optimiser.configure_train(self.updates + 1, before, ConfigRecord({}), self.grid))
+        asked = Message(RecordDict(), dst_node_id=self.nodes[0], message_type="train")
+        content = RecordDict({"arrays": record, "metrics": MetricRecord({"num-examples": 1})})
+        arrays, _ = self.optimiser.aggregate_train(self.updates + 1, [Message(content, reply_to=asked)])
+        assert arrays is not None
+        return arrays.to_numpy_ndarrays()
+
 
 def semi_asynchronous(
-    grid: VirtualGrid, initial: ArrayRecord, *, wanted: int, rounds: int, on_update: OnUpdate
+    grid: VirtualGrid,
+    initial: ArrayRecord,
+    *,
+    wanted: int,
+    rounds: int,
+    on_update: OnUpdate,
+    share: float = 1.0,
+    optimiser: FedAvg | None = None,
 ) -> ArrayRecord:
     """Rounds that end with the `wanted`-th reply, whichever round it is of; late updates join the next round.
 
     Whoever is idle when a round begins gets the newest model. Updates are averaged by examples. The order of arrivals
-    counts, not how often somebody polls.
+    counts, not how often somebody polls. `share` is that of the local steps which everybody takes; `optimiser` makes
+    the model of each mean.
     """
-    server = _Server(grid, initial)
+    server = _Server(grid, initial, share=share, optimiser=optimiser)
     idle = list(server.nodes)
     for number in range(1, rounds + 1):
         server.send(idle, number)

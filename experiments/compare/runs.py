@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord
-from flwr.serverapp.strategy import FedAvg
+from flwr.app import ArrayRecord, ConfigRecord
+from flwr.serverapp.strategy import FedAvg, Strategy
 
 from clients.app import app as client_app
 from clients.data import Dataset, load_dataset
@@ -21,9 +21,10 @@ from clients.training import evaluate_by_class
 from experiments.compare.asynchronous import fedbuff, semi_asynchronous
 from experiments.compare.problems import OWNERS, PROBLEMS, Problem, latency_of
 from experiments.compare.store import Task
-from experiments.compare.synchronous import PartialProx, WorkShareGrid, quiet
+from experiments.compare.synchronous import WORK_SHARE, PartialProx, WorkShareGrid, quiet, server_strategy
 from experiments.rounds import app as idle_app
 from fl_gradcode import EarlyStopGrid, GradientCode, GradientCoding, Shards, VirtualGrid
+from fl_gradcode.averaging import ModelAverage
 from fl_gradcode.codes import cyclic_repetition, for_assignment, fractional_repetition
 from fl_gradcode.planning import candidates, make_plan, partial_work, steady_rounds, wait_for_all
 from fl_gradcode.testing import InProcessGrid
@@ -52,6 +53,8 @@ INEXACT = {
     "semi": "semi-asynchronous",
     "fedbuff": "FedBuff",
 }
+#: What only the suite "sooner" runs: all data at full weight, some of them some rounds late.
+STALE = {"stale": "bounded staleness"}
 ASYNCHRONOUS = ("semi", "fedbuff")
 _LONGER = 2  # a faster baseline may go on for so many times the rounds, up to the time that partial work takes
 _EVER = 20  # the same where it may go on for as long as waiting for all takes
@@ -60,7 +63,7 @@ _TIMELINE = 6  # rounds of which every job is kept
 
 def scheme_titles() -> dict[str, str]:
     """Name -> what people read."""
-    return {**{name: title for name, (title, *_) in EXACT.items()}, **INEXACT}
+    return {**{name: title for name, (title, *_) in EXACT.items()}, **INEXACT, **STALE}
 
 
 def run(task: Task, data_dir: str) -> dict[str, Any]:
@@ -91,8 +94,17 @@ class Curve:
         self.initial = ArrayRecord(self.model.state_dict())
         self.points: list[dict[str, Any]] = []
         self.seconds: list[float] = []
+        self.average: ModelAverage | None = None
 
     def measure(self, server_round: int, arrays: ArrayRecord) -> None:
+        """Add a point; with an average, it has the average's accuracies besides."""
+        point = self._point(server_round, arrays)
+        if self.average is not None and (mean := self.average.arrays) is not None:
+            averaged = self._point(server_round, mean)
+            point |= {f"{name}-averaged": averaged[name] for name in ("accuracy", "worst", "owned") if name in averaged}
+        self.points.append(point)
+
+    def _point(self, server_round: int, arrays: ArrayRecord) -> dict[str, Any]:
         self.model.load_state_dict(arrays.to_torch_state_dict())
         x, y = torch.tensor(self.dataset.test_x), torch.tensor(self.dataset.test_y)
         loss, accuracy, by_class = evaluate_by_class(self.model, x, y, self.dataset.classes, torch.device("cpu"))
@@ -105,7 +117,7 @@ class Curve:
         }
         if self.problem.owners:
             point["owned"] = float(np.mean(by_class[-2:]))
-        self.points.append(point)
+        return point
 
 
 def _trajectory(task: Task, problem: Problem, data_dir: str) -> dict[str, Any]:
@@ -121,7 +133,12 @@ def _trajectory(task: Task, problem: Problem, data_dir: str) -> dict[str, Any]:
             longest = wait_for_all(problem.n) if patient else partial_work(problem.n, problem.s)
             horizon = float(steady_rounds(longest, parts).seconds.sum())
 
+        weight = dict(task.options).get("average")
+        curve.average = None if weight is None else ModelAverage(weight)
+
         def after(server_round: int, arrays: ArrayRecord) -> None:
+            if curve.average is not None and server_round:
+                curve.average.add(arrays)
             over = server_round >= task.rounds and grid.now() >= horizon
             if server_round % problem.every == 0 or over or server_round == task.rounds:
                 curve.measure(server_round, arrays)
@@ -158,8 +175,12 @@ def _baseline(
         if server_round:
             after(server_round, arrays)
 
-    def fedavg(waiting: Any, timeout: float = FOREVER, strategy: FedAvg | None = None) -> None:
-        (strategy or FedAvg(**quiet)).start(waiting, curve.initial, most, timeout=timeout, evaluate_fn=evaluate_fn)
+    share = options.get("steps", 1.0)
+    asked = ConfigRecord({WORK_SHARE: share} if share < 1 else {})
+
+    def fedavg(waiting: Any, timeout: float = FOREVER, strategy: Strategy | None = None) -> None:
+        strategy = strategy or server_strategy(options)
+        strategy.start(waiting, curve.initial, most, timeout=timeout, train_config=asked, evaluate_fn=evaluate_fn)
 
     match task.scheme:
         case "exact":
@@ -174,10 +195,24 @@ def _baseline(
             fedavg(EarlyStopGrid(grid), timeout=deadline)
         case "fedprox":
             least = min(1.0, n * problem.batch_size / len(curve.dataset.train_y))  # one batch of a client of mean size
-            fedavg(grid, strategy=PartialProx(deadline=deadline, least=least, mu=options.get("mu", 0.01)))
+            server = server_strategy(options) if "adam" in options else None
+            mu = options.get("mu", 0.01)
+            fedavg(grid, strategy=PartialProx(deadline=deadline, least=least, mu=mu, most=share, server=server))
+        case "stale":
+            send = Shards(staleness=round(options.get("bound", 3)), fresh=options.get("fresh", 0.6))
+            code = fractional_repetition(n, problem.s)
+            fedavg(grid, strategy=GradientCoding(server_strategy(options), code, send=send, verify=0))
         case "semi":
             wanted = max(1, round(0.8 * n))
-            semi_asynchronous(grid, curve.initial, wanted=wanted, rounds=most, on_update=after)
+            semi_asynchronous(
+                grid,
+                curve.initial,
+                wanted=wanted,
+                rounds=most,
+                on_update=after,
+                share=share,
+                optimiser=server_strategy(options) if "adam" in options else None,
+            )
         case "fedbuff":
             buffer = max(1, round(n / 3))
             steps = n / buffer  # server updates for as many trainings as a round has
@@ -211,7 +246,11 @@ def _times(task: Task, problem: Problem, data_dir: str) -> dict[str, Any]:
     dataset = load_dataset(problem.dataset, data_dir, problem.train_examples, seed=task.seed)
     initial = ArrayRecord(build_model(problem.model, dataset, seed=task.seed).state_dict())
     with InProcessGrid(idle_app, problem.n) as inner:
-        grid = VirtualGrid(inner, latency_of(task.law), seed=task.seed)
+        grid = WorkShareGrid(inner, latency_of(task.law), seed=task.seed)
+        options = dict(task.options)
+        share = options.get("steps", 1.0)
+        asked = ConfigRecord({WORK_SHARE: share} if share < 1 else {})
+        s = round(options.get("holders", problem.s + 1)) - 1
         ends: list[float] = []
 
         def clock(server_round: int, arrays: ArrayRecord) -> None:
@@ -219,15 +258,15 @@ def _times(task: Task, problem: Problem, data_dir: str) -> dict[str, Any]:
 
         result: dict[str, Any] = {}
         if make is None:
-            FedAvg(**quiet).start(grid, initial, task.rounds, timeout=FOREVER, evaluate_fn=clock)
+            FedAvg(**quiet).start(grid, initial, task.rounds, timeout=FOREVER, train_config=asked, evaluate_fn=clock)
         else:
             coding = GradientCoding(
                 FedAvg(**quiet),
-                make(problem.n, problem.s),
+                make(problem.n, s),
                 send=Shards(patience) if send == "shards" else send,
                 verify=0,  # what is compared is how long rounds take; `make bench` shows what verification adds
             )
-            coding.start(grid, initial, task.rounds, timeout=FOREVER, evaluate_fn=clock)
+            coding.start(grid, initial, task.rounds, timeout=FOREVER, train_config=asked, evaluate_fn=clock)
             rows = coding.ledger.rows
             assert all(row["train"]["outcome"] == "exact" for row in rows)
             result["used"] = [row["train"]["used"] for row in rows[:_TIMELINE]]

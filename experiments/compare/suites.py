@@ -8,7 +8,7 @@ from experiments.compare.problems import LAWS, PROBLEMS
 from experiments.compare.runs import EXACT, INEXACT
 from experiments.compare.store import Task
 
-__all__ = ["SUITES", "TUNED", "cost_of"]
+__all__ = ["SERVERS", "SOONER_SEEDS", "SUITES", "TUNED", "cost_of", "sooner_of"]
 
 SEEDS = (0, 1, 2)
 #: What was tuned, on seed 100 of the problem and law "slow-owners": the settings that were tried, the chosen one first.
@@ -108,6 +108,54 @@ def _smoke() -> list[Task]:
     return tasks_of("digits", ("slow-owners",), seeds=(0,), rounds=4)
 
 
+#: Seeds that nothing was chosen by, and what the schemes of "sooner" may have besides.
+SOONER_SEEDS = (10, 11, 12, 13, 14)
+AVERAGE, ADAM, STEPS = ("average", 0.25), ("adam", 0.03), ("steps", 0.6)
+SERVERS: dict[str, tuple[tuple[str, float], ...]] = {"FedAvg": (), "FedAdam": (ADAM,)}
+
+
+def sooner_of(
+    problem: str, laws: Iterable[str], seeds: Iterable[int], rounds: int, baselines: Iterable[str]
+) -> list[Task]:
+    """Server optimisers, averaged models, 8 holders, fewer steps, bounded staleness; and baselines likewise."""
+    tasks: list[Task] = []
+    for seed in seeds:
+        for server in SERVERS.values():
+            tasks += [
+                Task(problem, "", "exact", seed, rounds, tuple(sorted((*server, AVERAGE, *steps))))
+                for steps in ((), (STEPS,))
+            ]
+        for law in laws:
+            for steps in ((), (STEPS,)):
+                tasks.append(Task(problem, law, "wait", seed, rounds, steps))
+                tasks += [
+                    Task(problem, law, "partial", seed, rounds, tuple(sorted((*steps, ("holders", float(holders))))))
+                    for holders in (3, 8)
+                ]
+            tasks.append(Task(problem, law, "stale", seed, rounds, (AVERAGE,)))
+            tasks += [
+                Task(problem, law, scheme, seed, rounds, tuple(sorted((*_options(scheme), *server, AVERAGE))))
+                for scheme in baselines
+                for server in SERVERS.values()
+            ]
+    return tasks
+
+
+def _sooner() -> list[Task]:
+    """What brings plain rounds to the target sooner, compared fairly: an hour on two cores."""
+    main = sooner_of("slow-owners", LAWS, SOONER_SEEDS, 60, ("drop-owners", "over-selection", "fedprox", "semi"))
+    others = [
+        *sooner_of("dirichlet-0.1", ("shifted-exponential", "phones", "slow-owners"), SOONER_SEEDS, 60, ()),
+        *sooner_of("adult", LAWS, SOONER_SEEDS, 30, ("fedprox", "semi")),
+    ]
+    return [*main, *others]
+
+
+def _sooner_smoke() -> list[Task]:
+    """Minutes, on digits, which need no files."""
+    return sooner_of("digits", ("none", "phones", "slow-owners"), (10, 11), 20, ("drop-owners", "fedprox", "semi"))
+
+
 SUITES: dict[str, Callable[[], list[Task]]] = {
     "quick": _quick,
     "main": _main,
@@ -115,4 +163,6 @@ SUITES: dict[str, Callable[[], list[Task]]] = {
     "long": _long,
     "tuning": _tuning,
     "smoke": _smoke,
+    "sooner": _sooner,
+    "sooner-smoke": _sooner_smoke,
 }

@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 
+_SOONER = 0.9  # of the exact rounds' time, above which bounded staleness is not worth a sentence
 _ROWS = 6  # of the table, unless all schemes are asked for
 _GOOD = 0.05  # Kolmogorov-Smirnov distance of a law that is worth naming
 
@@ -44,6 +45,14 @@ def plan_remarks(plan: RoundPlan, read: Source) -> list[str]:
     elif read.fits and read.fits[0].distance <= _GOOD:
         best = read.fits[0]
         remarks.append(f"Closest law: {best.code} (Kolmogorov-Smirnov distance {best.distance:.2f}).")
+    stale = plan.stale
+    exact = plan.recommended.steady
+    if stale is not None and stale.steady < _SOONER * min(stale.exact, exact):
+        remarks.append(
+            f"Exact: {exact:.3g} s; with results up to {stale.bound} rounds old: {stale.steady:.3g} s "
+            f"(mean age {stale.age:.2g}), by {stale.scheme.name} with Shards(staleness={stale.bound}). Such rounds are "
+            "not exact: see docs/staleness.md."
+        )
     remarks += [f"Read: {note}." for note in read.notes]
     return remarks
 
@@ -108,6 +117,19 @@ def plan_table(plan: RoundPlan, read: Source, *, uploads: bool, every: bool = Fa
     return table
 
 
+def _stale(plan: RoundPlan) -> dict[str, Any] | None:
+    stale = plan.stale
+    if stale is None:
+        return None
+    return {
+        "scheme": stale.scheme.name,
+        "staleness": stale.bound,
+        "run": finite_or_none(stale.steady),
+        "mean-age": finite_or_none(stale.age),
+        "exact": finite_or_none(stale.exact),
+    }
+
+
 def _that_matter(plan: RoundPlan) -> list[Line]:
     """Returns waiting for all, the recommended line and the fastest of each kind, in the order of the plan."""
     kinds: dict[str | None, Line] = {}
@@ -132,6 +154,7 @@ def plan_as_json(plan: RoundPlan, read: Source) -> dict[str, Any]:
         "verdict": plan.verdict,
         "recommended": _line(plan.recommended),
         "always-slow": list(plan.slow),
+        "stale": _stale(plan),
         "names": list(read.names),
         "notes": list(read.notes),
         "compute-share": {

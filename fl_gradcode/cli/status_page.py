@@ -31,7 +31,7 @@ _HIGH = 5.0  # times the median waiting time: longer waits are drawn as high as 
 _LONG = 10.0  # times a usual round: if no round ends for longer, the page says so
 _NOISY = 10.0  # kappa above which it is shown for an exact round
 _ROOM = 13  # width of the column of workers that were not in time
-_OUTCOMES = ("exact", "approximate", "skipped", "raised", "ended")
+_OUTCOMES = ("exact", "stale", "approximate", "skipped", "raised", "ended")
 _STYLES = {"approximate": "yellow", "skipped": "red", "raised": "bold red", "ended": "yellow"}
 _MARK_STYLES = dict(zip(MARKS, ("bold red", "red", "yellow", "yellow", "", "dim"), strict=True))
 

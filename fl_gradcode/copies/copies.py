@@ -47,6 +47,7 @@ class Copies:
     Attributes:
         used: Whether the phase was decoded.
         compared: Shards of which two holders' copies were compared.
+        lately: The same shards in the order in which they were, some of them several times.
         apart: Largest relative difference between two copies; None if none were compared.
         disagreements: Shards -> the first disagreement about them.
         alike: A worker that sent the same update for two shards; None if none did.
@@ -57,6 +58,7 @@ class Copies:
         self.plan = plan
         self.used = False
         self.compared: set[int] = set()
+        self.lately: list[int] = []
         self.apart: float | None = None
         self.disagreements: dict[tuple[int, ...], Disagreement] = {}
         self.alike: Alike | None = None
@@ -177,6 +179,7 @@ class Copies:
             return None
         apart = first.sketch.apart(sketch)
         self.compared.update(shards)
+        self.lately += shards
         self.apart = min(max(self.apart or 0.0, apart), MOST_APART)
         if apart > DISAGREEMENT and shards not in self.disagreements:
             weights = (first.sketch.weight, sketch.weight)

@@ -7,6 +7,7 @@ message for it is held back until the late reply arrives, and then sent at once 
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,11 @@ class Waiting:
         self.wait = Wait()
         self.held: dict[int, list[Message]] = {}
         self.free: list[int] = []  # nodes that the rule may have a message for
-        self.idle: list[int] = []  # nodes that the rule had no message for
+        self.idle: dict[int, None] = {}  # nodes that the rule had no message for, in order
+        self.mine: dict[int, None] = {}  # nodes that owe a reply to this phase, in order
+        self.lapsing: list[
+            tuple[float, int, str]
+        ] = []  # heap of (lapses, node, token): debts that held messages wait for
         self.unread: list[Arrival] = []
         self.woken: float | None = None
         self.lingered = False  # whether the time is up for which the rule wanted to wait on
@@ -88,6 +93,7 @@ class Waiting:
             self.held[node] = [message]
             if node in self.debts:
                 self.wait.held_back.append(node)
+                self._wait_for_debt(node)
             else:
                 self.free.append(node)
         ended = self._loop()
@@ -116,12 +122,11 @@ class Waiting:
             # Replies are read before work is handed out, since they may tell who a node is and what is left to do.
             while self.free and not (self.source.immediate and self.unread):
                 self._hand_out()
-            outstanding = self._outstanding()
+            outstanding = bool(self.mine or self.held)
             if self.unread and self._read(final=not outstanding):
-                self.lost = True
+                self.lost |= self.rule.lost_any()
                 continue
-            coming = [*dict.fromkeys(outstanding + [arrival.node for arrival in self.unread])]
-            if self.lost and self.rule.hopeless(coming):
+            if self.lost and self.rule.hopeless(self._coming()):
                 return "hopeless"
             if not outstanding:
                 return "answered"  # the rule did not want the unread replies
@@ -149,14 +154,28 @@ class Waiting:
         until = self.rule.linger_until
         return until is not None and not self.lingered and self.source.now() <= until
 
-    def _outstanding(self) -> list[int]:
-        """Returns the nodes whose reply to this phase may still come."""
-        return [node for node, debt in self.debts.items() if debt.phase_mark is self.phase_mark] + list(self.held)
+    def _coming(self) -> list[int]:
+        """Returns the nodes whose reply to this phase may still come, or is not read yet."""
+        return [*dict.fromkeys([*self.mine, *self.held, *(arrival.node for arrival in self.unread)])]
+
+    def _wait_for_debt(self, node: int) -> None:
+        """Note that a message is held back until the node's debt is paid or lapses."""
+        debt = self.debts[node]
+        heapq.heappush(self.lapsing, (debt.lapses, node, debt.token))
+
+    def _next_lapse(self) -> float | None:
+        """Returns when the next debt lapses that a held message waits for, or None."""
+        while self.lapsing:
+            lapses, node, token = self.lapsing[0]
+            debt = self.debts.get(node)
+            if node in self.held and debt is not None and debt.token == token:
+                return lapses
+            heapq.heappop(self.lapsing)
+        return None
 
     def _next_deadline(self) -> float | None:
-        lapses = [self.debts[node].lapses for node in self.held if node in self.debts]
         lingering = None if self.lingered else self.rule.linger_until
-        known = [self.deadline, self._wake(), lingering, self.next_look, *lapses]
+        known = [self.deadline, self._wake(), lingering, self.next_look, self._next_lapse()]
         moments = [t for t in known if t is not None and t != float("inf")]
         return min(moments) if moments else None
 
@@ -180,12 +199,12 @@ class Waiting:
             if debt is None and node in self.failed and since != before:
                 self.failed.discard(node)
                 self.met.discard(node)
-                self.idle = [other for other in self.idle if other != node]
+                self.idle.pop(node, None)
                 self.rule.restarted(node)
             if debt is not None and debt.active_since is None:
                 debt.active_since = since
             elif debt is not None and debt.active_since != since:
-                self.source.forget(self.debts.pop(node).token)
+                self.source.forget(self._settle(node).token)
                 self.wait.restarted.append(node)
                 if node not in self.held:
                     self.met.discard(node)
@@ -200,12 +219,19 @@ class Waiting:
                     self.wait.joined.append(node)
                     if node not in self.debts:
                         self.free.append(node)
+                    else:
+                        self._wait_for_debt(node)
+
+    def _settle(self, node: int) -> Debt:
+        """Returns the debt of a node, which has none from now on."""
+        self.mine.pop(node, None)
+        return self.debts.pop(node)
 
     def _arrived(self, arrival: Arrival) -> None:
         debt = self.debts.get(arrival.node)
         if debt is None or debt.token != arrival.token:
             return  # the debt has lapsed, and the node has been given other work since
-        del self.debts[arrival.node]
+        self._settle(arrival.node)
         reply = arrival.reply
         if not (arrival.failure or (reply is not None and reply.has_error())):
             computing = arrival.computing if reply is None else computing_seconds(reply)
@@ -220,9 +246,9 @@ class Waiting:
             rejection = Rejection("no-reply", arrival.failure) if arrival.failure else None
             if reply is not None and reply.has_error():
                 rejection = rejection_of(reply)
-            elif debt.kept and reply is None and not arrival.failure:
-                reply = self.source.fetch([arrival])[0]
             late = Late(arrival.node, debt.label, rejection)
+            if debt.kept and reply is None and rejection is None and self.rule.wants(late):
+                reply = self.source.fetch([arrival])[0]
             self.wait.late.append(late)
             self.rule.arrived_late(late, reply)
         self.free.append(arrival.node)
@@ -235,7 +261,7 @@ class Waiting:
                 continue  # one message at a time
             message = self.rule.next_message(node, self._next_held(node), self.source.now())
             if message is None:
-                self.idle.append(node)
+                self.idle[node] = None
             else:
                 messages.append(message)
         self.free.clear()
@@ -256,7 +282,7 @@ class Waiting:
             node for node, debt in self.debts.items() if debt.lapses <= now and debt.phase_mark is not self.phase_mark
         ]
         for node in old:
-            self.source.forget(self.debts.pop(node).token)
+            self.source.forget(self._settle(node).token)
             self.wait.lapsed.append(node)
             self.free.append(node)
         return bool(old)
@@ -277,10 +303,15 @@ class Waiting:
                 self.debts[node] = Debt(
                     token, self.phase_mark, self.rule.label, now, loads_of(message), now + self.debt_lifetime
                 )
+                self.mine[node] = None
+                if node in self.held:
+                    self._wait_for_debt(node)
 
     def _read(self, *, final: bool) -> bool:
         """Read the replies that the rule wants; returns whether there was one."""
         arrivals = self.unread if self.source.immediate else self.rule.choose(self.unread, final=final)
+        if not arrivals:
+            return False
         wanted = {arrival.token for arrival in arrivals}
         self.unread = [arrival for arrival in self.unread if arrival.token not in wanted]
         for arrival, reply in zip(arrivals, self.source.fetch(arrivals), strict=True):
@@ -288,19 +319,20 @@ class Waiting:
                 self.wait.bytes_up += content_bytes(reply.content)
             self.rule.offer(arrival, reply, arrival.at - self.start)
         # A reply may tell who a node is and which copies count, which changes the work that is left.
-        if arrivals and self.rule.reopens():
+        if self.rule.reopens():
             self._offer_idle()
-        return bool(arrivals)
+        return True
 
     def _offer_idle(self, nodes: Collection[int] | None = None) -> None:
         """Let the rule be asked once more for messages to idle nodes, to all by default."""
         if nodes is None:
             self.free.extend(self.idle)
             self.idle.clear()
-        elif nodes:
-            chosen = {*nodes}
-            self.free.extend(nodes)
-            self.idle = [node for node in self.idle if node not in chosen]
+        else:
+            for node in nodes:
+                if node in self.idle:
+                    del self.idle[node]
+                    self.free.append(node)
 
 
 class EarlyStopGrid(ForwardingGrid):

@@ -29,7 +29,7 @@ This rule stops at the first reply without an error:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from flwr.app import Message
@@ -155,6 +155,10 @@ class StopRule(ABC):
     def arrived_late(self, late: Late, reply: Message | None) -> None:
         """Note that a reply to an earlier phase has arrived; it does not count, but may contain information."""
 
+    def wants(self, late: Late) -> bool:
+        """Returns whether a late reply to a phase that kept its replies is to be fetched; True by default."""
+        return True
+
     def next_message(self, node: int, held: Message | None, now: float) -> Message | None:
         """Returns the message for a node that is free, or None.
 
@@ -167,9 +171,16 @@ class StopRule(ABC):
         """Returns whether a node for which there was no message may have one, after replies were read."""
         return True
 
-    def awake(self, nodes: Sequence[int], now: float) -> Sequence[int]:
+    def awake(self, nodes: Collection[int], now: float) -> Collection[int]:
         """Returns the idle nodes to offer work again at `wake_at`; all by default."""
-        return nodes
+        return [*nodes]
+
+    def lost_any(self) -> bool:
+        """Returns whether a reply that was read since the last call may have brought the phase nearer to `hopeless`.
+
+        If not, `hopeless` is not asked again, which may take as long as there are nodes.
+        """
+        return True
 
     def join(self, node: int) -> Message | None:
         """Returns the message for a node that has connected since the phase began, or None."""

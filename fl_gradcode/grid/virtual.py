@@ -144,13 +144,14 @@ class VirtualGrid(ForwardingGrid, ArrivalSource):
     def push(self, messages: Sequence[Message]) -> list[str | None]:
         """Draw the arrival time of each message; returns a token for each."""
         tokens: list[str | None] = []
-        workers = self.known_workers() if messages else {}
+        if any(message.metadata.dst_node_id not in self._workers for message in messages):
+            self.known_workers()
         for message in messages:
             node = message.metadata.dst_node_id
             number = next(self._order)
             token = f"virtual-{number}"
             start = max(self._now, self._busy_until.get(node, 0.0))
-            job = self._job(message, workers.get(node, 0), start)
+            job = self._job(message, self._workers.get(node, 0), start)
             finish = job.finished
             if finish != float("inf"):
                 self._busy_until[node] = finish

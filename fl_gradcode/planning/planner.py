@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from ..codes import check_count, fractional_repetition
 from ..errors import InvalidSetting
 from ..latency import Latency, Parts
+from ..staleness import StalenessRule
 from .compute_share import SHARES, ShareRange, at_shares, range_of
 from .scheme_runs import Line, SchemeRuns
 from .schemes import Scheme, any_code, drop_slowest, over_selection, partial_work, repetition, wait_for_all
+from .stale_rounds import StaleRounds, stale_means
 from .verdicts import GAIN, Evidence, recommend, weigh
 
 __all__ = ["GAIN", "Line", "RoundPlan", "candidates", "make_plan", "spread"]
@@ -30,6 +32,8 @@ __all__ = ["GAIN", "Line", "RoundPlan", "candidates", "make_plan", "spread"]
 _NEAR, _SURE, _MORE = 1.15, 0.01, 8
 # Of measured rounds, so many jobs are simulated, in a number of rounds between two bounds, in blocks over all of them.
 _JOBS, _SIMULATED, _BLOCK, _BLOCKS = 30_000, (200, 4_000), 20, 100
+_STALE_RUNS = 8  # runs with which bounded staleness is simulated
+_STALENESS = StalenessRule(3, 0.6, 0.03)  # what `Shards(staleness=3)` sets
 _SHARE_RUNS = 8  # runs with which other shares of compute are tried
 _TOLERANCES = (1, 2, 3, 4, 5, 7)
 #: A worker this many times slower than the median one, in every draw of the population, counts as permanently slow.
@@ -50,6 +54,8 @@ class RoundPlan:
         evidence: What measured rounds say of the recommendation; None for a law.
         shares: Shares of compute for which the recommendation holds; None if that was not asked, or is not so at the
             share itself.
+        stale: What bounded staleness would do to the fastest scheme with one shard a message, which is never
+            recommended by itself, since its rounds are not exact; None if no such scheme was compared.
     """
 
     lines: tuple[Line, ...]
@@ -59,6 +65,7 @@ class RoundPlan:
     slow: tuple[int, ...]
     evidence: Evidence | None = None
     shares: ShareRange | None = None
+    stale: StaleRounds | None = None
 
     @property
     def codes(self) -> bool:
@@ -157,7 +164,20 @@ def make_plan(
         lines, evidence = weigh(lines, recommended, verdict, seconds, measured)
         verdict = evidence.verdict
     shares = None if share is None else _shares(share, samples, lines, place, draws[:_SHARE_RUNS], first)
-    return RoundPlan(tuple(lines), lines[place], verdict, n, slow, evidence, shares)
+    stale = _stale(samples, lines, draws[:_STALE_RUNS], first, model_megabytes)
+    return RoundPlan(tuple(lines), lines[place], verdict, n, slow, evidence, shares, stale)
+
+
+def _stale(
+    samples: Sequence[SchemeRuns], lines: Sequence[Line], draws: Sequence[Parts], first: int, megabytes: float
+) -> StaleRounds | None:
+    """Returns the rounds with bounded staleness of the fastest scheme with one shard a message and patience."""
+    known = [(line.steady, i) for i, line in enumerate(lines) if line.scheme.shardwise and line.scheme.patience]
+    if not known or not np.isfinite(min(known)[0]):
+        return None
+    sample = samples[min(known)[1]]
+    exact = float(np.mean(sample.means[: len(draws)]))
+    return stale_means(sample.scheme, draws, _STALENESS, exact, first=first, model_megabytes=megabytes)
 
 
 def _rounds_to_simulate(measured: int, n: int) -> tuple[NDArray[np.int64], int, int]:

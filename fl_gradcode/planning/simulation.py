@@ -28,10 +28,18 @@ class RoundTimes:
         seconds: Seconds of each round, shape (rounds,).
         computed: Mean number of shards that all workers together compute in a round, whether needed or not.
         messages: Mean number of messages sent in a round.
+        ages: Mean age of the updates of each round, in rounds; zeros but with bounded staleness.
     """
 
-    def __init__(self, seconds: NDArray[np.float64], computed: float, messages: float) -> None:
+    def __init__(
+        self,
+        seconds: NDArray[np.float64],
+        computed: float,
+        messages: float,
+        ages: NDArray[np.float64] | None = None,
+    ) -> None:
         self.seconds, self.computed, self.messages = seconds, computed, messages
+        self.ages = np.zeros(len(seconds)) if ages is None else ages
 
     @property
     def mean(self) -> float:
@@ -158,14 +166,14 @@ class _Shardwise:
         heapq.heapify(self.events)
         self.order = len(self.owed)
         held = {worker for _, worker in self.owed}
-        self.idle: list[int] = []
         self._hand_out([worker for worker in range(self.n) if worker not in held])
         while len(self.closed) < self.k:
             wake = None if self.queue.wake_at == woken else self.queue.wake_at
             if wake is not None and (not self.events or wake < self.events[0][0]):
                 self.now = max(self.now, wake)
                 woken = wake
-                self._offer_again()
+                for worker in self.queue.awake(self.now):
+                    self._hand_out([worker])
                 continue
             if not self.events or self.events[0][0] == np.inf:
                 self.now = np.inf
@@ -182,21 +190,9 @@ class _Shardwise:
                 self._hand_out(free)
         self.owed = [(finish, worker) for finish, _, worker, _ in sorted(self.events)]
 
-    def _offer_again(self) -> None:
-        offered, self.idle = self.idle, []
-        for worker in offered:
-            due, shard = self.queue.due[worker]
-            if due > self.now and shard not in self.closed:  # no copy is ever lost here
-                self.queue.wake(due, self.now)
-                self.idle.append(worker)
-            else:
-                self._hand_out([worker])
-
     def _hand_out(self, workers: list[int]) -> None:
         for worker in workers:
             if self.queue.start(worker, worker, self.closed, self.now) is None:
-                if not self.closed.issuperset(self.turns[worker]):  # else nothing is left for it in this round
-                    self.idle.append(worker)
                 continue
             heapq.heappush(self.events, (self.now + self.duration[worker], self.order, worker, False))
             self.order += 1

@@ -5,9 +5,11 @@ The strategy and the planner's simulation use the same `ShardQueue`, so that a p
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
@@ -34,7 +36,11 @@ def first_shards(blocks: Mapping[int, Sequence[int]]) -> dict[int, int]:
             first[worker] = shards[len(shards) * place // len(same)]
     everything = sorted({shard for i in workers for shard in blocks[i]})
     if len(set(first.values())) < min(len(workers), len(everything)):
-        held = csr_array([[shard in blocks[i] for shard in everything] for i in workers])
+        place_of = {shard: place for place, shard in enumerate(everything)}
+        columns = [place_of[shard] for i in workers for shard in sorted(blocks[i])]
+        ends = [0, *itertools.accumulate(len(blocks[i]) for i in workers)]
+        shape = (len(workers), len(everything))
+        held = csr_array(([True] * len(columns), columns, ends), shape=shape)
         for worker, column in zip(workers, maximum_bipartite_matching(held, perm_type="column"), strict=True):
             if column >= 0:
                 first[worker] = everything[column]
@@ -65,22 +71,30 @@ class ShardQueue:
     Args:
         turns: Worker -> its shards in the order of `turns_of`.
         patience: Relative time until a second copy is started; 0 starts it at once.
+        newest: Shard -> the round of its newest update that is known or under way from earlier rounds. If given, a
+            worker starts with its open shards of the earliest round, see `staleness`.
 
     Attributes:
         wake_at: Time at which the next second copy is due for an idle worker, in the seconds of `now`; None for never.
-        due: Runner that was given none -> the time at which a second copy is due, and of which shard. It holds until
-            that shard is closed, or a copy is lost.
     """
 
-    def __init__(self, turns: Mapping[int, Sequence[int]], patience: float) -> None:
-        self._turns, self._patience = turns, patience
+    def __init__(
+        self,
+        turns: Mapping[int, Sequence[int]],
+        patience: float,
+        *,
+        newest: Callable[[int], int] | None = None,
+    ) -> None:
+        self._turns, self._patience, self._newest = turns, patience, newest
         self.wake_at: float | None = None
-        self.due: dict[int, tuple[float, int]] = {}
         self._working: dict[int, tuple[int, float]] = {}  # runner -> (shard, start time)
         self._copies: dict[int, list[float]] = {}  # shard -> start time of each copy in progress
         self._took: dict[int, float] = {}  # runner -> seconds that it took for its last shard
+        self._waiting: list[tuple[float, int, int]] = []  # heap of (due, turn, runner); outdated ones are skipped
+        self._turn_of: dict[int, int] = {}  # runner that was given none -> its turn, a running number
+        self._turn = itertools.count()
 
-    def start(self, runner: int, worker: int, closed: Collection[int], now: float) -> int | None:
+    def start(self, runner: int, worker: int, closed: Container[int], now: float) -> int | None:
         """Returns the shard that a free runner starts now, or None.
 
         Args:
@@ -90,8 +104,9 @@ class ShardQueue:
             now: The time in seconds.
         """
         took = self._took.get(runner) if self._patience else None
-        shard, fewest, soonest = None, 0, (math.inf, -1)
-        for j in self._turns[worker]:
+        shard, fewest, soonest = None, 0, math.inf
+        turns = self._turns[worker]
+        for j in turns if self._newest is None else sorted(turns, key=self._newest):
             if j in closed:
                 continue
             copies = self._copies.get(j)
@@ -100,15 +115,18 @@ class ShardQueue:
                 due = min(copies) + self._patience * took
                 if due > now:
                     self.wake(due, now)
-                    soonest = min(soonest, (due, j))
+                    soonest = min(soonest, due)
                     continue
             if shard is None or number < fewest:  # the first of several
                 shard, fewest = j, number
                 if took is None and not number:  # nothing is better, and nobody waits for the others
                     break
         if shard is None:
-            self.due[runner] = soonest
+            self._turn_of[runner] = next(self._turn)
+            if soonest < math.inf:
+                heapq.heappush(self._waiting, (soonest, self._turn_of[runner], runner))
             return None
+        self._turn_of.pop(runner, None)
         self._working[runner] = shard, now
         self._copies.setdefault(shard, []).append(now)
         return shard
@@ -119,6 +137,11 @@ class ShardQueue:
         if shard is not None:
             self._took[runner] = now - began
         return shard
+
+    @property
+    def working(self) -> dict[int, int]:
+        """Runner -> the shard that it works on."""
+        return {runner: shard for runner, (shard, _) in self._working.items()}
 
     def took(self, runner: int) -> float:
         """Returns the seconds that a runner took for its last shard in this round; infinity if it has finished none."""
@@ -140,16 +163,18 @@ class ShardQueue:
         self._copies[shard].remove(began)
         return shard, began
 
-    def awake(self, runners: Sequence[int], now: float) -> list[int]:
-        """Returns the idle runners for which a second copy is due by now or may be; the others are waited for."""
+    def awake(self, now: float) -> list[int]:
+        """Returns the runners for which a second copy is due by now, in the order in which they were given none."""
         ready = []
-        for runner in runners:
-            due, _ = self.due.get(runner, (now, -1))
-            if due <= now:
-                ready.append(runner)
-            elif due < math.inf:
-                self.wake(due, now)
-        return ready
+        while self._waiting:
+            due, turn, runner = self._waiting[0]
+            if self._turn_of.get(runner) == turn:
+                if due > now:
+                    self.wake(due, now)
+                    break
+                ready.append((turn, runner))
+            heapq.heappop(self._waiting)
+        return [runner for _, runner in sorted(ready)]
 
     def wake(self, due: float, now: float) -> None:
         """Note that a second copy is due at a later time."""

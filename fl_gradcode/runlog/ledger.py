@@ -211,6 +211,10 @@ def _readable(row: RoundRow, kind: PhaseKind) -> str:
     if phase.late:
         parts.append("late " + ", ".join(map(_late, phase.late)))
     parts += [f"worker {_name(one.worker)} rejected: {one.reason}" for one in phase.rejected]
+    if phase.outcome == "stale":
+        parts.append(
+            f"{phase.ages[0]} of {sum(phase.ages)} shards are of this round, the oldest {len(phase.ages) - 1} before"
+        )
     if phase.outcome == "approximate" and phase.decoding_error is not None:
         parts.append(f"decoding error {phase.decoding_error:.3g}")
     return "; ".join(parts)

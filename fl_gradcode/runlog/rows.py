@@ -42,7 +42,7 @@ PhaseKind = Literal["train", "evaluate"]
 #: The two phases of a round, in their order.
 PHASES: tuple[PhaseKind, ...] = ("train", "evaluate")
 
-Outcome = Literal["exact", "approximate", "skipped", "raised"]
+Outcome = Literal["exact", "approximate", "stale", "skipped", "raised"]
 
 #: Metadata of a field that is left out of the JSON while it has its default.
 _SOMETIMES = {"left out": True}
@@ -259,7 +259,7 @@ class PhaseRow(_Line):
     or where the field's own description says so.
 
     Attributes:
-        outcome: "exact", "approximate", "skipped" or "raised".
+        outcome: "exact", "approximate", "stale" (with updates of earlier rounds), "skipped" or "raised".
         ended: Why waiting ended: "decoded", "hopeless", "answered" or "timed out".
         workers: How many workers hold a sampled shard.
         shards: The sampled shards.
@@ -285,6 +285,7 @@ class PhaseRow(_Line):
         quantisation_error: Largest error of an entry of the mean from fixed point; None unless over a prime field or
             under secure aggregation, where clipping comes on top.
         filled_in: Shards whose last known update stands in for a missing one.
+        ages: Number of shards with an update of each age in rounds, from 0; empty without bounded staleness.
         replica_disagreement: Largest relative difference between two holders of a shard; None if no shard was received
             from two.
         compared: The shards that were received from two holders.
@@ -323,6 +324,7 @@ class PhaseRow(_Line):
     coverage: tuple[float | None, ...]
     quantisation_error: float | None = None
     filled_in: tuple[FilledIn, ...] = ()
+    ages: tuple[int, ...] = field(default=(), metadata=_SOMETIMES)
     replica_disagreement: float | None = None
     compared: tuple[int, ...] = ()
     model: bool | None = None

@@ -65,6 +65,8 @@ class Saved:
         randomness: States of the global generators of `random` and NumPy, from which strategies sample.
         metrics: Kind -> round -> metrics, as in Flower's `Result`.
         privacy: State of the privacy account; None if the run promises no privacy.
+        memory: Last updates of the shards; None without bounded staleness.
+        average: State of the models' average; None without one.
     """
 
     run: str
@@ -75,6 +77,8 @@ class Saved:
     randomness: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
     privacy: dict[str, Any] | None = None
+    memory: dict[str, Any] | None = None
+    average: dict[str, Any] | None = None
 
 
 class Checkpoint:
@@ -146,7 +150,8 @@ class Checkpoint:
                 if type(state["blobs"]) is not int or state["blobs"] != len(archive.infolist()) - 1:
                     raise ValueError("the number of its members")
                 blobs = [archive.read(str(number)) for number in range(state["blobs"])]
-            saved = Saved(**{entry.name: decode(state["saved"][entry.name], blobs) for entry in fields(Saved)})
+            known = {"memory": None, "average": None, **state["saved"]}  # files of earlier versions lack it
+            saved = Saved(**{entry.name: decode(known[entry.name], blobs) for entry in fields(Saved)})
             _check(saved)
         except InvalidSetting:
             raise
@@ -251,7 +256,15 @@ def _check(saved: Saved) -> None:
         raise TypeError("arrays")
     for array in saved.arrays.values():
         view(array)
-    kept: list[Any] = [saved.fingerprint, saved.strategy, saved.randomness, saved.metrics, saved.privacy or {}]
+    kept: list[Any] = [
+        saved.fingerprint,
+        saved.strategy,
+        saved.randomness,
+        saved.metrics,
+        saved.privacy or {},
+        saved.memory or {},
+        saved.average or {},
+    ]
     if not all(type(value) is dict and all(isinstance(key, str) for key in value) for value in kept):
         raise TypeError("what is kept is no dict of names")
     if saved.randomness:

@@ -27,7 +27,7 @@ from .options import Adaptive, Approximation, Coded, Options, Shards, send_of
 from .resume import ResumedRounds, RunKeeper, fingerprint_of, request_of
 from .run import Run
 from .strategy_state import StrategyState
-from .wrapped import check_bounds, check_full_participation, check_strategy, check_what_it_sees
+from .wrapped import check_bounds, check_full_participation, check_staleness, check_strategy, check_what_it_sees
 
 if TYPE_CHECKING:
     from ..secagg import SecureAggregation
@@ -93,6 +93,9 @@ class GradientCoding(Strategy):
             data that differ from it.
         privacy: The privacy promise of the run, a `DPSGD` or a `CentralNoise` (`fl_gradcode.privacy`,
             docs/privacy.md).
+        average: Share of the newest model in an exponential average of the run's models, such as 0.25; None for no
+            average. The average is what is evaluated, by the clients and by `evaluate_fn`, and what `Result.arrays`
+            holds. Training goes on from the raw model, which `arrays` has, and which `on_round_end` gets.
         secure: Masks all replies, so that the server learns the sum over all shards alone: a `SecureAggregation`
             (`fl_gradcode.secagg`, docs/secure-aggregation.md). Nodes then evaluate only if its manifest covers that;
             `evaluate_fn` of `start` always works.
@@ -128,6 +131,7 @@ class GradientCoding(Strategy):
         privacy: Privacy | None = None,
         manifest: Manifest | str | os.PathLike[str] | None = None,
         secure: SecureAggregation | None = None,
+        average: float | None = None,
     ) -> None:
         check_strategy(strategy)
         if not isinstance(code, GradientCode | Discovered):
@@ -150,12 +154,16 @@ class GradientCoding(Strategy):
             privacy=privacy,
             digests=None if manifest is None else Manifest.for_all_shards(manifest, code.k).digests,
             secure=secure,
+            average=average,
         )
         if secure is not None:
             check_full_participation(strategy, evaluation=bool(secure.manifest.body.evaluation))
             if isinstance(code, Discovered):
                 raise InvalidSetting("secure= needs the manifest's code, and Discovered builds one for each round.")
         check_what_it_sees(strategy, self.options)
+        check_staleness(strategy, self.options)
+        if self.options.staleness is not None and isinstance(code, Discovered):
+            raise InvalidSetting("Shards(staleness=...) needs a fixed code: Discovered may give a shard other data.")
         if isinstance(code, GradientCode):
             self.options.check_code(code)
         elif isinstance(self.options.send, Adaptive):
@@ -207,6 +215,17 @@ class GradientCoding(Strategy):
             raise InvalidSetting("The run gets its name at start(); pass GradientCoding(..., run=) to name it.")
         return name
 
+    @property
+    def arrays(self) -> ArrayRecord:
+        """The model after the last round, from which training goes on; never an average."""
+        return self._arrays
+
+    @property
+    def averaged(self) -> ArrayRecord:
+        """The average of the models so far, if the run keeps one (`average=`), else the model itself."""
+        average = None if self._run is None or self._run.average is None else self._run.average.arrays
+        return self._arrays if average is None else average
+
     def summary(self) -> None:
         """Log the code, then the wrapped strategy's own summary."""
         _log.info("\t├──> Gradient coding: %r", self._asked_code if self._run is None else self._run.code)
@@ -247,7 +266,7 @@ class GradientCoding(Strategy):
             run = self._run = self._new_run(keeper, timeout, early_stop)
             self._begin_or_resume(run, initial_arrays, request_of(grid, self.options, train_config))
             if num_rounds <= run.done:  # resuming may use up the last round number
-                return keeper.complete(Result(arrays=self._arrays), run.done)
+                return keeper.complete(Result(arrays=self.averaged), run.done)
             run.begin(early_stop, num_rounds)
             rounds = ResumedRounds(self, run.done)
             self._central = evaluate_fn is not None
@@ -270,7 +289,7 @@ class GradientCoding(Strategy):
                 if early_stop is not grid:
                     early_stop.close()
             run.tell_unverified()
-            result.arrays = result.arrays or self._arrays
+            result.arrays = self.averaged if self.options.average else result.arrays or self._arrays
             return keeper.complete(result, run.done)
 
     def configure_train(
@@ -286,7 +305,9 @@ class GradientCoding(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Returns the wrapped strategy's evaluation messages, one plan for each worker."""
-        return self._current_run().configure("evaluate", server_round, arrays, config, grid)
+        run = self._current_run()
+        shown = arrays if run.average is None else run.average.arrays or arrays
+        return run.configure("evaluate", server_round, shown, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -296,6 +317,8 @@ class GradientCoding(Strategy):
         arrays, metrics = run.aggregate(server_round, replies)
         if arrays is not None:
             self._arrays = arrays
+            if run.average is not None:
+                run.average.add(arrays)
         run.keeper.note("train_metrics_clientapp", server_round, metrics)
         return arrays, metrics
 
@@ -318,7 +341,7 @@ class GradientCoding(Strategy):
 
         def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             run = self._current_run()
-            metrics = evaluate_fn(server_round, arrays)
+            metrics = evaluate_fn(server_round, self.averaged if server_round and run.average else arrays)
             run.keeper.note("evaluate_metrics_serverapp", server_round, metrics)
             if server_round:
                 run.keep(arrays, server_round)
@@ -386,10 +409,11 @@ class GradientCoding(Strategy):
         if not isinstance(self._asked_code, Discovered):
             self._run = self._new_run(keeper, timeout, None)
             self._run.done = saved.round
+            self._run.restore_average(saved)
         else:
             self._name = saved.run
         _log.info("All %d rounds of run %s are done: nothing is left to do.", saved.round, saved.run)
-        return keeper.complete(Result(arrays=saved.arrays), saved.round)
+        return keeper.complete(Result(arrays=self.averaged), saved.round)
 
     def _close_row(self, ended_by: str | None = None) -> dict[str, Any]:
         row = self._current_run().close_row(ended_by)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from ..averaging import ModelAverage
 from ..codes import GradientCode, PrimeField, locates_wrong_replies
 from ..errors import InvalidSetting
 from ..privacy import DPSGD, CentralNoise, Privacy
+from ..staleness import FLOAT16, StalenessRule
 
 if TYPE_CHECKING:
     from ..secagg import SecureAggregation
@@ -72,17 +75,48 @@ class Shards:
     A free node gets the uncovered shard that it holds and that the fewest nodes are working on. The first copy of each
     shard counts.
 
+    With `staleness`, a round may end before every shard has an update of this round: the last known update of a shard
+    is used again, with its full weight, until it is `staleness` rounds old. No data are left out, but the model is not
+    the exact one, and the ledger says so. The server then stores one update of the model's size for each shard.
+
+        strategy = GradientCoding(FedAvg(), code, send=Shards(staleness=3))
+
     Attributes:
         patience: Start a second copy of a shard only when the first has taken this many times as long as the free node
             took for its last shard. With 2, equally fast nodes stay free for the next round. With 0, second copies
             start at once.
+        staleness: Largest age of an update that is used again, in rounds. 0 is exact.
+        fresh: Least share of the shards that must have an update of this round.
+        grace: How long to wait on for further updates once there are enough, as a share of the round's time so far.
+        store: Where the last updates are kept: "" for memory, "float16" for half of the memory, with 11 bits of each
+            entry, or the absolute path of a file that is mapped into memory.
+        forced: Accept a strategy with which stale updates are known to oscillate: momentum, adaptive rates, a server
+            learning rate other than 1.
     """
 
     patience: float = 2.0
+    staleness: int = 0
+    fresh: float = 0.6
+    grace: float = 0.03
+    store: str = ""
+    forced: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.patience < float("inf"):
             raise InvalidSetting(f"patience={self.patience} must be a number of at least 0.")
+        if type(self.staleness) is not int or self.staleness < 0:
+            raise InvalidSetting(f"staleness={self.staleness!r} must be a whole number of rounds, or 0 for none.")
+        if not 0 < self.fresh <= 1:
+            raise InvalidSetting(f"fresh={self.fresh} must be a share of the shards, above 0 and at most 1.")
+        if not 0 <= self.grace < float("inf"):
+            raise InvalidSetting(f"grace={self.grace} must be a share of the round's time, of at least 0.")
+        if self.store and self.store != FLOAT16 and not os.path.isabs(self.store):
+            raise InvalidSetting(f"store={self.store!r} must be 'float16', the absolute path of a file, or ''.")
+
+    @property
+    def rule(self) -> StalenessRule | None:
+        """When a round may end with stale updates; None if it may not."""
+        return StalenessRule(self.staleness, self.fresh, self.grace) if self.staleness else None
 
     def __str__(self) -> str:
         return "shards"
@@ -146,6 +180,7 @@ class Options:
     digests: Mapping[int, str] | None = None
     votes: int = 0
     secure: SecureAggregation | None = None
+    average: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.on_undecodable, Approximation) and self.on_undecodable not in _POLICIES:
@@ -177,8 +212,24 @@ class Options:
             raise InvalidSetting(f"votes={self.votes} counts equal copies, and {what}. Choose one.")
         if self.privacy is not None and not isinstance(self.privacy, DPSGD | CentralNoise):
             raise InvalidSetting(f"privacy={self.privacy!r}: pass a DPSGD(...) or a CentralNoise(...).")
+        if self.average is not None:
+            ModelAverage(self.average)  # checks it
         if self.secure is not None and (wrong := self._not_masked()):
             raise InvalidSetting(f"secure= {wrong}.")
+        if self.staleness is not None and (wrong := self._not_stale()):
+            raise InvalidSetting(f"Shards(staleness=...) {wrong}.")
+
+    def _not_stale(self) -> str:
+        """Returns what these settings have that stale updates do not combine with, or an empty string."""
+        if self.approximation is not None:
+            return "uses last updates already: choose on_undecodable='skip' or 'raise'"
+        if self.votes:
+            return "uses late updates that nobody has confirmed, and votes= counts equal copies: choose one"
+        if self.secure is not None:
+            return "needs single shards' updates, and secure= hides them: choose one"
+        if isinstance(self.privacy, CentralNoise):
+            return "adds updates of several rounds, and CentralNoise is scaled to those of one: take DPSGD(...)"
+        return ""
 
     def _not_masked(self) -> str:
         """Returns what these settings have that masked replies do not combine with, or an empty string."""
@@ -210,6 +261,8 @@ class Options:
         """Why there is no more than a mean for the wrapped strategy to see; empty if it may see each shard's reply."""
         if not self.shardwise:
             return f"send={str(self.send)!r} gives it one decoded mean"
+        if self.staleness is not None:
+            return "Shards(staleness=...) gives it a mean with updates of earlier rounds"
         if self.privacy is not None:
             return "privacy= protects only the mean"
         if self.secure is not None:
@@ -220,6 +273,11 @@ class Options:
     def independent(self) -> bool:
         """Whether holders of a shard send different updates by design, because each draws noise of its own."""
         return isinstance(self.privacy, DPSGD) and self.privacy.noise == "independent"
+
+    @property
+    def staleness(self) -> StalenessRule | None:
+        """When a round may end with stale updates; None if it may not."""
+        return self.send.rule if isinstance(self.send, Shards) else None
 
     @property
     def shardwise(self) -> bool:

@@ -7,9 +7,9 @@ free node is asked, which replies are read, and when a phase is hopeless.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from flwr.app import ArrayRecord, Message
@@ -24,13 +24,13 @@ from ..roster import WorkerRegistry
 from .layouts import AgreedLayouts
 from .options import Approximation
 from .plan_messages import MessageFactory
-from .replies import ReplyCollector
+from .replies import Group, Rejected, ReplyCollector
 from .reply_groups import Decoded, Noise, ReplyGroup, Returned, ReturnedReplies, StaleUpdate, StaleUpdates
 
 if TYPE_CHECKING:
     from ..secagg import Manifest
 
-__all__ = ["Phase", "Scrutiny"]
+__all__ = ["LateReader", "Phase", "Scrutiny"]
 
 #: Largest relative difference between two holders of a shard, times kappa, at which mixing their copies makes sense. A
 #: phase above it counts as undecodable.
@@ -55,6 +55,16 @@ class Scrutiny:
     agreed: AgreedLayouts = field(default_factory=AgreedLayouts)
     votes: int = 0
     masks: Manifest | None = None
+
+
+class LateReader(Protocol):
+    """Reads replies to earlier rounds whose updates are still of use; see `stale_phase`."""
+
+    def wants(self, late: Late) -> bool:
+        """Returns whether a late reply is to be fetched."""
+
+    def read(self, late: Late, message: Message | None, registry: WorkerRegistry) -> Rejection | None:
+        """Take what a late reply has; returns why it is not fit to be used, or None."""
 
 
 class Phase(StopRule):
@@ -85,6 +95,8 @@ class Phase(StopRule):
         late: Node -> difference of its late reply to what was used in an earlier phase.
         late_disagreements: What late replies disagree about.
         left_out: Workers whose copies are not used because all others agree on other ones.
+        late_updates: Reads late updates, with bounded staleness; else None.
+        ages: Number of shards with an update of each age, from 0, with bounded staleness; else empty.
     """
 
     def __init__(
@@ -130,8 +142,13 @@ class Phase(StopRule):
         self.late_disagreements: list[Disagreement] = []
         self.most_verifying = 0.0
         self.left_out: frozenset[int] = frozenset()
-        self._unverified: frozenset[int] = frozenset()
-        self._unverified_as_of = (-1, -1)
+        self.late_updates: LateReader | None = None
+        self.ages: tuple[int, ...] = ()
+        self._unverified = set() if self.verification is None else {*self.verification.wanted}
+        self._noticed = 0  # comparisons
+        self._unsettled: Set[int] = frozenset()
+        self._unsettled_as_of = -1
+        self._loses = False  # whether a reply that was read since the last question may have lost the phase
         self._lingers: float | None = None
         self._first_rows = first_rows
 
@@ -172,7 +189,7 @@ class Phase(StopRule):
         if not self.copies.disagreements:
             return True
         if not self.votes and (wrong := self.copies.to_blame()):
-            return best.decodes_without(wrong)
+            return self.suffices_without(best, wrong)
         return not self.mixes_garbage(best.decoder.vector())
 
     @property
@@ -181,22 +198,42 @@ class Phase(StopRule):
         best = self.replies.best
         return best is not None and best.decoder.decodable and bool(self.replies.distrusts(best))
 
+    def suffices_without(self, group: Group, workers: Collection[int]) -> bool:
+        """Returns whether a group of replies suffices without what these workers sent."""
+        return group.decodes_without(workers)
+
     @property
-    def linger_until(self) -> float | None:  # type: ignore[override]
+    def verifies_until(self) -> float | None:
         """Time until which to wait on for second copies, in seconds on the grid's clock; None for not at all."""
         return None if self._lingers is None or not self.unverified else self._lingers
 
     @property
-    def unverified(self) -> frozenset[int]:
-        """Shards of which a second copy is wanted and has not come, or a third one that says which of two is right."""
+    def linger_until(self) -> float | None:  # type: ignore[override]
+        """Time until which to wait on after the replies sufficed; here, for second copies."""
+        return self.verifies_until
+
+    @property
+    def unverified(self) -> Set[int]:
+        """Shards of which a second copy is wanted and has not come, or a third one that says which of two is right.
+
+        The set is not to be changed.
+        """
         if self.verification is None:
             return frozenset()
-        as_of = (len(self.copies.compared), self.copies.noted)
-        if as_of != self._unverified_as_of:  # asked for each free node at each arrival
-            wanted = self.verification.wanted
-            self._unverified = (wanted - self.copies.compared) | (wanted & self.copies.unsettled)
-            self._unverified_as_of = as_of
-        return self._unverified
+        lately = self.copies.lately
+        if self._noticed < len(lately):  # asked for each free node at each arrival
+            self._unverified.difference_update(lately[self._noticed :])
+            self._noticed = len(lately)
+        if not self.copies.disagreements:
+            return self._unverified
+        if self._unsettled_as_of != self.copies.noted:
+            self._unsettled = self._unverified | (self.verification.wanted & self.copies.unsettled)
+            self._unsettled_as_of = self.copies.noted
+        return self._unsettled
+
+    def wants(self, late: Late) -> bool:
+        """Returns whether a late reply is to be fetched, to be compared or to renew a last update."""
+        return self.late_updates is None or self.verification is not None or self.late_updates.wants(late)
 
     @property
     def keeps_late(self) -> bool:  # type: ignore[override]
@@ -233,6 +270,11 @@ class Phase(StopRule):
         _, _, asked = late.label.partition(" ")
         asked_in = int(asked) if asked.isdecimal() else 0
         self.registry.learn_from(late.node, reply, run=self.plan.run, server_round=asked_in)
+        if self.late_updates is not None:
+            rejection = self.late_updates.read(late, reply, self.registry)
+            if rejection is not None:
+                told = Rejection(rejection.kind, f"late: {rejection.reason}")
+                self.replies.rejected.append(Rejected(late.node, self.registry.named(late.node), told))
         found = self.comparisons.late(late.label, reply, self.registry.worker_of(late.node))
         if found is not None:
             self.late[late.node], disagreement, blamed = found
@@ -242,7 +284,9 @@ class Phase(StopRule):
 
     def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
         """Read one reply, which either counts or is rejected with a reason."""
+        before = len(self.replies.answered)
         good = self.replies.read(arrival.node, reply, arrival.failure) is None
+        self._loses |= len(self.replies.answered) == before or self.votes > 0 or len(self.replies.groups) > 1
         self.was_read(arrival, good=good)
         best = self.replies.best
         if self.decodable_after is None and best is not None and best.decoder.decodable and not self.distrusted:
@@ -252,6 +296,11 @@ class Phase(StopRule):
             if self.verification is not None:
                 self.most_verifying = min(self.longest_linger(at), self.verification.seconds)
                 self._lingers = arrival.at + self.most_verifying
+
+    def lost_any(self) -> bool:
+        """Returns whether a reply was read that does not count, or not beside the others."""
+        loses, self._loses = self._loses, False
+        return loses
 
     def finish(self, wait: Wait) -> list[Message]:
         """End the wait and return no messages, because Flower's loop would hold them in memory for a whole round."""
@@ -268,7 +317,7 @@ class Phase(StopRule):
             return
         if not self.votes:
             wrong = self.copies.to_blame()
-            if wrong and best.decodes_without(wrong):
+            if wrong and self.suffices_without(best, wrong):
                 self.left_out = wrong
                 self.replies.leave_out(wrong, _ALONE)
             return
@@ -360,12 +409,10 @@ class Phase(StopRule):
             return None
         stale: tuple[StaleUpdate, ...] = ()
         if vector is None:
-            if approximation is None:
+            estimate = self.estimate(best, approximation, stale_updates)
+            if estimate is None:
                 return None
-            survivors = whole_groups(self.code, best.decoder.survivors)
-            vector = self.code.least_squares_vector(survivors, ridge=approximation.ridge)
-            if stale_updates is not None:
-                stale = stale_updates.for_missing(self.code, self.shards, survivors, best.key)
+            vector, stale = estimate
         decoded = best.decode(self.code, vector, self.replies.before, stale, noise)
         if isinstance(decoded, str):
             self.failure = decoded
@@ -374,7 +421,25 @@ class Phase(StopRule):
             self.agreed.add(best.key)
         if stale_updates is not None and isinstance(best, ReplyGroup):
             stale_updates.keep(self.code, self.shards, self.plan.round, best, vector)
+        self.remember(best)
         return decoded
+
+    def estimate(
+        self, group: Group, approximation: Approximation | None, stale_updates: StaleUpdates | None
+    ) -> tuple[NDArray[Any], tuple[StaleUpdate, ...]] | None:
+        """Returns a decoding vector for replies that do not decode, and the earlier updates that fill in.
+
+        Returns None if there is to be no estimate. See `decode` for the arguments.
+        """
+        if approximation is None:
+            return None
+        survivors = whole_groups(self.code, group.decoder.survivors)
+        vector = self.code.least_squares_vector(survivors, ridge=approximation.ridge)
+        known = () if stale_updates is None else stale_updates.for_missing(self.code, self.shards, survivors, group.key)
+        return vector, known
+
+    def remember(self, group: Group) -> None:
+        """Note that the replies of a group were used; does nothing by default."""
 
     def mixes_garbage(self, vector: NDArray[Any] | None) -> bool:
         """Returns whether holders of a shard disagree so much that combining their replies makes no sense.

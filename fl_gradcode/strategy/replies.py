@@ -48,7 +48,7 @@ from .reply_groups import MaskedReplies, ReplyGroup, ReturnedReplies
 if TYPE_CHECKING:
     from ..secagg import Manifest
 
-__all__ = ["NO_MOD", "NotFinite", "Rejected", "ReplyCollector", "vectors_of"]
+__all__ = ["NO_MOD", "Group", "NotFinite", "Rejected", "ReplyCollector", "vectors_of"]
 
 Group = ReplyGroup | ReturnedReplies | MaskedReplies
 

@@ -130,6 +130,7 @@ class HeldReplies(Generic[T]):
         senders: Row -> the (node, worker) that sent it.
         copies: Row -> what was sent, for the rows that count.
         workers: Workers with a good reply.
+        losses: Number of times that copies were dropped.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class HeldReplies(Generic[T]):
         self.senders: dict[int, tuple[int, int]] = {}
         self.copies: dict[int, T] = {}
         self.workers: set[int] = set()
+        self.losses = 0
         self._others: dict[int, list[tuple[tuple[int, int], T]]] = {}
 
     def add(self, row: int, sender: tuple[int, int], copy: T, *, unlike: bool = False) -> bool:
@@ -178,6 +180,7 @@ class HeldReplies(Generic[T]):
         wrong = {row for row in rows if self.senders[row][1] in workers}
         if not wrong:
             return
+        self.losses += 1
         self.decoder = self._code.incremental()
         for row in wrong:
             del self.senders[row], self.copies[row]

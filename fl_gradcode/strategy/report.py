@@ -49,7 +49,8 @@ def phase_row(
     error = 1.0 if decoded is None else code.error_of(decoded.vector)
     coverage = [0.0] * code.k if decoded is None else code.coverage_of(decoded.vector).tolist()
     kappa = None if decoded is None else code.kappa_of(decoded.vector)
-    outcome: Outcome = "skipped" if decoded is None else "exact" if error <= EXACT else "approximate"
+    estimated: Outcome = "stale" if phase.ages else "approximate"
+    outcome: Outcome = "skipped" if decoded is None else "exact" if error <= EXACT else estimated
     after = phase.decodable_after
     stale = decoded.stale if isinstance(decoded, Decoded) else ()
 
@@ -82,6 +83,7 @@ def phase_row(
         coverage=tuple(round(float(c), 6) for c in coverage),
         quantisation_error=_quantisation(phase, decoded),
         filled_in=tuple(FilledIn(old.shards, old.round) for old in stale),
+        ages=phase.ages,
         replica_disagreement=phase.copies.apart,
         compared=tuple(sorted(phase.copies.compared)),
         privacy=account.line(replies.spent, replies.other_requests) if account and phase.plan.privacy else None,

@@ -160,7 +160,32 @@ class RunKeeper:
         if metrics is not None and self._checkpoint is not None:
             self._metrics[kind][number] = dict(metrics.items())
 
-    def save(self, run: str, number: int, arrays: ArrayRecord, account: dict[str, Any] | None) -> None:
+    @contextmanager
+    def reading(self, what: str) -> Iterator[None]:
+        """Tell errors about a part of the checkpoint in a sentence.
+
+        Raises:
+            InvalidSetting: The part is damaged.
+        """
+        try:
+            yield
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            assert self._checkpoint is not None
+            raise InvalidSetting(
+                f"The checkpoint {self._checkpoint.path} is damaged ({what}: {error}). Restore the file, or remove it "
+                "to start over."
+            ) from error
+
+    def save(
+        self,
+        run: str,
+        number: int,
+        arrays: ArrayRecord,
+        account: dict[str, Any] | None,
+        *,
+        memory: dict[str, Any] | None = None,
+        average: dict[str, Any] | None = None,
+    ) -> None:
         """Save the run as it is after a round.
 
         Args:
@@ -168,11 +193,13 @@ class RunKeeper:
             number: Number of the round.
             arrays: The model after the round.
             account: State of the privacy account; None without a privacy promise.
+            memory: Last updates of the shards; None without bounded staleness.
+            average: State of the models' average; None without one.
         """
         if self._checkpoint is not None:
             state, metrics = self._state.changed(), self._metrics
             self._checkpoint.save(
-                Saved(run, number, arrays, self._fingerprint, state, global_states(), metrics, account)
+                Saved(run, number, arrays, self._fingerprint, state, global_states(), metrics, account, memory, average)
             )
 
     def save_account(self, run: str, account: dict[str, Any]) -> None:

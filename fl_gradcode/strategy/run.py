@@ -17,13 +17,16 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from .._text import numbered
+from ..averaging import ModelAverage
 from ..codes import GradientCode, PrimeField
 from ..copies import Comparisons, not_compared, shards_of_several
 from ..errors import InvalidSetting, RoundFailed
 from ..grid import SETTLED, Arrival, EarlyStopGrid, nodes_of_a_phase, wait_for_nodes
 from ..privacy import RunAccount
+from ..protocol import view
 from ..roster import Holdings, RehearsalRule, WorkerRegistry
 from ..runlog import PhaseRow, RoundRow
+from ..staleness import FLOAT16, UpdateMemory
 from . import report
 from .app_checks import broken_promises, odd_ones_out, refuse_unsuitable
 from .checkpoint import Saved
@@ -34,6 +37,7 @@ from .plan_messages import MessageFactory, make_plan, time_to_live
 from .reply_groups import Noise, StaleUpdates
 from .resume import RunKeeper
 from .round_mode import FixedMode, ModeChooser, RoundMode
+from .stale_phase import LateUpdates, StalePhase
 from .stop_rules import open_phase
 from .wrapped import ShardGrid, aggregate, arrays_key_of, common_content, why_no_average
 
@@ -69,6 +73,8 @@ class Run:
         registry: Which node is which worker, as known between two phases.
         row: Ledger row of the current round; None between rounds.
         phase: The current phase; None between phases.
+        late_updates: Has the last updates, with bounded staleness; else None.
+        average: Average of the models; None if the run keeps none.
     """
 
     def __init__(
@@ -94,6 +100,11 @@ class Run:
         self.phase: Phase | None = None
         #: Kind of phase -> last updates of single groups or shards; empty unless they fill in for missing ones.
         self.stale_updates = {"train": StaleUpdates(), "evaluate": StaleUpdates()} if options.fills_in else {}
+        rule = options.staleness
+        store = options.send.store if isinstance(options.send, Shards) else ""
+        self.late_updates = None if rule is None else LateUpdates(UpdateMemory(code.k, store), rule)
+        self._told_memory = False
+        self.average = None if options.average is None else ModelAverage(options.average)
         self._weight_key = str(getattr(strategy, "weighted_by_key", "num-examples"))
         self._holdings, self._told_lacking = holdings, ""
         self._drafts: list[Message] = []
@@ -156,6 +167,10 @@ class Run:
             request: Digest of what the answers depend on; see `request_of`.
         """
         self.done, self._resumed = saved.round, True
+        self.restore_average(saved)
+        if self.late_updates is not None and saved.memory is not None:
+            with self.keeper.reading("last updates"):
+                self.late_updates.memory.restore(saved.memory)
         rows = list(rows)
         for row in rows:
             if row.round <= saved.round:
@@ -179,7 +194,20 @@ class Run:
             arrays: The model after the round.
             number: Number of the round.
         """
-        self.keeper.save(self.name, number, arrays, None if self.account is None else self.account.state)
+        memory = None if self.late_updates is None else self.late_updates.memory.state()
+        average = None if self.average is None else self.average.state()
+        account = None if self.account is None else self.account.state
+        self.keeper.save(self.name, number, arrays, account, memory=memory, average=average)
+
+    def restore_average(self, saved: Saved) -> None:
+        """Restore the average of the models, if the run keeps one.
+
+        Raises:
+            InvalidSetting: It is damaged.
+        """
+        if self.average is not None and saved.average is not None:
+            with self.keeper.reading("average"):
+                self.average.restore(saved.average, saved.arrays)
 
     def begin(self, grid: EarlyStopGrid, num_rounds: int) -> None:
         """Check and log the privacy cost of the run, and wait for the nodes.
@@ -309,19 +337,34 @@ class Run:
         assert before is None or isinstance(before, ArrayRecord)
         ttl = time_to_live(self.timeout, self._slowest)
         factory = MessageFactory(plan, content, message_type=drafts[0].metadata.message_type, ttl=ttl)
-        kappa_max = options.send.kappa_max if isinstance(options.send, Coded) else float("inf")
-        return open_phase(
-            mode,
-            factory,
-            code,
-            shards,
-            before,
-            self.registry.copy(),
-            Scrutiny(
-                self._comparisons, compares, self._agreed, options.votes, None if secure is None else secure.manifest
-            ),
-            kappa_max=kappa_max,
+        scrutiny = Scrutiny(
+            self._comparisons, compares, self._agreed, options.votes, None if secure is None else secure.manifest
         )
+        registry, late_updates = self.registry.copy(), self.late_updates
+        if late_updates is not None and kind == "train":
+            self._tell_memory(late_updates.memory, before)
+            return StalePhase(
+                factory, shards, before, registry, scrutiny, patience=mode.patience, late_updates=late_updates
+            )
+        kappa_max = options.send.kappa_max if isinstance(options.send, Coded) else float("inf")
+        phase = open_phase(mode, factory, code, shards, before, registry, scrutiny, kappa_max=kappa_max)
+        phase.late_updates = late_updates
+        return phase
+
+    def _tell_memory(self, memory: UpdateMemory, before: ArrayRecord | None) -> None:
+        """Log once how much the last updates of all shards take."""
+        if before is not None and not self._told_memory:
+            self._told_memory = True
+            values = [view(array) for array in before.values()]
+            size = sum(value.size for value in values)
+            itemsize = max((4, *(value.dtype.itemsize for value in values if value.dtype.kind == "f")))
+            megabytes = memory.bytes_for(size, itemsize) / 1e6
+            _log.info(
+                "The last updates of %d shards take up to %.1f MB, in %s.",
+                memory.k,
+                megabytes,
+                "memory" if memory.store in ("", FLOAT16) else memory.store,
+            )
 
     def _nodes_for(self, phase: Phase, grid: Grid) -> list[int]:
         """Returns the nodes to ask, after waiting while too few of them are connected."""

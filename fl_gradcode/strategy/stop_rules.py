@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence, Set
 
 from flwr.app import ArrayRecord, Message
 
@@ -22,7 +22,7 @@ from .phase import Phase, Scrutiny
 from .plan_messages import MessageFactory, whole_shard
 from .round_mode import RoundMode
 
-__all__ = ["CodedPhase", "ShardPhase", "open_phase"]
+__all__ = ["CodedPhase", "ShardPhase", "known_of", "open_phase", "shard_row"]
 
 #: Most sets of missing workers that are tried to prove a phase hopeless. If there are more, it counts as not hopeless.
 _TRIED = 200
@@ -99,6 +99,12 @@ class CodedPhase(Phase):
         self._participants = {i for i, row in plan.rows.items() if row.shards}
         self._by_unit = self.votes > 0 and code.groups is not None
         self._trial: IncrementalDecoder | None = None
+        self._came: list[int] = []  # workers whose reply has arrived, in order
+        self._strange = False  # whether a reply has arrived from a node whose worker is not known
+        self._group_of: dict[int, int] = {}
+        if code.groups is not None and code.m == 1 and code.exact and kappa_max == float("inf"):
+            self._group_of = {i: number for number, group in enumerate(code.groups) for i in group}
+        self._lacking = {*self._group_of.values()}  # groups of which no reply has arrived
 
     def enough(self, decoder: IncrementalDecoder) -> bool:
         """Returns whether the replies decode without too much noise.
@@ -114,10 +120,20 @@ class CodedPhase(Phase):
             return vector is not None and self.code.kappa_of(vector) <= self._kappa_max
         return not self.code.exact and len(decoder.survivors) >= len(self._participants) - self.code.s
 
+    def arrived(self, arrival: Arrival) -> None:
+        """Note whose reply it is, so that `choose` need not look at all of them again."""
+        worker = self.registry.worker_of(arrival.node)
+        self._strange |= worker is None
+        if worker is not None:
+            self._came.append(worker)
+            self._lacking.discard(self._group_of.get(worker, -1))
+
     def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
         """Returns the replies that complete the sum, and then those that are second copies."""
         if self.decided or self.distrusted or self._by_unit:
             return list(arrivals)  # the phase waits on, to compare what comes
+        if not final and not self._strange and self._surely_too_few(len(arrivals)):
+            return []
         worker_of = {arrival.token: self.registry.worker_of(arrival.node) for arrival in arrivals}
         if None in worker_of.values():
             return list(arrivals)  # only reading a reply from an unknown node tells which worker sent it
@@ -139,10 +155,18 @@ class CodedPhase(Phase):
             return []
         return [arrival for arrival in arrivals if worker_of[arrival.token] in needed]
 
+    def _surely_too_few(self, unread: int) -> bool:
+        """Returns whether the replies that have arrived do not suffice, if that is known without looking at each."""
+        if self._group_of:
+            return bool(self._lacking)
+        # Until a reply was read, all that arrived are unread, and the decoder of them only has to grow.
+        return unread == len(self._came) and not self.replies.groups and not self.enough(self._decoder_of(self._came))
+
     def _decoder_of(self, workers: Sequence[int]) -> IncrementalDecoder:
         """Returns a decoder that holds these workers' replies; the last one is reused if it only has to grow."""
         trial = self._trial
-        if trial is None or list(workers[: len(trial.survivors)]) != trial.survivors:
+        grows = workers is self._came and not self.replies.groups
+        if trial is None or not (grows or list(workers[: len(trial.survivors)]) == trial.survivors):
             trial = self._trial = self.code.incremental()
         trial.update(workers[len(trial.survivors) :])
         return trial
@@ -153,7 +177,7 @@ class CodedPhase(Phase):
         if replies.best is not None and replies.best.decoder.decodable:
             return False  # further replies would only lower the noise
         answered = {i for group in replies.groups.values() for i in group.senders}
-        known, strangers = _known_of(nodes, self.registry)
+        known, strangers = known_of(nodes, self.registry)
         known = (known & self._participants) - answered
         missing = set(self.registry.missing(self._participants)) - answered if strangers else set()
         decoders = [group.decoder for group in replies.groups.values()] or [self.code.incremental()]
@@ -191,6 +215,7 @@ class ShardPhase(Phase):
         registry: Which node is which worker.
         scrutiny: What the replies are held against.
         patience: Relative time until a second copy of a shard is requested; see `Shards`.
+        newest: Shard -> the round of its newest update so far, by which work is handed out; see `ShardQueue`.
     """
 
     def __init__(
@@ -202,6 +227,7 @@ class ShardPhase(Phase):
         scrutiny: Scrutiny,
         *,
         patience: float = 0.0,
+        newest: Callable[[int], int] | None = None,
     ) -> None:
         plan = factory.plan
         turns = turns_of({worker: tuple(sorted(row.shards)) for worker, row in plan.rows.items()})
@@ -212,18 +238,22 @@ class ShardPhase(Phase):
             before,
             registry,
             scrutiny,
-            row_of=_shard_row(plan, shards),
+            row_of=shard_row(plan, shards),
             first_rows={worker: whole_shard(mine[0]) if mine else Row((), ()) for worker, mine in turns.items()},
             spare=True,
         )
         self._row = {shard: row for row, shard in enumerate(shards)}
         self._turns = {worker: mine for worker, mine in turns.items() if mine}
-        self._queue = ShardQueue(self._turns, 0.0 if self.votes else patience)
+        self._queue = ShardQueue(self._turns, 0.0 if self.votes else patience, newest=newest)
         self._unread: dict[str, int] = {}  # token -> shard
+        self._waiting: Counter[int] = Counter()  # shard -> number of its copies that are not read
+        self._strange: set[str] = set()  # tokens of replies that are not read, and whose shard is not known
+        self._new: set[int] = set()  # shards that have a copy, none of which is read
         self._sent: dict[int, set[int]] = {}  # node -> shards whose copy came from it
         self._failed: set[int] = set()  # nodes
         self._done_shards: set[int] = set()
-        self._done_as_of: tuple[int, int] = (id(None), 0)
+        self._done_as_of: tuple[int, int] = (id(None), 0)  # the group that counts, and how many of its copies were lost
+        self._done_number = 0  # of its copies
         self._reopened = True  # whether a node without work may have some again
         self._offered: object = None  # the group that counted when nodes without work were last asked for
 
@@ -239,9 +269,14 @@ class ShardPhase(Phase):
     def arrived(self, arrival: Arrival) -> None:
         """Count the reply's shard as covered until the reply is read."""
         shard = self._queue.finish(arrival.node, arrival.at)
-        if shard is not None:
-            self._unread[arrival.token] = shard
-            self._sent.setdefault(arrival.node, set()).add(shard)
+        if shard is None:
+            self._strange.add(arrival.token)
+            return
+        self._unread[arrival.token] = shard
+        self._waiting[shard] += 1
+        self._sent.setdefault(arrival.node, set()).add(shard)
+        if shard not in self._done():
+            self._new.add(shard)
 
     def next_message(self, node: int, held: Message | None, now: float) -> Message | None:
         """Returns the message for the node's next shard by the rule of `ShardQueue`, or None if it has nothing to do.
@@ -255,18 +290,20 @@ class ShardPhase(Phase):
         if node in self._failed or worker not in self._turns:
             return None
         # A copy whose layout differs from the other replies' does not count, and a second one would not count either.
-        closed: Collection[int] = _Either(self._covered(), self._sent.get(node, set()))
-        if self.linger_until is not None:
+        mine = self._sent.get(node, set())
+        unread: Collection[int] = () if self.votes else self._waiting
+        closed: Container[int] = _AnyOf(self._done(), unread, mine)
+        if self.verifies_until is not None:
             # A second copy, which is not worth it if it makes the node late for the next round.
-            if now + _LIKELY * self._queue.took(node) > self.linger_until:
+            if now + _LIKELY * self._queue.took(node) > self.verifies_until:
                 return None
-            closed = (self._row.keys() - self.unverified) | self._sent.get(node, set())
+            closed = _AllBut(self.unverified, mine)
         shard = self._queue.start(node, worker, closed, now)
         return None if shard is None else self.factory.one_shard(node, worker, shard)
 
-    def awake(self, nodes: Sequence[int], now: float) -> Sequence[int]:
-        """Returns the nodes for which a second copy is due, and those for which that is not known."""
-        return self._queue.awake(nodes, now)
+    def awake(self, nodes: Collection[int], now: float) -> Collection[int]:
+        """Returns the nodes for which a second copy is due."""
+        return self._queue.awake(now)
 
     def reopens(self) -> bool:
         """Returns whether a node for which there was no work may have some again.
@@ -283,20 +320,22 @@ class ShardPhase(Phase):
         """Returns the first copy of each shard, once all have one, and then second copies."""
         if self.decided or self.distrusted or self.votes:
             return list(arrivals)  # the phase waits on, to compare what comes
-        if any(arrival.token not in self._unread for arrival in arrivals):
+        if self._strange:
             return list(arrivals)  # only reading these replies tells which shards they hold
         done = self._done()
+        if not final and len(done) + len(self._new) < len(self._row):
+            return []
         first: dict[int, Arrival] = {}
         for arrival in arrivals:
             shard = self._unread[arrival.token]
             if shard not in done:
                 first.setdefault(shard, arrival)
-        return list(first.values()) if final or len(done) + len(first) == len(self._row) else []
+        return list(first.values())
 
     def hopeless(self, nodes: Sequence[int]) -> bool:
         """Returns whether some shard has neither a copy nor a holder among `nodes`."""
         able = [node for node in nodes if node not in self._failed]
-        _, strangers = _known_of(able, self.registry)
+        _, strangers = known_of(able, self.registry)
         possible = {*self._covered()}
         for node in able:
             possible.update(self._shards_of(node) - self._sent.get(node, set()))
@@ -313,8 +352,14 @@ class ShardPhase(Phase):
         """Give no more work in this phase to a node whose reply does not count."""
         worker = self.registry.worker_of(arrival.node)
         shard = self._unread.pop(arrival.token, None)
-        if shard is not None and not good:
-            self._sent[arrival.node].discard(shard)  # the node may be asked again if it restarts
+        self._strange.discard(arrival.token)
+        if shard is not None:
+            self._waiting[shard] -= 1
+            if not self._waiting[shard]:
+                del self._waiting[shard]
+                self._new.discard(shard)
+            if not good:
+                self._sent[arrival.node].discard(shard)  # the node may be asked again if it restarts
         if shard is None and good and worker in self._turns:
             # The node was asked for its first shard before its worker was known.
             self._sent.setdefault(arrival.node, set()).add(self._turns[worker][0])
@@ -331,20 +376,24 @@ class ShardPhase(Phase):
         self._queue.drop(node)
         self._failed.discard(node)
 
-    def _done(self) -> set[int]:
+    def _done(self) -> Set[int]:
         """Returns the shards whose update is in the group of replies that counts; not to be changed."""
         best = self.replies.best
-        as_of = (id(best), 0 if best is None else len(best.copies))
-        if as_of != self._done_as_of:  # asked for each free node at each arrival
-            rows = {} if best is None else best.copies
-            self._done_shards, self._done_as_of = {shard for shard, row in self._row.items() if row in rows}, as_of
+        as_of = (id(best), 0 if best is None else best.losses)
+        rows = {} if best is None else best.copies
+        if as_of != self._done_as_of:
+            self._done_shards, self._done_as_of, self._done_number = set(), as_of, 0
+            self._new = {*self._waiting}
+        # Asked for each free node at each arrival: only the copies that have come since are looked at.
+        for row in itertools.islice(reversed(rows), len(rows) - self._done_number):
+            self._done_shards.add(self.shards[row])
+            self._new.discard(self.shards[row])
+        self._done_number = len(rows)
         return self._done_shards
 
-    def _covered(self) -> set[int]:
+    def _covered(self) -> Set[int]:
         """Returns the shards that have a copy, read or not; not to be changed."""
-        if self.votes or not self._unread:
-            return self._done()
-        return self._done().union(self._unread.values())
+        return self._done() if self.votes else self._done() | self._waiting.keys()
 
     def _shards_of(self, node: int) -> set[int]:
         """Returns the sampled shards that a node holds, as far as it is known."""
@@ -363,20 +412,24 @@ class ShardPhase(Phase):
         )
 
 
-class _Either(Collection[int]):
-    """The union of two sets, which is not made."""
+class _AnyOf(Container[int]):
+    """The union of some sets, which is not made."""
 
-    def __init__(self, one: set[int], other: set[int]) -> None:
-        self._one, self._other = one, other
+    def __init__(self, *sets: Container[int]) -> None:
+        self._sets = sets
 
     def __contains__(self, item: object) -> bool:
-        return item in self._one or item in self._other
+        return any(item in one for one in self._sets)
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._one | self._other)
 
-    def __len__(self) -> int:
-        return len(self._one | self._other)
+class _AllBut(Container[int]):
+    """All numbers but those that are wanted, and those nevertheless that are in another set."""
+
+    def __init__(self, wanted: Container[int], others: Container[int]) -> None:
+        self._wanted, self._others = wanted, others
+
+    def __contains__(self, item: object) -> bool:
+        return item not in self._wanted or item in self._others
 
 
 def _coded_row(plan: Plan) -> Callable[[Reply], int | Rejection]:
@@ -392,7 +445,7 @@ def _coded_row(plan: Plan) -> Callable[[Reply], int | Rejection]:
     return row_of
 
 
-def _shard_row(plan: Plan, shards: Sequence[int]) -> Callable[[Reply], int | Rejection]:
+def shard_row(plan: Plan, shards: Sequence[int]) -> Callable[[Reply], int | Rejection]:
     """Returns a function that maps a reply for one shard to its row, the shard's place among the sampled ones."""
     row = {shard: place for place, shard in enumerate(shards)}
 
@@ -406,7 +459,7 @@ def _shard_row(plan: Plan, shards: Sequence[int]) -> Callable[[Reply], int | Rej
     return row_of
 
 
-def _known_of(nodes: Iterable[int], registry: WorkerRegistry) -> tuple[set[int], int]:
+def known_of(nodes: Iterable[int], registry: WorkerRegistry) -> tuple[set[int], int]:
     """Returns the workers that the nodes are known to be, and how many further workers may be among them.
 
     A node may be a further worker if it is not known.

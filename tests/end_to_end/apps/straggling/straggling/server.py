@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-from fl_gradcode import Discovered, GradientCode, GradientCoding, fractional_repetition
+from fl_gradcode import Discovered, GradientCode, GradientCoding, Shards, fractional_repetition
 from fl_gradcode.grid.arrivals import ForwardingGrid
 
 from .client import initial_arrays, note, read_notes
@@ -44,7 +44,7 @@ def main(grid: Grid, context: Context) -> None:
     strategy = GradientCoding(
         FedAvg(fraction_evaluate=config["fraction-evaluate"]),
         _code(config),
-        send=config["send"],
+        send=Shards(staleness=int(config["staleness"])) if config["staleness"] else config["send"],
         ledger=folder / "ledger.jsonl",
         checkpoint=config["checkpoint"] or None,
         manifest=config["manifest"] or None,

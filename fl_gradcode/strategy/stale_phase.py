@@ -1,0 +1,211 @@
+"""Training with bounded staleness: a phase that may end with last updates, and the late replies that renew them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, Message
+from numpy.typing import NDArray
+
+from ..codes import IncrementalDecoder, may_cover, uncoded
+from ..copies import Copies
+from ..grid import Arrival, Late, Wait
+from ..protocol import Plan, Rejection
+from ..roster import WorkerRegistry
+from ..staleness import StalenessRule, UpdateMemory
+from .options import Approximation
+from .phase import Scrutiny
+from .plan_messages import MessageFactory
+from .replies import Group, ReplyCollector
+from .reply_groups import ReplyGroup, StaleUpdate, StaleUpdates
+from .stop_rules import ShardPhase, known_of, shard_row
+
+__all__ = ["LateUpdates", "StalePhase"]
+
+
+class LateUpdates:
+    """Reads replies to earlier rounds of training, and remembers those that are newer than what is known.
+
+    They are checked as replies in time are.
+
+    Args:
+        memory: The last known update of each shard.
+        rule: How old an update may be.
+    """
+
+    def __init__(self, memory: UpdateMemory, rule: StalenessRule) -> None:
+        self.memory, self.rule = memory, rule
+        self._phase: tuple[Plan, ArrayRecord | None, list[int]] | None = None
+
+    def open(self, plan: Plan, before: ArrayRecord | None, shards: Sequence[int]) -> None:
+        """Note the round of training that begins."""
+        self._phase = plan, before, list(shards)
+
+    def wants(self, late: Late) -> bool:
+        """Returns whether a late reply is newer than what is known of its shard."""
+        asked = _trained_in(late.label)
+        if not asked or self._phase is None or asked < self.rule.oldest(self._phase[0].round):
+            return False
+        owed = self.memory.owed_by(late.node)
+        return owed is None or owed[1] != asked or asked > self.memory.versions.get(owed[0], 0)
+
+    def read(self, late: Late, message: Message | None, registry: WorkerRegistry) -> Rejection | None:
+        """Remember the update of a late reply, if it is newer; returns why it is not fit to be used, or None."""
+        wanted, asked = self.wants(late), _trained_in(late.label)
+        self.memory.answered(late.node)
+        if self._phase is None or not wanted or message is None or message.has_error():
+            return None
+        plan, before, shards = self._phase
+        plan = replace(plan, round=asked)
+        row_of = shard_row(plan, shards)
+        copies = Copies(plan, before, compares=False)
+        replies = ReplyCollector(plan, uncoded(len(shards)), before, registry, copies, row_of, spare=True)
+        rejection = replies.read(late.node, message, "")
+        for group in replies.groups.values():
+            assert isinstance(group, ReplyGroup)
+            for row, (update, metrics) in group.copies.items():
+                self.memory.keep(shards[row], asked, update, metrics, group.key)
+        return rejection
+
+
+class StalePhase(ShardPhase):
+    """A phase of training that ends once enough shards have an update of this round and no other is too old.
+
+    A free node gets the shard whose newest update, known or under way, is of the earliest round.
+
+    Args:
+        factory: Makes the messages; its plan holds every worker's shards.
+        shards: All shards, ascending.
+        before: The arrays that were sent.
+        registry: Which node is which worker.
+        scrutiny: What the replies are held against.
+        patience: Relative time until a second copy of a shard is requested; see `Shards`.
+        late_updates: Has the last updates.
+    """
+
+    def __init__(
+        self,
+        factory: MessageFactory,
+        shards: Sequence[int],
+        before: ArrayRecord | None,
+        registry: WorkerRegistry,
+        scrutiny: Scrutiny,
+        *,
+        patience: float,
+        late_updates: LateUpdates,
+    ) -> None:
+        self._memory, self._rule = late_updates.memory, late_updates.rule
+        super().__init__(factory, shards, before, registry, scrutiny, patience=patience, newest=self._memory.newest)
+        late_updates.open(self.plan, before, shards)
+        self.late_updates = late_updates
+        self._began = self._last = 0.0
+
+    def enough(self, decoder: IncrementalDecoder) -> bool:
+        """Returns whether the rule is met, or every shard has a copy."""
+        return decoder.decodable or self._suffices(self.replies.best, decoder.survivors)
+
+    def suffices_without(self, group: Group, workers: Collection[int]) -> bool:
+        """Returns whether a group of replies suffices without what these workers sent."""
+        rows = [row for row in group.decoder.survivors if group.senders[row][1] not in workers]
+        return group.decodes_without(workers) or self._suffices(group, rows)
+
+    def _suffices(self, group: Group | None, rows: Sequence[int]) -> bool:
+        if group is None or len(rows) < self._rule.needed(len(self._row)) or not self._memory.knows(group.key):
+            return False
+        there = {*rows}
+        others = (self._memory.versions.get(shard, 0) for shard, row in self._row.items() if row not in there)
+        return self._rule.suffices(len(there), others, self.plan.round, len(self._row))
+
+    @property
+    def linger_until(self) -> float | None:  # type: ignore[override]
+        """Time until which to wait on for further updates, in seconds on the grid's clock; None for not at all."""
+        best = self.replies.best
+        waits = [] if self.verifies_until is None else [self.verifies_until]
+        if self.decided and best is not None and not best.decoder.decodable:
+            waits.append(self._rule.waits_until(self._began, self._last))
+        return max(waits, default=None)
+
+    @property
+    def keeps_late(self) -> bool:  # type: ignore[override]
+        """Whether replies that come after the phase are wanted: they renew the last updates."""
+        return True
+
+    def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
+        """Read one reply, which either counts or is rejected with a reason."""
+        known = len(self._done())
+        super().offer(arrival, reply, at)
+        if len(self._done()) > known:
+            self._began, self._last = arrival.at - at, arrival.at
+
+    def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
+        """Returns the first copy of each shard: all of them are used."""
+        if not self._memory.versions or self._strange:
+            return super().choose(arrivals, final=final)
+        done = self._done()
+        first: dict[int, Arrival] = {}
+        for arrival in arrivals:
+            shard = self._unread[arrival.token]
+            if shard not in done or shard in self.unverified:
+                first.setdefault(shard, arrival)
+        return list(first.values())
+
+    def hopeless(self, nodes: Sequence[int]) -> bool:
+        """Returns whether the rule cannot be met even if all of `nodes` answer, nor every shard have a copy."""
+        if not super().hopeless(nodes):
+            return False
+        able = [node for node in nodes if node not in self._failed]
+        _, strangers = known_of(able, self.registry)
+        missing = [{*self._turns[i]} for i in self.registry.missing(self._turns)]
+        possible = {*self._covered()}
+        for node in able:
+            possible.update(self._shards_of(node) - self._sent.get(node, set()))
+        lacking = ((shard, self._memory.newest(shard)) for shard in self._row.keys() - possible)
+        too_old = {*self._rule.too_old(lacking, self.plan.round)}
+        if too_old and not may_cover(too_old, missing, min(strangers, len(missing))):
+            return True
+        more = sum(sorted((len(shards - possible) for shards in missing), reverse=True)[:strangers])
+        return len(possible) + more < self._rule.needed(len(self._row))
+
+    def restarted(self, node: int) -> None:
+        """Release the shard that a restarted node was working on, and allow new work for the node."""
+        super().restarted(node)
+        self._memory.answered(node)
+
+    def finish(self, wait: Wait) -> list[Message]:
+        """End the wait, and note what nodes are still working on."""
+        for node in wait.lapsed:
+            self._memory.answered(node)
+        for node, shard in self._queue.working.items():
+            self._memory.asked(node, shard, self.plan.round)
+        return super().finish(wait)
+
+    def estimate(
+        self, group: Group, approximation: Approximation | None, stale_updates: StaleUpdates | None
+    ) -> tuple[NDArray[Any], tuple[StaleUpdate, ...]] | None:
+        """Returns ones for the shards with an update of this round, and the last updates of the others."""
+        rows = [*group.decoder.survivors]
+        if not self._suffices(group, rows):
+            return None
+        vector = np.zeros(self.code.n, self.code.B.dtype)
+        vector[rows] = 1
+        others = [shard for shard, row in self._row.items() if row not in {*rows}]
+        return vector, tuple(
+            StaleUpdate((one.shard,), one.round, one.update, one.metrics, group.key) for one in self._memory.of(others)
+        )
+
+    def remember(self, group: Group) -> None:
+        """Remember the updates of this round, which were used."""
+        assert isinstance(group, ReplyGroup)
+        for shard, row in self._row.items():
+            if row in group.copies:
+                self._memory.keep(shard, self.plan.round, *group.copies[row], group.key)
+        self.ages = self._memory.ages(self.plan.round)
+
+
+def _trained_in(label: str) -> int:
+    """Returns the round of a phase of training by its label, or 0 for another phase."""
+    kind, _, number = label.partition(" ")
+    return int(number) if kind == "train" and number.isdecimal() else 0
