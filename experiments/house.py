@@ -34,6 +34,7 @@ PLACES = (
     "privacy",
     "masking",
     "secagg",
+    "enrolment",
     "client",
     "roster",
     "copies",

@@ -8,7 +8,8 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -22,6 +23,7 @@ from ..copies import Comparisons, not_compared, shards_of_several
 from ..errors import InvalidSetting, RoundFailed
 from ..grid import SETTLED, Arrival, EarlyStopGrid, nodes_of_a_phase, wait_for_nodes
 from ..privacy import RunAccount
+from ..protocol import Rejection
 from ..roster import Holdings, WorkerRegistry
 from ..runlog import PhaseRow, RoundRow
 from . import report
@@ -36,6 +38,9 @@ from .resume import RunKeeper
 from .round_mode import FixedMode, ModeChooser, RoundMode
 from .stop_rules import open_phase
 from .wrapped import ShardGrid, aggregate, arrays_key_of, common_content, why_no_average
+
+if TYPE_CHECKING:
+    from ..enrolment import Relay
 
 __all__ = ["Run", "mode_chooser"]
 
@@ -105,6 +110,8 @@ class Run:
         self._told: GradientCode | None = None  # the code whose holders the ledger lists
         self._slowest: float | None = None  # largest latency of a reply, in seconds
         self._warned: set[str] = set()
+        self._masks = None if options.secure is None else options.secure.manifest
+        self._relay: Relay | None = None  # sets up keys of masks, if no dealer has made them
         self._strangers: set[int] = set()  # nodes that were not known when the last round began
 
     def _mode_chooser(self, code: GradientCode) -> ModeChooser:
@@ -187,8 +194,14 @@ class Run:
         if self.account is not None:
             self.account.begin(num_rounds)
         source = grid.source
-        if self.options.secure is not None and source.fixed_nodes:
+        secure = self.options.secure
+        if secure is not None and source.fixed_nodes:
             self._warn_once("simulated", _SIMULATED)
+        if secure is not None and secure.manifest is None:
+            from ..enrolment import Relay  # plain rounds need no keys
+
+            save = partial(self.keeper.save_enrolment, self.name)
+            self._relay = Relay(secure.body, self.name, self._claim, save, self.keeper.load_enrolment(self.name))
         if self._holdings is None:
             wait_for_nodes(
                 grid,
@@ -203,6 +216,20 @@ class Run:
         settling = 0.0 if source.fixed_nodes else self.options.node_timeout
         self._outage_timeout = settling if self.timeout is None else min(settling, self.timeout)
 
+    def _claim(self, node: int, worker: int, server_round: int) -> Rejection | None:
+        return self.registry.claim(node, worker, server_round)
+
+    def _set_up_masks(self, grid: Grid, server_round: int) -> None:
+        """Let nodes exchange the keys of their masks, if they have none yet or a new worker is there.
+
+        Raises:
+            RoundFailed: Too few workers take part.
+        """
+        if self._relay is not None:
+            self._masks = self._relay.follow(grid, server_round, self.options.node_timeout)
+        elif self.options.secure is not None and self._masks is None:
+            raise InvalidSetting("secure= with a body sets up keys first: run the strategy by its start().")
+
     # A phase
 
     def configure(
@@ -213,6 +240,8 @@ class Run:
             self._follow_holdings(grid)
         if kind == "train" or self.row is None:
             self._open_row(server_round, grid)
+        if kind == "train":
+            self._set_up_masks(grid, server_round)
         self.phase = None
         if kind == "evaluate" and self.options.secure is not None:
             return []  # nodes answer nothing unmasked, and the manifest has training alone
@@ -272,6 +301,7 @@ class Run:
             is_open=self._holdings is not None,
             as_returned=as_returned,
             figures=mixes and compares and (bool(arrays_key) or isinstance(code.numbers, PrimeField)),
+            secure="" if self._masks is None else self._masks.digest.hex(),
         )
         before = content[arrays_key] if arrays_key else None
         assert before is None or isinstance(before, ArrayRecord)
@@ -285,9 +315,7 @@ class Run:
             shards,
             before,
             self.registry.copy(),
-            Scrutiny(
-                self._comparisons, compares, self._agreed, options.votes, None if secure is None else secure.manifest
-            ),
+            Scrutiny(self._comparisons, compares, self._agreed, options.votes, self._masks),
             kappa_max=kappa_max,
         )
 
@@ -326,6 +354,8 @@ class Run:
             stale_updates = self.stale_updates.get(kind)
             decoded = phase.decode(self.options.approximation, stale_updates, self._noise(server_round, phase))
         entry = report.phase_row(phase, decoded, self.account, decoding=time.perf_counter() - began)
+        if self._relay is not None:
+            entry = self._relay.marked(entry)
         self._note(kind, entry)  # noted before anything below can raise, so that the row tells what happened
         taken = [self._slowest or 0.0, *(job.seconds for job in [*phase.wait.times, *phase.wait.owing])]
         self._slowest = max(taken) or None
