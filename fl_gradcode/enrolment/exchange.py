@@ -94,7 +94,7 @@ class Answer:
         hello: Its hello, in the first step.
         classes: In the second step, the public keys of the classes that it leads.
         wraps: In the second step, (class, holder) -> the class's seed as wrapped for this holder.
-        confirmation: Its confirmation, in the third step.
+        confirmation: Its confirmation, in the third step; and with a repeated hello, once the set-up has ended.
     """
 
     worker: int

@@ -99,9 +99,11 @@ class EnrolledNode:
         return manifest, {int(number): bytes.fromhex(seed) for number, seed in sealed.seeds.items()}
 
     def _hello(self, setup: Setup, state: NodeState) -> Answer:
-        for known in (state.pending, state.sealed):
-            if known is not None and known.setup == setup:
-                return Answer.from_json(known.hello)
+        pending, sealed = state.pending, state.sealed
+        if sealed is not None and sealed.setup == setup:
+            return replace(Answer.from_json(sealed.hello), confirmation=Answer.from_json(sealed.confirmed).confirmation)
+        if pending is not None and pending.setup == setup:
+            return Answer.from_json(pending.hello)
         latest = state.last.get(setup.run, 0)
         if setup.epoch <= latest:
             raise SecureRefused(f"Epoch {setup.epoch} of this run is over: this node has said hello in epoch {latest}.")

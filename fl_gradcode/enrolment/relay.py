@@ -137,13 +137,13 @@ class Relay:
         strangers = [node for node in grid.get_node_ids() if node not in self._met and node not in owing]
         if not strangers:
             return self.enrolment.manifest
-        # The hello of this epoch: who takes part says the same again, and only a new worker says a new one.
+        # The hello of this epoch: who has its keys says the same again, and only a new worker says a new one.
         setup, there = self.enrolment.setup, {*self.enrolment.hellos}
         new: list[int] = []
 
         def take(node: int, answer: Answer) -> str:
             wrong = self._hello_of(setup, server_round, node, answer)
-            if not wrong and answer.hello not in there:
+            if not wrong and (answer.hello not in there or answer.confirmation is None):
                 new.append(answer.worker)
             return wrong
 
@@ -152,7 +152,7 @@ class Relay:
         self._met |= {*ask.answered}
         if not new:
             return self.enrolment.manifest
-        _log.info("%s joined: keys are set up again.", numbered("worker", sorted(new), 11).capitalize())
+        _log.info("%s without keys: they are set up again.", numbered("worker", sorted(new), 11).capitalize())
         try:
             return self._set_up(grid, server_round, timeout)
         except RoundFailed as error:
