@@ -16,7 +16,7 @@ from ..privacy import read_keys, write_keys
 from ._errors import one_sentence
 
 if TYPE_CHECKING:
-    from ..secagg import Manifest
+    from ..secagg import Manifest, Sending
 
 __all__ = ["secure"]
 
@@ -28,6 +28,7 @@ _CODES: dict[str, Callable[[int, int, int], GradientCode]] = {
     "fractional": lambda n, s, m: fractional_repetition(n, s),
     "reed-solomon": lambda n, s, m: reed_solomon(n, s, m=m),
 }
+_SENDING: dict[str, Sending] = {"coded": "coded", "shards": "shardwise"}
 _LARGEST = 16 * MEGABYTE
 
 
@@ -40,7 +41,8 @@ def make(
         Path,
         typer.Option(
             help='JSON file with what train() returns: {"arrays": [[name, dtype, [shape]]], "metrics": {name: length}},'
-            " without the weight; length -1 for a single number."
+            ' without the weight; length -1 for a single number. "evaluation": {name: length} are the metrics of'
+            " evaluate(); without them nodes answer no evaluation."
         ),
     ],
     workers: Annotated[int, typer.Option("--workers", "-n", help="Number of workers.")],
@@ -50,6 +52,9 @@ def make(
     ],
     code: Annotated[str, typer.Option(help=f"The code: {', '.join(_CODES)}.")] = "fractional",
     m: Annotated[int, typer.Option("-m", help="Upload reduction m; with reed-solomon.")] = 1,
+    send: Annotated[
+        str, typer.Option(help="coded or shards: one coded vector a worker, or one shard a message.")
+    ] = "coded",
     bound: Annotated[float, typer.Option(help="Clipping bound of an update.")] = 1.0,
     clip: Annotated[str, typer.Option(help="entries or norm: what the bound limits.")] = "entries",
     colluders: Annotated[int, typer.Option(help="Workers that may collude with the server.")] = 1,
@@ -74,8 +79,12 @@ def make(
             raise InvalidSetting(f"--code {code!r} must be one of {', '.join(_CODES)}.")
         if m != 1 and code != "reed-solomon":
             raise InvalidSetting(f"-m {m} needs --code reed-solomon; masks of other codes have m = 1.")
+        if send not in _SENDING:
+            raise InvalidSetting(f"--send {send!r} must be one of {', '.join(_SENDING)}.")
         built = _CODES[code](workers, stragglers, m)
-        arrays, metrics = _layout_in(layout)
+        if send == "shards" and m > 1:
+            raise InvalidSetting(f"-m {m} divides updates, and --send shards sends them whole. Leave -m out.")
+        arrays, metrics, evaluation = _layout_in(layout)
         new = not any(folder.glob("node-*/keys.json"))
         if new:
             make_folder(folder)
@@ -84,6 +93,8 @@ def make(
             built,
             arrays=arrays,
             metrics=metrics,
+            evaluation=evaluation,
+            sending=_SENDING[send],
             colluders=colluders,
             min_classes=min_classes,
             holders=holders_in(folder),
@@ -104,7 +115,10 @@ def make(
         '    --node-config \'partition-id=0 num-partitions=... secagg-dir="/path/to/node-0" '
         f"secagg-colluders={colluders}'"
     )
-    typer.echo(f"The server needs {folder / MANIFEST_FILE} alone: secure=SecureAggregation(PATH). Bring it no keys.")
+    sending = "" if send == "coded" else f", send={send!r}"
+    typer.echo(
+        f"The server needs {folder / MANIFEST_FILE} alone: secure=SecureAggregation(PATH){sending}. Bring it no keys."
+    )
 
 
 @secure.command("check")
@@ -118,7 +132,8 @@ def check(folder: Annotated[Path, typer.Argument(help="A node's folder.")]) -> N
         rows = AnsweredRequests(folder / "answered").rows()
     _show(manifest)
     typer.echo(f"  worker      {own.worker}, whose keys are the manifest's")
-    typer.echo(f"  answered    {len(rows)} requests" + (f", last round {rows[-1].round}" if rows else ""))
+    requests = {(row.run, row.kind, row.round) for row in rows}
+    typer.echo(f"  answered    {len(requests)} requests" + (f", last round {rows[-1].round}" if rows else ""))
 
 
 def _show(manifest: Manifest) -> None:
@@ -127,6 +142,9 @@ def _show(manifest: Manifest) -> None:
     error = body.classes.k * 2.0**-quantiser.fraction_bits
     typer.echo(f"  digest      {manifest.digest.hex()}")
     typer.echo(f"  classes     {len(body.classes)} of {body.classes.k} shards, modulo {body.classes.ring.modulus}")
+    way = "one coded vector a worker" if body.classes.sending == "coded" else "one shard a message"
+    covered = "training and evaluation" if body.evaluation else "training alone"
+    typer.echo(f"  replies     {way}, for {covered}")
     typer.echo(f"  certified   for any {certificate.colluders} colluding workers ({certificate.method})")
     typer.echo(
         f"  updates     clipped at {quantiser.bound:g} ({quantiser.clip}), {quantiser.fraction_bits} fraction bits: "
@@ -134,8 +152,8 @@ def _show(manifest: Manifest) -> None:
     )
 
 
-def _layout_in(path: Path) -> tuple[list[tuple[str, str, list[int]]], list[tuple[str, int]]]:
-    """Returns the arrays and metrics of a layout file.
+def _layout_in(path: Path) -> tuple[list[tuple[str, str, list[int]]], list[tuple[str, int]], list[tuple[str, int]]]:
+    """Returns the arrays, the metrics of training, and the metrics of evaluation of a layout file.
 
     Raises:
         InvalidSetting: It cannot be read, or is not one.
@@ -143,9 +161,12 @@ def _layout_in(path: Path) -> tuple[list[tuple[str, str, list[int]]], list[tuple
     try:
         values: Any = parse_json(read_file(path, _LARGEST))
         arrays = [(str(name), str(dtype), [int(x) for x in shape]) for name, dtype, shape in values["arrays"]]
-        metrics = sorted((str(name), int(length)) for name, length in values.get("metrics", {}).items())
+        metrics, evaluation = (
+            sorted((str(name), int(length)) for name, length in values.get(kind, {}).items())
+            for kind in ("metrics", "evaluation")
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InvalidSetting(
             f'{path} must hold, as JSON, {{"arrays": [["name", "float32", [10, 3]], ...], "metrics": {{"loss": -1}}}}.'
         ) from None
-    return arrays, metrics
+    return arrays, metrics, evaluation

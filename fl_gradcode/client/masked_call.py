@@ -111,7 +111,9 @@ def masked_answer(
     body = keys.manifest.body
     if plan.secure != keys.manifest.digest.hex():
         raise SecureRefused("The server has another manifest than this node has pinned.")
-    _check_plan(plan, body, worker, message.metadata.message_type)
+    pairs = _asked(plan, body, worker, message.metadata.message_type)
+    number = pairs[0][0] if body.classes.sending == "shardwise" else None
+    _check_shards(keys, pairs, owner)
     content = _in_order(Plan.remove_from(message.content))
     run_config = {key: value for key, value in context.run_config.items() if key not in (FOLDER, SECAGG_DIR)}
     request = request_digest(
@@ -122,17 +124,18 @@ def masked_answer(
         content=content_digest(_received(plan, message.metadata.message_type, content)),
         given=given_digest(seed=plan.seed, run_config=run_config, k=plan.k),
         quantiser=body.quantiser.digest,
-        layout=body.layout,
+        layout=body.result(plan.kind).digest,
     )
     answered = AnsweredRequests(folder / _ANSWERED, most=_number(owner, MAX_REQUESTS))
-    payload = answered.reply_to(plan.run, plan.kind, plan.round, request)
+    payload = answered.reply_to(plan.run, plan.kind, plan.round, request, number)
     if payload is None:
-        integers = {c: ClassIntegers(body, c, keys.seeds[c], request) for c in body.classes.sent_by(worker)}
-        training = _Training(plan, content, message.metadata.message_type, body, _for_app(owner), run_config, call_next)
-        for number, shard in _turns(body, worker):
-            integers[number].add(shard, training.of(shard))
-        masked = masked_reply(keys, request, {c: one.parts() for c, one in integers.items()})
-        payload = answered.keep(plan.run, plan.kind, plan.round, request, masked.payload())
+        numbers = body.classes.sent_by(worker) if number is None else (number,)
+        integers = {c: ClassIntegers(body, c, keys.seeds[c], request, plan.kind) for c in numbers}
+        called = _AppCall(plan, content, message.metadata.message_type, body, _for_app(owner), run_config, call_next)
+        for c, shard in pairs:
+            integers[c].add(shard, called.of(shard))
+        masked = masked_reply(keys, request, {c: one.parts() for c, one in integers.items()}, plan.kind)
+        payload = answered.keep(plan.run, plan.kind, plan.round, request, masked.payload(), number)
     reply = Reply(
         run=plan.run,
         round=plan.round,
@@ -167,12 +170,6 @@ def _keys_in(folder: Path, worker: int, owner: Mapping[str, Any], run: str) -> C
     keys = class_keys(manifest, worker, seeds)
     held = held_by(owner) if owner.get(SHARDS_DIR) else None
     check_data(manifest, seeds, held or {})
-    for _, shard in _turns(body, worker) if held is not None else ():
-        try:
-            checked_path(absolute_path(str(owner[SHARDS_DIR]), SHARDS_DIR), shard)
-        except ShardMismatch as error:
-            _log.error("%s", error)
-            raise SecureRefused(f"The data of shard {shard} are not those of this node's {SHARDS_DIR}.") from None
     return keys
 
 
@@ -199,7 +196,7 @@ def check_body(folder: Path, body: ManifestBody, owner: Mapping[str, Any]) -> No
     Raises:
         SecureRefused: The body, its graph, or the versions and the environment that it pins are not what they must be.
     """
-    if body.classes.sending != "coded" or body.app or (body.identities and not is_enrolled(folder)):
+    if body.app or (body.identities and not is_enrolled(folder)):
         raise SecureRefused("The manifest asks for what this version cannot do: see fl_gradcode.secagg.")
     _certify(folder, body, body.digest, _number(owner, COLLUDERS), _number(owner, MIN_CLASSES))
     here = versions_of(name for name, _ in body.versions)
@@ -209,6 +206,20 @@ def check_body(folder: Path, body: ManifestBody, owner: Mapping[str, Any]) -> No
     missing = sorted({*body.environment} - {*environment_words()})
     if missing:
         raise SecureRefused(f"The manifest pins the environment {missing[0]!r}, which is not this node's.")
+
+
+def _check_shards(keys: ClassKeys, pairs: list[tuple[int, int]], owner: Mapping[str, Any]) -> None:
+    """Check the files of the shards that are asked for against the node's own manifest of its data.
+
+    Raises:
+        SecureRefused: A file was changed.
+    """
+    for _, shard in pairs if owner.get(SHARDS_DIR) else ():
+        try:
+            checked_path(absolute_path(str(owner[SHARDS_DIR]), SHARDS_DIR), shard)
+        except ShardMismatch as error:
+            _log.error("%s", error)
+            raise SecureRefused(f"The data of shard {shard} are not those of this node's {SHARDS_DIR}.") from None
 
 
 def _certify(folder: Path, body: ManifestBody, digest: bytes, colluders: int | None, min_classes: int | None) -> None:
@@ -246,23 +257,30 @@ def _for_app(owner: Mapping[str, Any]) -> dict[str, Any]:
 # What the message says
 
 
-def _check_plan(plan: Plan, body: ManifestBody, worker: int, message_type: str) -> None:
-    """Refuse a plan that asks for anything but the worker's whole row of the manifest.
+def _asked(plan: Plan, body: ManifestBody, worker: int, message_type: str) -> list[tuple[int, int]]:
+    """Returns the (class, shard) pairs that a plan asks for: the whole row of the worker, or one class of it.
 
     Raises:
-        SecureRefused: It does. The text depends on the message alone.
+        SecureRefused: It asks for anything else. The text depends on the message alone.
     """
     if type(plan.round) is not int or plan.round < 0 or type(plan.run) is not str or type(plan.seed) is not int:
         raise SecureRefused("The plan's run, round and seed must be a text and whole numbers.")
-    if plan.kind != "train" or message_type.split(".")[0] != "train":
-        raise SecureRefused("The manifest covers training, and the server asks for something else.")
+    body.result(plan.kind)
+    if message_type.split(".")[0] != plan.kind or (plan.kind == "train") != bool(plan.arrays_key):
+        raise SecureRefused(f"The plan says {plan.kind!r}, and the message does not.")
     if (plan.n, plan.k, plan.weight_key) != (body.classes.n, body.classes.k, body.weight_key):
         raise SecureRefused("The plan has other workers, shards or weights than the manifest.")
     if plan.privacy or plan.open or plan.as_returned or plan.figures:
         raise SecureRefused("The plan asks for what secure aggregation does not combine with.")
     asked = plan.rows[worker].shards if worker in plan.rows else ()
-    if sorted(asked) != sorted(shard for _, shard in _turns(body, worker)):
+    pairs = _turns(body, worker)
+    if body.classes.sending == "shardwise":
+        pairs = [(c, shard) for c, shard in pairs if asked == (shard,)]
+        if not pairs:
+            raise SecureRefused(f"Worker {worker} is not asked for one of its shards.")
+    elif sorted(asked) != sorted(shard for _, shard in pairs):
         raise SecureRefused(f"Worker {worker} is not asked for its whole classes.")
+    return pairs
 
 
 def _turns(body: ManifestBody, worker: int) -> list[tuple[int, int]]:
@@ -316,10 +334,10 @@ def _text(value: Any) -> str:
     return value.hex() if isinstance(value, float | bytes) else str(value)
 
 
-# Training
+# Training and evaluation
 
 
-class _Training:
+class _AppCall:
     """Calls the app's function shard by shard; whatever goes wrong with a shard makes its result None."""
 
     def __init__(
@@ -336,9 +354,9 @@ class _Training:
         self._node_config, self._run_config, self._call_next = node_config, run_config, call_next
 
     def of(self, shard: int) -> ShardResult | None:
-        """Returns the result of a shard, or None if its training failed; the log has the reason."""
+        """Returns the result of a shard, or None if the function failed; the log has the reason."""
         try:
-            return self._trained(shard)
+            return self._result(shard)
         except KeyboardInterrupt:  # the node's owner
             raise
         except BaseException as error:  # sys.exit() for one shard would tell the server of its data otherwise
@@ -350,32 +368,35 @@ class _Training:
             )
             return None
 
-    def _trained(self, shard: int) -> ShardResult:
-        plan, body = self._plan, self._body
+    def _result(self, shard: int) -> ShardResult:
+        plan, wanted = self._plan, self._body.result(self._plan.kind)
         config = RecordingConfig({**self._node_config, PARTITION_ID: shard, NUM_PARTITIONS: plan.k})
         context = Context(0, 0, config, RecordDict(), dict(sorted(self._run_config.items())))
         given = message_of_nobody(_copied(self._content), self._type)
         seed_generators(plan.seed, plan.round, shard)
         reply = self._call_next(given, context)
         if reply.has_error():
-            raise ValueError(f"train() answered with an error: {reply.error.reason}")
+            raise ValueError(f"{plan.kind}() answered with an error: {reply.error.reason}")
         if context.state:
-            raise ValueError("train() kept something in context.state, which other holders cannot know")
-        if not config.was_read and not plan.allow_fixed_data:
-            raise ValueError("train() never read partition-id: which data does it use?")
-        before = self._content[plan.arrays_key]
-        if not isinstance(before, ArrayRecord):
-            raise ValueError(f"the record {plan.arrays_key!r} holds no arrays")
+            raise ValueError(f"{plan.kind}() kept something in context.state, which other holders cannot know")
+        before: dict[str, Array] | None = None
+        if plan.kind == "train":
+            if not config.was_read and not plan.allow_fixed_data:
+                raise ValueError("train() never read partition-id: which data does it use?")
+            arrays = self._content[plan.arrays_key]
+            if not isinstance(arrays, ArrayRecord):
+                raise ValueError(f"the record {plan.arrays_key!r} holds no arrays")
+            before = dict(arrays)
         content = RecordDict({**reply.content})
         del reply
-        trained = read_reply(content, plan, shard, dict(before), None)
-        if trained.layout != body.arrays:
-            raise ValueError(f"train() returned arrays {trained.layout}; the manifest has {body.arrays}")
-        layout, metrics = flatten_metrics(trained.metrics, plan.weight_key)
+        found = read_reply(content, plan, shard, before, None)
+        if found.layout != wanted.arrays:
+            raise ValueError(f"{plan.kind}() returned arrays {found.layout}; the manifest has {wanted.arrays}")
+        layout, metrics = flatten_metrics(found.metrics, plan.weight_key)
         named = tuple((name, length) for name, length, _ in layout[1:])
-        if named != body.metrics:
-            raise ValueError(f"train() returned metrics {named}; the manifest has {body.metrics}")
-        return ShardResult(trained.update, float(metrics[0]), metrics[1:])
+        if named != wanted.metrics:
+            raise ValueError(f"{plan.kind}() returned metrics {named}; the manifest has {wanted.metrics}")
+        return ShardResult(found.update, float(metrics[0]), metrics[1:])
 
 
 def _copied(content: RecordDict) -> RecordDict:

@@ -34,12 +34,19 @@ class Answered:
         kind: "train" or "evaluate".
         round: Server round.
         request: Digest R of the request, as hexadecimal.
+        number: The class that was answered for, with one shard a message; None for a coded vector.
     """
 
     run: str
     kind: str
     round: int
     request: str
+    number: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the file with the bytes of the reply."""
+        return f"reply-{self.request}{'' if self.number is None else f'-{self.number}'}.bin"
 
 
 class AnsweredRequests:
@@ -50,13 +57,13 @@ class AnsweredRequests:
     Args:
         folder: Folder of the files; made if it is missing. Only the owner can read it.
         most: Most requests that this node ever answers, in all runs; None: no limit. The server chooses the names of
-            runs, so only this bounds how many sums it can ask for.
+            runs, so only this bounds how many sums it can ask for. All single shards of a round are one request.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, most: int | None = None) -> None:
         self.folder, self.most = Path(folder), most
 
-    def reply_to(self, run: str, kind: str, round: int, request: bytes) -> bytes | None:
+    def reply_to(self, run: str, kind: str, round: int, request: bytes, number: int | None = None) -> bytes | None:
         """Returns the bytes of the reply that was given to this request, or None if it is new and may be answered.
 
         Raises:
@@ -65,9 +72,9 @@ class AnsweredRequests:
             InvalidSetting: The ledger is damaged.
         """
         with self._locked():
-            return self._known(Answered(run, kind, round, request.hex()), self._read()[0])
+            return self._known(Answered(run, kind, round, request.hex(), number), self._read()[0])
 
-    def keep(self, run: str, kind: str, round: int, request: bytes, reply: bytes) -> bytes:
+    def keep(self, run: str, kind: str, round: int, request: bytes, reply: bytes, number: int | None = None) -> bytes:
         """Write a reply to disk and returns the bytes to send, which are the earlier ones if it was answered meanwhile.
 
         The bytes are on disk before the ledger says that the request was answered, and both before they are sent.
@@ -76,14 +83,14 @@ class AnsweredRequests:
             SecureRefused: See `reply_to`.
             InvalidSetting: The ledger is damaged, or cannot be written.
         """
-        new = Answered(run, kind, round, request.hex())
+        new = Answered(run, kind, round, request.hex(), number)
         with self._locked():
             rows, end = self._read()
             earlier = self._known(new, rows)
             if earlier is not None:
                 return earlier
             try:
-                replace_file(self._path_of(new.request), reply, mode=0o600)
+                replace_file(self.folder / new.name, reply, mode=0o600)
                 self._append(new, end)
             except OSError as error:
                 raise InvalidSetting(f"The folder {self.folder} cannot be written: {error.strerror}.") from None
@@ -91,36 +98,35 @@ class AnsweredRequests:
         return reply
 
     def rows(self) -> list[Answered]:
-        """Returns all answered requests, oldest first."""
+        """Returns all answers, oldest first."""
         return self._read()[0]
 
     def _known(self, new: Answered, rows: list[Answered]) -> bytes | None:
         here = f"round {new.round} ({new.kind})"
         same_kind = [row for row in rows if (row.run, row.kind) == (new.run, new.kind)]
-        for row in same_kind:
-            if row.round == new.round:
-                if row.request != new.request:
-                    raise SecureRefused(f"Another request for {here} of this run was answered before.")
-                try:
-                    return self._path_of(new.request).read_bytes()
-                except OSError:
-                    raise SecureRefused(f"The reply to {here} is no longer kept, and is not computed again.") from None
+        same_round = [row for row in same_kind if row.round == new.round]
+        if any(row.request != new.request for row in same_round):
+            raise SecureRefused(f"Another request for {here} of this run was answered before.")
+        if new in same_round:
+            try:
+                return (self.folder / new.name).read_bytes()
+            except OSError:
+                raise SecureRefused(f"The reply to {here} is no longer kept, and is not computed again.") from None
         if any(row.round > new.round for row in same_kind):
             raise SecureRefused(f"A request for a later round than {here} was answered before.")
-        if self.most is not None and len(rows) >= self.most:
+        if same_round:  # a further shard of a request that counts already
+            return None
+        if self.most is not None and len({(row.run, row.kind, row.round) for row in rows}) >= self.most:
             raise SecureRefused(f"This node has answered {self.most} requests, as many as its owner allows.")
         return None
-
-    def _path_of(self, request: str) -> Path:
-        return self.folder / f"reply-{request}.bin"
 
     def _drop(self, rows: list[Answered]) -> None:
         """Remove all replies but the last one of each kind in the last runs."""
         last = {(row.run, row.kind): row.request for row in rows}
         runs = list(dict.fromkeys(row.run for row in reversed(rows)))[:_RUNS]
-        kept = {request for (run, _), request in last.items() if run in runs}
+        kept = {row.name for row in rows if row.run in runs and row.request == last[row.run, row.kind]}
         for path in self.folder.glob("reply-*.bin"):
-            if path.stem.removeprefix("reply-") not in kept:
+            if path.name not in kept:
                 with suppress(OSError):  # it takes space, and no more
                     path.unlink()
 
@@ -139,8 +145,10 @@ class AnsweredRequests:
         for number, line in enumerate(lines, start=1):
             try:
                 values = json.loads(line)
-                row = Answered(values["run"], values["kind"], values["round"], values["request"])
+                row = Answered(**values)
                 if type(row.round) is not int or len(bytes.fromhex(row.request)) != 32:
+                    raise ValueError
+                if row.number is not None and type(row.number) is not int:
                     raise ValueError
             except (ValueError, KeyError, TypeError):
                 raise InvalidSetting(
@@ -153,7 +161,8 @@ class AnsweredRequests:
     def _append(self, row: Answered, end: int) -> None:
         path = self.folder / _LEDGER
         first = not path.exists()
-        line = json.dumps({"run": row.run, "kind": row.kind, "round": row.round, "request": row.request}) + "\n"
+        values = {name: value for name, value in vars(row).items() if value is not None}
+        line = json.dumps(values) + "\n"
         with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600), "r+b") as file:
             file.truncate(end)
             file.seek(end)

@@ -101,7 +101,8 @@ def classes_for(
     """Returns the classes of a code.
 
     Args:
-        code: Fractional repetition with m = 1, or an exact code over the prime field.
+        code: Fractional repetition with m = 1, or an exact code over the prime field. Any code with one shard a
+            message, because only its assignment counts.
         sending: How replies are sent.
         holders: For each shard, the workers that have its secret, if they are more than those that compute it.
 
@@ -111,16 +112,18 @@ def classes_for(
     """
     if code.k > _MOST_SHARDS:
         raise InvalidCode(f"k={code.k} shards: secure aggregation takes {_MOST_SHARDS} or fewer.")
-    if not code.exact:
-        raise InvalidCode(f"{code!r} is approximate: masks cancel only in the exact sum. Use an exact code.")
     if isinstance(code.numbers, PrimeField):
         ring, B = FIELD, np.asarray(code.blocks, np.int64)
+    elif sending == "shardwise":  # coefficients are never used: any assignment will do
+        ring, B = INTEGERS, np.asarray(code.blocks != 0, np.int64).max(axis=2, keepdims=True)
+    elif not code.exact:
+        raise InvalidCode(f"{code!r} is approximate: masks cancel only in the exact sum. Use an exact code.")
     elif code.groups is not None and code.m == 1:
         ring, B = INTEGERS, np.asarray(code.blocks, np.int64)
     else:
         raise InvalidCode(
             f"{code!r} has coefficients over the reals, where masks do not cancel exactly. Use fractional repetition "
-            "with m=1, or a code over the prime field (reed_solomon)."
+            "with m=1, a code over the prime field (reed_solomon), or one shard a message (sending='shardwise')."
         )
     given = [code.holders_of(j) for j in range(code.k)] if holders is None else [tuple(sorted(one)) for one in holders]
     if len(given) != code.k:

@@ -26,7 +26,7 @@ class DecodedSum:
 
     Attributes:
         shards: The shards, ascending.
-        integers: Sum of the shards' integers, int32, shape (d,).
+        integers: Sum of the shards' integers, int32, shape (d,); empty for an evaluation.
         unit: What an integer stands for: sum of omega times update = integers * unit.
         weight: Sum of the shards' weights.
         largest_weight: Weight by which updates were divided before rounding.
@@ -69,7 +69,7 @@ def decode(manifest: Manifest, replies: Sequence[MaskedReply]) -> list[DecodedSu
     for reply in replies:
         if reply.manifest != manifest.digest:
             raise MasksRemain(f"Worker {reply.worker} has another manifest.")
-        if reply.request != replies[0].request:
+        if (reply.request, reply.kind) != (replies[0].request, replies[0].kind):
             raise MasksRemain(f"Worker {reply.worker} answered another request than worker {replies[0].worker}.")
     return [_decoded(manifest, replies, cohort) for cohort in manifest.body.graph.cohorts]
 
@@ -77,6 +77,7 @@ def decode(manifest: Manifest, replies: Sequence[MaskedReply]) -> list[DecodedSu
 def _decoded(manifest: Manifest, replies: Sequence[MaskedReply], cohort: tuple[int, ...]) -> DecodedSum:
     body = manifest.body
     classes, ring = body.classes, body.classes.ring
+    result = body.result(replies[0].kind)
     shards = tuple(sorted(j for c in cohort for j in classes.members[c]))
     chosen, a = _chosen(manifest, replies, cohort)
 
@@ -97,11 +98,11 @@ def _decoded(manifest: Manifest, replies: Sequence[MaskedReply], cohort: tuple[i
         raise MasksRemain("The masks do not cancel: a worker has other keys, another request or another manifest.")
     if status:
         raise MasksRemain("The count of failed shards contradicts the check words.")
-    integers = signed("update", body.size)
+    integers = signed("update", result.size)
     limit = body.quantiser.limit(len(shards))
     if integers.size and not -limit <= int(integers.min()) <= int(integers.max()) <= limit:
         raise OutOfRange(f"An entry of the sum exceeds {limit}, the most that {len(shards)} shards can add up to.")
-    weight, clipped, *metrics = restored(signed("metrics", ENTRY_WORDS * (2 + body.numbers))).tolist()
+    weight, clipped, *metrics = restored(signed("metrics", ENTRY_WORDS * (2 + result.numbers))).tolist()
     return DecodedSum(
         shards,
         integers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -35,10 +36,10 @@ Parts = dict[Part, NDArray[np.uint32]]
 
 @dataclass(frozen=True, eq=False)
 class ShardResult:
-    """What training on a shard gave.
+    """What training or evaluation on a shard gave.
 
     Attributes:
-        update: The update, floats, shape (d,), in the order of the manifest's arrays.
+        update: The update, floats, shape (d,), in the order of the manifest's arrays; empty for an evaluation.
         weight: The shard's weight.
         metrics: The metrics times the weight, float64, in the order of the manifest's metrics.
     """
@@ -58,6 +59,7 @@ class MaskedReply:
         request: Digest R of the request that it answers.
         number: The class, with one shard a message; None for a coded vector.
         parts: The masked elements.
+        kind: "train" or "evaluate".
     """
 
     worker: int
@@ -65,6 +67,7 @@ class MaskedReply:
     request: bytes
     number: int | None
     parts: Parts
+    kind: str = "train"
 
     def payload(self) -> bytes:
         """Returns the elements of all parts, one after another, as little-endian 32-bit words."""
@@ -80,13 +83,14 @@ class MaskedReply:
         manifest: bytes,
         request: bytes,
         number: int | None,
+        kind: str = "train",
     ) -> MaskedReply:
         """Returns the reply whose payload was received.
 
         Raises:
             ValueError: The payload has another length, or a word that is no element of the ring.
         """
-        lengths = {part: length // body.classes.m for part, length in body.lengths().items()}
+        lengths = {part: length // body.classes.m for part, length in body.lengths(kind).items()}
         words: NDArray[np.uint32] = np.frombuffer(payload, "<u4")
         if words.size != sum(lengths.values()):
             raise ValueError(f"A masked reply has {sum(lengths.values())} words, not {words.size}.")
@@ -96,7 +100,7 @@ class MaskedReply:
         for part in PARTS:
             parts[part] = words[start : start + lengths[part]]
             start += lengths[part]
-        return cls(worker, manifest, request, number, parts)
+        return cls(worker, manifest, request, number, parts, kind)
 
 
 class ClassIntegers:
@@ -110,18 +114,24 @@ class ClassIntegers:
         number: The class.
         seed: The class's seed.
         request: Digest R of the request.
+        kind: "train" or "evaluate".
+
+    Raises:
+        SecureRefused: The manifest does not cover requests of this kind.
     """
 
-    def __init__(self, body: ManifestBody, number: int, seed: bytes, request: bytes) -> None:
+    def __init__(self, body: ManifestBody, number: int, seed: bytes, request: bytes, kind: str = "train") -> None:
         self._body, self._seed, self._request = body, seed, request
+        self._kind, self._layout = kind, body.result(kind)
         self._shards = body.classes.members[number]
         self._missing = {*self._shards}
         self._failed = 0
         self._done = False
         noisy = body.quantiser.noise > 0
-        self._sum = None if noisy else RoundedSum(body.quantiser, body.size)
-        self._noisy = np.zeros(body.size if noisy else 0, np.int32)
-        self._metrics = np.zeros(ENTRY_WORDS * (2 + body.numbers), np.int32)
+        size = self._layout.size
+        self._sum = None if noisy else RoundedSum(body.quantiser, size)
+        self._noisy = np.zeros(size if noisy else 0, np.int32)
+        self._metrics = np.zeros(ENTRY_WORDS * (2 + self._layout.numbers), np.int32)
 
     def add(self, shard: int, result: ShardResult | None) -> None:
         """Add the result of one of the class's shards, or None if its training failed.
@@ -141,7 +151,10 @@ class ClassIntegers:
         """Add a result, and returns whether all of it was usable."""
         if result is None or not self._fits(result):
             return False
-        clipped = total.add(result.update, result.weight)
+        if self._kind == "train":
+            clipped = total.add(result.update, result.weight)
+        else:  # nothing is divided by the largest weight
+            clipped = 0 if 0 <= result.weight < math.inf else None
         if clipped is None:
             return False
         digits = digits_of([result.weight, clipped, *result.metrics.tolist()])
@@ -159,15 +172,15 @@ class ClassIntegers:
                 self._noisy += alone.integers(dither_key(self._seed, self._request, shard))
         key = noise_key(self._seed, self._request, shard)
         self._noisy += discrete_gaussian(key, quantiser.noise, size).astype(np.int32)
-        digits = digits_of([1.0, 0.0, *[0.0] * self._body.numbers])
+        digits = digits_of([1.0, 0.0, *[0.0] * self._layout.numbers])
         assert digits is not None
         self._metrics += digits
 
     def _fits(self, result: ShardResult) -> bool:
         return (
-            result.update.shape == (self._body.size,)
+            result.update.shape == (self._layout.size,)
             and result.update.dtype.kind == "f"
-            and result.metrics.shape == (self._body.numbers,)
+            and result.metrics.shape == (self._layout.numbers,)
         )
 
     def parts(self) -> Parts:
@@ -184,7 +197,7 @@ class ClassIntegers:
         if self._sum is None:
             update = self._noisy
         elif self._failed:
-            update = np.zeros(self._body.size, np.int32)
+            update = np.zeros(self._layout.size, np.int32)
         else:
             update = self._sum.integers(dither_key(self._seed, self._request, self._shards[0]))
         counts: dict[Part, NDArray[np.int32]] = {
@@ -193,7 +206,7 @@ class ClassIntegers:
             "check": np.full(CHECK_WORDS, len(self._shards), np.int32),
             "status": np.array([self._failed], np.int32),
         }
-        parts, lengths, ring = Parts(), self._body.lengths(), self._body.classes.ring
+        parts, lengths, ring = Parts(), self._body.lengths(self._kind), self._body.classes.ring
         for part in PARTS:
             padded = ring.from_signed(counts[part])
             if padded.size < lengths[part]:
@@ -229,7 +242,7 @@ def mask(keys: ClassKeys, integers: Mapping[int, Parts], request: bytes) -> None
             parts[part].setflags(write=False)
 
 
-def masked_reply(keys: ClassKeys, request: bytes, integers: Mapping[int, Parts]) -> MaskedReply:
+def masked_reply(keys: ClassKeys, request: bytes, integers: Mapping[int, Parts], kind: str = "train") -> MaskedReply:
     """Returns the reply of a worker from the integers of its classes, which are masked in place.
 
     Args:
@@ -237,6 +250,7 @@ def masked_reply(keys: ClassKeys, request: bytes, integers: Mapping[int, Parts])
         request: Digest R of the request.
         integers: What `ClassIntegers.parts` returned, for all classes that a coded reply combines, or for the one class
             that is sent with one shard a message.
+        kind: "train" or "evaluate".
 
     Raises:
         SecureRefused: These are not the classes that the worker sends.
@@ -258,11 +272,16 @@ def masked_reply(keys: ClassKeys, request: bytes, integers: Mapping[int, Parts])
             ).astype(np.uint32)
             for part in PARTS
         }
-    return MaskedReply(keys.worker, keys.manifest.digest, request, numbers[0] if single else None, parts)
+    return MaskedReply(keys.worker, keys.manifest.digest, request, numbers[0] if single else None, parts, kind)
 
 
 def encode(
-    keys: ClassKeys, request: bytes, results: Mapping[int, ShardResult | None], *, shard: int | None = None
+    keys: ClassKeys,
+    request: bytes,
+    results: Mapping[int, ShardResult | None],
+    *,
+    shard: int | None = None,
+    kind: str = "train",
 ) -> MaskedReply:
     """Returns the masked reply of a worker to a request, from all results at once.
 
@@ -271,6 +290,7 @@ def encode(
         request: Digest R of the request.
         results: Results of exactly the shards that the reply is about; None where training failed.
         shard: The shard, with one shard a message.
+        kind: "train" or "evaluate".
 
     Raises:
         SecureRefused: The results are not those of whole classes as the manifest has them.
@@ -286,8 +306,8 @@ def encode(
         raise SecureRefused(f"Shards {sorted(results)} are not the whole classes that worker {keys.worker} sends.")
     integers = {}
     for c in numbers:
-        ours = ClassIntegers(body, c, keys.seeds[c], request)
+        ours = ClassIntegers(body, c, keys.seeds[c], request, kind)
         for j in classes.members[c]:
             ours.add(j, results[j])
         integers[c] = ours.parts()
-    return masked_reply(keys, request, integers)
+    return masked_reply(keys, request, integers, kind)

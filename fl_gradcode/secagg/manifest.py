@@ -25,7 +25,17 @@ from .graph import ClassGraph, split_into_cohorts, vertex_order
 from .keys import edge_key, private_key, public_key
 from .request import layout_digest
 
-__all__ = ["ClassKeys", "Manifest", "ManifestBody", "canonical", "class_keys", "make_body", "parsed", "read_body"]
+__all__ = [
+    "ClassKeys",
+    "Manifest",
+    "ManifestBody",
+    "ResultLayout",
+    "canonical",
+    "class_keys",
+    "make_body",
+    "parsed",
+    "read_body",
+]
 
 _PROTOCOL = "fl-gradcode/secagg/v1"
 _LARGEST = 2**53
@@ -74,6 +84,36 @@ def parsed(text: bytes) -> dict[str, Any]:
     return found
 
 
+@dataclass(frozen=True)
+class ResultLayout:
+    """The layout of a shard's result.
+
+    Attributes:
+        weight_key: Name of the metric that is the weight of a shard.
+        arrays: Name, dtype and shape of each array; none for an evaluation.
+        metrics: Name and length of each metric, -1 for a single number; without the weight.
+    """
+
+    weight_key: str
+    arrays: tuple[tuple[str, str, tuple[int, ...]], ...]
+    metrics: tuple[tuple[str, int], ...]
+
+    @property
+    def size(self) -> int:
+        """Number of entries of an update, 0 for an evaluation."""
+        return sum(math.prod(shape) for _, _, shape in self.arrays)
+
+    @property
+    def numbers(self) -> int:
+        """Number of values in a shard's metrics vector, without weight and count of clipped entries."""
+        return sum(1 if length < 0 else length for _, length in self.metrics)
+
+    @property
+    def digest(self) -> bytes:
+        """Digest of the layout, which enters the request digest; 32 bytes."""
+        return layout_digest(self.arrays, ((self.weight_key, -1), *self.metrics))
+
+
 @dataclass(frozen=True, eq=False)
 class ManifestBody:
     """What the owners of the nodes agree on.
@@ -87,6 +127,7 @@ class ManifestBody:
         weight_key: Name of the metric that is the weight of a shard.
         arrays: Name, dtype and shape of each array that `train()` returns.
         metrics: Name and length of each metric, -1 for a single number; without the weight.
+        evaluation: The same for what `evaluate()` returns; empty if nodes answer no evaluation.
         identities: Public identity keys of the workers, as hexadecimal; empty in dealer mode.
         app: Digest of the app, empty if it is not pinned.
         versions: Name and version of what the bits of an update depend on.
@@ -102,6 +143,7 @@ class ManifestBody:
     weight_key: str
     arrays: tuple[tuple[str, str, tuple[int, ...]], ...]
     metrics: tuple[tuple[str, int], ...]
+    evaluation: tuple[tuple[str, int], ...]
     identities: tuple[str, ...]
     app: str
     versions: tuple[tuple[str, str], ...]
@@ -115,24 +157,38 @@ class ManifestBody:
 
     @cached_property
     def layout(self) -> bytes:
-        """Digest of the layout of a shard's result, which enters the request digest; 32 bytes."""
-        return layout_digest(self.arrays, ((self.weight_key, -1), *self.metrics))
+        """Digest of the layout of a shard's result of training, which enters the request digest; 32 bytes."""
+        return self.result("train").digest
 
     @property
     def size(self) -> int:
         """Number d of entries of an update."""
-        return sum(math.prod(shape) for _, _, shape in self.arrays)
+        return self.result("train").size
 
     @property
     def numbers(self) -> int:
-        """Number of values in a shard's metrics vector, without weight and count of clipped entries."""
-        return sum(1 if length < 0 else length for _, length in self.metrics)
+        """Number of values in the metrics vector of training, without weight and count of clipped entries."""
+        return self.result("train").numbers
 
-    def lengths(self) -> dict[str, int]:
+    def result(self, kind: str) -> ResultLayout:
+        """Returns the layout of what a shard's training ("train") or evaluation ("evaluate") gives.
+
+        Raises:
+            SecureRefused: The manifest does not cover requests of this kind.
+        """
+        if kind == "train":
+            return ResultLayout(self.weight_key, self.arrays, self.metrics)
+        if kind == "evaluate" and self.evaluation:
+            return ResultLayout(self.weight_key, (), self.evaluation)
+        covered = "training and evaluation" if self.evaluation else "training alone"
+        raise SecureRefused(f"The manifest covers {covered}, and the server asks for something else.")
+
+    def lengths(self, kind: str = "train") -> dict[str, int]:
         """Returns the number of elements of each part before combining, a multiple of m."""
+        result = self.result(kind)
         plain = {
-            "update": self.size,
-            "metrics": ENTRY_WORDS * (2 + self.numbers),
+            "update": result.size,
+            "metrics": ENTRY_WORDS * (2 + result.numbers),
             "check": CHECK_WORDS,
             "status": 1,
         }
@@ -179,6 +235,7 @@ def make_body(
     *,
     arrays: Sequence[tuple[str, str, Sequence[int]]],
     metrics: Sequence[tuple[str, int]] = (),
+    evaluation: Sequence[tuple[str, int]] = (),
     colluders: int = 1,
     min_classes: int = 3,
     cohorts: int = 1,
@@ -198,9 +255,11 @@ def make_body(
     """Returns a manifest's body for a code, with a graph that is certified for `colluders`.
 
     Args:
-        code: Fractional repetition with m = 1, or an exact code over the prime field.
+        code: Fractional repetition with m = 1, or an exact code over the prime field. Any code with one shard a
+            message, because only its assignment counts.
         arrays: Name, dtype and shape of each array that `train()` returns.
         metrics: Name and length of each metric except the weight, -1 for a single number.
+        evaluation: The same for what `evaluate()` returns; empty if nodes answer no evaluation.
         colluders: Number T of workers that may collude with the server.
         min_classes: Fewest classes in a sum.
         cohorts: Number of separate sums.
@@ -239,6 +298,7 @@ def make_body(
             "weight-key": weight_key,
             "arrays": [[name, dtype, [int(x) for x in shape]] for name, dtype, shape in arrays],
             "metrics": [[name, length] for name, length in metrics],
+            "evaluation": [[name, length] for name, length in evaluation],
             "identities": list(identities),
             "app": app,
             "versions": [[name, version] for name, version in sorted((versions or {}).items())],
@@ -251,7 +311,7 @@ def make_body(
 _KEYS = {
     *("protocol", "n", "k", "m", "s", "ring", "sending", "classes", "rows", "holders", "graph", "cohorts"),
     *("colluders", "min-classes", "quantiser", "check-words", "weight-key", "arrays", "metrics", "identities"),
-    *("app", "versions", "environment"),
+    *("app", "versions", "environment", "evaluation"),
 }
 
 
@@ -294,7 +354,11 @@ def _body_of(values: dict[str, Any], text: bytes) -> ManifestBody:
     arrays = tuple(
         (_text(name), _text(dtype), tuple(_whole(x) for x in shape)) for name, dtype, shape in values["arrays"]
     )
-    metrics = tuple((_text(name), _whole(length, -1)) for name, length in values["metrics"])
+    metrics, evaluation = (
+        tuple((_text(name), _whole(length, -1)) for name, length in values[kind]) for kind in ("metrics", "evaluation")
+    )
+    if quantiser.noise and evaluation:
+        raise InvalidSetting("with integer noise no metric leaves a node, so no evaluation does.")
     return ManifestBody(
         classes,
         graph,
@@ -304,6 +368,7 @@ def _body_of(values: dict[str, Any], text: bytes) -> ManifestBody:
         _text(values["weight-key"]),
         arrays,
         metrics,
+        evaluation,
         tuple(map(_text, values["identities"])),
         _text(values["app"]),
         tuple((_text(name), _text(version)) for name, version in values["versions"]),

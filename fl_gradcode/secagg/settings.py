@@ -64,6 +64,11 @@ class SecureAggregation:
             return f"SecureAggregation(manifest {self.manifest.digest.hex()[:12]}...)"
         return f"SecureAggregation(body {self.body.digest.hex()[:12]}...)"
 
+    @property
+    def send(self) -> str:
+        """What `GradientCoding(send=)` must be for this manifest, "coded" or "shards"."""
+        return "coded" if self.body.classes.sending == "coded" else "shards"
+
     def check_code(self, code: GradientCode) -> None:
         """Refuse a code that is not the manifest's.
 
@@ -71,7 +76,8 @@ class SecureAggregation:
             InvalidCode: Masks do not work with this code.
             InvalidSetting: The manifest was made for another code.
         """
-        found, pinned = classes_for(code), self.body.classes
+        pinned = self.body.classes
+        found = classes_for(code, pinned.sending)
         same = (found.members, found.ring, found.s) == (pinned.members, pinned.ring, pinned.s)
         if not same or not np.array_equal(found.matrix, pinned.matrix):
             raise InvalidSetting(
@@ -90,8 +96,6 @@ def _read(path: Path) -> Manifest | ManifestBody:
 
 def _not_built(body: ManifestBody) -> str:
     """Returns what a run cannot use of a manifest, or an empty string."""
-    if body.classes.sending != "coded":
-        return "its replies hold one shard each; make it with sending='coded'"
     if len(body.graph.cohorts) != 1:
         return f"it has {len(body.graph.cohorts)} cohorts, and a round has one sum"
     if body.quantiser.noise:
@@ -101,6 +105,7 @@ def _not_built(body: ManifestBody) -> str:
     counters = [name for name, dtype, _ in body.arrays if dtype != "bfloat16" and np.dtype(dtype).kind != "f"]
     if counters:
         return f"array {counters[0]!r} holds no floats, and clipped counters are no counters"
-    if list(body.metrics) != sorted(body.metrics) or body.weight_key in dict(body.metrics):
-        return "its metrics must be sorted by name, without the weight"
+    for metrics in (body.metrics, body.evaluation):
+        if list(metrics) != sorted(metrics) or body.weight_key in dict(metrics):
+            return "its metrics must be sorted by name, without the weight"
     return ""

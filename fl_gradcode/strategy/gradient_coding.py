@@ -94,8 +94,8 @@ class GradientCoding(Strategy):
         privacy: The privacy promise of the run, a `DPSGD` or a `CentralNoise` (`fl_gradcode.privacy`,
             docs/privacy.md).
         secure: Masks all replies, so that the server learns the sum over all shards alone: a `SecureAggregation`
-            (`fl_gradcode.secagg`, docs/secure-aggregation.md). Nodes are then not asked to evaluate; pass `evaluate_fn`
-            to `start`.
+            (`fl_gradcode.secagg`, docs/secure-aggregation.md). Nodes then evaluate only if its manifest covers that;
+            `evaluate_fn` of `start` always works.
 
     Raises:
         IncompatibleStrategy: The strategy cannot be wrapped, or needs more than one decoded mean. The message says what
@@ -152,7 +152,7 @@ class GradientCoding(Strategy):
             secure=secure,
         )
         if secure is not None:
-            check_full_participation(strategy)
+            check_full_participation(strategy, evaluation=bool(secure.body.evaluation))
             if isinstance(code, Discovered):
                 raise InvalidSetting("secure= needs the manifest's code, and Discovered builds one for each round.")
         check_what_it_sees(strategy, self.options)

@@ -183,11 +183,17 @@ class Options:
     def _not_masked(self) -> str:
         """Returns what these settings have that masked replies do not combine with, or an empty string."""
         send = self.send
-        if not isinstance(send, Coded):
-            return f"masks coded vectors, and send={str(send)!r} asks for single shards: choose send='coded'"
+        assert self.secure is not None
+        if isinstance(send, Adaptive):
+            return f"has one way of sending, and send='adaptive' changes it: choose send={self.secure.send!r}"
+        if isinstance(send, Coded) != (self.secure.send == "coded"):
+            return (
+                f"has a manifest for send={self.secure.send!r}, and send={str(send)!r} was chosen: choose the "
+                f"manifest's, or make another with `fl-gradcode secure make --send {send}`"
+            )
         if self.approximation is not None:
             return "decodes the exact sum or nothing: choose on_undecodable='skip' or 'raise'"
-        if send.give_up_after is not None or send.kappa_max != float("inf"):
+        if isinstance(send, Coded) and (send.give_up_after is not None or send.kappa_max != float("inf")):
             return "sends whole classes without rounding noise: leave give_up_after= and kappa_max= out"
         if self.privacy is not None:
             return "does not combine with privacy= yet: choose one"
@@ -206,6 +212,8 @@ class Options:
             return f"send={str(self.send)!r} gives it one decoded mean"
         if self.privacy is not None:
             return "privacy= protects only the mean"
+        if self.secure is not None:
+            return "secure= reveals only the mean"
         return "" if self.approximation is None else "on_undecodable='approximate' estimates a mean"
 
     @property
@@ -229,7 +237,7 @@ class Options:
             raise InvalidSetting(
                 f"send={send!r} sends whole updates, and this code divides them by m={code.m}. Take a code with m = 1."
             )
-        if self.shardwise and field:
+        if self.shardwise and field and self.secure is None:
             raise InvalidSetting(
                 f"send={send!r} sends plain updates; a code over a prime field codes them. Choose one."
             )

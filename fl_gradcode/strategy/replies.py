@@ -408,7 +408,8 @@ class ReplyCollector:
                 worker=reply.worker,
                 manifest=manifest.digest,
                 request=bytes.fromhex(reply.request),
-                number=None,
+                number=reply.shards[0] if manifest.body.classes.sending == "shardwise" else None,
+                kind=self.plan.kind,
             )
             if len(masked.request) != 32:
                 raise ValueError("the digest of its request does not have 32 bytes")

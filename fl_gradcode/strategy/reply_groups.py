@@ -81,7 +81,7 @@ class MaskedSum:
     Attributes:
         request: Digest of the request that was answered, as hexadecimal.
         clipped: Number of clipped entries, or of clipped updates if their norm is limited.
-        error: Largest error of an entry of the mean from rounding to integers.
+        error: Largest error of an entry of the mean from rounding to integers; for an evaluation, of a mean metric.
     """
 
     request: str
@@ -301,9 +301,9 @@ class MaskedReplies(HeldReplies["MaskedReply"]):
 
     def add(self, row: int, sender: tuple[int, int], copy: MaskedReply, *, unlike: bool = False) -> bool:
         """Add a reply; returns whether it may be used, or is only a further copy."""
-        if self._code.groups is not None:
+        if self._code.groups is not None:  # with one shard a message, each shard is a group, with a row for all copies
             first = self._first_of.setdefault(self._code.order_of([row])[0], row)
-            if first != row and self.copies[first].payload() != copy.payload():
+            if first in self.copies and self.copies[first].payload() != copy.payload():
                 self.differing = self.differing or (self.senders[first][1], sender[1])
         return super().add(row, sender, copy, unlike=unlike)
 
@@ -321,7 +321,7 @@ class MaskedReplies(HeldReplies["MaskedReply"]):
         """
         from ..secagg import decode  # a plain server loads no cryptography
 
-        assert before is not None and not stale and noise is None
+        assert not stale and noise is None
         if self.differing is not None:
             return "workers {} and {} hold the same shards and sent different integers".format(*self.differing)
         used = [int(i) for i in np.flatnonzero(vector.reshape(code.n, -1).any(axis=1))]
@@ -332,20 +332,23 @@ class MaskedReplies(HeldReplies["MaskedReply"]):
             return str(error)[:-1]
         if not total.weight > 0:
             return f"the decoded {body.weight_key!r} is {total.weight:g}, and a mean needs a positive one"
-        layout = ((body.weight_key, -1, False), *((name, length, False) for name, length in body.metrics))
+        result = body.result("evaluate" if before is None else "train")
+        layout = ((body.weight_key, -1, False), *((name, length, False) for name, length in result.metrics))
         whole = float(total.weight).is_integer()
         _, record = rebuild_metrics(layout, np.array([total.weight, *total.metrics]), whole=whole)
-        scale = total.unit * total.largest_weight
-        starts = range(0, total.integers.size, _PIECE)
-        pieces = (total.integers[i : i + _PIECE].astype(np.float64) * scale for i in starts)
-        try:
-            arrays = rebuild_arrays(body.arrays, before, pieces, total.weight)
-        except OverflowError as error:
-            return str(error)
-        error_of_mean = (len(body.classes) + body.classes.k * 2.0**-21) * scale / total.weight
+        arrays, error_of_mean = None, body.classes.k * 2.0**-31 / total.weight  # of metrics
+        if before is not None:
+            scale = total.unit * total.largest_weight
+            starts = range(0, total.integers.size, _PIECE)
+            pieces = (total.integers[i : i + _PIECE].astype(np.float64) * scale for i in starts)
+            try:
+                arrays = rebuild_arrays(result.arrays, before, pieces, total.weight)
+            except OverflowError as error:
+                return str(error)
+            error_of_mean = (len(body.classes) + body.classes.k * 2.0**-21) * scale / total.weight
         masks = MaskedSum(self.copies[used[0]].request.hex(), total.clipped, error_of_mean)
         workers = tuple(sorted({self.senders[row][1] for row in used}))
-        return Decoded(arrays, record, body.arrays, self._names, vector, workers, (), masks)
+        return Decoded(arrays, record, result.arrays, self._names, vector, workers, (), masks)
 
 
 @dataclass(frozen=True)

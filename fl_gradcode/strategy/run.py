@@ -243,7 +243,8 @@ class Run:
         if kind == "train":
             self._set_up_masks(grid, server_round)
         self.phase = None
-        if kind == "evaluate" and self.options.secure is not None:
+        secure = self.options.secure
+        if kind == "evaluate" and secure is not None and not secure.body.evaluation:
             return []  # nodes answer nothing unmasked, and the manifest has training alone
         configure = getattr(self.strategy, f"configure_{kind}")
         self._drafts = list(configure(server_round, arrays, config, ShardGrid(self.code.k, grid)))

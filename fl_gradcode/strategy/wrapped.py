@@ -92,19 +92,25 @@ def check_strategy(strategy: Strategy) -> None:
         )
 
 
-def check_full_participation(strategy: Strategy) -> None:
+def check_full_participation(strategy: Strategy, *, evaluation: bool) -> None:
     """Refuse a strategy that samples clients, whose shards secure aggregation could not leave out.
 
     Two sums that differ by a shard show that shard's update.
 
+    Args:
+        strategy: The wrapped strategy.
+        evaluation: Whether nodes are asked to evaluate.
+
     Raises:
         InvalidSetting: It does.
     """
-    fraction = getattr(strategy, "fraction_train", 1.0)
-    if fraction != 1.0:
-        raise InvalidSetting(
-            f"fraction_train={fraction} samples shards, and under secure= each sum has all of them: set it to 1.0."
-        )
+    wanted = {"fraction_train": (1.0,)} | ({"fraction_evaluate": (0.0, 1.0)} if evaluation else {})
+    for name, fine in wanted.items():
+        fraction = getattr(strategy, name, 1.0)
+        if fraction not in fine:
+            raise InvalidSetting(
+                f"{name}={fraction} samples shards, and under secure= each sum has all of them: set it to 1.0."
+            )
 
 
 def check_bounds(strategy: Strategy, k: int) -> None:

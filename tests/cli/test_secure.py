@@ -51,6 +51,22 @@ def test_key_files_and_three_words_make_a_run(tmp_path: Path, layout: Path) -> N
     assert read_manifest(keys / "node-3").digest != manifest.digest
 
 
+def test_a_manifest_for_single_shards_and_evaluation(tmp_path: Path, layout: Path) -> None:
+    keys = tmp_path / "keys"
+    layout.write_text(json.dumps({**json.loads(layout.read_text()), "evaluation": {"loss": -1, "accuracy": -1}}))
+    make = ("secure", "make", keys, "--layout", layout, "-n", 8, "-s", 1, "--largest-weight", 8)
+    code, out, error = call(*make, "--send", "shards")
+    assert code == 0, error
+    assert "one shard a message, for training and evaluation" in out and "send='shards'" in out
+    body = read_manifest(keys / "node-3").body
+    assert body.classes.sending == "shardwise" and body.evaluation == (("accuracy", -1), ("loss", -1))
+    assert SecureAggregation(keys / MANIFEST_FILE).send == "shards"
+    code, _, error = call(*make, "--send", "halves")
+    assert code != 0 and "'halves' must be one of coded, shards" in error
+    code, _, error = call(*make, "--send", "shards", "--code", "reed-solomon", "-m", 2)
+    assert code != 0 and "sends them whole" in error
+
+
 def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "secure-aggregation.md").read_text()
     (layout,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)

@@ -46,8 +46,12 @@ def known_app(
     weight: Callable[[int], float] = lambda shard: shard + 1,
     loss: Callable[[int], float] = float,
     before: Callable[[int, Message, Context], None] = lambda shard, message, context: None,
+    evaluated: Callable[[int, Message], MetricRecord] | None = None,
 ) -> ClientApp:
-    """An app that moves the model by `update(round, shard)`; `before` is called with the shard first."""
+    """An app that moves the model by `update(round, shard)`; `before` is called with the shard first.
+
+    `evaluated` returns the metrics of a shard's evaluation.
+    """
     app = ClientApp(mods=[gradient_coding_mod])
 
     @app.train()
@@ -67,7 +71,9 @@ def known_app(
     @app.query()
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        raise AssertionError("nobody is asked to evaluate")
+        assert evaluated is not None, "nobody is asked to evaluate"
+        found = evaluated(int(context.node_config["partition-id"]), message)
+        return Message(RecordDict({"metrics": found}), reply_to=message)
 
     return app
 
@@ -115,7 +121,7 @@ def start(
         kill(server_round)
 
     secure = SecureAggregation(read_manifest(folder / "node-0"))
-    options = {"run": "run-1", "give_up_rounds": None, **options}
+    options = {"run": "run-1", "give_up_rounds": None, "send": secure.send, **options}
     strategy = GradientCoding(FedAvg(), code, secure=secure, on_round_end=keep, **options)
     with grid_of(app or known_app(), folder, code.n, tamper, **(owner or {})) as inner:
         result = strategy.start(

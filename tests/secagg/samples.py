@@ -67,7 +67,7 @@ def class_integers(body: ManifestBody, number: int, results: Mapping[int, ShardR
 
 
 def replies_of(
-    manifest: Manifest, results: Mapping[int, ShardResult | None], *, request: bytes = REQUEST
+    manifest: Manifest, results: Mapping[int, ShardResult | None], *, request: bytes = REQUEST, kind: str = "train"
 ) -> list[MaskedReply]:
     """All workers' replies, in the order of workers and then of shards."""
     classes = manifest.body.classes
@@ -76,8 +76,8 @@ def replies_of(
         keys = keys_of(manifest, worker)
         if classes.sending == "shardwise":
             for c in classes.sent_by(worker):
-                replies.append(encode(keys, request, {c: results[c]}, shard=c))
+                replies.append(encode(keys, request, {c: results[c]}, shard=c, kind=kind))
         else:
             shards = [j for c in classes.sent_by(worker) for j in classes.members[c]]
-            replies.append(encode(keys, request, {j: results[j] for j in shards}))
+            replies.append(encode(keys, request, {j: results[j] for j in shards}, kind=kind))
     return replies

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, islice, product
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fl_gradcode.codes import GradientCode, fractional_repetition, reed_solomon, uncoded
+from fl_gradcode.codes import GradientCode, cyclic_repetition, fractional_repetition, reed_solomon, uncoded
 from fl_gradcode.errors import NotDecodable
 from fl_gradcode.masking.quantiser import RoundedSum
 from fl_gradcode.secagg import ManifestBody, MaskedReply, ShardResult, decode
@@ -35,6 +35,7 @@ SHARDWISE: list[tuple[GradientCode, dict[str, Any]]] = [
     (fractional_repetition(6, 1), {}),
     (reed_solomon(5, 1), {}),
     (reed_solomon(5, 1, m=2), {"colluders": 0}),
+    (cyclic_repetition(5, 1, rng=np.random.default_rng(0)), {}),
 ]
 
 
@@ -94,6 +95,41 @@ def test_every_complete_set_of_single_shards_gives_the_sum(code: GradientCode, s
             with pytest.raises(NotDecodable, match="No reply of shard"):
                 decode(sealed(body), some)
     assert 20 < complete < 380
+
+
+@pytest.mark.parametrize(("code", "settings"), SHARDWISE, ids=str)
+def test_whoever_sends_each_single_shard_the_sum_is_the_same(code: GradientCode, settings: dict[str, Any]) -> None:
+    """All choices of a holder for each shard, and none of them is decodable without one of its shards."""
+    body = body_of(code, sending="shardwise", size=3, **settings)
+    results = results_for(body)
+    of_shard: list[list[MaskedReply]] = [[] for _ in range(code.k)]
+    for reply in replies_of(sealed(body), results):
+        assert reply.number is not None
+        of_shard[reply.number].append(reply)
+    for copies in of_shard:
+        assert len({reply.payload() for reply in copies}) == 1
+    for chosen in islice(product(*of_shard), 300):
+        check(body, results, list(chosen))
+        with pytest.raises(NotDecodable):
+            decode(sealed(body), chosen[1:])
+
+
+def test_a_thousand_choices_of_two_hundred_workers_single_shards_give_the_sum() -> None:
+    code = fractional_repetition(200, 3)
+    body = body_of(code, sending="shardwise", colluders=0, size=3, metrics=0)
+    results = results_for(body)
+    manifest = sealed(body)
+    of_shard: list[list[MaskedReply]] = [[] for _ in range(code.k)]
+    for reply in replies_of(manifest, results):
+        assert reply.number is not None
+        of_shard[reply.number].append(reply)
+    expected = integers_of(body, results, range(200))
+    rng = np.random.default_rng(1)
+    for _ in range(1000):
+        chosen = [copies[rng.integers(len(copies))] for copies in of_shard]
+        rng.shuffle(chosen)
+        (found,) = decode(manifest, chosen)
+        assert (found.integers == expected).all()
 
 
 @pytest.mark.parametrize(

@@ -310,7 +310,7 @@ def secure_of(folder: Path, code: Any = FRC, **settings: Any) -> SecureAggregati
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"send": "shards"}, "choose send='coded'"),
+        ({"send": "shards"}, "has a manifest for send='coded'.*--send shards"),
         ({"send": "adaptive"}, "choose send='coded'"),
         ({"on_undecodable": "approximate"}, "exact sum or nothing"),
         ({"votes": 1}, "votes="),
@@ -347,11 +347,11 @@ def test_other_codes_and_sampling_are_refused(tmp_path: Path) -> None:
 
 def test_manifests_that_no_run_can_use_are_refused(tmp_path: Path) -> None:
     for name, settings, match in (
-        ("shards", {"sending": "shardwise"}, "one shard each"),
         ("cohorts", {"cohorts": 2, "min_classes": 2}, "2 cohorts"),
         ("noise", {"noise": 4.0, "largest_weight": 1.0}, "integer noise"),
         ("counter", {"arrays": [("steps", "int64", ())]}, "clipped counters"),
         ("order", {"metrics": [("b", -1), ("a", -1)]}, "sorted by name"),
+        ("evaluation", {"evaluation": [("b", -1), ("a", -1)]}, "sorted by name"),
     ):
         with pytest.raises(InvalidSetting, match=match):
             secure_of(tmp_path / name, **settings)
