@@ -63,6 +63,15 @@ class EnrolledNode:
         """Number of the worker."""
         return self._identity.worker
 
+    @property
+    def told(self) -> str:
+        """Which keys the node has, in words for its owner."""
+        state = self._file.read()
+        if state.sealed is not None and state.sealed.setup.body == self.body.digest.hex():
+            manifest = Manifest.from_bytes(state.sealed.manifest.encode())
+            return f"of {state.sealed.setup}, manifest {manifest.digest.hex()}"
+        return "none yet" if state.pending is None else f"none yet; {state.pending.setup} has begun"
+
     def answer(self, request: Request, data: Mapping[int, str]) -> Answer:
         """Returns the answer to a step, after writing it to disk.
 

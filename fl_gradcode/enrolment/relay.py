@@ -7,6 +7,7 @@ out by name. The nodes trust none of it, and check everything themselves.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +35,7 @@ Take = Callable[[int, Answer], str]
 
 _ATTEMPTS = 5  # epochs that one set-up may take, since a lead holder may be gone in the middle
 _GRACE = 10.0  # seconds to wait for further answers once there are enough
+_TRIES = 2  # times that a node which does not say who it is is waited for
 _LEAST_TTL = 600.0
 _FIRST_USE = (
     "There is no allow-list: nodes trust the identities that this server shows them first, and a server that replaces "
@@ -111,6 +113,7 @@ class Relay:
         self.enrolment = None if saved is None else Enrolment.from_json(run, saved)
         self._epoch = 0 if self.enrolment is None else self.enrolment.setup.epoch
         self._met: set[int] = set()  # nodes that take part in this epoch, or cannot
+        self._silent: Counter[int] = Counter()  # node -> how often it did not say in time who it is
         if self.trusts_first_use:
             _log.warning("%s", _FIRST_USE)
 
@@ -134,7 +137,8 @@ class Relay:
         if self.enrolment is None:
             return self._set_up(grid, server_round, timeout)
         owing = grid.owing()
-        strangers = [node for node in grid.get_node_ids() if node not in self._met and node not in owing]
+        unmet = [node for node in grid.get_node_ids() if node not in self._met and node not in owing]
+        strangers = [node for node in unmet if self._silent[node] < _TRIES]
         if not strangers:
             return self.enrolment.manifest
         # The hello of this epoch: who has its keys says the same again, and only a new worker says a new one.
@@ -148,8 +152,9 @@ class Relay:
             return wrong
 
         ask = _Asked(take, setup.label_of_phase, {node: Request(setup, "hello") for node in strangers})
-        ask.run(grid, min(timeout, _GRACE))
+        ask.run(grid, timeout)
         self._met |= {*ask.answered}
+        self._silent.update({*strangers} - {*ask.answered})
         if not new:
             return self.enrolment.manifest
         _log.info("%s without keys: they are set up again.", numbered("worker", sorted(new), 11).capitalize())

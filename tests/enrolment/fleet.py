@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 
 from fl_gradcode import GradientCode, GradientCoding, VirtualGrid
@@ -21,7 +21,6 @@ from fl_gradcode.enrolment import (
     agree,
     allow_list,
     make_identity,
-    read_identity,
 )
 from fl_gradcode.latency import Latency
 from fl_gradcode.secagg import Manifest, ManifestBody, SecureAggregation, make_body
@@ -154,11 +153,3 @@ def start(
             grid if latency is None else VirtualGrid(grid, latency, seed=3), initial_arrays(), num_rounds=rounds
         )
     return strategy, models, result
-
-
-def worker_key(folder: Path, worker: int) -> str:
-    return read_identity(folder / f"node-{worker}").public
-
-
-def is_error(reply: Message) -> bool:
-    return bool(reply.has_error())

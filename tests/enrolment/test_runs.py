@@ -86,6 +86,14 @@ def test_in_virtual_time_rounds_end_early_and_are_exact(tmp_path: Path, code: Gr
     assert all(len(row["train"]["used"]) < code.n for row in strategy.ledger.rows)
 
 
+def test_one_shard_a_message_works_without_a_dealer_too(tmp_path: Path) -> None:
+    enrolled(tmp_path / "nodes", FRC, sending="shardwise")
+    latency = Latency(compute=lognormal(1.0, 0.8))
+    strategy, models, _ = start(FRC, tmp_path / "nodes", rounds=2, latency=latency, send="shards")
+    assert_near(strategy.ledger.rows, FRC, models)
+    assert all(row["train"]["secure"]["setup"] == "allow-list" for row in strategy.ledger.rows)
+
+
 def test_a_node_that_never_answers_is_left_out_of_the_set_up_and_of_the_rounds(tmp_path: Path) -> None:
     enrolled(tmp_path / "nodes", FRC)
     latency = Latency(compute=scaled(constant(1.0), {0: float("inf")}))
