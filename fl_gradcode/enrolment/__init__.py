@@ -6,6 +6,7 @@ from .._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .agreement import BODY_FILE, agree, agreed_body, check_identities, is_enrolled
+    from .attempt import Enrolment
     from .exchange import Answer, Request
     from .identities import (
         ALLOW_LIST,
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
         read_identity,
     )
     from .node import EnrolledNode
-    from .relay import Enrolment, Relay
+    from .relay import Relay
     from .statements import ClassKey, Confirmation, Hello, Setup
 
 __all__ = [
@@ -60,7 +61,8 @@ __getattr__, __dir__ = lazy_names(
             "read_identity",
         ],
         "node": ["EnrolledNode"],
-        "relay": ["Enrolment", "Relay"],
+        "attempt": ["Enrolment"],
+        "relay": ["Relay"],
         "statements": ["ClassKey", "Confirmation", "Hello", "Setup"],
     },
 )

@@ -132,7 +132,7 @@ class Answer:
                 values["step"],
                 None if hello is None else Hello.from_list(hello),
                 tuple(map(ClassKey.from_list, values["classes"])),
-                {(number, worker): _box(box) for number, worker, box in values["wraps"]},
+                {(_whole(number), _whole(worker)): _box(box) for number, worker, box in values["wraps"]},
                 None if confirmation is None else Confirmation.from_list(confirmation),
             )
         except (TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -167,10 +167,16 @@ class Answer:
 def _boxes(values: Any) -> dict[int, bytes]:
     boxes: dict[int, bytes] = {}
     for number, box in values:
-        if type(number) is not int or number in boxes:
-            raise ValueError("the number of a class")
-        boxes[number] = _box(box)
+        if number in boxes:
+            raise ValueError("a class twice")
+        boxes[_whole(number)] = _box(box)
     return boxes
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError("the number of a class or a worker")
+    return value
 
 
 def _box(value: str) -> bytes:

@@ -68,7 +68,7 @@ class EnrolledNode:
         """Which keys the node has, in words for its owner."""
         state = self._file.read()
         if state.sealed is not None and state.sealed.setup.body == self.body.digest.hex():
-            manifest = Manifest.from_bytes(state.sealed.manifest.encode())
+            manifest = self._manifest(state.sealed.entries)
             return f"of {state.sealed.setup}, manifest {manifest.digest.hex()}"
         return "none yet" if state.pending is None else f"none yet; {state.pending.setup} has begun"
 
@@ -104,8 +104,9 @@ class EnrolledNode:
             raise SecureRefused("No set-up of this run has ended on this node, so it has no keys to mask with.")
         if sealed.setup.body != self.body.digest.hex():
             raise SecureRefused("The owner of this node has agreed to another body since its keys were set up.")
-        manifest = Manifest.from_bytes(sealed.manifest.encode())
-        return manifest, {int(number): bytes.fromhex(seed) for number, seed in sealed.seeds.items()}
+        return self._manifest(sealed.entries), {
+            int(number): bytes.fromhex(seed) for number, seed in sealed.seeds.items()
+        }
 
     def _hello(self, setup: Setup, state: NodeState) -> Answer:
         pending, sealed = state.pending, state.sealed
@@ -173,21 +174,21 @@ class EnrolledNode:
         known = self._check_hellos(request, pending, state)
         check_class_keys(request.setup, self.body, request.hellos, digest, request.classes)
         seeds = self._seeds_in(request, pending, digest)
-        manifest = Manifest(
-            self.body,
-            tuple(bytes.fromhex(key.public) for key in request.classes),
-            tuple(bytes.fromhex(key.commitment) for key in request.classes),
-        )
+        entries = [[key.public, key.commitment] for key in request.classes]
+        manifest = self._manifest(entries)
         class_keys(manifest, self.worker, seeds).edge_keys([*seeds])  # a key of small order is refused here
         check_data(manifest, seeds, data)
         confirmation = Confirmation.signed(request.setup, digest, self._identity, manifest.digest)
         answer = Answer(self.worker, "confirm", confirmation=confirmation)
         kept = {str(c): seed.hex() for c, seed in seeds.items()}
-        text = manifest.to_bytes().decode()
-        sealed = Sealed(request.setup, pending.hello, asked, answer.to_json(), text, kept)
+        sealed = Sealed(request.setup, pending.hello, asked, answer.to_json(), entries, kept)
         # The ephemeral key, and the keys of the epoch before, are erased here.
         self._file.write(replace(state, known=known, pending=None, sealed=sealed))
         return answer
+
+    def _manifest(self, entries: Sequence[Sequence[str]]) -> Manifest:
+        public, commitments = (tuple(bytes.fromhex(pair[side]) for pair in entries) for side in (0, 1))
+        return Manifest(self.body, public, commitments)
 
     def _begun(self, setup: Setup, state: NodeState) -> Pending:
         if state.pending is None or state.pending.setup != setup:

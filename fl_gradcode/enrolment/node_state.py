@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -51,7 +51,7 @@ class Sealed:
         hello: The answer to the first step, as JSON.
         asked: Digest of the request of the third step.
         confirmed: The answer to it, as JSON.
-        manifest: The manifest, as canonical JSON.
+        entries: Public key and commitment of each class.
         seeds: Class -> seed, of all classes that this node holds.
     """
 
@@ -59,7 +59,7 @@ class Sealed:
     hello: str
     asked: str
     confirmed: str
-    manifest: str
+    entries: Sequence[Sequence[str]]
     seeds: Mapping[str, str] = field(repr=False)
 
 
@@ -163,6 +163,9 @@ def _made(kind: Any, values: dict[str, Any]) -> Any:
             for number, seed in value.items():
                 if not number.isdigit() or len(bytes.fromhex(seed)) != 32:
                     raise ValueError("seeds")
+        elif name == "entries":
+            if not all(len(bytes.fromhex(one)) == 32 for pair in value for one in pair):
+                raise ValueError("entries")
         elif name != "setup":
             _text(value)
     return kind(**{**values, "setup": Setup(**values["setup"])})

@@ -317,18 +317,54 @@ def changed(reply: Message, answer: Answer) -> Message:
     return reply
 
 
-def test_a_node_that_confirms_other_keys_is_named(tmp_path: Path) -> None:
+def test_a_node_that_confirms_other_keys_is_named_and_two_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     enrolled(tmp_path / "nodes", FRC)
+    liars = {6}
 
     def lies(worker: int, message: Message, reply: Message) -> Message:
-        if worker == 6 and is_setup(message.content):
+        if worker in liars and is_setup(message.content):
             answer = Answer.find_in(reply.content)
             if answer.confirmation is not None:
                 return changed(reply, replace(answer, confirmation=replace(answer.confirmation, manifest="00" * 32)))
         return reply
 
-    with pytest.raises(RoundFailed, match=r"Worker 6 confirmed other keys in epoch 1 of run run-1"):
-        start(FRC, tmp_path / "nodes", tamper=lies)
+    strategy, models, _ = start(FRC, tmp_path / "nodes", tamper=lies)
+    assert_near(strategy.ledger.rows, FRC, models)
+    assert "Worker 6 confirmed other keys in epoch 1 of run run-1 than the server has, and cannot help" in caplog.text
+    liars.add(3)
+    with pytest.raises(RoundFailed, match=r"Workers 3 and 6 confirmed other keys in epoch 1 of run run-2"):
+        start(FRC, tmp_path / "nodes", tamper=lies, run="run-2")
+
+
+def test_a_leader_that_gives_no_key_of_its_own_is_left_out_and_harms_no_other_class(tmp_path: Path) -> None:
+    enrolled(tmp_path / "nodes", FRC)
+
+    def lies(worker: int, message: Message, reply: Message) -> Message:
+        if worker == 1 and is_setup(message.content) and not reply.has_error():
+            answer = Answer.find_in(reply.content)
+            if answer.step == "lead":
+                forged = [replace(answer.classes[0], number=number) for number in range(4)]
+                boxes = {(number, to): bytes(48) for number in range(-1, 9) for to in range(-1, 9)}
+                return changed(reply, replace(answer, classes=tuple(forged), wraps=boxes))
+        return reply
+
+    # Its key of class 1 is genuine; the wraps of class 1 are not, so worker 5 refuses. Other classes are untouched.
+    strategy, models, _ = start(FRC, tmp_path / "nodes", tamper=lies)
+    assert strategy.ledger.rows[0]["train"]["secure"]["epoch"] == 1
+    assert all(manifest_of(tmp_path / "nodes", worker) for worker in (0, 4, 2, 6, 3, 7))
+
+    def silent(worker: int, message: Message, reply: Message) -> Message:
+        if worker == 1 and is_setup(message.content) and not reply.has_error():
+            answer = Answer.find_in(reply.content)
+            return changed(reply, replace(answer, classes=()))
+        return reply
+
+    strategy, models, _ = start(FRC, tmp_path / "nodes", tamper=silent, run="run-2")
+    assert_near(strategy.ledger.rows, FRC, models)
+    assert strategy.ledger.rows[0]["train"]["secure"]["epoch"] == 2
+    assert 1 not in strategy.ledger.rows[0]["train"]["used"]
 
 
 def test_a_node_that_says_hello_as_another_is_left_out(tmp_path: Path) -> None:
