@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from flwr.app import Message
 
@@ -48,11 +48,13 @@ class Asked(StopRule):
         self._now: Callable[[], float] = lambda: 0.0
         #: Nodes that have answered, well or not.
         self.answered: list[int] = []
+        #: Seconds that the slowest good answer took.
+        self.slowest = 0.0
         #: What was wrong with answers, each once.
         self.wrong: list[str] = []
 
-    def run(self, grid: EarlyStopGrid, timeout: float) -> None:
-        """Ask the nodes, and wait for their answers."""
+    def run(self, grid: EarlyStopGrid, timeout: float | None) -> None:
+        """Ask the nodes, and wait for their answers, for at most `timeout` seconds."""
         if self._requests:
             self._now = grid.source.now
             grid.expect(self)
@@ -73,9 +75,13 @@ class Asked(StopRule):
         if wrong:
             self.wrong = [*dict.fromkeys([*self.wrong, wrong])]
             return
-        self._good += 1
+        self._good, self.slowest = self._good + 1, max(self.slowest, at)
         if self.wake_at is None and self._enough is not None and self._good >= self._enough:
             self.wake_at = self._now() + max(_GRACE, 2 * at)
+
+    def hopeless(self, nodes: Sequence[int]) -> bool:
+        """Returns whether there cannot be enough good answers any more."""
+        return self._joining is None and self._enough is not None and self._good + len(nodes) < self._enough
 
     def finish(self, wait: Wait) -> list[Message]:
         """Returns no messages, because `offer` has handed on everything."""

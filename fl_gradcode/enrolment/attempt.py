@@ -18,6 +18,7 @@ from .statements import ClassKey, Hello, Setup, check_hellos, leader_of
 __all__ = ["Attempt", "Enrolment"]
 
 _log = logging.getLogger(__name__)
+_SLOWER = 3  # times as long as for the slowest hello are later answers waited for
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +70,10 @@ class Attempt:
         body: The body.
         setup: The set-up.
         grid: The grid.
-        timeout: Seconds to wait for the answers to one message.
+        timeout: Seconds to wait at least for the answers to the second and the third message.
+        patience: Seconds to wait for hellos; None for no limit. Nodes may only just be starting up.
         take_hello: Takes a node's hello.
-        save: Called with the enrolment before a node masks under it.
+        save: Called with the enrolment, as JSON values, before a node masks under it.
 
     Attributes:
         answered: Nodes that have answered the first message, well or not.
@@ -86,11 +88,13 @@ class Attempt:
         setup: Setup,
         grid: EarlyStopGrid,
         timeout: float,
+        patience: float | None,
         take_hello: Take,
-        save: Callable[[Enrolment], None],
+        save: Callable[[dict[str, Any]], None],
     ) -> None:
         self.body, self.setup = body, setup
-        self._grid, self._timeout, self._take_hello, self._save = grid, timeout, take_hello, save
+        self._grid, self._timeout, self._patience = grid, timeout, patience
+        self._take_hello, self._save = take_hello, save
         self._least = body.classes.n - body.classes.s
         self._node_of: dict[int, int] = {}
         self._hellos: tuple[Hello, ...] = ()
@@ -123,7 +127,7 @@ class Attempt:
             tuple(bytes.fromhex(key.commitment) for key in ordered),
         )
         done = Enrolment(self.setup, manifest, self._hellos)
-        self._save(done)
+        self._save(done.to_json())
         self.shown = True
         return done if self._confirm(done, tuple(ordered), boxes) else None
 
@@ -149,8 +153,9 @@ class Attempt:
             self.body.classes.n,
             joining=request,
         )
-        asked.run(self._grid, self._timeout)
+        asked.run(self._grid, self._patience)
         self.answered = asked.answered
+        self._timeout = max(self._timeout, _SLOWER * asked.slowest)
         self._hellos = tuple(found[worker] for worker in sorted(found))
         if over:  # a server that lost its files counts from 1 again
             self.why = [f"Nodes have keys of {self.setup} already."]
@@ -159,7 +164,7 @@ class Attempt:
             self._digest = check_hellos(self.setup, self.body, self._hellos)
         except SecureRefused as error:
             if not asked.wrong:
-                raise RoundFailed(f"{error} Start more nodes, or give them longer by node_timeout=.") from None
+                raise RoundFailed(f"{error} Start more nodes, or give them longer by timeout=.") from None
             self.why = [str(error), *asked.wrong[:3]]
         return not self.why
 

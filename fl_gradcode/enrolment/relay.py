@@ -80,20 +80,21 @@ class Relay:
         """Whether no allow-list says who the workers are."""
         return not self.body.identities
 
-    def follow(self, grid: Grid, server_round: int, timeout: float) -> Manifest:
+    def follow(self, grid: Grid, server_round: int, timeout: float, patience: float | None) -> Manifest:
         """Returns the manifest of a round, after a new set-up if there is none yet or a new worker is there.
 
         Args:
             grid: The grid, an `EarlyStopGrid`.
             server_round: The round.
-            timeout: Seconds to wait for the answers to one message.
+            timeout: Seconds to wait for the answers to one message of nodes that are up.
+            patience: Seconds to wait for the first answers, as a round waits for replies; None for no limit.
 
         Raises:
             RoundFailed: Too few workers take part, and there is no earlier set-up. The message says why.
         """
         assert isinstance(grid, EarlyStopGrid)
         if self.enrolment is None:
-            return self._set_up(grid, server_round, timeout)
+            return self._set_up(grid, server_round, timeout, patience)
         owing = grid.owing()
         unmet = [node for node in grid.get_node_ids() if node not in self._met and node not in owing]
         strangers = [node for node in unmet if self._silent[node] < _TRIES]
@@ -117,7 +118,7 @@ class Relay:
             return self.enrolment.manifest
         _log.info("%s without keys: they are set up again.", numbered("worker", sorted(new), 11).capitalize())
         try:
-            return self._set_up(grid, server_round, timeout)
+            return self._set_up(grid, server_round, timeout, patience)
         except RoundFailed as error:
             if self.enrolment is None:
                 raise
@@ -131,14 +132,14 @@ class Relay:
         origin = "first-use" if self.trusts_first_use else "allow-list"
         return replace(entry, secure=replace(entry.secure, setup=origin, epoch=self.enrolment.setup.epoch))
 
-    def _set_up(self, grid: EarlyStopGrid, server_round: int, timeout: float) -> Manifest:
+    def _set_up(self, grid: EarlyStopGrid, server_round: int, timeout: float, patience: float | None) -> Manifest:
         unfit: set[int] = set()  # lead holders that failed: the next in line takes their place
         attempt: Attempt | None = None
         for _ in range(_ATTEMPTS):
             self._epoch += 1
             setup = Setup(self.run, self._epoch, self.body.digest.hex())
             take = partial(self._hello_of, setup, server_round, unfit)
-            attempt = Attempt(self.body, setup, grid, timeout, take, lambda done: self._save(done.to_json()))
+            attempt = Attempt(self.body, setup, grid, timeout, patience, take, self._save)
             try:
                 found = attempt.run()
             finally:

@@ -226,7 +226,7 @@ class Run:
             RoundFailed: Too few workers take part.
         """
         if self._relay is not None:
-            self._masks = self._relay.follow(grid, server_round, self.options.node_timeout)
+            self._masks = self._relay.follow(grid, server_round, self.options.node_timeout, self.timeout)
         elif self.options.secure is not None and self._masks is None:
             raise InvalidSetting("secure= with a body sets up keys first: run the strategy by its start().")
 

@@ -186,10 +186,10 @@ def test_an_old_epoch_is_refused(server: Server) -> None:
             Setup("run-1", epoch, first.setup.body)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("run", ["run-1", "run-2"])
-def test_a_hello_of_another_epoch_or_run_is_refused(server: Server, run: str) -> None:
+@pytest.mark.parametrize(("run", "epoch"), [("run-1", 2), ("run-2", 1)])
+def test_a_hello_of_another_epoch_or_run_is_refused(server: Server, run: str, epoch: int) -> None:
     old = to_confirm(server)
-    new = Server(server.folder, server.body, run, 2)
+    new = Server(server.folder, server.body, run, epoch)
     new.say_hello(ALL)
     for worker in (0, 6):
         mixed = tuple(old.hellos[i] if i == worker else hello for i, hello in new.hellos.items())

@@ -16,16 +16,16 @@ from fl_gradcode import GradientCoding, fractional_repetition
 from fl_gradcode.secagg import SecureAggregation
 
 app = ServerApp()
-PATIENCE = 180.0
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run, and write the model and the rows."""
-    folder, known = Path(str(context.run_config["folder"])), {*grid.get_node_ids()}
+    config: Any = context.run_config
+    folder, known = Path(config["folder"]), {*grid.get_node_ids()}
 
     def wait(server_round: int, arrays: ArrayRecord, row: dict[str, Any]) -> None:
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + float(config["patience"])
         while server_round == 2 and time.monotonic() < until and {*grid.get_node_ids()} <= known:
             time.sleep(0.5)
 
@@ -36,8 +36,7 @@ def main(grid: Grid, context: Context) -> None:
         ledger=folder / "ledger.jsonl",
         on_round_end=wait,
     )
-    rounds = int(str(context.run_config["rounds"]))
-    result = strategy.start(grid, ArrayRecord({"w": Array(np.zeros(5))}), num_rounds=rounds)
+    result = strategy.start(grid, ArrayRecord({"w": Array(np.zeros(5))}), num_rounds=int(config["rounds"]))
     model: Any = result.arrays["w"]
     told = {"run": strategy.run, "model": model.numpy().tolist(), "rows": [*strategy.ledger.rows]}
     (folder / "told.json").write_text(json.dumps(told))
