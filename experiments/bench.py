@@ -27,6 +27,7 @@ from experiments.bench_matmul import products
 from experiments.bench_privacy import private_encoding, private_step
 from experiments.bench_verification import verification
 from experiments.bench_votes import votes
+from experiments.secagg_comparison import secagg
 from fl_gradcode import GradientCode, GradientCoding, VirtualGrid, cyclic_repetition, fractional_repetition, uncoded
 from fl_gradcode.codes import combine
 from fl_gradcode.grid import Arrival
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         "products": products,
         "verification": verification,
         "votes": votes,
+        "secagg": secagg,
     }
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[*benchmarks, []], help="which; all by default")

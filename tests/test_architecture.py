@@ -54,7 +54,7 @@ PACKAGES: dict[str, frozenset[str]] = {
     "secagg": names("numpy"),
     "enrolment": names("flwr.app flwr.serverapp"),
     "client": names("numpy flwr.app flwr.clientapp"),
-    "roster": names("numpy flwr.app"),
+    "roster": names("numpy flwr.app flwr.serverapp"),
     "copies": names("numpy flwr.app"),
     "strategy": FLOWER | names("numpy"),
     "matmul": names("numpy scipy flwr.app flwr.serverapp flwr.clientapp"),

@@ -56,6 +56,9 @@ def make(
     send: Annotated[
         str, typer.Option(help="coded or shards: one coded vector a worker, or one shard a message.")
     ] = "coded",
+    rehearsal: Annotated[
+        bool, typer.Option("--rehearsal", help="Holders compare tags of their integers before a vector leaves.")
+    ] = False,
     bound: Annotated[float, typer.Option(help="Clipping bound of an update.")] = 1.0,
     clip: Annotated[str, typer.Option(help="entries or norm: what the bound limits.")] = "entries",
     colluders: Annotated[int, typer.Option(help="Workers that may collude with the server.")] = 1,
@@ -111,6 +114,7 @@ def make(
             arrays=arrays,
             metrics=metrics,
             evaluation=evaluation,
+            rehearsal=rehearsal,
             sending=_SENDING[send],
             colluders=colluders,
             min_classes=min_classes,

@@ -55,6 +55,7 @@ from ..secagg import (
 from .environment import environment_words, versions_of
 from .held_shards import SECAGG_DIR, SHARDS, SHARDS_DIR, held_by
 from .recording_config import RecordingConfig
+from .rehearsal import Rehearsal
 from .trained_shard import read_reply
 
 __all__ = ["allowed_by", "check_body", "masked_answer", "refusing"]
@@ -65,7 +66,7 @@ COLLUDERS, MIN_CLASSES, MAX_REQUESTS = "secagg-colluders", "secagg-min-classes",
 APP_CONFIG = "secagg-app-config"
 
 #: Fields of a plan that are not bound: they are taken from the manifest, or ignored.
-_NOT_BOUND = ("rows", "digests", "releases", "give_up_after")
+_NOT_BOUND = ("rows", "digests", "releases", "give_up_after", "tags")
 _ANSWERED, _CERTIFIED = "answered", "secagg-certified"
 _OURS = "fl-gradcode."
 
@@ -111,8 +112,15 @@ def masked_answer(
     body = keys.manifest.body
     if plan.secure != keys.manifest.digest.hex():
         raise SecureRefused("The server has another manifest than this node has pinned.")
+    rehearsal = Rehearsal(folder, keys, plan.run)
+    if plan.kind == "compare":
+        rehearsal.compare(plan.tags)
+        told = Reply(run=plan.run, round=plan.round, kind=plan.kind, worker=worker, outcome="idle")
+        return Message(told.content(), reply_to=message)
     pairs = _asked(plan, body, worker, message.metadata.message_type)
-    number = pairs[0][0] if body.classes.sending == "shardwise" else None
+    if plan.kind != "rehearse":
+        rehearsal.check()
+    number = pairs[0][0] if body.classes.sending == "shardwise" and plan.kind != "rehearse" else None
     _check_shards(keys, pairs, owner)
     content = _in_order(Plan.remove_from(message.content))
     run_config = {key: value for key, value in context.run_config.items() if key not in (FOLDER, SECAGG_DIR)}
@@ -134,8 +142,12 @@ def masked_answer(
         called = _AppCall(plan, content, message.metadata.message_type, body, _for_app(owner), run_config, call_next)
         for c, shard in pairs:
             integers[c].add(shard, called.of(shard))
-        masked = masked_reply(keys, request, {c: one.parts() for c, one in integers.items()}, plan.kind)
-        payload = answered.keep(plan.run, plan.kind, plan.round, request, masked.payload(), number)
+        parts = {c: one.parts() for c, one in integers.items()}
+        if plan.kind == "rehearse":
+            payload = rehearsal.tags(request, parts)
+        else:
+            payload = masked_reply(keys, request, parts, plan.kind).payload()
+        payload = answered.keep(plan.run, plan.kind, plan.round, request, payload, number)
     reply = Reply(
         run=plan.run,
         round=plan.round,
@@ -266,7 +278,10 @@ def _asked(plan: Plan, body: ManifestBody, worker: int, message_type: str) -> li
     if type(plan.round) is not int or plan.round < 0 or type(plan.run) is not str or type(plan.seed) is not int:
         raise SecureRefused("The plan's run, round and seed must be a text and whole numbers.")
     body.result(plan.kind)
-    if message_type.split(".")[0] != plan.kind or (plan.kind == "train") != bool(plan.arrays_key):
+    if plan.kind == "rehearse" and not body.rehearsal:
+        raise SecureRefused("The manifest has no rehearsal.")
+    type_of = {"train": "train", "rehearse": "train", "evaluate": "evaluate"}
+    if message_type.split(".")[0] != type_of[plan.kind] or (plan.kind != "evaluate") != bool(plan.arrays_key):
         raise SecureRefused(f"The plan says {plan.kind!r}, and the message does not.")
     if (plan.n, plan.k, plan.weight_key) != (body.classes.n, body.classes.k, body.weight_key):
         raise SecureRefused("The plan has other workers, shards or weights than the manifest.")
@@ -274,7 +289,7 @@ def _asked(plan: Plan, body: ManifestBody, worker: int, message_type: str) -> li
         raise SecureRefused("The plan asks for what secure aggregation does not combine with.")
     asked = plan.rows[worker].shards if worker in plan.rows else ()
     pairs = _turns(body, worker)
-    if body.classes.sending == "shardwise":
+    if body.classes.sending == "shardwise" and plan.kind != "rehearse":
         pairs = [(c, shard) for c, shard in pairs if asked == (shard,)]
         if not pairs:
             raise SecureRefused(f"Worker {worker} is not asked for one of its shards.")
@@ -380,7 +395,7 @@ class _AppCall:
         if context.state:
             raise ValueError(f"{plan.kind}() kept something in context.state, which other holders cannot know")
         before: dict[str, Array] | None = None
-        if plan.kind == "train":
+        if plan.kind != "evaluate":
             if not config.was_read and not plan.allow_fixed_data:
                 raise ValueError("train() never read partition-id: which data does it use?")
             arrays = self._content[plan.arrays_key]

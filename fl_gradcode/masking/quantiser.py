@@ -31,10 +31,17 @@ _SMALLEST_CLIP, _LARGEST_CLIP = 2.0**-20, 2.0**20
 _MOST_BITS = 30
 # A discrete Gaussian exceeds so many standard deviations with probability below 1e-20.
 _NOISE_TAIL = 9.3
-# Entries that are worked on together, so that they stay in a core's cache; a power of two, which the norm relies on.
-_CHUNK = 1 << 16
-# Bits of a unit that are kept until a class's sum is rounded; sums below 2^31 units then are whole numbers of float64.
-_GUARD = 20
+# Entries that are worked on together, so that they stay in a core's cache: an even number, for two share a dither word.
+_CHUNK = 1 << 15
+# Squares that the norm adds up in one order; a part of its definition.
+_LANES = 1 << 16
+# Bits of a unit that are kept until a class's sum is rounded, and of its dither. Sums below 2^31 units then are whole
+# numbers of float64.
+_GUARD = 16
+# Bytes of updates that are kept until they are added up together.
+_MOST_KEPT = 1 << 26
+# No entry exceeds the bound if the sum of squares is below this part of the bound's square, however it was rounded.
+_SURE = 0.98
 # Makes up for rounding of the factor by which a long update is scaled down.
 _BELOW = 1 - 2.0**-40
 
@@ -117,11 +124,14 @@ class Quantiser:
 class RoundedSum:
     """The sum of some shards' clipped, weighted updates, which is rounded once at its end.
 
-    The result is `floor((sum_j rint(2^(f + 20) omega_j clip(u_j)) + t) / 2^20)`, with omega the weight over the largest
-    one and t uniform on 0..2^20 - 1 from a key: equal for all holders and unknown to the server. It is unbiased but for
-    the inner rounding of each shard, which is at most 2^-21 of a unit. All sums are of whole numbers below 2^52, which
-    float64 adds exactly, so neither the order of the shards nor the processor changes a bit. Products and norms are
-    single element-wise operations.
+    The result is `floor((sum_j rint(2^(f + 16) omega_j clip(u_j)) + t) / 2^16)`, with omega the weight over the largest
+    one and t uniform on 0..2^16 - 1 from a key, two a word: equal for all holders and unknown to the server. It is
+    unbiased but for the inner rounding of each shard, which is at most 2^-17 of a unit. All sums are of whole numbers
+    below 2^48, which float64 adds exactly, so neither the order of the shards nor the processor changes a bit. Products
+    and norms are single element-wise operations.
+
+    Updates are kept and added up piece by piece at the end, where a piece stays in a core's cache from the first shard
+    to the rounded sum. Large ones are added up earlier, so that at most 64 MB of them are kept beside the sum.
 
     Args:
         quantiser: The quantiser.
@@ -129,78 +139,103 @@ class RoundedSum:
     """
 
     def __init__(self, quantiser: Quantiser, size: int) -> None:
-        self._quantiser = quantiser
-        self._total = np.empty(size)  # written by the first update, added to by the others
-        self._empty = True
+        self._quantiser, self._size = quantiser, size
+        self._kept: list[tuple[NDArray[np.floating], float]] = []  # with the factor that makes whole numbers of them
+        self._total: NDArray[np.float64] | None = None
+        self._clipped = self._failed = 0
 
-    def add(self, update: NDArray[np.floating], weight: float) -> int | None:
-        """Add a shard's update.
+    def add(self, update: NDArray[np.floating], weight: float) -> bool:
+        """Add a shard's update, which must not be changed any more, and returns whether its weight and norm are usable.
 
         Args:
             update: The update, shape (d,).
             weight: Its weight, 0..largest_weight.
-
-        Returns:
-            The number of clipped entries, or 1 if the norm was; None if an entry is not finite or the weight is out of
-            range. The sum is then of no use.
         """
         quantiser = self._quantiser
         if not 0 <= weight <= quantiser.largest_weight:  # false for NaN
-            return None
-        factor, clipped = 2.0 ** (quantiser.fraction_bits + _GUARD) * (weight / quantiser.largest_weight), 0
+            return False
+        factor = 2.0 ** (quantiser.fraction_bits + _GUARD) * (weight / quantiser.largest_weight)
         if quantiser.clip == "norm":
             norm = fixed_order_norm(update)
             if norm is None:
-                return None
+                return False
             if norm > quantiser.bound:
-                factor, clipped = factor * (quantiser.bound / norm * _BELOW), 1
-        bound, scratch = quantiser.bound, np.empty(min(_CHUNK, update.size))
-        for start in range(0, update.size, _CHUNK):
-            given = update[start : start + _CHUNK]
-            piece = scratch[: given.size]
-            np.copyto(piece, given)
-            if quantiser.clip == "entries":
-                largest, smallest = float(given.max()), float(given.min())
-                if not (math.isfinite(largest) and math.isfinite(smallest)):  # NaN is passed on by both
-                    return None
-                if largest > bound or smallest < -bound:
-                    clipped += int(np.count_nonzero(np.abs(piece) > bound))
-                    np.clip(piece, -bound, bound, out=piece)
-            piece *= factor
-            if self._empty:
-                np.rint(piece, out=self._total[start : start + given.size])
-            else:
-                np.rint(piece, out=piece)
-                self._total[start : start + given.size] += piece
-        self._empty = False
-        return clipped
+                factor *= quantiser.bound / norm * _BELOW
+                self._clipped += 1
+        self._kept.append((update, factor))
+        if sum(kept.nbytes for kept, _ in self._kept) > _MOST_KEPT:
+            self._add_up()
+        return True
 
-    def integers(self, key: bytes) -> NDArray[np.int32]:
-        """Returns the rounded sum, shape (d,), which takes the place of the exact one: this can be called once.
+    def finish(self, key: bytes) -> tuple[NDArray[np.int32], int, int]:
+        """Returns the rounded sum, the number of clipped entries or updates, and that of updates that were not finite.
+
+        The sum has shape (d,) and is of no use if an update was not finite. This can be called once.
 
         Args:
             key: Key of the dither, 32 bytes.
         """
-        if self._empty:
-            self._total[:] = 0
-        size = self._total.size
-        # In the same memory: a chunk is read before any result is written where it stood.
-        result, cipher = self._total.view(np.int32)[:size], counter_mode(key)
-        width = min(_CHUNK, size)
-        zeros, buffer = memoryview(bytes(4 * width)), bytearray(4 * width + 15)
-        words: NDArray[np.uint32] = np.frombuffer(buffer, "<u4", width)
-        scratch = np.empty(width)
-        for start in range(0, size, _CHUNK):
-            stop = min(start + _CHUNK, size)
-            piece, dither = scratch[: stop - start], words[: stop - start]
-            cipher.update_into(zeros[: 4 * piece.size], buffer)
-            np.right_shift(dither, 32 - _GUARD, out=dither)
-            np.copyto(piece, dither.view(np.int32))
-            piece += self._total[start:stop]
-            piece *= 2.0**-_GUARD
-            np.floor(piece, out=piece)
-            np.copyto(result[start:stop], piece, casting="unsafe")  # finite and within the limit
-        return result
+        result, cipher = np.empty(self._size, np.int32), counter_mode(key)
+        most = 2 * (_CHUNK + _CHUNK % 2)  # bytes: whole words
+        zeros, buffer = memoryview(bytes(most)), bytearray(most + 15)
+        halves: NDArray[np.uint16] = np.frombuffer(buffer, "<u2", _CHUNK)
+        sums, scratch = np.empty(_CHUNK), np.empty(_CHUNK)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for start in range(0, self._size, _CHUNK):
+                stop = min(start + _CHUNK, self._size)
+                piece = sums[: stop - start]
+                cipher.update_into(zeros[: 2 * piece.size], buffer)
+                np.copyto(piece, halves[: piece.size])
+                if self._total is not None:
+                    piece += self._total[start:stop]
+                self._add_pieces(piece, start, scratch)
+                piece *= 2.0**-_GUARD
+                np.floor(piece, out=piece)
+                np.copyto(result[start:stop], piece, casting="unsafe")  # finite and within the limit
+        self._kept, self._total = [], None
+        return result, self._clipped, self._failed
+
+    def _add_up(self) -> None:
+        """Add the kept updates to the exact sum, and keep them no more."""
+        if self._total is None:
+            self._total = np.zeros(self._size)
+        scratch = np.empty(_CHUNK)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for start in range(0, self._size, _CHUNK):
+                self._add_pieces(self._total[start : start + _CHUNK], start, scratch)
+        self._kept = []
+
+    def _add_pieces(self, total: NDArray[np.float64], start: int, scratch: NDArray[np.float64]) -> None:
+        """Add a piece of each kept update to a piece of the sum, and drop an update that is not finite there."""
+        bound, by_entry = self._quantiser.bound, self._quantiser.clip == "entries"
+        piece, bad = scratch[: total.size], list[int]()
+        for place, (update, factor) in enumerate(self._kept):
+            given = update[start : start + total.size]
+            np.copyto(piece, given)
+            if by_entry and not _surely_below(given, bound):
+                largest, smallest = float(given.max()), float(given.min())
+                if not (math.isfinite(largest) and math.isfinite(smallest)):  # NaN is passed on by both
+                    bad.append(place)
+                    continue
+                if largest > bound or smallest < -bound:
+                    self._clipped += int(np.count_nonzero(np.abs(piece) > bound))
+                    np.clip(piece, -bound, bound, out=piece)
+            piece *= factor
+            np.rint(piece, out=piece)
+            total += piece
+        for place in reversed(bad):
+            del self._kept[place]
+            self._failed += 1
+
+
+def _surely_below(values: NDArray[np.floating], bound: float) -> bool:
+    """Returns True only if all values are finite and at most the bound in size; one pass, which most updates pass.
+
+    It may return False for such values too, and the processor may decide that, so no result may depend on it.
+    """
+    if values.dtype not in (np.float32, np.float64):
+        return False
+    return bool(np.dot(values, values) < _SURE * bound * bound)
 
 
 def fixed_order_norm(values: NDArray[np.floating]) -> float | None:
@@ -209,10 +244,10 @@ def fixed_order_norm(values: NDArray[np.floating]) -> float | None:
     Squares are added up element-wise in a fixed order. A BLAS product would depend on the processor. The norm is
     infinite where the sum of squares exceeds float64, which scales such an update to zero.
     """
-    sums = np.zeros(_CHUNK)
+    sums = np.zeros(_LANES)
     with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, values.size, _CHUNK):
-            piece = values[start : start + _CHUNK].astype(np.float64)
+        for start in range(0, values.size, _LANES):
+            piece = values[start : start + _LANES].astype(np.float64)
             np.square(piece, out=piece)
             sums[: piece.size] += piece
         while sums.size > 1:

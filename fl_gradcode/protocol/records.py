@@ -137,7 +137,7 @@ class Plan:
         run: Name of the run, which stays the same when the run is resumed.
         seed: Seed from which all holders of a shard derive their random seeds.
         round: The server round, from 1.
-        kind: "train" or "evaluate".
+        kind: "train" or "evaluate"; under masks also "rehearse" or "compare", see `fl_gradcode.secagg`.
         n: Number of workers of the code.
         k: Number of shards of the code.
         weight_key: The metric that holds the number of examples.
@@ -157,6 +157,8 @@ class Plan:
         figures: Whether a coded reply describes the update of each shard by a few numbers, because the code mixes
             shards and the server cannot compare their holders otherwise.
         secure: Digest of the manifest under which replies are masked, as hexadecimal; empty for plain replies.
+        tags: Under masks, worker -> the tags of the integers that it computed in a rehearsal, as hexadecimal; only in
+            plans of kind "compare".
     """
 
     run: str
@@ -178,6 +180,7 @@ class Plan:
     as_returned: bool = False
     figures: bool = False
     secure: str = ""
+    tags: dict[int, str] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -312,6 +315,7 @@ def _parse_plan(text: str) -> Plan:
         int(shard): (int(holders), tuple((int(first), int(last)) for first, last in ranges))
         for shard, (holders, ranges) in values["releases"].items()
     }
+    values["tags"] = {int(worker): str(tags) for worker, tags in values["tags"].items()}
     values["digests"] = {int(shard): str(digest) for shard, digest in values["digests"].items()}
     return Plan(**values)
 

@@ -7,6 +7,7 @@ from .._lazy import lazy_names
 if TYPE_CHECKING:
     from .discovery import discover
     from .holdings import Discovered, Holdings
+    from .rehearsal import rehearse
     from .worker_registry import WorkerRegistry
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Holdings",
     "WorkerRegistry",
     "discover",
+    "rehearse",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -25,6 +27,9 @@ __getattr__, __dir__ = lazy_names(
         "holdings": [
             "Discovered",
             "Holdings",
+        ],
+        "rehearsal": [
+            "rehearse",
         ],
         "worker_registry": [
             "WorkerRegistry",

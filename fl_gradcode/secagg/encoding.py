@@ -148,17 +148,16 @@ class ClassIntegers:
             self._failed += 1
 
     def _added(self, total: RoundedSum, result: ShardResult | None) -> bool:
-        """Add a result, and returns whether all of it was usable."""
+        """Add a result, and returns whether all but its update was usable, which is looked at in the end."""
         if result is None or not self._fits(result):
             return False
-        if self._kind == "train":
-            clipped = total.add(result.update, result.weight)
-        else:  # nothing is divided by the largest weight
-            clipped = 0 if 0 <= result.weight < math.inf else None
-        if clipped is None:
-            return False
-        digits = digits_of([result.weight, clipped, *result.metrics.tolist()])
+        digits = digits_of([result.weight, 0.0, *result.metrics.tolist()])
         if digits is None:
+            return False
+        if self._kind != "evaluate":
+            if not total.add(result.update, result.weight):
+                return False
+        elif not 0 <= result.weight < math.inf:  # nothing is divided by the largest weight
             return False
         self._metrics += digits
         return True
@@ -168,8 +167,10 @@ class ClassIntegers:
         quantiser, size = self._body.quantiser, self._body.size
         if result is not None and self._fits(result):
             alone = RoundedSum(quantiser, size)
-            if alone.add(result.update, 1.0) is not None:
-                self._noisy += alone.integers(dither_key(self._seed, self._request, shard))
+            if alone.add(result.update, 1.0):
+                integers, _, failed = alone.finish(dither_key(self._seed, self._request, shard))
+                if not failed:
+                    self._noisy += integers
         key = noise_key(self._seed, self._request, shard)
         self._noisy += discrete_gaussian(key, quantiser.noise, size).astype(np.int32)
         digits = digits_of([1.0, 0.0, *[0.0] * self._layout.numbers])
@@ -196,10 +197,14 @@ class ClassIntegers:
             raise SecureRefused(f"Shards {sorted(self._missing)} are missing: only whole classes are sent.")
         if self._sum is None:
             update = self._noisy
-        elif self._failed:
-            update = np.zeros(self._layout.size, np.int32)
         else:
-            update = self._sum.integers(dither_key(self._seed, self._request, self._shards[0]))
+            update, clipped, failed = self._sum.finish(dither_key(self._seed, self._request, self._shards[0]))
+            self._failed += failed
+            digits = digits_of([0.0, float(clipped), *[0.0] * self._layout.numbers])
+            assert digits is not None
+            self._metrics += digits
+            if self._failed:
+                update[:] = 0
         counts: dict[Part, NDArray[np.int32]] = {
             "update": update,
             "metrics": self._metrics,

@@ -128,6 +128,7 @@ class ManifestBody:
         arrays: Name, dtype and shape of each array that `train()` returns.
         metrics: Name and length of each metric, -1 for a single number; without the weight.
         evaluation: The same for what `evaluate()` returns; empty if nodes answer no evaluation.
+        rehearsal: Whether the holders of each class compare tags of their integers before a vector leaves in a run.
         identities: Public identity keys of the workers, as hexadecimal; empty in dealer mode.
         app: Digest of the app, empty if it is not pinned.
         versions: Name and version of what the bits of an update depend on.
@@ -144,6 +145,7 @@ class ManifestBody:
     arrays: tuple[tuple[str, str, tuple[int, ...]], ...]
     metrics: tuple[tuple[str, int], ...]
     evaluation: tuple[tuple[str, int], ...]
+    rehearsal: bool
     identities: tuple[str, ...]
     app: str
     versions: tuple[tuple[str, str], ...]
@@ -171,12 +173,12 @@ class ManifestBody:
         return self.result("train").numbers
 
     def result(self, kind: str) -> ResultLayout:
-        """Returns the layout of what a shard's training ("train") or evaluation ("evaluate") gives.
+        """Returns the layout of what a shard's training ("train", "rehearse") or evaluation ("evaluate") gives.
 
         Raises:
             SecureRefused: The manifest does not cover requests of this kind.
         """
-        if kind == "train":
+        if kind in ("train", "rehearse"):
             return ResultLayout(self.weight_key, self.arrays, self.metrics)
         if kind == "evaluate" and self.evaluation:
             return ResultLayout(self.weight_key, (), self.evaluation)
@@ -236,6 +238,7 @@ def make_body(
     arrays: Sequence[tuple[str, str, Sequence[int]]],
     metrics: Sequence[tuple[str, int]] = (),
     evaluation: Sequence[tuple[str, int]] = (),
+    rehearsal: bool = False,
     colluders: int = 1,
     min_classes: int = 3,
     cohorts: int = 1,
@@ -260,6 +263,7 @@ def make_body(
         arrays: Name, dtype and shape of each array that `train()` returns.
         metrics: Name and length of each metric except the weight, -1 for a single number.
         evaluation: The same for what `evaluate()` returns; empty if nodes answer no evaluation.
+        rehearsal: See `ManifestBody`.
         colluders: Number T of workers that may collude with the server.
         min_classes: Fewest classes in a sum.
         cohorts: Number of separate sums.
@@ -299,6 +303,7 @@ def make_body(
             "arrays": [[name, dtype, [int(x) for x in shape]] for name, dtype, shape in arrays],
             "metrics": [[name, length] for name, length in metrics],
             "evaluation": [[name, length] for name, length in evaluation],
+            "rehearsal": int(rehearsal),
             "identities": list(identities),
             "app": app,
             "versions": [[name, version] for name, version in sorted((versions or {}).items())],
@@ -311,7 +316,7 @@ def make_body(
 _KEYS = {
     *("protocol", "n", "k", "m", "s", "ring", "sending", "classes", "rows", "holders", "graph", "cohorts"),
     *("colluders", "min-classes", "quantiser", "check-words", "weight-key", "arrays", "metrics", "identities"),
-    *("app", "versions", "environment", "evaluation"),
+    *("app", "versions", "environment", "evaluation", "rehearsal"),
 }
 
 
@@ -369,6 +374,7 @@ def _body_of(values: dict[str, Any], text: bytes) -> ManifestBody:
         arrays,
         metrics,
         evaluation,
+        _whole(values["rehearsal"]) == 1,
         tuple(map(_text, values["identities"])),
         _text(values["app"]),
         tuple((_text(name), _text(version)) for name, version in values["versions"]),

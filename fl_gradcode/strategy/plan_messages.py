@@ -121,6 +121,11 @@ class MessageFactory:
                 messages.append(self._message(plan.for_worker(worker).add_to(without_arrays(self._content)), node))
         return messages
 
+    def for_plan(self, plan: Plan, *, with_arrays: bool) -> MessageFactory:
+        """Returns a factory of messages with the same records, or without arrays, and another plan."""
+        content = self._content if with_arrays else without_arrays(self._content)
+        return MessageFactory(plan, content, message_type=self._type, ttl=self._ttl)
+
     def one_shard(self, node: int, worker: int, shard: int) -> Message:
         """Returns a message that asks a node for the update of one shard, without coding."""
         plan = replace(self.plan, rows={worker: whole_shard(shard)}).for_worker(worker)

@@ -345,7 +345,7 @@ class MaskedReplies(HeldReplies["MaskedReply"]):
                 arrays = rebuild_arrays(result.arrays, before, pieces, total.weight)
             except OverflowError as error:
                 return str(error)
-            error_of_mean = (len(body.classes) + body.classes.k * 2.0**-21) * scale / total.weight
+            error_of_mean = (len(body.classes) + body.classes.k * 2.0**-17) * scale / total.weight
         masks = MaskedSum(self.copies[used[0]].request.hex(), total.clipped, error_of_mean)
         workers = tuple(sorted({self.senders[row][1] for row in used}))
         return Decoded(arrays, record, result.arrays, self._names, vector, workers, (), masks)

@@ -23,8 +23,7 @@ from ..copies import Comparisons, not_compared, shards_of_several
 from ..errors import InvalidSetting, RoundFailed
 from ..grid import SETTLED, Arrival, EarlyStopGrid, nodes_of_a_phase, wait_for_nodes
 from ..privacy import RunAccount
-from ..protocol import Rejection
-from ..roster import Holdings, WorkerRegistry
+from ..roster import Holdings, WorkerRegistry, rehearse
 from ..runlog import PhaseRow, RoundRow
 from . import report
 from .app_checks import broken_promises, odd_ones_out, refuse_unsuitable
@@ -41,6 +40,7 @@ from .wrapped import ShardGrid, aggregate, arrays_key_of, common_content, why_no
 
 if TYPE_CHECKING:
     from ..enrolment import Relay
+    from ..secagg import Manifest
 
 __all__ = ["Run", "mode_chooser"]
 
@@ -112,6 +112,7 @@ class Run:
         self._warned: set[str] = set()
         self._masks = None if options.secure is None else options.secure.manifest
         self._relay: Relay | None = None  # sets up keys of masks, if no dealer has made them
+        self._rehearsed = b""  # digest of the manifest whose holders have compared what they compute
         self._strangers: set[int] = set()  # nodes that were not known when the last round began
 
     def _mode_chooser(self, code: GradientCode) -> ModeChooser:
@@ -201,7 +202,8 @@ class Run:
             from ..enrolment import Relay  # plain rounds need no keys
 
             save = partial(self.keeper.save_enrolment, self.name)
-            self._relay = Relay(secure.body, self.name, self._claim, save, self.keeper.load_enrolment(self.name))
+            saved = self.keeper.load_enrolment(self.name)
+            self._relay = Relay(secure.body, self.name, lambda *who: self.registry.claim(*who), save, saved)
         if self._holdings is None:
             wait_for_nodes(
                 grid,
@@ -216,20 +218,6 @@ class Run:
         settling = 0.0 if source.fixed_nodes else self.options.node_timeout
         self._outage_timeout = settling if self.timeout is None else min(settling, self.timeout)
 
-    def _claim(self, node: int, worker: int, server_round: int) -> Rejection | None:
-        return self.registry.claim(node, worker, server_round)
-
-    def _set_up_masks(self, grid: Grid, server_round: int) -> None:
-        """Let nodes exchange the keys of their masks, if they have none yet or a new worker is there.
-
-        Raises:
-            RoundFailed: Too few workers take part.
-        """
-        if self._relay is not None:
-            self._masks = self._relay.follow(grid, server_round, self.options.node_timeout, self.timeout)
-        elif self.options.secure is not None and self._masks is None:
-            raise InvalidSetting("secure= with a body sets up keys first: run the strategy by its start().")
-
     # A phase
 
     def configure(
@@ -240,10 +228,12 @@ class Run:
             self._follow_holdings(grid)
         if kind == "train" or self.row is None:
             self._open_row(server_round, grid)
-        if kind == "train":
-            self._set_up_masks(grid, server_round)
+        if kind == "train" and self._relay is not None:
+            self._masks = self._relay.follow(grid, server_round, self.options.node_timeout, self.timeout)
         self.phase = None
         secure = self.options.secure
+        if secure is not None and self._masks is None:
+            raise InvalidSetting("secure= with a body sets up keys first: run the strategy by its start().")
         if kind == "evaluate" and secure is not None and not secure.body.evaluation:
             return []  # nodes answer nothing unmasked, and the manifest has training alone
         configure = getattr(self.strategy, f"configure_{kind}")
@@ -263,11 +253,31 @@ class Run:
         account = self.account if phase.plan.privacy else None
         if account is not None and account.charge_request(server_round, phase.shards):
             self.keeper.save_account(self.name, account.state)
+        if self._masks is not None and kind == "train" and self._masks.body.rehearsal:
+            self._rehearse(phase, nodes, self._masks, grid)
         if isinstance(grid, EarlyStopGrid):
             grid.expect(phase)
         elif self.mode.send == "shards":
             raise InvalidSetting(f"send={str(self.options.send)!r} hands out work: run the strategy by its start().")
         return phase.messages(nodes)
+
+    def _rehearse(self, phase: Phase, nodes: Sequence[int], manifest: Manifest, grid: Grid) -> None:
+        """Let the holders of each class compare what they compute, before any of them sends a vector.
+
+        Raises:
+            RoundFailed: They differ, or too few of them answer. The message names them.
+        """
+        if self._rehearsed != manifest.digest:
+            factory, registry = phase.factory, phase.registry
+            rehearse(
+                phase.plan,
+                manifest.body.classes,
+                lambda plan, arrays: factory.for_plan(plan, with_arrays=arrays).messages(nodes, registry, plan.rows),
+                registry,
+                grid,
+                self.timeout,
+            )
+            self._rehearsed = manifest.digest
 
     def _new_phase(self, kind: Kind, server_round: int, mode: RoundMode) -> Phase:
         """Returns a phase over the shards that the wrapped strategy sampled."""

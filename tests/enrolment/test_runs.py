@@ -29,6 +29,7 @@ from tests.enrolment.fleet import enrolled, manifest_of, start
 from tests.secagg.rounds import ask, known_app, update_for
 
 FRC = fractional_repetition(8, 1)
+FRC_OF_THREE = fractional_repetition(6, 2)  # three holders a class: two are more than half
 CODES = [FRC, reed_solomon(6, 2), reed_solomon(6, 1, m=2)]
 
 
@@ -134,7 +135,8 @@ def late_run(folder: Path, hidden: set[int], *, until: int, rounds: int = 4, **o
         return {"partition-id": worker, "num-partitions": 8, "secagg-dir": str(folder / f"node-{worker}")}
 
     models = {0: initial_arrays()}
-    grid = Hiding(known_app(), 8, node_config=node_config, tamper=options.pop("tamper", None))
+    code = options.pop("code", FRC)
+    grid = Hiding(known_app(), code.n, node_config=node_config, tamper=options.pop("tamper", None))
     grid.hidden = set(hidden)
     between = options.pop("between", lambda server_round: None)
 
@@ -146,7 +148,7 @@ def late_run(folder: Path, hidden: set[int], *, until: int, rounds: int = 4, **o
 
     options = {"run": "run-1", "give_up_rounds": None, "node_timeout": 1.0, **options}
     secure = SecureAggregation(folder / "secagg-body.json")
-    strategy = GradientCoding(FedAvg(), FRC, secure=secure, on_round_end=keep, **options)
+    strategy = GradientCoding(FedAvg(), code, secure=secure, on_round_end=keep, **options)
     with grid:
         strategy.start(grid, initial_arrays(), num_rounds=rounds)
     return strategy, models
@@ -166,6 +168,16 @@ def test_a_worker_that_comes_later_begins_a_new_epoch(
     assert_near(rows, FRC, models)
     assert f"Worker {late} without keys: they are set up again." in caplog.text
     assert manifest_of(tmp_path / "nodes", late).digest.hex() == manifests[3]
+
+
+def test_a_new_epoch_rehearses_again(tmp_path: Path) -> None:
+    enrolled(tmp_path / "nodes", FRC_OF_THREE, rehearsal=True, min_classes=2)
+    strategy, _ = late_run(tmp_path / "nodes", {0}, until=1, rounds=3, code=FRC_OF_THREE)
+    rows = strategy.ledger.rows
+    assert [row["train"]["outcome"] for row in rows] == ["exact"] * 3
+    assert [row["train"]["secure"]["epoch"] for row in rows] == [1, 2, 2]
+    for worker in range(1, 6):
+        assert len([*(tmp_path / "nodes" / f"node-{worker}").glob("rehearsed-*")]) == 2
 
 
 def test_a_request_of_an_old_epoch_is_refused_after_a_new_one(tmp_path: Path) -> None:

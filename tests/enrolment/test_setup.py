@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections import defaultdict
 from dataclasses import replace
@@ -519,7 +520,8 @@ def test_any_changed_digit_of_the_third_message_is_refused(
     text = str(server.confirm_request(5).content()["fl-gradcode.setup"]["json"])
     values = json.loads(text)
     secret = json.dumps([values["hellos"], values["classes"], values["wraps"]])
-    digits = [i for i, one in enumerate(secret) if one in "0123456789abcdef" and one != sign]
+    words = re.finditer(r'"[0-9a-f]+"', secret)  # keys, signatures, commitments and wraps
+    digits = [i for word in words for i in range(word.start() + 1, word.end() - 1) if secret[i] != sign]
     where = digits[place % len(digits)]
     hellos, classes, wraps = json.loads(f"{secret[:where]}{sign}{secret[where + 1 :]}")
     content = server.confirm_request(5).content()

@@ -150,13 +150,14 @@ def manifest_digest(body: bytes, public: Sequence[bytes], commitments: Sequence[
 def quantised(
     updates: Sequence[Sequence[float]], omegas: Sequence[float], bound: float, bits: int, key: bytes
 ) -> list[int]:
-    dither = words(key, len(updates[0]))
+    drawn = words(key, -(-len(updates[0]) // 2))
+    dither = [half for word in drawn for half in (word % 2**16, word >> 16)][: len(updates[0])]
     out = []
-    for i, word in enumerate(dither):
+    for i, half in enumerate(dither):
         total = 0
         for update, omega in zip(updates, omegas, strict=True):
-            total += round(2.0 ** (bits + 20) * omega * max(-bound, min(bound, float(update[i]))))
-        out.append((total + (word >> 12)) // 2**20)
+            total += round(2.0 ** (bits + 16) * omega * max(-bound, min(bound, float(update[i]))))
+        out.append((total + half) // 2**16)
     return out
 
 

@@ -47,8 +47,10 @@ def integers_of(body: ManifestBody, results: dict[int, ShardResult], shards: Seq
             continue
         made = RoundedSum(body.quantiser, body.size)
         for j in members:
-            assert made.add(results[j].update, results[j].weight) is not None
-        total += made.integers(dither_key(seed_of(c), REQUEST, members[0]))
+            assert made.add(results[j].update, results[j].weight)
+        integers, _, failed = made.finish(dither_key(seed_of(c), REQUEST, members[0]))
+        assert not failed
+        total += integers
     return total
 
 

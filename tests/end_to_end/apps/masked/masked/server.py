@@ -1,4 +1,4 @@
-"""Runs three masked rounds, and leaves what happened in a file."""
+"""Runs masked rounds, and leaves what happened in a file."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from fl_gradcode import GradientCoding, fractional_repetition
+from fl_gradcode.codes import reed_solomon
 from fl_gradcode.secagg import SecureAggregation
 
 app = ServerApp()
@@ -20,14 +21,22 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run, and write the model, the rows and the metrics."""
-    folder = Path(str(context.run_config["folder"]))
-    secure = SecureAggregation(folder / "keys" / "secagg-manifest.json")
-    strategy = GradientCoding(FedAvg(), fractional_repetition(6, 1), secure=secure)
-    result = strategy.start(grid, ArrayRecord({"w": Array(np.zeros(5))}), num_rounds=3)
+    config = context.run_config
+    folder, nodes, rounds = Path(str(config["folder"])), int(config["nodes"]), int(config["rounds"])
+    code = reed_solomon(nodes, 1) if config["code"] == "reed-solomon" else fractional_repetition(nodes, 1)
+    strategy = GradientCoding(
+        FedAvg(),
+        code,
+        secure=SecureAggregation(folder / "keys" / "secagg-manifest.json"),
+        ledger=folder / "ledger.jsonl",
+        checkpoint=folder / "run.ckpt",
+    )
+    result = strategy.start(grid, ArrayRecord({"w": Array(np.zeros(5))}), num_rounds=rounds)
     model: Any = result.arrays["w"]
     told = {
         "model": model.numpy().tolist(),
         "rows": [*strategy.ledger.rows],
-        "metrics": dict(result.train_metrics_clientapp[3]),
+        "metrics": dict(result.train_metrics_clientapp[rounds]),
+        "evaluated": [dict(metrics) for metrics in result.evaluate_metrics_clientapp.values()],
     }
     (folder / "told.json").write_text(json.dumps(told))
