@@ -284,7 +284,8 @@ def secagg_plus(size: int) -> dict[str, float]:
 
 def secagg(data: str = "", size: int = 1_000_000, rounds: int = 10, repeats: int = 15, simulated: bool = True) -> None:
     """Print accuracy, bytes and CPU of masked rounds beside float rounds, and SecAgg+ in the same table."""
-    logging.getLogger("flwr").setLevel(logging.WARNING)
+    for name in ("flwr", "fl_gradcode"):  # a line a round, and a warning that simulated keys protect nothing
+        logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)
     if rounds:
         accuracy(data or str(ROOT.parent / "shared" / "data" / "fashion_mnist"), rounds)

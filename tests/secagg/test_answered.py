@@ -73,6 +73,23 @@ def test_the_owner_s_limit_counts_over_all_runs(tmp_path: Path) -> None:
     assert node.reply_to("b", "train", 1, R[2]) == b"2"  # a retry costs nothing
 
 
+def test_the_shards_of_a_round_are_one_request_with_replies_of_their_own(tmp_path: Path) -> None:
+    requests = AnsweredRequests(tmp_path, most=2)
+    for number in range(3):
+        assert requests.keep("run", "train", 1, bytes(32), bytes([number]), number) == bytes([number])
+        assert requests.reply_to("run", "train", 1, bytes(32), number) == bytes([number])
+    assert requests.reply_to("run", "train", 1, bytes(32), 3) is None
+    assert requests.reply_to("run", "train", 2, bytes(32), 0) is None  # the second request, after three replies
+    requests.keep("run", "train", 2, bytes([1]) * 32, b"x", 0)
+    with pytest.raises(SecureRefused, match="as many as its owner allows"):
+        requests.reply_to("run", "train", 3, bytes(32), 0)
+    with pytest.raises(SecureRefused, match="Another request for round 2"):
+        requests.reply_to("run", "train", 2, bytes(32), 1)
+    with pytest.raises(SecureRefused, match="no longer kept"):  # only those of the last round are
+        requests.reply_to("run", "train", 1, bytes(32), 1)
+    assert sorted(path.name for path in tmp_path.glob("reply-*.bin")) == [f"reply-{'01' * 32}-0.bin"]
+
+
 def test_the_bytes_are_on_disk_before_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     node = AnsweredRequests(tmp_path)
 
