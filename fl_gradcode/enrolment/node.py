@@ -223,9 +223,7 @@ class EnrolledNode:
         for c in self.body.classes.supports[self.worker]:
             key = request.classes[c]
             if key.leader == self.worker:
-                if c not in seeds:
-                    raise SecureRefused(f"This node leads class {c}, and was not asked to draw its seed.")
-                continue
+                continue  # drawn here; `class_keys` checks that it is there
             if c not in request.wraps:
                 raise SecureRefused(f"The server's set-up has no seed of class {c} for worker {self.worker}.")
             theirs = bytes.fromhex(hellos[key.leader].ephemeral)
