@@ -35,6 +35,7 @@ PLACES = (
     "privacy",
     "masking",
     "secagg",
+    "enrolment",
     "client",
     "roster",
     "copies",

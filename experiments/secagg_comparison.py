@@ -191,6 +191,7 @@ def encoding(size: int, repeats: int) -> tuple[float, float, float]:
 
     with tempfile.TemporaryDirectory() as folder:
         manifest = dealt(folder, ArrayRecord({"w": Array(updates[0])}), []).manifest
+        assert manifest is not None  # a dealer has made it
         seeds = seeds_of(read_keys(Path(folder) / "node-0"), manifest.body.classes)
     (number,) = manifest.body.classes.sent_by(0)
     keys = class_keys(manifest, 0, seeds)

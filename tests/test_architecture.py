@@ -53,8 +53,9 @@ PACKAGES: dict[str, frozenset[str]] = {
     "privacy": names("numpy scipy flwr.app"),
     "masking": names("numpy"),
     "secagg": names("numpy"),
+    "enrolment": names("flwr.app flwr.serverapp"),
     "client": names("numpy flwr.app flwr.clientapp"),
-    "roster": names("numpy flwr.app"),
+    "roster": names("numpy flwr.app flwr.serverapp"),
     "copies": names("numpy flwr.app"),
     "averaging": names("numpy flwr.app"),
     "strategy": FLOWER | names("numpy"),
@@ -80,6 +81,8 @@ EXTRAS = {
     ("masking/labels.py", "cryptography"),
     ("masking/streams.py", "cryptography"),
     ("secagg/keys.py", "cryptography"),
+    ("enrolment/identities.py", "cryptography"),
+    ("enrolment/wraps.py", "cryptography"),
     ("strategy/strategy_state.py", "torch"),  # tensors that a strategy keeps; imported where there are any
     ("placement/splitting.py", "flwr_datasets.partitioner"),  # extra "app": the Dirichlet split
     ("placement/splitting.py", "datasets"),

@@ -14,9 +14,10 @@ from ..errors import InvalidSetting
 from ..placement import Manifest as DataManifest
 from ..privacy import read_keys, write_keys
 from ._errors import one_sentence
+from .enrolment import agree, allowed_in, identity, tell_node, write_body
 
 if TYPE_CHECKING:
-    from ..secagg import Manifest, Sending
+    from ..secagg import ManifestBody, Sending
 
 __all__ = ["secure"]
 
@@ -72,6 +73,16 @@ def make(
     pin_machine: Annotated[
         bool, typer.Option("--pin-machine", help="Nodes must have this machine's processor, SIMD sets and threads.")
     ] = False,
+    allow_list: Annotated[
+        Path | None,
+        typer.Option(
+            help="Public lines of all workers (`secure identity`): no keys are made, but a body to agree on, and nodes "
+            "exchange keys through the server."
+        ),
+    ] = None,
+    first_use: Annotated[
+        bool, typer.Option("--first-use", help="As with --allow-list, and nodes trust the identities that come first.")
+    ] = False,
 ) -> None:
     """Make the manifest of a code from the key files of all workers, and pin it in each node's folder."""
     with one_sentence():
@@ -88,7 +99,13 @@ def make(
         if send == "shards" and m > 1:
             raise InvalidSetting(f"-m {m} divides updates, and --send shards sends them whole. Leave -m out.")
         arrays, metrics, evaluation = _layout_in(layout)
-        new = not any(folder.glob("node-*/keys.json"))
+        relayed = allow_list is not None or first_use
+        if relayed and data is not None:
+            raise InvalidSetting("--data is for a dealer; without one, lead holders commit to the data that they hold.")
+        identities = (allowed_in(allow_list, first_use=first_use) or ()) if relayed else ()
+        if identities and len(identities) != workers:
+            raise InvalidSetting(f"The allow-list {allow_list} has {len(identities)} workers; -n is {workers}.")
+        new = not relayed and not any(folder.glob("node-*/keys.json"))
         if new:
             make_folder(folder)
             write_keys(folder, [built.shards_of(worker) for worker in range(built.n)])
@@ -101,7 +118,8 @@ def make(
             sending=_SENDING[send],
             colluders=colluders,
             min_classes=min_classes,
-            holders=holders_in(folder),
+            holders=None if relayed else holders_in(folder),
+            identities=identities,
             bound=bound,
             clip=clip,
             largest_weight=largest_weight,
@@ -109,11 +127,16 @@ def make(
             versions=versions_of(name.strip() for name in pin.split(",") if name.strip()),
             environment=environment_words() if pin_machine else (),
         )
+        if relayed:
+            write_body(folder, body)
+            _show(body)
+            return
         digests = None if data is None else DataManifest.for_all_shards(data, built.k).digests
         manifest = deal(folder, body, data=digests)
         replace_file(folder / MANIFEST_FILE, manifest.to_bytes())
     typer.echo(f"{'Keys and a' if new else 'A'} manifest for {built.n} workers in {folder}:")
-    _show(manifest)
+    typer.echo(f"  digest      {manifest.digest.hex()}")
+    _show(manifest.body)
     typer.echo("Bring each node its own folder, and start it with")
     typer.echo(
         '    --node-config \'partition-id=0 num-partitions=... secagg-dir="/path/to/node-0" '
@@ -129,22 +152,29 @@ def make(
 def check(folder: Annotated[Path, typer.Argument(help="A node's folder.")]) -> None:
     """Print which manifest a node has pinned, whether its keys are the manifest's, and what it has answered."""
     with one_sentence():
+        from ..enrolment import is_enrolled
         from ..secagg import AnsweredRequests, class_keys, read_manifest, seeds_of
 
-        own, manifest = read_keys(folder), read_manifest(folder)
-        class_keys(manifest, own.worker, seeds_of(own, manifest.body.classes))
+        if is_enrolled(folder):
+            _show(tell_node(folder))
+        else:
+            own, manifest = read_keys(folder), read_manifest(folder)
+            class_keys(manifest, own.worker, seeds_of(own, manifest.body.classes))
+            typer.echo(f"  digest      {manifest.digest.hex()}")
+            _show(manifest.body)
+            typer.echo(f"  worker      {own.worker}, whose keys are the manifest's")
         rows = AnsweredRequests(folder / "answered").rows()
-    _show(manifest)
-    typer.echo(f"  worker      {own.worker}, whose keys are the manifest's")
     requests = {(row.run, row.kind, row.round) for row in rows}
     typer.echo(f"  answered    {len(requests)} requests" + (f", last round {rows[-1].round}" if rows else ""))
 
 
-def _show(manifest: Manifest) -> None:
-    body = manifest.body
+secure.command("identity")(identity)
+secure.command("agree")(agree)
+
+
+def _show(body: ManifestBody) -> None:
     certificate, quantiser = body.certificate(), body.quantiser
     error = body.classes.k * 2.0**-quantiser.fraction_bits
-    typer.echo(f"  digest      {manifest.digest.hex()}")
     typer.echo(f"  classes     {len(body.classes)} of {body.classes.k} shards, modulo {body.classes.ring.modulus}")
     way = "one coded vector a worker" if body.classes.sending == "coded" else "one shard a message"
     covered = "training and evaluation" if body.evaluation else "training alone"

@@ -20,6 +20,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from .._files import absolute_path, replace_file
 from .._flower_internals import message_of_nobody
 from .._seeding import seed_generators
+from ..enrolment import ALLOW_LIST, EnrolledNode, allow_list, is_enrolled
 from ..errors import FlGradcodeError, InvalidSetting, NotCertified, SecureRefused, ShardMismatch
 from ..placement import checked_path
 from ..privacy import FOLDER, check_own, read_keys
@@ -38,6 +39,7 @@ from ..secagg import (
     ClassIntegers,
     ClassKeys,
     Entry,
+    Manifest,
     ManifestBody,
     Received,
     ShardResult,
@@ -56,7 +58,7 @@ from .recording_config import RecordingConfig
 from .rehearsal import Rehearsal
 from .trained_shard import read_reply
 
-__all__ = ["masked_answer", "refusing"]
+__all__ = ["allowed_by", "check_body", "masked_answer", "refusing"]
 
 #: Keys of the node config: the owner's own requirements.
 COLLUDERS, MIN_CLASSES, MAX_REQUESTS = "secagg-colluders", "secagg-min-classes", "secagg-max-requests"
@@ -106,7 +108,7 @@ def masked_answer(
     if plan is None or not plan.secure:
         raise SecureRefused(f"This node has a {SECAGG_DIR} and answers nothing unmasked; the message asks for that.")
     owner = context.node_config
-    keys = _keys_in(folder, worker, owner)
+    keys = _keys_in(folder, worker, owner, plan.run)
     body = keys.manifest.body
     if plan.secure != keys.manifest.digest.hex():
         raise SecureRefused("The server has another manifest than this node has pinned.")
@@ -164,25 +166,51 @@ def masked_answer(
 # What the owner's files say
 
 
-def _keys_in(folder: Path, worker: int, owner: Mapping[str, Any]) -> ClassKeys:
-    """Returns the keys of this node, after checking all that its owner requires.
+def _keys_in(folder: Path, worker: int, owner: Mapping[str, Any], run: str) -> ClassKeys:
+    """Returns the keys of this node for a run, after checking all that its owner requires.
 
     Raises:
         SecureRefused: The manifest, its graph, the data or the environment are not what they must be.
         InvalidSetting: A file cannot be read.
     """
+    if is_enrolled(folder):
+        manifest, seeds = EnrolledNode(folder, worker, allowed_by(owner)).keys_of(run)
+    else:
+        manifest, seeds = _dealt(folder, worker, owner)
+    body = manifest.body
+    check_body(folder, body, owner)
+    keys = class_keys(manifest, worker, seeds)
+    held = held_by(owner) if owner.get(SHARDS_DIR) else None
+    check_data(manifest, seeds, held or {})
+    return keys
+
+
+def _dealt(folder: Path, worker: int, owner: Mapping[str, Any]) -> tuple[Manifest, dict[int, bytes]]:
+    """Returns the manifest and the seeds that a dealer has made."""
+    if owner.get(ALLOW_LIST):
+        raise SecureRefused(f"This node's owner has a {ALLOW_LIST}, and a dealer made its keys: no identity is behind.")
     own = read_keys(folder)
     if own.worker != worker:
         raise SecureRefused(f"This node is worker {worker}, and its {SECAGG_DIR} has the keys of worker {own.worker}.")
     manifest = read_manifest(folder)
-    body = manifest.body
-    if body.app or body.identities:
+    return manifest, seeds_of(own, manifest.body.classes)
+
+
+def allowed_by(owner: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Returns the allow-list that a node config names, or None."""
+    path = owner.get(ALLOW_LIST)
+    return allow_list(absolute_path(str(path), ALLOW_LIST)) if path else None
+
+
+def check_body(folder: Path, body: ManifestBody, owner: Mapping[str, Any]) -> None:
+    """Check that this node can mask by a body, and that it protects as the node's owner requires.
+
+    Raises:
+        SecureRefused: The body, its graph, or the versions and the environment that it pins are not what they must be.
+    """
+    if body.app or (body.identities and not is_enrolled(folder)):
         raise SecureRefused("The manifest asks for what this version cannot do: see fl_gradcode.secagg.")
-    _certify(folder, body, manifest.digest, _number(owner, COLLUDERS), _number(owner, MIN_CLASSES))
-    seeds = seeds_of(own, body.classes)
-    keys = class_keys(manifest, worker, seeds)
-    held = held_by(owner) if owner.get(SHARDS_DIR) else None
-    check_data(manifest, seeds, held or {})
+    _certify(folder, body, body.digest, _number(owner, COLLUDERS), _number(owner, MIN_CLASSES))
     here = versions_of(name for name, _ in body.versions)
     for name, wanted in body.versions:
         if here[name] != wanted:
@@ -190,7 +218,6 @@ def _keys_in(folder: Path, worker: int, owner: Mapping[str, Any]) -> ClassKeys:
     missing = sorted({*body.environment} - {*environment_words()})
     if missing:
         raise SecureRefused(f"The manifest pins the environment {missing[0]!r}, which is not this node's.")
-    return keys
 
 
 def _check_shards(keys: ClassKeys, pairs: list[tuple[int, int]], owner: Mapping[str, Any]) -> None:

@@ -49,6 +49,7 @@ from ..protocol import (
     difference_between,
     flatten_metrics,
     is_probe,
+    is_setup,
     payload_encoding,
     rounding_of,
     with_kind,
@@ -115,6 +116,10 @@ def _answered(message: Message, context: Context, call_next: _Call) -> Message:
         return Message(who.content(), reply_to=message)
     if masked:
         return _answered_masked(message, context, call_next)
+    if is_setup(message.content):
+        raise SecureRefused(
+            f"The server sets up keys for masks, and this node has no {SECAGG_DIR} in its node config to keep them in."
+        )
     plan = Plan.find_in(message.content)
     if plan is None:
         asked = asked_of(message, context)
@@ -141,6 +146,7 @@ def _answered(message: Message, context: Context, call_next: _Call) -> Message:
 
 def _answered_masked(message: Message, context: Context, call_next: _Call) -> Message:
     from .masked_call import masked_answer, refusing  # a plain round needs neither keys nor masks
+    from .setup_call import setup_answer
 
     with refusing():
         refuse_unprotected(message, context, None)
@@ -150,6 +156,8 @@ def _answered_masked(message: Message, context: Context, call_next: _Call) -> Me
         _refuse_mods_before()
         worker = _worker_of(context)
         folder, simulated = secagg_folder(context, worker)
+        if message.has_content() and is_setup(message.content):
+            return setup_answer(message, context, folder=folder, worker=worker)
         with generators_restored():
             return masked_answer(message, context, call_next, folder=folder, worker=worker, simulated=simulated)
 

@@ -373,6 +373,10 @@ class EarlyStopGrid(ForwardingGrid):
         """Announce the rule by which the next `send_and_receive` stops."""
         self._announced = rule
 
+    def owing(self) -> set[int]:
+        """Returns the nodes that owe a reply, to which nothing is sent before it."""
+        return {*self._debts}
+
     def close(self) -> None:
         """End the polling threads."""
         self.source.close()

@@ -24,11 +24,13 @@ __all__ = [
     "NUM_PARTITIONS",
     "PARTITION_ID",
     "PROTOCOL",
+    "SETUP",
     "UPDATE",
     "Plan",
     "Reply",
     "Row",
     "is_probe",
+    "is_setup",
     "library_version",
     "plan_bytes",
     "probe_content",
@@ -96,6 +98,8 @@ def _advice(server: str) -> str:
 _PLAN = "fl-gradcode.plan"
 _REPLY = "fl-gradcode.reply"
 _PROBE = "fl-gradcode.probe"
+#: Name of the record of a message, and of its reply, by which keys of secure aggregation are set up through the server.
+SETUP = "fl-gradcode.setup"
 #: Name of the ArrayRecord that holds the coded vectors. Because of the special name, a mod that expects model arrays
 #: (clipping, local privacy) fails visibly instead of clipping a coded sum.
 UPDATE = "fl-gradcode.update"
@@ -358,6 +362,11 @@ def report_key(name: str) -> str:
 def probe_content() -> RecordDict:
     """Returns the content of a probe, which asks a node for its worker number and is answered without training."""
     return RecordDict({_PROBE: record_of({"who": True})})
+
+
+def is_setup(content: RecordDict) -> bool:
+    """Returns whether a message belongs to a set-up of keys, which is answered without training."""
+    return isinstance(content.get(SETUP), ConfigRecord)
 
 
 def is_probe(content: RecordDict) -> bool:

@@ -7,15 +7,15 @@ from .._lazy import lazy_names
 if TYPE_CHECKING:
     from .discovery import discover
     from .holdings import Discovered, Holdings
-    from .rehearsal import RehearsalRule
+    from .rehearsal import rehearse
     from .worker_registry import WorkerRegistry
 
 __all__ = [
     "Discovered",
     "Holdings",
-    "RehearsalRule",
     "WorkerRegistry",
     "discover",
+    "rehearse",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -29,7 +29,7 @@ __getattr__, __dir__ = lazy_names(
             "Holdings",
         ],
         "rehearsal": [
-            "RehearsalRule",
+            "rehearse",
         ],
         "worker_registry": [
             "WorkerRegistry",

@@ -2,18 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 from flwr.app import ArrayRecord, Message
+from flwr.serverapp import Grid
 
+from ..errors import InvalidSetting, RoundFailed
 from ..grid import Arrival, EarlyStopGrid, StopRule, Wait
 from ..protocol import MASKED, UPDATE, Plan, Reply, rejection_of, view
+from ..secagg import ShardClasses
 from .worker_registry import WorkerRegistry
 
-__all__ = ["RehearsalRule"]
+__all__ = ["rehearse"]
 
 _GRACE = 5.0  # seconds to wait on once enough workers have answered
+
+
+def rehearse(
+    plan: Plan,
+    classes: ShardClasses,
+    messages: Callable[[Plan, bool], list[Message]],
+    registry: WorkerRegistry,
+    grid: Grid,
+    timeout: float | None,
+) -> None:
+    """Let the holders of each class compare what they compute, before any of them sends a vector.
+
+    Args:
+        plan: The plan of the round.
+        classes: The classes of the manifest.
+        messages: Returns the messages of a plan of kind "rehearse" or "compare", with the model's arrays or without.
+        registry: Which node is which worker.
+        grid: The grid, an `EarlyStopGrid`.
+        timeout: Seconds to wait for the answers to one message; None for no limit.
+
+    Raises:
+        RoundFailed: They differ, or too few of them answer. The message names them.
+        InvalidSetting: The strategy is driven by another loop.
+    """
+    if not isinstance(grid, EarlyStopGrid):
+        raise InvalidSetting("A manifest with a rehearsal needs the strategy's start().")
+    senders = [[i for i in range(classes.n) if c in classes.sent_by(i)] for c in range(len(classes))]
+    tags: dict[int, str] = {}
+    for kind in ("rehearse", "compare"):
+        asked = replace(plan, kind=kind, tags=tags)
+        rule = RehearsalRule(asked, senders, registry, grid)
+        grid.expect(rule)
+        grid.send_and_receive(messages(asked, kind == "rehearse"), timeout=timeout)
+        if not rule.enough:
+            reasons = "; ".join(sorted({*rule.refused.values()})[:3]) or "too few answered"
+            raise RoundFailed(f"The rehearsal of round {plan.round} failed, and no vector was sent: {reasons}.")
+        tags = rule.tags
 
 
 class RehearsalRule(StopRule):

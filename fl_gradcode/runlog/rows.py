@@ -243,12 +243,17 @@ class SecureLine(_Line):
         clipped: Number of clipped entries in all shards, or of clipped updates if their norm is limited; None if no sum
             was used.
         simulated: Whether a node said that its keys are on the server's machine, where masks protect nothing.
+        setup: Who made the keys: "dealer", or the nodes themselves through the server, with identities by an
+            "allow-list" or by "first-use".
+        epoch: Number of the set-up in the run; None with a dealer.
     """
 
     manifest: str
     request: str | None = None
     clipped: int | None = None
     simulated: bool = False
+    setup: str = "dealer"
+    epoch: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,16 @@ if TYPE_CHECKING:
     from .answered import Answered, AnsweredRequests
     from .certificate import Certificate, certify, choose_graph
     from .classes import Sending, ShardClasses, classes_for
-    from .dealer import DIGEST_FILE, MANIFEST_FILE, check_data, deal, holders_in, read_manifest, seeds_of
+    from .dealer import (
+        DIGEST_FILE,
+        MANIFEST_FILE,
+        check_data,
+        deal,
+        holders_in,
+        manifest_entry,
+        read_manifest,
+        seeds_of,
+    )
     from .decoding import DecodedSum, decode
     from .disclosure import Leakage, leakage
     from .encoding import ClassIntegers, MaskedReply, Parts, ShardResult, encode, masked_reply
@@ -60,6 +69,7 @@ __all__ = [
     "layout_digest",
     "leakage",
     "make_body",
+    "manifest_entry",
     "masked_reply",
     "read_body",
     "read_manifest",
@@ -97,6 +107,7 @@ __getattr__, __dir__ = lazy_names(
             "check_data",
             "deal",
             "holders_in",
+            "manifest_entry",
             "read_manifest",
             "seeds_of",
         ],

@@ -14,7 +14,16 @@ from .classes import ShardClasses
 from .keys import class_seed, data_commitment, private_key, public_key
 from .manifest import Manifest, ManifestBody
 
-__all__ = ["DIGEST_FILE", "MANIFEST_FILE", "check_data", "deal", "holders_in", "read_manifest", "seeds_of"]
+__all__ = [
+    "DIGEST_FILE",
+    "MANIFEST_FILE",
+    "check_data",
+    "deal",
+    "holders_in",
+    "manifest_entry",
+    "read_manifest",
+    "seeds_of",
+]
 
 #: Name of the public manifest in a node's folder.
 MANIFEST_FILE = "secagg-manifest.json"
@@ -80,16 +89,24 @@ def deal(folder: str | os.PathLike[str], body: ManifestBody, *, data: Mapping[in
     seeds: dict[int, bytes] = {}
     for node in nodes:
         seeds |= seeds_of(node, body.classes)
-    numbers = range(len(body.classes))
-    manifest = Manifest(
-        body,
-        tuple(public_key(private_key(seeds[c], body.digest, c)) for c in numbers),
-        tuple(_commitment(body, c, seeds[c], data or {}) for c in numbers),
-    )
+    entries = [manifest_entry(body, c, seeds[c], data or {}) for c in range(len(body.classes))]
+    manifest = Manifest(body, tuple(public for public, _ in entries), tuple(commitment for _, commitment in entries))
     for node in nodes:
         replace_file(root / f"node-{node.worker}" / MANIFEST_FILE, manifest.to_bytes())
         replace_file(root / f"node-{node.worker}" / DIGEST_FILE, manifest.digest.hex() + "\n", mode=0o600)
     return manifest
+
+
+def manifest_entry(body: ManifestBody, number: int, seed: bytes, data: Mapping[int, str]) -> tuple[bytes, bytes]:
+    """Returns the public key of a class and the commitment to its data, 32 bytes each, as a manifest has them.
+
+    Args:
+        body: The body.
+        number: Number of the class.
+        seed: Its seed.
+        data: For each shard, the digest of its data, if it is known.
+    """
+    return public_key(private_key(seed, body.digest, number)), _commitment(body, number, seed, data)
 
 
 def check_data(manifest: Manifest, seeds: Mapping[int, bytes], data: Mapping[int, str]) -> None:

@@ -1,4 +1,4 @@
-"""The server's settings of a secure run: the public manifest, and what this version can decode of it."""
+"""The server's settings of a secure run: the public manifest or its body, and what this version can decode of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .._files import MEGABYTE, read_file
 from ..codes import GradientCode
 from ..errors import InvalidSetting
 from .classes import classes_for
-from .manifest import Manifest
+from .manifest import Manifest, ManifestBody, parsed
 
 __all__ = ["SecureAggregation"]
 
@@ -23,17 +23,19 @@ class SecureAggregation:
 
         strategy = GradientCoding(FedAvg(), code, secure=SecureAggregation("/path/to/secagg-manifest.json"))
 
-    Every node has a `secagg-dir` with this manifest's digest and the seeds of its classes; see `deal`. The server needs
-    no secret.
+    Every node has a `secagg-dir`. After a dealer (`deal`), it has the manifest's digest and the seeds of its classes.
+    With a body alone (`secagg-body.json`), nodes have identities, and draw and exchange the seeds through the server
+    before the first round, and again when a worker comes later. Either way the server needs no secret.
 
     Args:
-        manifest: The public manifest, as a path or a value.
+        manifest: The public manifest or its body, as a path or a value.
         colluders: Number T of workers whose collusion the graph must withstand; by default the manifest's number. Each
             node checks its own number too.
         min_classes: Fewest classes in a sum; by default the manifest's number.
 
     Attributes:
-        manifest: The manifest.
+        body: The manifest's body.
+        manifest: The manifest that a dealer has made; None if keys are set up through the server.
 
     Raises:
         InvalidSetting: The manifest cannot be read, or holds what a run cannot use yet.
@@ -42,30 +44,30 @@ class SecureAggregation:
 
     def __init__(
         self,
-        manifest: Manifest | str | os.PathLike[str],
+        manifest: Manifest | ManifestBody | str | os.PathLike[str],
         *,
         colluders: int | None = None,
         min_classes: int | None = None,
     ) -> None:
-        if isinstance(manifest, Manifest):
-            self.manifest = manifest
-        else:
-            try:
-                self.manifest = Manifest.from_bytes(read_file(Path(manifest), _LARGEST))
-            except OSError as error:
-                raise InvalidSetting(f"The manifest {manifest} cannot be read: {error.strerror or error}.") from None
-        wrong = _not_built(self.manifest)
+        found = manifest if isinstance(manifest, Manifest | ManifestBody) else _read(Path(manifest))
+        self.manifest = found if isinstance(found, Manifest) else None
+        self.body = found.body if isinstance(found, Manifest) else found
+        wrong = _not_built(self.body)
+        if self.manifest is not None and self.body.identities:
+            wrong = "it names identities, which only a set-up through the server uses: pass its body"
         if wrong:
             raise InvalidSetting(f"This version cannot run the manifest: {wrong}.")
-        self.manifest.body.certificate(colluders=colluders, min_classes=min_classes)
+        self.body.certificate(colluders=colluders, min_classes=min_classes)
 
     def __repr__(self) -> str:
-        return f"SecureAggregation(manifest {self.manifest.digest.hex()[:12]}...)"
+        if self.manifest is not None:
+            return f"SecureAggregation(manifest {self.manifest.digest.hex()[:12]}...)"
+        return f"SecureAggregation(body {self.body.digest.hex()[:12]}...)"
 
     @property
     def send(self) -> str:
         """What `GradientCoding(send=)` must be for this manifest, "coded" or "shards"."""
-        return "coded" if self.manifest.body.classes.sending == "coded" else "shards"
+        return "coded" if self.body.classes.sending == "coded" else "shards"
 
     def check_code(self, code: GradientCode) -> None:
         """Refuse a code that is not the manifest's.
@@ -74,7 +76,7 @@ class SecureAggregation:
             InvalidCode: Masks do not work with this code.
             InvalidSetting: The manifest was made for another code.
         """
-        pinned = self.manifest.body.classes
+        pinned = self.body.classes
         found = classes_for(code, pinned.sending)
         same = (found.members, found.ring, found.s) == (pinned.members, pinned.ring, pinned.s)
         if not same or not np.array_equal(found.matrix, pinned.matrix):
@@ -84,15 +86,20 @@ class SecureAggregation:
             )
 
 
-def _not_built(manifest: Manifest) -> str:
+def _read(path: Path) -> Manifest | ManifestBody:
+    try:
+        text = read_file(path, _LARGEST)
+    except OSError as error:
+        raise InvalidSetting(f"The manifest {path} cannot be read: {error.strerror or error}.") from None
+    return Manifest.from_bytes(text) if "body" in parsed(text) else ManifestBody.from_bytes(text)
+
+
+def _not_built(body: ManifestBody) -> str:
     """Returns what a run cannot use of a manifest, or an empty string."""
-    body = manifest.body
     if len(body.graph.cohorts) != 1:
         return f"it has {len(body.graph.cohorts)} cohorts, and a round has one sum"
     if body.quantiser.noise:
         return "it has integer noise, which no run accounts for yet"
-    if body.identities:
-        return "it names identities, which only a set-up through the server would use"
     if body.app:
         return "it pins the digest of the app, which a node cannot look up"
     counters = [name for name, dtype, _ in body.arrays if dtype != "bfloat16" and np.dtype(dtype).kind != "f"]

@@ -86,7 +86,8 @@ class Checkpoint:
 
     Args:
         path: Absolute path of the file; its folder is created. Beside it lie `PATH.lock` and, under a privacy promise,
-            `PATH.privacy`, which records the requests so far, including those of the current round.
+            `PATH.privacy`, which records the requests so far, including those of the current round. `PATH.secagg` has
+            the public part of the last set-up, if keys of masks are set up through the server.
 
     Raises:
         InvalidSetting: The path is relative, or a folder, or cannot be written.
@@ -218,6 +219,36 @@ class Checkpoint:
             raise InvalidSetting(
                 f"The account of privacy {path} is damaged ({type(error).__name__}). Restore the file; if it is lost, "
                 "remove it, and all rounds so far count as asked of all shards."
+            ) from error
+
+    def save_enrolment(self, run: str, enrolment: dict[str, Any]) -> None:
+        """Save the public part of a set-up of masks, under whose keys nothing was asked yet.
+
+        Raises:
+            InvalidSetting: The file cannot be written.
+        """
+        path = self._beside("secagg")
+        try:
+            replace_file(path, json.dumps({"run": run, "enrolment": enrolment}))
+        except OSError as error:
+            raise InvalidSetting(f"The set-up of masks {path} cannot be written: {error.strerror}.") from error
+
+    def load_enrolment(self, run: str) -> dict[str, Any] | None:
+        """Returns the set-up of masks that was saved last for this run, or None if there is none.
+
+        Raises:
+            InvalidSetting: The file is damaged, or cannot be read.
+        """
+        path = self._beside("secagg")
+        if not os.path.lexists(path):
+            return None
+        try:
+            values = parse_json(read_file(path, _LARGEST_ACCOUNT))
+            return dict(values["enrolment"]) if values["run"] == run else None
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise InvalidSetting(
+                f"The set-up of masks {path} cannot be read ({type(error).__name__}). Restore the file, or remove it: "
+                "nodes then set up new keys."
             ) from error
 
     def _beside(self, suffix: str) -> Path:

@@ -157,7 +157,7 @@ class GradientCoding(Strategy):
             average=average,
         )
         if secure is not None:
-            check_full_participation(strategy, evaluation=bool(secure.manifest.body.evaluation))
+            check_full_participation(strategy, evaluation=bool(secure.body.evaluation))
             if isinstance(code, Discovered):
                 raise InvalidSetting("secure= needs the manifest's code, and Discovered builds one for each round.")
         check_what_it_sees(strategy, self.options)

@@ -37,6 +37,7 @@ def make_plan(
     is_open: bool = False,
     as_returned: bool = False,
     figures: bool = False,
+    secure: str = "",
 ) -> Plan:
     """Returns the plan of a phase, with every worker's row; making a plan changes and charges nothing.
 
@@ -55,6 +56,7 @@ def make_plan(
         is_open: Whether the code is built for the shards that nodes report to hold.
         as_returned: Whether replies hold a shard's records as the function returned them.
         figures: Whether coded replies describe the update of each shard.
+        secure: Digest of the manifest under which replies are masked; empty for plain replies.
     """
     sampled = set(shards)
     return Plan(
@@ -76,7 +78,7 @@ def make_plan(
         open=is_open,
         as_returned=as_returned,
         figures=figures,
-        secure="" if options.secure is None else options.secure.manifest.digest.hex(),
+        secure=secure,
     )
 
 

@@ -42,7 +42,7 @@ def fingerprint_of(strategy: Strategy, code: GradientCode | None, k: int, option
         "shards": k,
         "seed": options.seed,
         _PROMISE: privacy,
-        _MASKS: None if options.secure is None else options.secure.manifest.digest.hex(),
+        _MASKS: None if options.secure is None else (options.secure.manifest or options.secure.body).digest.hex(),
     }
 
 
@@ -210,6 +210,15 @@ class RunKeeper:
     def load_account(self, run: str) -> dict[str, Any] | None:
         """Returns the state of the run's privacy account that was saved last, or None if there is none."""
         return None if self._checkpoint is None else self._checkpoint.load_privacy(run)
+
+    def save_enrolment(self, run: str, enrolment: dict[str, Any]) -> None:
+        """Write the set-up of a masked run to disk, before anything is asked under its keys."""
+        if self._checkpoint is not None:
+            self._checkpoint.save_enrolment(run, enrolment)
+
+    def load_enrolment(self, run: str) -> dict[str, Any] | None:
+        """Returns the run's last set-up, or None if there is none."""
+        return None if self._checkpoint is None else self._checkpoint.load_enrolment(run)
 
     def complete(self, result: Result, done: int) -> Result:
         """Returns the result with the metrics of all rounds.

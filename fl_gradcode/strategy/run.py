@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ from ..errors import InvalidSetting, RoundFailed
 from ..grid import SETTLED, Arrival, EarlyStopGrid, nodes_of_a_phase, wait_for_nodes
 from ..privacy import RunAccount
 from ..protocol import view
-from ..roster import Holdings, RehearsalRule, WorkerRegistry
+from ..roster import Holdings, WorkerRegistry, rehearse
 from ..runlog import PhaseRow, RoundRow
 from ..staleness import FLOAT16, UpdateMemory
 from . import report
@@ -42,6 +43,7 @@ from .stop_rules import open_phase
 from .wrapped import ShardGrid, aggregate, arrays_key_of, common_content, why_no_average
 
 if TYPE_CHECKING:
+    from ..enrolment import Relay
     from ..secagg import Manifest
 
 __all__ = ["Run", "mode_chooser"]
@@ -119,7 +121,9 @@ class Run:
         self._told: GradientCode | None = None  # the code whose holders the ledger lists
         self._slowest: float | None = None  # largest latency of a reply, in seconds
         self._warned: set[str] = set()
-        self._rehearsed = False
+        self._masks = None if options.secure is None else options.secure.manifest
+        self._relay: Relay | None = None  # sets up keys of masks, if no dealer has made them
+        self._rehearsed = b""  # digest of the manifest whose holders have compared what they compute
         self._strangers: set[int] = set()  # nodes that were not known when the last round began
 
     def _mode_chooser(self, code: GradientCode) -> ModeChooser:
@@ -219,8 +223,15 @@ class Run:
         if self.account is not None:
             self.account.begin(num_rounds)
         source = grid.source
-        if self.options.secure is not None and source.fixed_nodes:
+        secure = self.options.secure
+        if secure is not None and source.fixed_nodes:
             self._warn_once("simulated", _SIMULATED)
+        if secure is not None and secure.manifest is None:
+            from ..enrolment import Relay  # plain rounds need no keys
+
+            save = partial(self.keeper.save_enrolment, self.name)
+            saved = self.keeper.load_enrolment(self.name)
+            self._relay = Relay(secure.body, self.name, lambda *who: self.registry.claim(*who), save, saved)
         if self._holdings is None:
             wait_for_nodes(
                 grid,
@@ -245,9 +256,13 @@ class Run:
             self._follow_holdings(grid)
         if kind == "train" or self.row is None:
             self._open_row(server_round, grid)
+        if kind == "train" and self._relay is not None:
+            self._masks = self._relay.follow(grid, server_round, self.options.node_timeout, self.timeout)
         self.phase = None
         secure = self.options.secure
-        if kind == "evaluate" and secure is not None and not secure.manifest.body.evaluation:
+        if secure is not None and self._masks is None:
+            raise InvalidSetting("secure= with a body sets up keys first: run the strategy by its start().")
+        if kind == "evaluate" and secure is not None and not secure.body.evaluation:
             return []  # nodes answer nothing unmasked, and the manifest has training alone
         configure = getattr(self.strategy, f"configure_{kind}")
         self._drafts = list(configure(server_round, arrays, config, ShardGrid(self.code.k, grid)))
@@ -266,8 +281,8 @@ class Run:
         account = self.account if phase.plan.privacy else None
         if account is not None and account.charge_request(server_round, phase.shards):
             self.keeper.save_account(self.name, account.state)
-        if secure is not None and kind == "train" and secure.manifest.body.rehearsal and not self._rehearsed:
-            self._rehearse(phase, nodes, secure.manifest, grid)
+        if self._masks is not None and kind == "train" and self._masks.body.rehearsal:
+            self._rehearse(phase, nodes, self._masks, grid)
         if isinstance(grid, EarlyStopGrid):
             grid.expect(phase)
         elif self.mode.send == "shards":
@@ -280,24 +295,17 @@ class Run:
         Raises:
             RoundFailed: They differ, or too few of them answer. The message names them.
         """
-        if not isinstance(grid, EarlyStopGrid):
-            raise InvalidSetting("A manifest with a rehearsal needs the strategy's start().")
-        classes = manifest.body.classes
-        senders = [[i for i in range(classes.n) if c in classes.sent_by(i)] for c in range(len(classes))]
-        tags: dict[int, str] = {}
-        for kind in ("rehearse", "compare"):
-            plan = replace(phase.plan, kind=kind, tags=tags)
-            rule = RehearsalRule(plan, senders, phase.registry, grid)
-            grid.expect(rule)
-            messages = phase.factory.for_plan(plan, with_arrays=kind == "rehearse").messages(
-                nodes, phase.registry, plan.rows
+        if self._rehearsed != manifest.digest:
+            factory, registry = phase.factory, phase.registry
+            rehearse(
+                phase.plan,
+                manifest.body.classes,
+                lambda plan, arrays: factory.for_plan(plan, with_arrays=arrays).messages(nodes, registry, plan.rows),
+                registry,
+                grid,
+                self.timeout,
             )
-            grid.send_and_receive(messages, timeout=self.timeout)
-            if not rule.enough:
-                reasons = "; ".join(sorted({*rule.refused.values()})[:3]) or "too few answered"
-                raise RoundFailed(f"The rehearsal of round {plan.round} failed, and no vector was sent: {reasons}.")
-            tags = rule.tags
-        self._rehearsed = True
+            self._rehearsed = manifest.digest
 
     def _new_phase(self, kind: Kind, server_round: int, mode: RoundMode) -> Phase:
         """Returns a phase over the shards that the wrapped strategy sampled."""
@@ -332,14 +340,13 @@ class Run:
             is_open=self._holdings is not None,
             as_returned=as_returned,
             figures=mixes and compares and (bool(arrays_key) or isinstance(code.numbers, PrimeField)),
+            secure="" if self._masks is None else self._masks.digest.hex(),
         )
         before = content[arrays_key] if arrays_key else None
         assert before is None or isinstance(before, ArrayRecord)
         ttl = time_to_live(self.timeout, self._slowest)
         factory = MessageFactory(plan, content, message_type=drafts[0].metadata.message_type, ttl=ttl)
-        scrutiny = Scrutiny(
-            self._comparisons, compares, self._agreed, options.votes, None if secure is None else secure.manifest
-        )
+        scrutiny = Scrutiny(self._comparisons, compares, self._agreed, options.votes, self._masks)
         registry, late_updates = self.registry.copy(), self.late_updates
         if late_updates is not None and kind == "train":
             self._tell_memory(late_updates.memory, before)
@@ -401,6 +408,8 @@ class Run:
             stale_updates = self.stale_updates.get(kind)
             decoded = phase.decode(self.options.approximation, stale_updates, self._noise(server_round, phase))
         entry = report.phase_row(phase, decoded, self.account, decoding=time.perf_counter() - began)
+        if self._relay is not None:
+            entry = self._relay.marked(entry)
         self._note(kind, entry)  # noted before anything below can raise, so that the row tells what happened
         taken = [self._slowest or 0.0, *(job.seconds for job in [*phase.wait.times, *phase.wait.owing])]
         self._slowest = max(taken) or None

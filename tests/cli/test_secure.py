@@ -39,7 +39,8 @@ def test_key_files_and_three_words_make_a_run(tmp_path: Path, layout: Path) -> N
     assert (keys / "node-3" / "keys.json").read_bytes() == before
     manifest = read_manifest(keys / "node-3")
     assert manifest.digest.hex() in out
-    assert SecureAggregation(keys / MANIFEST_FILE).manifest.digest == manifest.digest
+    found = SecureAggregation(keys / MANIFEST_FILE).manifest
+    assert found is not None and found.digest == manifest.digest
     assert dict(manifest.body.versions).keys() == {"numpy"} and manifest.body.environment
     strategy, _, _ = start(fractional_repetition(8, 1), keys)
     assert strategy.ledger.rows[0]["train"]["outcome"] == "exact"

@@ -359,7 +359,7 @@ def test_manifests_that_no_run_can_use_are_refused(tmp_path: Path) -> None:
         SecureAggregation(dealt(tmp_path / "few", FRC), colluders=3)
     with pytest.raises(InvalidSetting, match="cannot be read"):
         SecureAggregation(tmp_path / "nothing.json")
-    assert SecureAggregation(tmp_path / "few" / "node-0" / MANIFEST_FILE).manifest.body.classes.n == 8
+    assert SecureAggregation(tmp_path / "few" / "node-0" / MANIFEST_FILE).body.classes.n == 8
 
 
 def test_a_run_goes_on_under_its_own_manifest_only(tmp_path: Path) -> None:
