@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -99,7 +99,7 @@ class EncodingMatrix:
             raise InvalidCode(f"Shard {shard} does not exist: this code has shards 0..{self.k - 1}.")
         return self._holders[shard]
 
-    def once(self, compute: Callable[[EncodingMatrix], T]) -> T:
+    def once(self, compute: Callable[[Self], T]) -> T:
         """Returns `compute(self)`, which is computed at the first call and then stored in the code."""
         if compute not in self._computed:
             self._computed[compute] = compute(self)

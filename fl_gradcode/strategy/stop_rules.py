@@ -10,6 +10,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Sequence, Set
+from functools import lru_cache
 
 from flwr.app import ArrayRecord, Message
 
@@ -231,7 +232,7 @@ class ShardPhase(Phase):
         turns = turns_of({worker: tuple(sorted(row.shards)) for worker, row in plan.rows.items()})
         super().__init__(
             factory,
-            uncoded(len(shards)),
+            _own_shards(len(shards)),
             shards,
             before,
             registry,
@@ -297,6 +298,8 @@ class ShardPhase(Phase):
                 return None
             closed = _AllBut(self.unverified, mine)
         shard = self._queue.start(node, worker, closed, now)
+        if held is not None and shard == self._turns[worker][0] and len(Plan.rows_in(held.content) or ()) == 1:
+            return held  # it asks for this shard
         return None if shard is None else self.factory.one_shard(node, worker, shard)
 
     def awake(self, nodes: Collection[int], now: float) -> Collection[int]:
@@ -382,7 +385,8 @@ class ShardPhase(Phase):
         if as_of != self._done_as_of:
             self._done_shards, self._done_as_of, self._done_number = set(), as_of, 0
             self._new = {*self._waiting}
-        # Asked for each free node at each arrival: only the copies that have come since are looked at.
+        elif len(rows) == self._done_number:  # asked for each free node at each arrival
+            return self._done_shards
         for row in itertools.islice(reversed(rows), len(rows) - self._done_number):
             self._done_shards.add(self.shards[row])
             self._new.discard(self.shards[row])
@@ -428,6 +432,12 @@ class _AllBut(Container[int]):
 
     def __contains__(self, item: object) -> bool:
         return item not in self._wanted or item in self._others
+
+
+@lru_cache(maxsize=2)  # the numbers of shards that training and evaluation sample
+def _own_shards(k: int) -> GradientCode:
+    """Returns the code in which each reply is one shard's."""
+    return uncoded(k)
 
 
 def _coded_row(plan: Plan) -> Callable[[Reply], int | Rejection]:
