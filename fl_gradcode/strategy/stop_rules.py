@@ -254,7 +254,8 @@ class ShardPhase(Phase):
         self._done_as_of: tuple[int, int] = (id(None), 0)  # the group that counts, and how many of its copies were lost
         self._done_number = 0  # of its copies
         self._reopened = True  # whether a node without work may have some again
-        self._offered: object = None  # the group that counted when nodes without work were last asked for
+        #: The group that counted, and whether the phase was decided, when nodes without work were last asked for.
+        self._offered: tuple[object, bool] = (None, False)
 
     @property
     def wake_at(self) -> float | None:  # type: ignore[override]
@@ -309,12 +310,12 @@ class ShardPhase(Phase):
     def reopens(self) -> bool:
         """Returns whether a node for which there was no work may have some again.
 
-        A copy that counts leaves less to do. More is left after a loss, if other replies count than before, and when
-        second copies are wanted.
+        A copy that counts leaves less to do. More is left after a loss, if other replies count than before, once second
+        copies are wanted, and while copies disagree.
         """
-        best = self.replies.best
-        reopens = self._reopened or best is not self._offered or bool(self.votes) or self.decided
-        self._reopened, self._offered = False, best
+        offered = (self.replies.best, self.decided)
+        reopens = self._reopened or offered != self._offered or bool(self.votes or self.copies.disagreements)
+        self._reopened, self._offered = False, offered
         return reopens
 
     def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
