@@ -12,7 +12,7 @@ import itertools
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,7 +212,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    quiet: Callable[[str], logging.Logger] = logging.getLogger
     for name in ("flwr", "fl_gradcode"):
-        quiet(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.ERROR)
     main()

@@ -1,9 +1,9 @@
 """The short form in which rows of many workers stand in a ledger file: schema 2.
 
 A row of 1,000 workers would take 170 kB as plain lists, at every round. Whole numbers become text such as "0-9,12",
-and jobs become columns. What is lost: numbers of seconds keep three digits; jobs and the workers that were asked are in
-ascending order, those that come twice after all others; of long lists of rejected and late replies, the first are kept
-and the others counted.
+and jobs become columns. What is lost: numbers of seconds keep three digits, and those of computing two if there are more
+than 1,500 jobs; jobs and the workers that were asked are in ascending order, those that come again after all others; of
+long lists of rejected and late replies, the first are kept and the others counted.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ _PHASES = ("train", "evaluate")
 _KEPT = 10  # rejected or late replies
 _LONGEST_REASON = 200
 _DIGITS = {"seconds": 3, "computing": 3}
+_MANY_JOBS = 1500  # of more, the seconds of computing keep a digit less
 _JOBS = ("timings", "owing")
 _WORKERS = (
     *("asked", "held-back", "never-sent", "answered", "unread", "used", "stragglers", "lapsed", "joined", "restarted"),
@@ -134,13 +135,16 @@ def _columns(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         seen[about] += 1
     in_order = [job for _, job in sorted(keyed, key=lambda one: one[0])]
     for key in jobs[0]:
-        values = [_rounded(job[key], _DIGITS.get(key)) for job in in_order]
+        digits = _DIGITS.get(key)
+        if digits and key == "computing" and len(jobs) > _MANY_JOBS:
+            digits -= 1
+        values = [_rounded(job[key], digits) for job in in_order]
         if all(value == values[0] for value in values):
             columns[key] = values[0]
         elif key == "worker":
             columns[key] = _text(values)
-        elif key in _DIGITS:
-            columns[key] = ",".join(_UNKNOWN if value is None else f"{value:.{_DIGITS[key]}g}" for value in values)
+        elif digits:
+            columns[key] = ",".join(_UNKNOWN if value is None else f"{value:.{digits}g}" for value in values)
         else:
             columns[key] = [[value, len([*same])] for value, same in itertools.groupby(values)]
     return columns
