@@ -2,8 +2,8 @@
 
 A row of 1,000 workers would take 170 kB as plain lists, at every round. Whole numbers become text such as "0-9,12",
 and jobs become columns. What is lost: numbers of seconds keep three digits, and those of computing two if there are
-more than 1,500 jobs; jobs and the workers that were asked are in ascending order, those that come again after all others; of
-long lists of rejected and late replies, the first are kept and the others counted.
+more than 1,500 jobs; jobs and the workers that were asked are in ascending order, those that come again after all
+others; of long lists of rejected and late replies, the first are kept and the others counted.
 """
 
 from __future__ import annotations
