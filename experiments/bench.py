@@ -27,6 +27,7 @@ from experiments.bench_matmul import products
 from experiments.bench_privacy import private_encoding, private_step
 from experiments.bench_verification import verification
 from experiments.bench_votes import votes
+from experiments.scale import scale
 from experiments.secagg_comparison import secagg
 from fl_gradcode import GradientCode, GradientCoding, VirtualGrid, cyclic_repetition, fractional_repetition, uncoded
 from fl_gradcode.codes import combine
@@ -40,7 +41,7 @@ _console = Console()
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmarks that are named, or all."""
-    benchmarks: dict[str, Callable[[], None]] = {
+    benchmarks: dict[str, Callable[[], object]] = {
         "aggregation": aggregation,
         "encoding": encoding,
         "decodable": decodable,
@@ -54,6 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         "verification": verification,
         "votes": votes,
         "secagg": secagg,
+        "scale": scale,
     }
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[*benchmarks, []], help="which; all by default")

@@ -1,17 +1,19 @@
 """What a round costs the server with up to 10,000 clients, in CPU seconds and over plain FedAvg: make bench ARGS=scale.
 
 All schemes run in this process, one after the other, on the same kind of virtual clock, with a model of a few numbers
-and clients that train nothing, so that what is left is what each client costs by itself. The clients' own time is
-measured apart: a server of a deployment does not spend it.
+and clients that train nothing, so that what is left is what each client costs by itself. The time of the clients, and
+of the virtual clock that stands for the transport, is measured apart: a server of a deployment does not spend it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from rich.console import Console
 
 from fl_gradcode import GradientCoding, VirtualGrid, fractional_repetition, gradient_coding_mod
+from fl_gradcode.grid import Arrival
 from fl_gradcode.latency import Latency, lognormal
 from fl_gradcode.testing import InProcessGrid
 
@@ -48,9 +51,9 @@ class Cost:
     Attributes:
         scheme: One of `SCHEMES`.
         n: Number of clients.
-        first: Seconds of the first round.
+        first: Seconds of the first round, in the whole process.
         seconds: Seconds of a later round, in the whole process.
-        server: Seconds of a later round, without those of the clients.
+        server: Seconds of a later round, without those of the clients and of the clock.
     """
 
     scheme: str
@@ -60,16 +63,36 @@ class Cost:
     server: float
 
 
-class _IdleClients(InProcessGrid):
-    """A grid whose clients train nothing, and that counts the CPU seconds which they take for it."""
+class _Clock(VirtualGrid):
+    """A virtual clock that counts the CPU seconds of the process which are no server's.
 
-    seconds = 0.0
+    These are its own, which stand for Flower's transport, and those of the clients.
+    """
 
-    def _answer(self, message: Message) -> Message:
-        began = time.process_time()
-        reply = super()._answer(message)
-        self.seconds += time.process_time() - began
-        return reply
+    seconds, depth = 0.0, 0
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        began, self.depth = time.process_time(), self.depth + 1
+        yield
+        self.depth -= 1
+        self.seconds += 0.0 if self.depth else time.process_time() - began
+
+    def push(self, messages: Sequence[Message]) -> list[str | None]:
+        with self._counted():
+            return super().push(messages)
+
+    def next_arrival(self, deadline: float | None) -> Arrival | None:
+        with self._counted():
+            return super().next_arrival(deadline)
+
+    def fetch(self, arrivals: Sequence[Arrival]) -> list[Message | None]:
+        with self._counted():
+            return super().fetch(arrivals)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        with self._counted():
+            return super().send_and_receive(messages, timeout=timeout)
 
 
 def _app(*, coded: bool) -> ClientApp:
@@ -100,17 +123,16 @@ def costs(scheme: str, n: int, *, rounds: int = _SETTLED + 3, seed: int = 0) -> 
         send: Any = {"coded vectors": "coded", "one shard a message": "shards", "adaptive": "adaptive"}[scheme]
         strategy = GradientCoding(inner, fractional_repetition(n, _STRAGGLERS), send=send)
     marks: list[tuple[float, float]] = []
-    clients = _IdleClients(_app(coded=strategy is not inner), n)
-    with clients:
+    with InProcessGrid(_app(coded=strategy is not inner), n) as clients:
+        grid = _Clock(clients, Latency(compute=lognormal(sigma=0.6)), seed=seed)
 
         def mark(server_round: int, arrays: ArrayRecord) -> None:
-            marks.append((time.process_time(), clients.seconds))
+            marks.append((time.process_time(), grid.seconds))
 
-        grid = VirtualGrid(clients, Latency(compute=lognormal(sigma=0.6)), seed=seed)
         strategy.start(grid, ArrayRecord([np.zeros(10, np.float32)]), num_rounds=rounds, evaluate_fn=mark)
-    whole = [after[0] - before[0] for before, after in zip(marks, marks[1:], strict=False)]
-    client = [after[1] - before[1] for before, after in zip(marks, marks[1:], strict=False)]
-    server = [one - other for one, other in zip(whole, client, strict=True)]
+    whole = [after[0] - before[0] for before, after in itertools.pairwise(marks)]
+    elsewhere = [after[1] - before[1] for before, after in itertools.pairwise(marks)]
+    server = [one - other for one, other in zip(whole, elsewhere, strict=True)]
     return Cost(scheme, n, whole[0], statistics.median(whole[_SETTLED:]), statistics.median(server[_SETTLED:]))
 
 
@@ -130,10 +152,11 @@ def scale(sizes: Sequence[int] = SIZES, figure: Path | None = None) -> list[Cost
             plain = plain or cost
             found.append(cost)
             _console.print(
-                f"n = {n:6d}, {scheme:20s}: server {cost.server:7.3f} s a round, [bold]{cost.server / plain.server:5.2f}"
-                f"[/] of plain FedAvg's; with idle clients in the process {cost.seconds:7.3f} s, "
+                f"n = {n:6d}, {scheme:20s}: server {cost.server:7.3f} s a round, "
+                f"[bold]{cost.server / plain.server:5.2f}[/] of plain FedAvg's; process {cost.seconds:7.3f} s, "
                 f"{cost.seconds / plain.seconds:5.2f}; first round {cost.first:7.3f} s",
                 highlight=False,
+                soft_wrap=True,
             )
     for scheme, asked in SCHEMES.items():
         of = [one for one in found if one.scheme == scheme]
@@ -189,7 +212,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    quiet: Callable[[str], logging.Logger] = logging.getLogger
     for name in ("flwr", "fl_gradcode"):
-        quiet(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.ERROR)
     main()

@@ -85,17 +85,20 @@ def plan_table(plan: RoundPlan, read: Source, *, uploads: bool, every: bool = Fa
     shown = list(plan.lines) if every else _that_matter(plan)
     measured = plan.evidence is not None
     sure = "90 %: interval from resampled rounds" if measured else "±: its standard error"
+    starts = not uploads and not measured  # idle starts, where 80 columns have room for them; --json has them always
+    idle_told = "idle: seconds of a round that finds all workers idle (* closed form); " if starts else ""
     hidden = "" if len(shown) == len(plan.lines) else f" --all shows all {len(plan.lines)} schemes."
     caption = (
         f"run: mean seconds a round over a run, where workers that were not needed are still busy; {sure}; "
-        "gain: against waiting for all; idle: seconds of a round that finds all workers idle (* closed form); "
+        "gain: against waiting for all; bound: times the run of a server that knows all times beforehand and stores "
+        f"the same shards on the same workers; {idle_told}"
         f"work: times what plain FedAvg computes; {'up: MB of all replies of a round; ' if uploads else ''}"
         f"holds: shards that a worker stores; >: recommended; †: loses data.{hidden}"
     )
     table = plain_table(title=f"{plan.n} workers, {read.told}", caption=caption)
     table.add_column("  scheme", no_wrap=True)
-    columns = ["run", "90 %" if measured else "±", "gain", "idle", "work", *(["up"] if uploads else []), "holds"]
-    for column in columns:
+    sureness, idle, up = "90 %" if measured else "±", ["idle"] if starts else [], ["up"] if uploads else []
+    for column in ("run", sureness, "gain", "bound", *idle, "work", *up, "holds"):
         table.add_column(column, justify="right", no_wrap=True)
     for line in shown:
         error = _cell(line.error, 1)
@@ -105,7 +108,8 @@ def plan_table(plan: RoundPlan, read: Source, *, uploads: bool, every: bool = Fa
             _cell(line.steady),
             error,
             f"{plan.speedup(line):.2f}x",
-            _cell(line.idle) + ("*" if line.closed_form else " "),
+            "-" if line.over_bound is None else f"{line.over_bound:.2f}x",
+            *([_cell(line.idle) + ("*" if line.closed_form else " ")] if starts else []),
             f"{line.computed:.2f}x",
             *([f"{line.upload:.3g}"] if uploads else []),
             str(line.storage),
@@ -188,6 +192,7 @@ def _line(line: Line) -> dict[str, Any]:
         **_numbers(line),
         "megabytes-up": finite_or_none(line.upload),
         "idle-start-is-closed-form": line.closed_form,
+        "clairvoyant-bound": None if line.bound is None else finite_or_none(line.bound),
         "shards-stored": line.storage,
         "interval": None if line.interval is None else [finite_or_none(end) for end in line.interval],
         "python": line.scheme.to_paste,

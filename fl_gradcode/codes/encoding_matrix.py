@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -80,7 +80,7 @@ class EncodingMatrix:
     @property
     def active(self) -> tuple[int, ...]:
         """The workers that hold at least one shard, ascending."""
-        return tuple(np.flatnonzero(self.blocks.any(axis=(1, 2))).tolist())
+        return self.once(_active)
 
     @property
     def blocks(self) -> NDArray[Any]:
@@ -99,7 +99,7 @@ class EncodingMatrix:
             raise InvalidCode(f"Shard {shard} does not exist: this code has shards 0..{self.k - 1}.")
         return self._holders[shard]
 
-    def once(self, compute: Callable[[EncodingMatrix], T]) -> T:
+    def once(self, compute: Callable[[Self], T]) -> T:
         """Returns `compute(self)`, which is computed at the first call and then stored in the code."""
         if compute not in self._computed:
             self._computed[compute] = compute(self)
@@ -126,19 +126,34 @@ class EncodingMatrix:
 
     def coverage_of(self, a: NDArray[Any]) -> NDArray[np.float64]:
         """Returns the coverage `a @ B` of a decoding vector of shape (n,) or (n, m); shape (k,)."""
-        shares = self.numbers.shares(a, self.blocks)
+        shares = self.shares_of(a)
         return np.asarray(np.trace(shares, axis1=1, axis2=2) / self.m)
 
     def error_of(self, a: NDArray[Any]) -> float:
         """Returns the decoding error `max |a @ B - 1|` of a decoding vector, computed from `B` alone."""
-        return float(np.abs(self.numbers.shares(a, self.blocks) - np.eye(self.m)).max())
+        return float(np.abs(self.shares_of(a) - np.eye(self.m)).max())
+
+    def shares_of(self, a: NDArray[Any]) -> NDArray[np.float64]:
+        """Returns the share of block l' of shard j in block l of the sum that `a` decodes, shape (k, m, m), [j, l', l].
+
+        In a code with groups and m = 1, a shard's share is the sum of `a` over its group. That takes O(n + k) steps
+        instead of the n k of a product with `B`.
+        """
+        layout = self.once(_group_layout)
+        if layout is None:
+            return self.numbers.shares(a, self.blocks)
+        group_of_worker, group_of_shard = layout
+        sums = np.bincount(group_of_worker, weights=np.asarray(a, np.float64).reshape(-1))
+        return np.asarray(sums[group_of_shard], np.float64).reshape(-1, 1, 1)
 
     def kappa_of(self, a: NDArray[Any]) -> float:
         """Returns the noise amplification `sqrt(sum_i |a_i|^2 |b_i|^2 / (k m))` of a decoding vector.
 
         It is the factor by which independent rounding noise in the shards grows.
         """
-        return self.numbers.kappa(a, self.blocks)
+        if isinstance(self.numbers, PrimeField):
+            return self.numbers.kappa(a, self.blocks)
+        return self.numbers.kappa(a, self.once(_row_norms), self.k)
 
     def least_squares_vector(self, survivors: Iterable[int], *, ridge: float = 0.0) -> NDArray[np.float64]:
         """Returns the decoding vector that minimises `||a @ B - 1||^2 + ridge sum_i a_i^2 ||b_i||^2`.
@@ -169,6 +184,31 @@ class EncodingMatrix:
             return list(workers)
         number = {i: q for q, group in enumerate(self.groups) for i in group}
         return [number.get(i, len(self.groups)) for i in workers]
+
+
+def _active(code: EncodingMatrix) -> tuple[int, ...]:
+    return tuple(np.flatnonzero(code.blocks.any(axis=(1, 2))).tolist())
+
+
+def _row_norms(code: EncodingMatrix) -> NDArray[np.float64]:
+    """Returns the squared lengths of the rows of B, shape (n,)."""
+    rows = code.blocks.reshape(code.n, -1)
+    return np.array([float(np.square(row).sum()) for row in rows])
+
+
+def _group_layout(code: EncodingMatrix) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    """Returns the group of each worker and of each shard, shapes (n,) and (k,); None if not all of B is in groups.
+
+    A worker in no group has the number of groups as its group.
+    """
+    if code.groups is None or code.m > 1 or isinstance(code.numbers, PrimeField):
+        return None
+    of_worker = np.full(code.n, len(code.groups))
+    of_shard = np.zeros(code.k, np.int64)
+    for number, group in enumerate(code.groups):
+        of_worker[list(group)] = number
+        of_shard[code.B[group[0]] != 0] = number
+    return None if code.B[of_worker == len(code.groups)].any() else (of_worker, of_shard)
 
 
 def estimate(code: EncodingMatrix, workers: Sequence[int], ridge: float = 0.0) -> NDArray[np.float64]:

@@ -134,11 +134,16 @@ class Reals:
         n, k, m = B.shape
         return np.asarray((B.reshape(n, k * m).T @ a.reshape(n, m)).reshape(k, m, m))
 
-    def kappa(self, a: NDArray[np.float64], B: NDArray[np.float64]) -> float:
-        """Returns the noise amplification `sqrt(sum_i |a_i|^2 |b_i|^2 / (k m))` of a decoding vector."""
-        n, k, m = B.shape
-        row_norms = np.square(B.reshape(n, k * m)).sum(axis=1)
-        return float(np.sqrt(np.square(a.reshape(n, m)).sum(axis=1) @ row_norms / (k * m)))
+    def kappa(self, a: NDArray[np.float64], norms: NDArray[np.float64], k: int) -> float:
+        """Returns the noise amplification `sqrt(sum_i |a_i|^2 |b_i|^2 / (k m))` of a decoding vector.
+
+        Args:
+            a: The vector, shape (n,) or (n, m).
+            norms: Squared lengths of the rows of B, shape (n,).
+            k: Number of shards.
+        """
+        squares = np.square(a.reshape(len(norms), -1))
+        return float(np.sqrt(squares.sum(axis=1) @ norms / (k * squares.shape[1])))
 
 
 REALS = Reals()

@@ -66,6 +66,6 @@ def rounding_bound(code: EncodingMatrix, a: NDArray[Any], dtype: np.dtype[np.flo
             steps.append(np.sqrt(np.maximum(squares[vector[i] != 0], 0.0)))
     every = np.concatenate(steps)
     rounded = float(np.finfo(dtype).eps) / 2 * float(min(every.sum(), _CONFIDENCE * np.linalg.norm(every)))
-    off = code.numbers.shares(vector, code.blocks) - np.eye(m)
+    off = code.shares_of(vector) - np.eye(m)
     # A vector that is further off is an estimate, which the decoding error tells.
     return rounded + (float(np.linalg.norm(off)) if np.abs(off).max() <= EXACT else 0.0)

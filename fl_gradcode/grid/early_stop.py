@@ -67,9 +67,8 @@ class Waiting:
         self.free: list[int] = []  # nodes that the rule may have a message for
         self.idle: dict[int, None] = {}  # nodes that the rule had no message for, in order
         self.mine: dict[int, None] = {}  # nodes that owe a reply to this phase, in order
-        self.lapsing: list[
-            tuple[float, int, str]
-        ] = []  # heap of (lapses, node, token): debts that held messages wait for
+        self.sizes: dict[int, tuple[object, int]] = {}  # of the arrays that messages have in common
+        self.lapsing: list[tuple[float, int, str]] = []  # heap of (lapses, node, token) that `held` waits for
         self.unread: list[Arrival] = []
         self.woken: float | None = None
         self.lingered = False  # whether the time is up for which the rule wanted to wait on
@@ -293,7 +292,7 @@ class Waiting:
             node = message.metadata.dst_node_id
             self.wait.asked.append(node)
             self.rule.sent(node)
-            self.wait.bytes_down += content_bytes(message.content)
+            self.wait.bytes_down += content_bytes(message.content, self.sizes)
             if token is None:
                 refused = Arrival("", node, now, failure="the SuperLink refused the message")
                 self.rule.offer(refused, None, now - self.start)

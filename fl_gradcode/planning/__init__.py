@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .clairvoyant import clairvoyant_rounds
     from .closed_forms import best_fraction, coded_matvec_seconds, exponential_seconds, harmonic, idle_mean
     from .planner import GAIN, Line, RoundPlan, candidates, make_plan
     from .product_planner import ProductLine, ProductPlan, plan_products
@@ -23,6 +24,7 @@ __all__ = [
     "any_code",
     "best_fraction",
     "candidates",
+    "clairvoyant_rounds",
     "coded_matvec_seconds",
     "exponential_seconds",
     "harmonic",
@@ -40,6 +42,9 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "clairvoyant": [
+            "clairvoyant_rounds",
+        ],
         "closed_forms": [
             "best_fraction",
             "coded_matvec_seconds",

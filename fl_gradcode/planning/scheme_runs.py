@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..latency import Latency, Parts
+from .clairvoyant import clairvoyant_rounds
 from .closed_forms import idle_mean
 from .schemes import Scheme
 from .simulation import coded_rounds, idle_rounds, steady_rounds
@@ -32,6 +33,8 @@ class Line:
         computed: Shards computed in a round, whether needed or not, divided by n; 1 without a code.
         upload: Size of a round's replies in megabytes, whether needed or not.
         storage: Largest number of shards that a worker has to store.
+        bound: Mean seconds of a round of the clairvoyant bound in the same runs, which no scheme with the same
+            assignment beats; None if it is not known. See `clairvoyant_rounds`.
         interval: Ends of a 90 % interval of `steady`, from resampled rounds; None if the times are not measured.
     """
 
@@ -43,7 +46,13 @@ class Line:
     computed: float
     upload: float
     storage: int
+    bound: float | None = None
     interval: tuple[float, float] | None = None
+
+    @property
+    def over_bound(self) -> float | None:
+        """How many times as long as the bound a round takes; None if the bound is not known or not finite."""
+        return None if not self.bound or not np.isfinite(self.bound) else self.steady / self.bound
 
 
 class SchemeRuns:
@@ -68,6 +77,7 @@ class SchemeRuns:
         self.means: list[float] = []
         self._computed: list[float] = []
         self._messages: list[float] = []
+        self._bounds: list[float] = []
         self.seconds: NDArray[np.float64] = np.empty(0)
         self.add(draws)
         self._closed = idle_mean(scheme, latency, model_megabytes=megabytes)
@@ -94,6 +104,8 @@ class SchemeRuns:
         if not self.means:
             self.seconds = runs[0].seconds[self.first :]
         self.means += [float(run.seconds[self.first :].mean()) for run in runs]
+        bounds = (clairvoyant_rounds(self.scheme, parts, model_megabytes=self.megabytes) for parts in draws)
+        self._bounds += [float(bound[self.first :].mean()) for bound in bounds if bound is not None]
         self._computed += [run.computed for run in runs]
         self._messages += [run.messages for run in runs]
 
@@ -110,6 +122,7 @@ class SchemeRuns:
             float(np.mean(self._computed)) / self.scheme.n,
             float(np.mean(self._messages)) * self.megabytes / self.scheme.m,
             int(self.scheme.loads.max()),
+            float(np.mean(self._bounds)) if self._bounds else None,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
 from ..errors import VersionMismatch
 from .records import Plan, Reply, is_probe
@@ -24,17 +24,17 @@ __all__ = [
 
 def load_of(message: Message, worker: int) -> int:
     """Returns how many shards `message` asks `worker` to work on; 1 for a message without a plan, 0 for a probe."""
-    plan = Plan.find_in(message.content)
-    if plan is None:
+    rows = Plan.rows_in(message.content)
+    if rows is None:
         return 0 if is_probe(message.content) else 1
-    row = plan.rows.get(worker)
+    row = rows.get(worker)
     return len(row.shards) if row else 0
 
 
 def loads_of(message: Message) -> dict[int, int]:
     """Returns worker -> number of shards for all workers in the message's plan; empty without a plan."""
-    plan = Plan.find_in(message.content)
-    return {} if plan is None else {worker: len(row.shards) for worker, row in plan.rows.items()}
+    rows = Plan.rows_in(message.content)
+    return {} if rows is None else {worker: len(row.shards) for worker, row in rows.items()}
 
 
 def without_arrays(content: RecordDict) -> RecordDict:
@@ -44,8 +44,7 @@ def without_arrays(content: RecordDict) -> RecordDict:
 
 def reply_part(message: Message, worker: int) -> float:
     """Returns the length of the reply's vector relative to the model: 1/m under a code that divides updates, else 1."""
-    plan = Plan.find_in(message.content)
-    row = None if plan is None else plan.rows.get(worker)
+    row = (Plan.rows_in(message.content) or {}).get(worker)
     return 1 / len(row.coefficients[0]) if row and row.coefficients and row.coefficients[0] else 1.0
 
 
@@ -74,14 +73,25 @@ def computing_seconds(message: Message) -> float | None:
     return None
 
 
-def content_bytes(content: RecordDict) -> int:
-    """Returns the size of the payload in bytes: arrays as serialised, 8 a number, 1 a character or byte."""
+def content_bytes(content: RecordDict, shared: dict[int, tuple[object, int]] | None = None) -> int:
+    """Returns the size of the payload in bytes: arrays as serialised, 8 a number, 1 a character or byte.
+
+    Args:
+        content: The payload.
+        shared: Sizes of ArrayRecords that several contents have in common, by their identity. It is extended, and keeps
+            these records alive.
+    """
     total = 0
     for record in content.values():
-        if isinstance(record, ConfigRecord | MetricRecord):
-            total += sum(_value_bytes(key) + _value_bytes(value) for key, value in record.items())
-        else:
+        if not isinstance(record, ArrayRecord):
+            for key, value in record.items():
+                total += len(key) + _value_bytes(value)
+        elif shared is None:
             total += sum(len(array.data) for array in record.values())
+        else:
+            if id(record) not in shared:
+                shared[id(record)] = record, sum(len(array.data) for array in record.values())
+            total += shared[id(record)][1]
     return total
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.app import ConfigRecord, RecordDict
 
@@ -27,6 +27,7 @@ __all__ = [
     "SETUP",
     "UPDATE",
     "Plan",
+    "PlanWriter",
     "Reply",
     "Row",
     "is_probe",
@@ -95,7 +96,11 @@ def _advice(server: str) -> str:
     return f"Install the same one on the node (pip install {what}) and start its SuperNode again."
 
 
+T = TypeVar("T")
+
 _PLAN = "fl-gradcode.plan"
+#: Attribute of a record that this process has written: its text, a plan of its phase, and the rows that it has.
+_WRITTEN = "_fl_gradcode_plan"
 _REPLY = "fl-gradcode.reply"
 _PROBE = "fl-gradcode.probe"
 #: Name of the record of a message, and of its reply, by which keys of secure aggregation are set up through the server.
@@ -189,16 +194,15 @@ class Plan:
 
     def for_worker(self, worker: int) -> Plan:
         """Returns the plan with only this worker's row."""
-        row = self.rows[worker]
-        releases = {shard: self.releases[shard] for shard in row.shards if shard in self.releases}
-        digests = {shard: self.digests[shard] for shard in row.shards if shard in self.digests}
-        return replace(self, rows={worker: row}, releases=releases, digests=digests)
+        return self.for_workers({worker: self.rows[worker]})
+
+    def for_workers(self, rows: dict[int, Row]) -> Plan:
+        """Returns the plan with these rows alone, and what it says of their shards."""
+        return replace(self, rows=rows, releases=_about(self.releases, rows), digests=_about(self.digests, rows))
 
     def add_to(self, content: RecordDict) -> RecordDict:
         """Returns a new RecordDict with the same records and this plan; `content` is not changed."""
-        values = dict(vars(self))
-        values["rows"] = {i: [row.shards, row.coefficients] for i, row in self.rows.items()}
-        return RecordDict({**content, _PLAN: record_of(values)})
+        return PlanWriter(self).add_to(content, self.rows, self.releases, self.digests)
 
     @classmethod
     def find_in(cls, content: RecordDict) -> Plan | None:
@@ -208,12 +212,91 @@ class Plan:
             VersionMismatch: The plan has another protocol version.
         """
         record = content.get(_PLAN)
-        return _parse_plan(read_json(record, "server")) if isinstance(record, ConfigRecord) else None
+        if not isinstance(record, ConfigRecord):
+            return None
+        text = read_json(record, "server")
+        written, plan, rows = vars(record).get(_WRITTEN, (None, None, None))
+        return plan.for_workers(rows) if written is text else _parse_plan(text)
+
+    @classmethod
+    def rows_in(cls, content: RecordDict) -> dict[int, Row] | None:
+        """Returns the rows of the plan of a message, which are not to be changed, or None.
+
+        Raises:
+            VersionMismatch: The plan has another protocol version.
+        """
+        record = content.get(_PLAN)
+        if not isinstance(record, ConfigRecord):
+            return None
+        written, _, rows = vars(record).get(_WRITTEN, (None, None, None))
+        if written is not None and record.get(_JSON) is written and record.get(_PROTOCOL) == PROTOCOL:
+            mine: dict[int, Row] = rows
+            return mine
+        plan = cls.find_in(content)
+        return None if plan is None else plan.rows
 
     @staticmethod
     def remove_from(content: RecordDict) -> RecordDict:
         """Returns a new RecordDict with all records except the plan."""
         return RecordDict({key: value for key, value in content.items() if key != _PLAN})
+
+
+class PlanWriter:
+    """Writes plans that differ from one another in what they say of single workers and shards.
+
+    A phase has as many plans as workers, so what they share is turned into JSON once.
+
+    Args:
+        plan: One of them.
+    """
+
+    _OWN = ("rows", "releases", "digests")
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        values = {**vars(plan), **{name: f"\0{name}" for name in self._OWN}}
+        rest = json.dumps(values)
+        self._parts = []
+        for name in self._OWN:
+            part, rest = rest.split(json.dumps(f"\0{name}"))
+            self._parts.append(part)
+        self._parts.append(rest)
+        self._record = record_of({})
+
+    def add_to(
+        self,
+        content: RecordDict,
+        rows: dict[int, Row],
+        releases: Mapping[int, object] | None = None,
+        digests: Mapping[int, str] | None = None,
+    ) -> RecordDict:
+        """Returns a new RecordDict with the same records and the plan with these rows; `content` is not changed.
+
+        Args:
+            content: The records.
+            rows: The rows.
+            releases, digests: What the plan says of shards; None for those of the rows' shards alone.
+        """
+        plan = self._plan
+        releases = _about(plan.releases, rows) if releases is None else releases
+        digests = _about(plan.digests, rows) if digests is None else digests
+        own = ({i: [row.shards, row.coefficients] for i, row in rows.items()}, releases, digests)
+        first, *others = self._parts
+        text = first + "".join(
+            [(json.dumps(one) if one else "{}") + part for one, part in zip(own, others, strict=True)]
+        )
+        record = self._record.copy()
+        record[_JSON] = text
+        if len(rows) == 1:  # the process that has written it, and may run the node too, need not read it again
+            vars(record)[_WRITTEN] = (text, plan, rows)
+        result = content.copy()
+        result[_PLAN] = record
+        return result
+
+
+def _about(known: Mapping[int, T], rows: Mapping[int, Row]) -> dict[int, T]:
+    """Returns the entries for the shards of some rows."""
+    return {j: known[j] for row in rows.values() for j in row.shards if j in known} if known else {}
 
 
 @dataclass(frozen=True)
@@ -283,7 +366,9 @@ class Reply:
     @staticmethod
     def remove_from(content: RecordDict) -> RecordDict:
         """Returns a new RecordDict with all records except the reply."""
-        return RecordDict({key: value for key, value in content.items() if key != _REPLY})
+        result = content.copy()
+        result.pop(_REPLY, None)
+        return result
 
     @classmethod
     def find_in(cls, content: RecordDict) -> Reply | None:

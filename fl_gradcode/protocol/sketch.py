@@ -93,6 +93,7 @@ class Sketcher:
         self._before: dict[str, NDArray[Any]] | None = None
         self._sums: dict[str, NDArray[np.float64]] = {}  # array -> signed sums of what training started from
         self._looked_at_records = False
+        self._forms: dict[tuple[object, ...], tuple[object, ...]] = {}
         #: What rounding the arrays may change in an update of weight 1.
         self.rounding = 0.0
         if before is not None:
@@ -133,18 +134,18 @@ class Sketcher:
         self._looked_at_records = True
         square: float | None = 0.0
         sums, weight = np.zeros(SUMS), 0.0
-        form = hashlib.sha256()
+        form: list[object] = []
         for name, record in sorted(content.items()):
-            form.update(repr((name, type(record).__name__)).encode())
+            form.append((name, type(record).__name__))
             if isinstance(record, MetricRecord) and isinstance(record.get(weight_key), int | float):
                 weight = float(record[weight_key])  # type: ignore[arg-type]
             if not isinstance(record, ArrayRecord):
                 continue
             for key in sorted(record):
                 values: NDArray[Any] = np.asarray(view(record[key]))
-                form.update(repr((key, record[key].dtype, values.shape)).encode())
+                form.append((key, record[key].dtype, values.shape))
                 if values.dtype.kind != "f":
-                    form.update(values.tobytes())
+                    form.append(hashlib.sha256(values.tobytes()).digest())
                     continue
                 old = None if self._before is None else self._before.get(key)
                 if old is not None and (old.dtype.kind != "f" or old.size != values.size):
@@ -154,7 +155,11 @@ class Sketcher:
                     these, square = these - self._sums[key], None
                 square, sums = None if square is None else square + more, sums + these
         norm = None if square is None else math.sqrt(square)
-        return Sketch(norm, tuple(sums.tolist()), weight, form.hexdigest(), self.rounding)
+        return Sketch(norm, tuple(sums.tolist()), weight, self._shared(tuple(form)), self.rounding)
+
+    def _shared(self, form: tuple[object, ...]) -> tuple[object, ...]:
+        """Returns an equal form of an earlier sketch if there is one, since nearly all have the same."""
+        return self._forms.setdefault(form, form)
 
     def _scan(
         self, values: NDArray[Any], salt: int, less: NDArray[Any] | None, *, norm: bool = True

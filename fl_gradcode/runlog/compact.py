@@ -1,14 +1,16 @@
 """The short form in which rows of many workers stand in a ledger file: schema 2.
 
 A row of 1,000 workers would take 170 kB as plain lists, at every round. Whole numbers become text such as "0-9,12",
-and jobs become columns. What is lost: numbers of seconds keep three digits; jobs and the workers that were asked are in
-ascending order; of long lists of rejected and late replies, the first are kept and the others counted.
+and jobs become columns. What is lost: numbers of seconds keep three digits, and those of computing two if there are
+more than 1,500 jobs; jobs and the workers that were asked are in ascending order, those that come again after all
+others; of long lists of rejected and late replies, the first are kept and the others counted.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +27,7 @@ _PHASES = ("train", "evaluate")
 _KEPT = 10  # rejected or late replies
 _LONGEST_REASON = 200
 _DIGITS = {"seconds": 3, "computing": 3}
+_MANY_JOBS = 1500  # of more, the seconds of computing keep a digit less
 _JOBS = ("timings", "owing")
 _WORKERS = (
     *("asked", "held-back", "never-sent", "answered", "unread", "used", "stragglers", "lapsed", "joined", "restarted"),
@@ -42,7 +45,9 @@ def shortened(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     short = {**values, "schema": SHORT_SCHEMA}
     if values.get("holders") is not None:
-        short["holders"] = [_text(holders) for holders in values["holders"]]
+        texts = [_text(holders) for holders in values["holders"]]
+        places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+        short["holders"] = {"sets": [*places], "of": _text([places[text] for text in texts])}
     train = values.get("train")
     for name in _PHASES:
         if values.get(name) is not None:
@@ -58,8 +63,12 @@ def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: The values are no such row. The message says what is wrong.
     """
     row = {**values, "schema": 1}
-    if row.get("holders") is not None:
-        row["holders"] = [_numbers(text) for text in row["holders"]]
+    holders = row.get("holders")
+    if isinstance(holders, Mapping):  # the sets that shards have, and which one each shard has
+        sets = [_numbers(text) for text in holders["sets"]]
+        row["holders"] = [sets[place or 0] for place in _numbers(holders["of"])]
+    elif holders is not None:
+        row["holders"] = [_numbers(text) for text in holders]
     for name in _PHASES:
         if isinstance(row.get(name), Mapping):
             train = row.get("train")
@@ -77,7 +86,7 @@ def _short_phase(phase: Mapping[str, Any], before: Mapping[str, Any]) -> dict[st
         if name in phase:
             numbers = phase[name]
             if name in _SORTED:
-                numbers = sorted(numbers, key=lambda number: (number is None, number))
+                numbers = _in_layers(numbers)
             same = name == "used" and numbers and numbers == answered
             again = numbers and numbers == before.get(name)
             short[name] = f"{_AS}answered" if same else f"{_AS}train" if again else _text(numbers)
@@ -118,18 +127,37 @@ def _whole_phase(phase: Mapping[str, Any], before: Mapping[str, Any]) -> dict[st
 def _columns(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns jobs as columns; one value stands for a column in which all are equal."""
     columns: dict[str, Any] = {"jobs": len(jobs)}
-    in_order = sorted(jobs, key=lambda job: (job["kind"], job["round"] or 0, job["worker"] is None, job["worker"]))
+    seen: Counter[tuple[Any, ...]] = Counter()
+    keyed = []
+    for job in jobs:
+        about = (job["kind"], job["round"] or 0, job["worker"])
+        keyed.append(((*about[:2], seen[about], job["worker"] is None, job["worker"] or 0), job))
+        seen[about] += 1
+    in_order = [job for _, job in sorted(keyed, key=lambda one: one[0])]
     for key in jobs[0]:
-        values = [_rounded(job[key], _DIGITS.get(key)) for job in in_order]
+        digits = _DIGITS.get(key)
+        if digits and key == "computing" and len(jobs) > _MANY_JOBS:
+            digits -= 1
+        values = [_rounded(job[key], digits) for job in in_order]
         if all(value == values[0] for value in values):
             columns[key] = values[0]
         elif key == "worker":
             columns[key] = _text(values)
-        elif key in _DIGITS:
-            columns[key] = ",".join(_UNKNOWN if value is None else f"{value:.{_DIGITS[key]}g}" for value in values)
+        elif digits:
+            columns[key] = ",".join(_UNKNOWN if value is None else f"{value:.{digits}g}" for value in values)
         else:
             columns[key] = [[value, len([*same])] for value, same in itertools.groupby(values)]
     return columns
+
+
+def _in_layers(numbers: Sequence[int | None]) -> list[int | None]:
+    """Returns all numbers once in ascending order, then those that come again: their text then has long ranges."""
+    seen: Counter[int | None] = Counter()
+    keyed = []
+    for number in numbers:
+        keyed.append((seen[number], number is None, number or 0, number))
+        seen[number] += 1
+    return [number for *_, number in sorted(keyed, key=lambda one: one[:3])]
 
 
 def _jobs(columns: Mapping[str, Any]) -> list[dict[str, Any]]:

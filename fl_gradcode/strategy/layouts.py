@@ -58,10 +58,12 @@ def check_records(content: RecordDict, before: ArrayRecord) -> None:
     Raises:
         ValueError: A dtype does not fit. The message says which.
     """
-    for array_record in content.array_records.values():
-        for name, array in array_record.items():
-            if name in before:
-                _check_dtype(name, array.dtype, before[name])
+    sent = dict(before.items())
+    for record in content.values():
+        if isinstance(record, ArrayRecord):
+            for name, array in record.items():
+                if name in sent:
+                    _check_dtype(name, array.dtype, sent[name])
 
 
 def unlike_sent(layout: Layout, before: ArrayRecord) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from ..codes import GradientCode, PrimeField
 from ..privacy import Releases
-from ..protocol import Plan, Row, without_arrays
+from ..protocol import Plan, PlanWriter, Row, without_arrays
 from ..roster import WorkerRegistry
 from .options import Coded, Options
 
@@ -68,7 +67,7 @@ def make_plan(
         k=k,
         weight_key=weight_key,
         arrays_key=arrays_key,
-        rows=_rows(code, shards),
+        rows=code.once(_all_rows) if len(shards) == k else _rows(code, shards),
         give_up_after=(options.send.give_up_after or 0.0) if isinstance(options.send, Coded) else 0.0,
         allow_fixed_data=options.allow_fixed_data,
         fraction_bits=code.numbers.fraction_bits if isinstance(code.numbers, PrimeField) else None,
@@ -94,6 +93,7 @@ class MessageFactory:
 
     def __init__(self, plan: Plan, content: RecordDict, *, message_type: str, ttl: float | None) -> None:
         self.plan, self._type, self._ttl = plan, message_type, ttl
+        self._writer = PlanWriter(plan)
         # Flower's loop writes the next round into the same config, and an in-memory message is computed later.
         self._content = RecordDict(
             {
@@ -108,17 +108,19 @@ class MessageFactory:
         A known node gets its own row. An unknown one gets the whole plan, because only its client knows which worker it
         is. `rows` replaces the rows of the plan.
         """
-        plan = replace(self.plan, rows=dict(rows))
-        whole = plan.add_to(self._content)
+        whole: RecordDict | None = None
         messages = []
         for node in nodes:
             worker = registry.worker_of(node)
-            if worker is None or worker not in plan.rows:
+            if worker is None or worker not in rows:
+                if whole is None:
+                    plan = self.plan
+                    whole = self._writer.add_to(self._content, dict(rows), plan.releases, plan.digests)
                 messages.append(self._message(RecordDict(dict(whole.items())), node))
-            elif plan.rows[worker].shards:
-                messages.append(self._message(plan.for_worker(worker).add_to(self._content), node))
-            elif plan.open:  # the node reports which shards it holds by now, and needs no model for that
-                messages.append(self._message(plan.for_worker(worker).add_to(without_arrays(self._content)), node))
+            elif rows[worker].shards:
+                messages.append(self._own_message(self._content, node, worker, rows[worker]))
+            elif self.plan.open:  # the node reports which shards it holds by now, and needs no model for that
+                messages.append(self._own_message(without_arrays(self._content), node, worker, rows[worker]))
         return messages
 
     def for_plan(self, plan: Plan, *, with_arrays: bool) -> MessageFactory:
@@ -128,8 +130,10 @@ class MessageFactory:
 
     def one_shard(self, node: int, worker: int, shard: int) -> Message:
         """Returns a message that asks a node for the update of one shard, without coding."""
-        plan = replace(self.plan, rows={worker: whole_shard(shard)}).for_worker(worker)
-        return self._message(plan.add_to(self._content), node)
+        return self._own_message(self._content, node, worker, whole_shard(shard))
+
+    def _own_message(self, content: RecordDict, node: int, worker: int, row: Row) -> Message:
+        return self._message(self._writer.add_to(content, {worker: row}), node)
 
     def _message(self, content: RecordDict, node: int) -> Message:
         group = str(self.plan.round)
@@ -157,6 +161,11 @@ def time_to_live(timeout: float | None, slowest: float | None) -> float | None:
 def whole_shard(shard: int) -> Row:
     """Returns a row that asks for one shard's update with coefficient 1."""
     return Row((shard,), ((1.0,),))
+
+
+def _all_rows(code: GradientCode) -> dict[int, Row]:
+    """Returns every worker's row if all shards are sampled, which is the same in each round."""
+    return _rows(code, range(code.k))
 
 
 def _rows(code: GradientCode, shards: Sequence[int]) -> dict[int, Row]:

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Sequence, Set
+from functools import lru_cache
 
 from flwr.app import ArrayRecord, Message
 
@@ -233,7 +234,7 @@ class ShardPhase(Phase):
         turns = turns_of({worker: tuple(sorted(row.shards)) for worker, row in plan.rows.items()})
         super().__init__(
             factory,
-            uncoded(len(shards)),
+            _own_shards(len(shards)),
             shards,
             before,
             registry,
@@ -255,7 +256,8 @@ class ShardPhase(Phase):
         self._done_as_of: tuple[int, int] = (id(None), 0)  # the group that counts, and how many of its copies were lost
         self._done_number = 0  # of its copies
         self._reopened = True  # whether a node without work may have some again
-        self._offered: object = None  # the group that counted when nodes without work were last asked for
+        #: The group that counted, and whether the phase was decided, when nodes without work were last asked for.
+        self._offered: tuple[object, bool] = (None, False)
 
     @property
     def wake_at(self) -> float | None:  # type: ignore[override]
@@ -299,6 +301,8 @@ class ShardPhase(Phase):
                 return None
             closed = _AllBut(self.unverified, mine)
         shard = self._queue.start(node, worker, closed, now)
+        if held is not None and shard == self._turns[worker][0] and len(Plan.rows_in(held.content) or ()) == 1:
+            return held  # it asks for this shard
         return None if shard is None else self.factory.one_shard(node, worker, shard)
 
     def awake(self, nodes: Collection[int], now: float) -> Collection[int]:
@@ -308,12 +312,12 @@ class ShardPhase(Phase):
     def reopens(self) -> bool:
         """Returns whether a node for which there was no work may have some again.
 
-        A copy that counts leaves less to do. More is left after a loss, if other replies count than before, and when
-        second copies are wanted.
+        A copy that counts leaves less to do. More is left after a loss, if other replies count than before, once second
+        copies are wanted, and while copies disagree.
         """
-        best = self.replies.best
-        reopens = self._reopened or best is not self._offered or bool(self.votes) or self.decided
-        self._reopened, self._offered = False, best
+        offered = (self.replies.best, self.decided)
+        reopens = self._reopened or offered != self._offered or bool(self.votes or self.copies.disagreements)
+        self._reopened, self._offered = False, offered
         return reopens
 
     def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
@@ -384,7 +388,8 @@ class ShardPhase(Phase):
         if as_of != self._done_as_of:
             self._done_shards, self._done_as_of, self._done_number = set(), as_of, 0
             self._new = {*self._waiting}
-        # Asked for each free node at each arrival: only the copies that have come since are looked at.
+        elif len(rows) == self._done_number:  # asked for each free node at each arrival
+            return self._done_shards
         for row in itertools.islice(reversed(rows), len(rows) - self._done_number):
             self._done_shards.add(self.shards[row])
             self._new.discard(self.shards[row])
@@ -430,6 +435,12 @@ class _AllBut(Container[int]):
 
     def __contains__(self, item: object) -> bool:
         return item not in self._wanted or item in self._others
+
+
+@lru_cache(maxsize=2)  # the numbers of shards that training and evaluation sample
+def _own_shards(k: int) -> GradientCode:
+    """Returns the code in which each reply is one shard's."""
+    return uncoded(k)
 
 
 def _coded_row(plan: Plan) -> Callable[[Reply], int | Rejection]:
