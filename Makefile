@@ -12,6 +12,7 @@ endif
 
 BIN   := .venv/bin
 STAMP := .venv/.installed
+DOCS  := .venv/.installed-docs
 # -qq: pip -q still prints a line for each index folder that lacks a package.
 PIP   := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
@@ -34,7 +35,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo deploy-demo chapter compare privacy report test test-all check lint format bench build clean venv
+.PHONY: docs help demo deploy-demo chapter compare privacy report test test-all check lint format bench build clean venv
 
 help: ## list every command
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -79,6 +80,14 @@ format: $(STAMP) ## fix what ruff can fix, and format
 
 bench: $(STAMP) ## run the benchmarks
 	$(BIN)/python -m experiments.bench $(ARGS)
+
+docs: $(DOCS) ## build the documentation site into out/docs; warnings are errors (first run installs Sphinx)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -d out/doctrees docs out/docs
+	@echo "Open out/docs/index.html"
+
+$(DOCS): $(STAMP)
+	$(PIP) --no-build-isolation -e '.[docs]'
+	@touch $@
 
 build: $(STAMP) ## build the wheel and list what it holds
 	rm -rf dist
