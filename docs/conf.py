@@ -5,6 +5,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from sphinx.domains.python import PyObject
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -27,6 +29,7 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_class_signature = "mixed"
 add_module_names = False
+python_use_unqualified_type_names = True
 default_role = "code"  # docstrings are written with single backticks
 # "Raises: NotDecodable" may mean the name in `fl_gradcode` or in `fl_gradcode.errors`: they are one object.
 suppress_warnings = ["ref.python"]
@@ -47,15 +50,19 @@ copybutton_exclude = ".linenos, .gp, .go"
 def examples_as_code(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Turns each indented block after a paragraph of a docstring into a code block, as people read it in an editor."""
     result: list[str] = []
+    tree = any("├" in line for line in lines)  # of errors
     for place, line in enumerate(lines):
         before = lines[place - 2] if place >= 2 else ""
         starts = line.startswith("    ") and place >= 2 and not lines[place - 1].strip()
         if starts and before and not before.startswith((" ", "\t")) and not line.lstrip().startswith(">>>"):
-            result += [".. code-block:: python", ""]
+            result += [f".. code-block:: {'text' if tree else 'python'}", ""]
         result.append(line)
     lines[:] = result
 
 
 def setup(app: Any) -> None:
-    """Registers the hook, ahead of napoleon's."""
+    """Registers the hook, ahead of napoleon's, and calls attributes by their name instead of "Variables"."""
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"
     app.connect("autodoc-process-docstring", examples_as_code, priority=400)

@@ -55,6 +55,13 @@ def test_the_readme_and_the_gallery_show_the_same_demo() -> None:
     assert len(readme) == 3 and readme == numbers(DOCS / "gallery.md", "| scheme | accuracy | worst class ")
 
 
+def test_no_two_figures_are_the_same_and_each_is_on_a_page() -> None:
+    images = sorted((DOCS / "images").glob("*.png"))
+    assert len({image.read_bytes() for image in images}) == len(images)
+    text = "".join(page.read_text() for page in EVERY_PAGE)
+    assert [image.name for image in images if f"images/{image.name}" not in text] == []
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     for page in EVERY_PAGE:
         for target, anchor in re.findall(r"\]\((?!https?://)([^)#\s]*)(?:#([^)]+))?\)", page.read_text()):
