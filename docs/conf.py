@@ -1,5 +1,6 @@
 """Settings of the documentation site: `make docs` builds it into out/docs."""
 
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -60,9 +61,16 @@ def examples_as_code(app: Any, what: str, name: str, obj: Any, options: Any, lin
     lines[:] = result
 
 
+def files_of_the_repository(app: Any, name: str, source: list[str]) -> None:
+    """Names the files outside docs/ that a page links to: the repository has them, and the site does not."""
+    if "/" not in name:  # "../" of a page in a folder of docs/ is docs/ itself
+        source[0] = re.sub(r"\[([^\]]+)\]\(\.\./([^)#\s]+)(#[^)]*)?\)", r"\1 (`\2` in the repository)", source[0])
+
+
 def setup(app: Any) -> None:
-    """Registers the hook, ahead of napoleon's, and calls attributes by their name instead of "Variables"."""
+    """Registers the hooks, ahead of napoleon's, and calls attributes by their name instead of "Variables"."""
     for field in PyObject.doc_field_types:
         if field.name == "variable":
             field.label = "Attributes"
+    app.connect("source-read", files_of_the_repository)
     app.connect("autodoc-process-docstring", examples_as_code, priority=400)

@@ -1,5 +1,7 @@
 """Gradient coding for Flower: a round that does not wait for its slowest clients and loses none of their data.
 
+Two lines of an app change:
+
     strategy = GradientCoding(FedAvg(), fractional_repetition(n=12, s=2))   # server: wrap the strategy you have
     app = ClientApp(mods=[gradient_coding_mod])                             # client: add one mod
 """
