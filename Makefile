@@ -12,7 +12,6 @@ endif
 
 BIN   := .venv/bin
 STAMP := .venv/.installed
-DOCS  := .venv/.installed-docs
 # -qq: pip -q still prints a line for each index folder that lacks a package.
 PIP   := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
@@ -35,7 +34,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: docs help demo deploy-demo chapter compare privacy report test test-all check lint format bench build clean venv
+.PHONY: help demo deploy-demo chapter compare privacy report test test-all check lint format bench build clean venv
 
 help: ## list every command
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -69,6 +68,17 @@ test-all: $(STAMP) ## run every test
 check: lint ## what CI runs first: lint, types, architecture, public API
 	$(BIN)/python -m pytest -q tests/test_architecture.py tests/test_public_api.py
 
+# Not in `make venv`: only who builds the site needs Sphinx.
+DOCS := .venv/.installed-docs
+.PHONY: docs
+docs: $(DOCS) ## build the documentation site into out/docs; warnings are errors (first run installs Sphinx)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -d out/doctrees docs out/docs
+	@echo "Open out/docs/index.html"
+
+$(DOCS): $(STAMP)
+	$(PIP) --no-build-isolation -e '.[docs]'
+	@touch $@
+
 lint: $(STAMP) ## ruff and mypy; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -80,14 +90,6 @@ format: $(STAMP) ## fix what ruff can fix, and format
 
 bench: $(STAMP) ## run the benchmarks
 	$(BIN)/python -m experiments.bench $(ARGS)
-
-docs: $(DOCS) ## build the documentation site into out/docs; warnings are errors (first run installs Sphinx)
-	$(BIN)/python -m sphinx -W --keep-going -q -b html -d out/doctrees docs out/docs
-	@echo "Open out/docs/index.html"
-
-$(DOCS): $(STAMP)
-	$(PIP) --no-build-isolation -e '.[docs]'
-	@touch $@
 
 build: $(STAMP) ## build the wheel and list what it holds
 	rm -rf dist

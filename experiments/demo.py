@@ -173,16 +173,8 @@ def _say(console: Console, runs: list[Run], out: Path, figure: Path) -> None:
     console.print(f"Figure: {figure}\nLedger: {out / 'ledger.jsonl'}\nRows:   {out}/{{wait,drop,coded}}.jsonl")
 
 
-def _title(runs: list[Run], options: argparse.Namespace) -> str:
-    """What the figure shows, then what was run."""
-    wait, drop, coded = (run.rows for run in runs)
-    same = abs(wait[-1]["accuracy"] - coded[-1]["accuracy"]) < 0.0005
-    faster = wait[-1]["seconds"] / coded[-1]["seconds"]
-    found = f"Coding is {faster:.1f} times as fast as waiting for all" + (", with the same accuracy" if same else "")
-    if min(drop[-1]["class-accuracies"]) == 0.0:
-        found += "; dropping never learns some labels"
-    setting = f"{options.clients} clients, {SLOW} of them 10 times slower and sole owners of two labels"
-    return f"{found}\n{options.dataset}: {setting}"
+def _title(options: argparse.Namespace) -> str:
+    return f"{options.dataset}, {options.clients} clients, {SLOW} of them 10 times slower and sole owners of two labels"
 
 
 def _progress(console: Console) -> Progress:
@@ -194,6 +186,15 @@ def _progress(console: Console) -> Progress:
         TimeElapsedColumn(),
         console=console,
     )
+
+
+def _found(runs: list[Run]) -> str:
+    """What the figure shows, in a sentence."""
+    wait, drop, coded = (run.rows for run in runs)
+    same = abs(wait[-1]["accuracy"] - coded[-1]["accuracy"]) < 0.0005
+    faster = wait[-1]["seconds"] / coded[-1]["seconds"]
+    found = f"Coding is {faster:.1f} times as fast as waiting for all" + (", with the same accuracy" if same else "")
+    return found + ("; dropping never learns some labels" if min(drop[-1]["class-accuracies"]) == 0.0 else "")
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
