@@ -97,9 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     console.print(_table(runs, options.rounds))
     figure = out / "demo.png"
-    accuracy_over_time(
-        [(run.scheme.legend or run.scheme.title, run.rows) for run in runs], figure, title=_title(runs, options)
-    )
+    lines = [(run.scheme.legend or run.scheme.title, run.rows) for run in runs]
+    accuracy_over_time(lines, figure, title=f"{_found(runs)}\n{_title(options)}")
     _say(console, runs, out, figure)
     return 0
 
