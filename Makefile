@@ -68,6 +68,17 @@ test-all: $(STAMP) ## run every test
 check: lint ## what CI runs first: lint, types, architecture, public API
 	$(BIN)/python -m pytest -q tests/test_architecture.py tests/test_public_api.py
 
+# Not in `make venv`: only who builds the site needs Sphinx.
+DOCS := .venv/.installed-docs
+.PHONY: docs
+docs: $(DOCS) ## build the documentation site into out/docs; warnings are errors (first run installs Sphinx)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -d out/doctrees docs out/docs
+	@echo "Open out/docs/index.html"
+
+$(DOCS): $(STAMP)
+	$(PIP) --no-build-isolation -e '.[docs]'
+	@touch $@
+
 lint: $(STAMP) ## ruff and mypy; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

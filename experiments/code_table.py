@@ -147,7 +147,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _three(values: NDArray[np.float64]) -> str:
     """Median, 99th percentile, worst."""
-    return " / ".join(f"{x:.2g}" for x in (np.median(values), np.quantile(values, 0.99), values.max()))
+    return " / ".join(_two_digits(x) for x in (np.median(values), np.quantile(values, 0.99), values.max()))
+
+
+def _two_digits(value: float) -> str:
+    """Two digits, written out where that is as short: 150 and not 1.5e+02."""
+    text = f"{value:.2g}"
+    return f"{float(text):.0f}" if 100 <= float(text) < 10_000 else text
 
 
 def _only(m: int, code: GradientCode) -> GradientCode:

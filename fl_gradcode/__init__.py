@@ -1,7 +1,9 @@
 """Gradient coding for Flower: a round that does not wait for its slowest clients and loses none of their data.
 
-strategy = GradientCoding(FedAvg(), fractional_repetition(n=12, s=2))   # server: wrap the strategy you have
-app = ClientApp(mods=[gradient_coding_mod])                             # client: add one mod
+Two lines of an app change:
+
+    strategy = GradientCoding(FedAvg(), fractional_repetition(n=12, s=2))   # server: wrap the strategy you have
+    app = ClientApp(mods=[gradient_coding_mod])                             # client: add one mod
 """
 
 from typing import TYPE_CHECKING

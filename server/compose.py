@@ -75,7 +75,7 @@ def make_code(settings: Settings, n: int) -> GradientCode:
         case "reed-solomon":
             return reed_solomon(n, s, m=m, assignment=_assignment(settings, n) if settings.capacities else None)
         case _:
-            # The first clients may be slow for good: dealt one to a group, none waits for two of them.
+            # The first clients may always be slow: dealt one to a group, none waits for two of them.
             return fractional_repetition(n, s, m=m)
 
 

@@ -1,8 +1,9 @@
-"""Examples in the docs run as they stand."""
+"""Examples in the docs run as they stand, links lead somewhere, and the README says what the project shows."""
 
 from __future__ import annotations
 
 import doctest
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 import pytest
 
 import fl_gradcode.codes.gradient_code
+from experiments import idea
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if "```python" in path.read_text())
+DOCS = ROOT / "docs"
+PAGES = sorted(path for path in [ROOT / "README.md", *DOCS.rglob("*.md")] if "```python" in path.read_text())
+EVERY_PAGE = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
@@ -28,27 +32,71 @@ def test_the_example_of_the_code_s_docstring_runs() -> None:
     assert doctest.testmod(fl_gradcode.codes.gradient_code).failed == 0
 
 
-def test_the_two_lines_of_the_readme_build_a_strategy_and_an_app() -> None:
+def test_the_readme_is_short_and_needs_no_file_beside_it_for_its_picture() -> None:
     readme = (ROOT / "README.md").read_text()
-    (block, *_) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    imports = (
-        "from flwr.clientapp import ClientApp\nfrom flwr.serverapp.strategy import FedAvg\n"
-        "from fl_gradcode import GradientCoding, fractional_repetition, gradient_coding_mod\n"
-    )
-    namespace: dict[str, Any] = {}
-    exec(imports + block, namespace)
-    assert namespace["strategy"].code.n == 12
+    assert len(readme.splitlines()) <= 120
+    assert "![" not in readme, "a relative image is broken on the page of a package index"
+
+
+def test_the_picture_of_the_readme_is_what_the_three_schemes_do(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL)
+    (picture,) = re.findall(r"```text\n(Waiting.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert picture == idea.as_text(idea.pictures(rounds=1))
+
+
+def test_the_readme_and_the_gallery_show_the_same_demo() -> None:
+    """Seconds, accuracy and worst class of the three schemes, in columns of another order."""
+
+    def numbers(page: Path, first: str) -> list[set[str]]:
+        rows = page.read_text().split(first)[1].split("\n\n")[0].splitlines()[2:]
+        return [set(re.findall(r"\d+(?:\.\d+)?", row.split("|", 2)[2])) for row in rows]
+
+    readme = numbers(ROOT / "README.md", "| | time (simulated) ")
+    assert len(readme) == 3 and readme == numbers(DOCS / "gallery.md", "| scheme | accuracy | worst class ")
+
+
+def test_no_two_figures_are_the_same_and_each_is_on_a_page() -> None:
+    images = sorted((DOCS / "images").glob("*.png"))
+    assert len({image.read_bytes() for image in images}) == len(images)
+    text = "".join(page.read_text() for page in EVERY_PAGE)
+    assert [image.name for image in images if f"images/{image.name}" not in text] == []
 
 
 def test_links_between_pages_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for page in EVERY_PAGE:
+        for target, anchor in re.findall(r"\]\((?!https?://)([^)#\s]*)(?:#([^)]+))?\)", page.read_text()):
+            path = page.parent / target if target else page
+            assert path.exists(), f"{page.name} links to {target}"
+            if anchor:
+                assert anchor in _anchors(path), f"{page.name} links to {target}#{anchor}"
 
 
-def test_every_run_config_key_of_the_readme_exists() -> None:
+def _anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site make them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    listed = []
+    for index in (DOCS / "index.md", DOCS / "reference" / "index.md"):
+        for tree in re.findall(r"```\{toctree\}\n(.*?)```", index.read_text(), re.DOTALL):
+            entries = [line for line in tree.splitlines() if line.strip() and not line.startswith(":")]
+            names = [re.sub(r".*<(.*)>", r"\1", entry) for entry in entries]
+            listed += [index.parent / f"{name}.md" for name in names]
+    assert sorted(listed) == sorted(page for page in DOCS.rglob("*.md") if page != DOCS / "index.md")
+
+
+def test_every_run_config_key_of_the_reference_app_s_page_exists() -> None:
     pyproject = (ROOT / "pyproject.toml").read_text()
-    table = (ROOT / "README.md").read_text().split("| key | values | meaning |")[1].split("\n\n")[0]
+    table = (DOCS / "reference-app.md").read_text().split("| key | values | meaning |")[1].split("\n\n")[0]
     for cell in re.findall(r"^\| ((?:`[a-z-]+`(?:, )?)+) \|", table, re.MULTILINE):
         for key in re.findall(r"`([a-z-]+)`", cell):
             assert re.search(rf"^{key} = ", pyproject, re.MULTILINE), key
+
+
+def test_every_public_module_has_a_page_in_the_python_reference() -> None:
+    modules = re.findall(r"^## `(fl_gradcode[.a-z]*)`", (DOCS / "api.md").read_text(), re.MULTILINE)
+    pages = [page.read_text() for page in (DOCS / "reference").glob("*.md")]
+    assert sorted(modules) == sorted(re.findall(r"\.\. automodule:: (\S+)", "\n".join(pages)))

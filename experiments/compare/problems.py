@@ -10,7 +10,7 @@ from fl_gradcode.latency import Latency, lognormal, named, scaled
 
 __all__ = ["LAWS", "OWNERS", "PROBLEMS", "Problem", "latency_of", "slow_owners"]
 
-#: Workers 0 to 2 are slow for good under the law "slow owners", and own two labels in the problem "slow owners".
+#: Workers 0 to 2 are always slow under the law "slow owners", and own two labels in the problem "slow owners".
 OWNERS = 3
 _SLOWER = 10.0
 
@@ -118,14 +118,14 @@ PROBLEMS: dict[str, Problem] = {
 
 
 def slow_owners(owners: int = OWNERS) -> Latency:
-    """The first workers are slow for good."""
+    """The first workers are always slow."""
     slow = scaled(lognormal(1.0, 0.3), dict.fromkeys(range(owners), _SLOWER))
     return Latency(fixed=0.2, compute=0.8, slowdown=slow)
 
 
 #: A second a shard for a healthy client, 80 % of it compute (serverless: 1.77 s, 64 %).
 LAWS: dict[str, tuple[str, Callable[[], Latency]]] = {
-    "slow-owners": ("3 workers 10x slower for good", slow_owners),
+    "slow-owners": ("3 workers always 10x slower", slow_owners),
     "none": ("all alike", lambda: named("none")),
     "shifted-exponential": ("shifted exponential", lambda: named("shifted-exponential")),
     "serverless": ("serverless (heavy tail)", lambda: named("serverless")),

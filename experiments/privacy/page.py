@@ -24,8 +24,8 @@ def page(results: Results) -> str:
     seeds = ", ".join(map(str, results.seeds))
     parts = [
         "# Privacy, measured",
-        f"Accuracy at the same epsilon, under stragglers: {problem.title}; the owners are ten times slower than the "
-        f"others for good. {rounds} rounds of {private.steps} steps; epsilon {epsilons} for the whole run at delta "
+        f"Accuracy at the same epsilon, under stragglers: {problem.title}; the owners are always ten times slower than "
+        f"the others. {rounds} rounds of {private.steps} steps; epsilon {epsilons} for the whole run at delta "
         f"{DELTA:g}, per record; seeds {seeds}; virtual time. All numbers on this page are computed from rows that "
         "`make privacy` wrote. What the schemes promise, and to whom: [privacy](privacy.md).",
         f"**In short.** {_equality(results)}{_faster(results)}{_independent(results)}{_dropping(results)}",

@@ -30,7 +30,7 @@ __all__ = [
     "latency",
 ]
 
-#: Workers 0 and 1 are slow for good and own two labels: as many as the codes tolerate.
+#: Workers 0 and 1 are always slow and own two labels: as many as the codes tolerate.
 OWNERS = 2
 DELTA = 1e-5
 EPSILONS = (1.0, 3.0, 8.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +10,22 @@ from matplotlib.figure import Figure
 
 from experiments.report.measures import Spread
 
-__all__ = ["Block", "Heading", "Shown", "Table", "Text", "number", "percent", "points", "seconds", "spread"]
+__all__ = [
+    "Block",
+    "Bullets",
+    "Code",
+    "Fold",
+    "Heading",
+    "Shown",
+    "Table",
+    "Text",
+    "flat",
+    "number",
+    "percent",
+    "points",
+    "seconds",
+    "spread",
+]
 
 NOTHING = "–"  # noqa: RUF001 - an en dash is what an empty cell shows
 
@@ -34,35 +49,66 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Bullets:
+    """A list of sentences; each may have `code` and **strong** in it."""
+
+    items: Sequence[str]
+    kind: ClassVar[str] = "bullets"
+
+
+@dataclass(frozen=True)
+class Code:
+    """Commands for a shell."""
+
+    text: str
+    kind: ClassVar[str] = "code"
+
+
+@dataclass(frozen=True)
 class Table:
     """Cells are text.
 
     Attributes:
         left: Columns that are text, and stand on the left.
-        fold: If not empty, the table is folded away in HTML under these words.
     """
 
     caption: str
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
     left: int = 1
-    fold: str = ""
     kind: ClassVar[str] = "table"
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A figure, with the command that made it."""
+    """A figure with its caption."""
 
     name: str
     figure: Figure
     alt: str
     caption: str
-    command: str
     kind: ClassVar[str] = "figure"
 
 
-Block = Heading | Text | Table | Shown
+@dataclass(frozen=True)
+class Fold:
+    """Details that are folded away under a line of words until a reader opens them."""
+
+    summary: str
+    blocks: Sequence[Block]
+    kind: ClassVar[str] = "fold"
+
+
+Block = Heading | Text | Bullets | Code | Table | Shown | Fold
+
+
+def flat(blocks: Iterable[Block]) -> Iterator[Block]:
+    """All blocks in the order of the page, those of folds too; the folds themselves are left out."""
+    for block in blocks:
+        if isinstance(block, Fold):
+            yield from flat(block.blocks)
+        else:
+            yield block
 
 
 def number(value: float) -> str:

@@ -22,9 +22,11 @@ __all__ = [
     "best_coded",
     "closest_asynchronous",
     "coded",
+    "fastest_inexact",
     "final",
     "finals",
     "regret",
+    "rise",
     "target",
     "time_ratio",
     "time_to",
@@ -138,6 +140,33 @@ def best_coded(schemes: Mapping[str, Mapping[int, Run]], level: float) -> tuple[
         return None
     *_, scheme, reached = min(found, key=lambda one: one[:2])
     return scheme, reached
+
+
+def fastest_inexact(schemes: Mapping[str, Mapping[int, Run]], level: float) -> tuple[str, Spread] | None:
+    """The inexact baseline with the shortest mean time to the target, among those that reach it with every seed."""
+    found = []
+    for scheme, runs in schemes.items():
+        times = list(times_to(runs, level).values())
+        reached = Spread.of(times)
+        if scheme not in EXACT and reached and len(reached.values) == len(times):
+            found.append((reached.mean, scheme, reached))
+    return min(found, key=lambda one: one[:2])[1:] if found else None
+
+
+def rise(results: Results, law: str, what: What) -> tuple[float, float] | None:
+    """(what is learnt after the first evaluation, what seeds differ by) under a law: means over schemes and seeds.
+
+    None if nothing is known. A figure of curves shows something if the first is a few times the second.
+    """
+    rises, bands = [], []
+    for runs in results.laws[law].values():
+        curves = [getattr(run.curve, what) for run in runs.values() if run.curve is not None]
+        length = min((len(one) for one in curves if one is not None), default=0)
+        if length > 2:
+            table = np.array([one[1:length] for one in curves], dtype=np.float64)
+            rises.append(float((table[:, -LAST:].mean(axis=1) - table[:, 0]).mean()))
+            bands.append(float((table.max(axis=0) - table.min(axis=0)).mean()))
+    return (float(np.median(rises)), float(np.median(bands))) if rises else None
 
 
 def closest_asynchronous(schemes: Mapping[str, Mapping[int, Run]], level: float) -> Closest | None:

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from experiments.report.blocks import Block, Heading, Shown
+from experiments.report.blocks import Block, Heading, Shown, flat
 from experiments.report.style import INK, SCREEN
 
 __all__ = ["write_html", "write_markdown"]
@@ -22,7 +22,7 @@ __all__ = ["write_html", "write_markdown"]
 def write_html(path: Path, title: str, lead: str, blocks: Sequence[Block]) -> None:
     """Figures are SVG inside the page, and take the colour of its text."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    svg = {block.name: Markup(_svg(block.name, block.figure)) for block in blocks if isinstance(block, Shown)}
+    svg = {block.name: Markup(_svg(block.name, block.figure)) for block in flat(blocks) if isinstance(block, Shown)}
     path.write_text(_render("page.html.j2", title, lead, blocks, svg=svg))
 
 
@@ -32,7 +32,7 @@ def write_markdown(path: Path, title: str, lead: str, blocks: Sequence[Block]) -
     images.mkdir(parents=True, exist_ok=True)
     for old in images.glob("report-*.png"):
         old.unlink()
-    for block in blocks:
+    for block in flat(blocks):
         if isinstance(block, Shown):
             with matplotlib.rc_context(SCREEN):
                 block.figure.savefig(images / f"report-{block.name}.png", dpi=130, facecolor="white")
@@ -81,5 +81,5 @@ def _svg(name: str, figure: Figure) -> str:
 
 
 def _rounded(path: re.Match[str]) -> str:
-    """A path to a hundredth of a point: what is finer nobody sees, and it is most of the page."""
-    return re.sub(r"(\.\d\d)\d+", r"\1", path[0])
+    """A path to a tenth of a point: what is finer nobody sees, and it is most of the page."""
+    return re.sub(r"(\.\d)\d+", r"\1", path[0])

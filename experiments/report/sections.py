@@ -9,17 +9,21 @@ from typing import Any
 from experiments.compare.problems import LAWS, PROBLEMS
 from experiments.compare.store import ROOT
 from experiments.report import figures, regime, tables, words
-from experiments.report.blocks import Block, Heading, Shown, Text
+from experiments.report.blocks import Block, Bullets, Code, Fold, Heading, Shown, Text, points
 from experiments.report.data import Results, read, suite_of
-from experiments.report.measures import Target, target
+from experiments.report.measures import Target, rise, target
 
 __all__ = ["display", "page"]
+
+
+# A figure of curves is shown if what is learnt is so many times what seeds differ by, and a point: else it is noise.
+_CLEAR, _POINT = 3.0, 0.01
 
 
 def page(
     rows: Sequence[dict[str, Any]], sources: Mapping[str, Path], regimes: regime.Regimes | None, report: str
 ) -> tuple[str, list[Block]]:
-    """(first paragraph, blocks) of the page.
+    """(first paragraph, blocks) of the page: a summary, then each problem with its details folded away.
 
     Args:
         rows: Of all problems.
@@ -29,106 +33,150 @@ def page(
     """
     problems = read(rows)
     goals = {results.problem: target(results) for results in problems}
-    blocks: list[Block] = []
+    blocks: list[Block] = _summary(problems, goals)
     for place, results in enumerate(problems):
-        command = f"{_compare(results.problem, sources[results.problem])}\n{report}"
-        blocks += _problem(results, goals[results.problem], command, reading=not place)
-    if any(results.hindsight or results.laws for results in problems):
-        blocks += [Heading("Two checks", "checks"), Text(words.checks(problems, goals))]
+        blocks += _problem(results, goals[results.problem], first=not place)
     if regimes:
-        blocks += _regimes(regimes, report)
+        blocks += _regimes(regimes)
     blocks += _measured(problems, rows)
+    commands = dict.fromkeys(
+        _compare(suite, sources[results.problem])
+        for results in problems
+        for suite in [suite_of(results.problem), *(["long"] if results.long else [])]
+    )
+    blocks += [Heading("How to make this page", "made"), Text(words.MADE), Code("\n".join([*commands, report]))]
     seeds = sorted({seed for results in problems for seed in results.seeds})
     lead = (
-        f"Every scheme on the same clients, data, seeds and draws of latency, in virtual time; seeds "
-        f"{', '.join(map(str, seeds)) or 'none yet'}. All numbers on this page are computed from rows that "
+        "This page compares coding with waiting for all clients, with dropping the slowest, and with asynchronous "
+        "training. All schemes meet the same clients, data and delays, on a virtual clock, with the seeds "
+        f"{', '.join(map(str, seeds)) or '(none yet)'}. Every number is computed from rows that "
         "`python -m experiments.compare` wrote."
     )
     return lead, blocks
 
 
-def _problem(results: Results, goal: Target | None, command: str, *, reading: bool) -> list[Block]:
+def _summary(problems: Sequence[Results], goals: Mapping[str, Target | None]) -> list[Block]:
+    sentences = words.in_short(problems, goals)
+    if not sentences:
+        return []
+    blocks: list[Block] = [Heading("Summary", "summary"), Bullets(sentences), tables.in_short(problems, goals)]
+    return [*blocks, Fold("What the names of the schemes mean", [Bullets(words.SCHEMES)])]
+
+
+def _problem(results: Results, goal: Target | None, *, first: bool) -> list[Block]:
     name, law = results.problem, results.headline
     blocks: list[Block] = [Heading(results.title, name)]
     if lacking := words.lacking(results):
         blocks.append(Text(lacking))
     if law is None:
         return blocks
-    n = PROBLEMS[name].n
-    blocks.append(Text(f"{n} clients, {LAWS[law][0]}. {words.summary(results, law, goal)}"))
-    seeds = f"Mean over {len(results.seeds)} seeds, band from least to most."
-    owned = " and on the labels that only the slow clients have" if PROBLEMS[name].owners else ""
-    lines = {
-        "time": (
-            figures.accuracy_over_time(results, law, goal),
-            "Test accuracy over virtual time, one line a scheme",
-            f"Time to accuracy, {LAWS[law][0]}. {seeds} The further left a line, the sooner; the axis is logarithmic, "
-            "so equal distances are equal ratios.",
-        )
-    }
-    shown = [Shown(f"{name}-{key}", *value, command) for key, value in lines.items()]
-    blocks += [*shown, tables.headline(results, law, goal)]
+    blocks.append(Text(f"{PROBLEMS[name].n} clients, {LAWS[law][0]}."))
+    blocks.append(Bullets(words.summary(results, law, goal)))
+    shown, more = _curves(results, law, goal, first=first)
+    if first:
+        blocks += [*shown, *_timelines(results, law)]
+    else:
+        more = [*shown, *more]
+    details = [tables.headline(results, law, goal)]
     if results.long:
-        blocks += [Text(words.LONG), tables.long(results, goal)]
-    if reading:
-        blocks.append(Text(words.READING))
-    blocks.append(
-        Shown(
-            f"{name}-worst",
-            figures.worst_over_time(results, law),
-            "Accuracy on the worst class over virtual time",
-            f"What the mean hides: accuracy on the worst class{owned}. {seeds}",
-            command,
-        )
-    )
-    blocks.append(
-        Shown(
-            f"{name}-rounds",
-            figures.accuracy_over_rounds(results, law, goal),
-            "Test accuracy over server rounds",
-            f"What a round is worth, whatever it takes: all exact schemes are one line. {seeds}",
-            command,
-        )
-    )
-    timelines = figures.timelines(results, law)
-    if timelines is not None:
-        caption = (
-            "The first rounds of seed 0: a line a worker, a bar a job, a vertical line the end of a round. Where a "
-            "worker sent several replies in a round, all count as used if one was."
-        )
-        blocks.append(Shown(f"{name}-timelines", timelines, "Timelines of the first rounds", caption, command))
-    work = (
-        "Compute and bytes, needed or not, a round; FedBuff's round is as many trainings as there are clients. Mean "
-        "over seeds, whiskers from least to most. The table has the totals, in which baselines that ran on have more "
-        "rounds."
-    )
-    blocks.append(
-        Shown(f"{name}-work", figures.work(results, law), "Shard trainings and megabytes a round", work, command)
-    )
+        more += [Text(words.LONG), tables.long(results, goal)]
+    if first:
+        more = [Text(words.READING), *more, _work(results, law)]
+    blocks.append(Fold(f"Details: {LAWS[law][0]}", [*details, *more]))
     return blocks + _laws(results, goal, law)
 
 
+def _curves(results: Results, law: str, goal: Target | None, *, first: bool) -> tuple[list[Block], list[Block]]:
+    """(the figure of time, more figures) of a problem: those that show more than what seeds differ by."""
+    name, owners = results.problem, PROBLEMS[results.problem].owners
+    seeds = f"Mean over {len(results.seeds)} seeds, band from least to most."
+    found = rise(results, law, "accuracy")
+    if found and not _clear(found):
+        text = (
+            f"There is no figure of accuracy over time: after the first evaluation accuracy rises by "
+            f"{points(found[0])}, and seeds differ by {points(found[1])}."
+        )
+        return [Text(text)], []
+    caption = (
+        f"Time to accuracy, {LAWS[law][0]}. {seeds} The further left a line, the sooner; the axis is logarithmic, so "
+        "equal distances are equal ratios."
+    )
+    alt = "Test accuracy over virtual time, one line a scheme"
+    time = Shown(f"{name}-time", figures.accuracy_over_time(results, law, goal), alt, caption)
+    more: list[Block] = []
+    worst = rise(results, law, "worst")
+    if worst is None or _clear(worst):
+        owned = " and on the labels that only the slow clients have" if owners else ""
+        more.append(
+            Shown(
+                f"{name}-worst",
+                figures.worst_over_time(results, law),
+                "Accuracy on the worst class over virtual time",
+                f"What the mean hides: accuracy on the worst class{owned}. {seeds}",
+            )
+        )
+    if first:
+        more.append(
+            Shown(
+                f"{name}-rounds",
+                figures.accuracy_over_rounds(results, law, goal),
+                "Test accuracy over server rounds",
+                f"What a round is worth, whatever it takes: all exact schemes are one line. {seeds}",
+            )
+        )
+    return [time], more
+
+
+def _clear(rise_and_band: tuple[float, float]) -> bool:
+    learnt, band = rise_and_band
+    return learnt >= max(_CLEAR * band, _POINT)
+
+
+def _timelines(results: Results, law: str) -> list[Block]:
+    timelines = figures.timelines(results, law)
+    if timelines is None:
+        return []
+    caption = (
+        "The first rounds of seed 0: a row a worker, a bar a job, a vertical line the end of a round. Where a worker "
+        "sent several replies in a round, all count as used if one was."
+    )
+    return [Shown(f"{results.problem}-timelines", timelines, "Timelines of the first rounds", caption)]
+
+
+def _work(results: Results, law: str) -> Block:
+    caption = (
+        "Computing and bytes in a round, needed or not; FedBuff's round is as many trainings as there are clients. "
+        "Mean over seeds, whiskers from least to most. The table has the totals, in which baselines that ran on have "
+        "more rounds."
+    )
+    alt = "Shard trainings and megabytes a round"
+    return Shown(f"{results.problem}-work", figures.work(results, law), alt, caption)
+
+
 def _laws(results: Results, goal: Target | None, headline: str) -> list[Block]:
-    blocks: list[Block] = []
     others = [law for law in LAWS if law != headline and law in results.laws]
+    blocks: list[Block] = []
     if others:
-        blocks += [
-            Heading("Under every law of latency", f"{results.problem}-laws", 3),
-            tables.at_a_glance(results, goal),
-        ]
+        glance = tables.at_a_glance(results, goal)
+        blocks += (
+            [Heading("Under every law of latency", f"{results.problem}-laws", 3), glance] if len(others) > 1 else []
+        )
+    sentences, folded = [], []
     for law in [headline, *others]:
         text = words.law_summary(results, law, goal)
         if text:
-            blocks.append(Text(f"**{LAWS[law][0][0].upper()}{LAWS[law][0][1:]}.** {text}"))
+            sentences.append(f"**{LAWS[law][0][0].upper()}{LAWS[law][0][1:]}.** {text}")
         if law != headline:
-            blocks.append(tables.headline(results, law, goal, short=True))
-    for table in (tables.hindsight(results), tables.adaptive(results, goal)):
-        if table.rows:
-            blocks.append(table)
+            folded.append(tables.headline(results, law, goal, short=True))
+    if sentences:
+        blocks.append(Bullets(sentences))
+    checks = [table for table in (tables.hindsight(results), tables.adaptive(results, goal)) if table.rows]
+    if folded or checks:
+        blocks.append(Fold("Tables: the other laws, the planner against hindsight, adaptive", [*folded, *checks]))
     return blocks
 
 
-def _regimes(regimes: regime.Regimes, report: str) -> list[Block]:
+def _regimes(regimes: regime.Regimes) -> list[Block]:
     text = (
         f"{regimes.n} workers, each busy until it has finished; simulated by the library for every exact scheme that "
         "the planner compares, s = 1, 2, 3, 4, 5, 7. A cell's colour and number are the speed-up of the fastest "
@@ -145,25 +193,27 @@ def _regimes(regimes: regime.Regimes, report: str) -> list[Block]:
     figure = regime.draw(regimes)
     return [
         Heading("Where coding pays, and where it does not", "regimes"),
-        Text(text),
-        Shown("regimes", figure, "Map of the speed-up of coding over compute share and tail", caption, report),
+        Shown("regimes", figure, "Map of the speed-up of coding over compute share and tail", caption),
+        Fold("How to read the map", [Text(text)]),
     ]
 
 
 def _measured(problems: Sequence[Results], rows: Sequence[dict[str, Any]]) -> list[Block]:
-    blocks: list[Block] = [Heading("How it was measured", "measured"), Text(words.CHARGED)]
-    blocks += [tables.settings(problems), Text(words.baselines(problems))]
+    details: list[Block] = [tables.settings(problems), Text(words.baselines(problems))]
     tuned = tables.tuned(problems)
     if tuned.rows:
-        blocks.append(tuned)
-    blocks.append(Text(words.provenance(rows)))
-    return [*blocks, Heading("Not shown, and limits", "limits"), Text(words.LIMITS)]
+        details.append(tuned)
+    details.append(Text(words.provenance(rows)))
+    measured: list[Block] = [Heading("How it was measured", "measured"), Text(words.CHARGED)]
+    measured.append(Fold("Hyperparameters, baselines, tuning, versions", details))
+    return [*measured, Heading("Limits", "limits"), Bullets(words.LIMITS)]
 
 
-def _compare(problem: str, path: Path) -> str:
-    suite = suite_of(problem)
+def _compare(suite: str, path: Path) -> str:
+    """The command that writes the rows of a suite; kept rows are compressed, and a run does not write to them."""
     data = "" if suite == "quick" else " --data-dir DATA"
-    return f"python -m experiments.compare --suite {suite}{data} --rows {display(path)}"
+    rows = f"out/compare/{suite}.jsonl" if path.suffix == ".gz" else display(path)
+    return f"python -m experiments.compare --suite {suite}{data} --rows {rows}"
 
 
 def display(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from experiments.compare.problems import LAWS, PROBLEMS
 from experiments.compare.runs import ASYNCHRONOUS, EXACT
@@ -13,6 +13,8 @@ from experiments.report.measures import (
     Spread,
     Target,
     adaptive_ratios,
+    best_coded,
+    fastest_inexact,
     final,
     finals,
     regret,
@@ -20,7 +22,7 @@ from experiments.report.measures import (
     times_to,
 )
 
-__all__ = ["adaptive", "at_a_glance", "headline", "hindsight", "long", "settings", "tuned"]
+__all__ = ["adaptive", "at_a_glance", "headline", "hindsight", "in_short", "long", "settings", "tuned"]
 
 BOUND = 1.05  # of the planner's regret, and of adaptive over plain FedAvg
 
@@ -36,6 +38,36 @@ def kept(scheme: str) -> str:
         if scheme == "fedprox"
         else "loses data"
     )
+
+
+def in_short(problems: Sequence[Results], goals: Mapping[str, Target | None]) -> Table:
+    """One line a problem, under its first law: waiting, the best code, dropping, the best of the other baselines."""
+    lines = []
+    for results in problems:
+        goal, law = goals[results.problem], results.headline
+        if goal is None or law is None:
+            continue
+        schemes, title = results.laws[law], titles(results.problem)
+        waiting = schemes.get("wait", {})
+        coded, other = best_coded(schemes, goal.level), fastest_inexact(schemes, goal.level)
+        dropping = "drop-owners" if "drop-owners" in schemes else "drop-s"
+
+        def ratio(scheme: str, runs: Mapping[str, Mapping[int, Run]] = schemes, goal: Target = goal) -> str:
+            return spread(time_ratio(runs[scheme], runs.get("wait", {}), goal.level), digits=2)
+
+        lines.append(
+            [
+                results.title,
+                f"{percent(goal.waiting)} in {spread(Spread.of(run.total for run in waiting.values()))} s",
+                f"{title[coded[0]]}: {ratio(coded[0])}" if coded else NOTHING,
+                percent(finals(schemes.get(dropping, {}))),
+                f"{title[other[0]]}: {ratio(other[0])}" if other else "none",
+            ]
+        )
+    headers = ["clients and data", "waiting for all: accuracy (%)", "fastest code: time to the same accuracy"]
+    headers += ["dropping the slowest: accuracy (%)", "fastest other scheme that gets there"]
+    caption = "Times are shares of the time that waiting for all takes to the same accuracy; below 1 is faster"
+    return Table(caption, headers, lines, left=5)
 
 
 def headline(results: Results, law: str, goal: Target | None, *, short: bool = False) -> Table:
@@ -61,7 +93,7 @@ def headline(results: Results, law: str, goal: Target | None, *, short: bool = F
         lines.append(line)
     seeds = max((len(runs) for runs in schemes.values()), default=0)
     caption = f"{LAWS[law][0]}: mean ± standard deviation over {seeds} seed{'s' * (seeds != 1)}"
-    return Table(caption, columns, lines, left=2, fold=f"Table: {LAWS[law][0]}" if short else "")
+    return Table(caption, columns, lines, left=2)
 
 
 def long(results: Results, goal: Target | None) -> Table:

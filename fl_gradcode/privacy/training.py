@@ -47,7 +47,9 @@ def private_training(
     manifest: str = "",
     binding: Mapping[str, Any] | None = None,
 ) -> PrivateTraining:
-    """DP-SGD as the server asked for it, for the shard that `context` names. To be used as
+    """Returns a context manager for DP-SGD as the server asked for it, on the shard that `context` names.
+
+    Use it in `train()`:
 
         with private_training(message, context, model, examples=len(y)) as dp:
             optimizer = dp.optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
@@ -57,7 +59,7 @@ def private_training(
                 criterion(dp.model(x[batch]), y[batch]).backward()
                 optimizer.step()
 
-    and then to reply with `model`'s arrays, `num-examples` and `dp.record`. Entering charges the shard's ledger, or
+    Then reply with the arrays of `model`, `num-examples` and `dp.record`. Entering charges the shard's ledger, or
     refuses. Afterwards `model` is plain again.
 
     Args:

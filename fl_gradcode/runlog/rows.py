@@ -282,7 +282,7 @@ class PhaseRow(_Line):
         joined: Workers whose nodes came during the phase.
         restarted: Workers whose nodes were restarted while they owed a reply.
         decodable_after_replies, decodable_after_seconds: When the replies sufficed; None if they never did.
-        decoding_error: max |a @ B - 1|.
+        decoding_error: Largest entry of `abs(a @ B - 1)`.
         kappa: Noise amplification; None if nothing was decoded.
         rounding_error: Relative error of the update from float rounding, at most; None if nothing was decoded, and over
             a prime field.
