@@ -40,6 +40,7 @@ PLACES = (
     "roster",
     "copies",
     "averaging",
+    "checkpoints",
     "strategy",
     "matmul",
     "appcheck",

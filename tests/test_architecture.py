@@ -58,6 +58,7 @@ PACKAGES: dict[str, frozenset[str]] = {
     "roster": names("numpy flwr.app flwr.serverapp"),
     "copies": names("numpy flwr.app"),
     "averaging": names("numpy flwr.app"),
+    "checkpoints": names("numpy flwr.app flwr.serverapp.strategy"),
     "strategy": FLOWER | names("numpy"),
     "matmul": names("numpy scipy flwr.app flwr.serverapp flwr.clientapp"),
     "appcheck": FLOWER | names("numpy flwr.clientapp"),
@@ -83,7 +84,7 @@ EXTRAS = {
     ("secagg/keys.py", "cryptography"),
     ("enrolment/identities.py", "cryptography"),
     ("enrolment/wraps.py", "cryptography"),
-    ("strategy/strategy_state.py", "torch"),  # tensors that a strategy keeps; imported where there are any
+    ("checkpoints/strategy_state.py", "torch"),  # tensors that a strategy keeps; imported where there are any
     ("placement/splitting.py", "flwr_datasets.partitioner"),  # extra "app": the Dirichlet split
     ("placement/splitting.py", "datasets"),
 }

@@ -15,6 +15,8 @@ import pytest
 from flwr.serverapp.strategy import FedAvgM
 
 from fl_gradcode import GradientCoding, Ledger, fractional_repetition
+from fl_gradcode.checkpoints.checkpoint import Checkpoint
+from fl_gradcode.checkpoints.strategy_state import StrategyState
 from fl_gradcode.cli._assignment_file import read_assignment
 from fl_gradcode.cli.plan_source import read_source
 from fl_gradcode.errors import FlGradcodeError
@@ -26,8 +28,6 @@ from fl_gradcode.privacy.budget_ledger import BudgetLedger, Request
 from fl_gradcode.privacy.keys import read_keys, write_keys
 from fl_gradcode.privacy.run_account import Account
 from fl_gradcode.runlog.reader import LedgerReader
-from fl_gradcode.strategy.checkpoint import Checkpoint
-from fl_gradcode.strategy.strategy_state import StrategyState
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import initial_arrays, toy_app
 from tests.mutations import COUNT, limited, mutated, state_of

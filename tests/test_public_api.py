@@ -68,7 +68,7 @@ def documented() -> list[tuple[str, str]]:
 
 
 def test_every_public_path_has_a_section() -> None:
-    parts = ["appcheck", "cli", "client", "copies", "masking", "protocol", "roster", "strategy", "_"]
+    parts = ["appcheck", "checkpoints", "cli", "client", "copies", "masking", "protocol", "roster", "strategy", "_"]
     folders = {path.parent.name for path in (ROOT / "fl_gradcode").glob("*/__init__.py")} - {*parts}
     paths = {f"fl_gradcode.{name}" for name in (*folders, "averaging", "errors", "testing")}
     assert {module for module, _ in documented()} == {"fl_gradcode", *paths}

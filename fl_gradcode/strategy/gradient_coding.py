@@ -14,6 +14,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from .._flower_internals import isolate_flower_random
 from .._logging import speak_through_flower
 from .._seeding import set_global_states
+from ..checkpoints import Checkpoint, Saved, StrategyState
 from ..codes import GradientCode
 from ..errors import InvalidSetting
 from ..grid import EarlyStopGrid
@@ -22,11 +23,9 @@ from ..privacy import Privacy
 from ..roster import Discovered, Holdings, WorkerRegistry, discover
 from ..runlog import Ledger
 from .app_checks import refuse_wrappers
-from .checkpoint import Checkpoint, Saved
 from .options import Adaptive, Approximation, Coded, Options, Shards, send_of
 from .resume import ResumedRounds, RunKeeper, fingerprint_of, request_of
 from .run import Run
-from .strategy_state import StrategyState
 from .wrapped import check_bounds, check_full_participation, check_staleness, check_strategy, check_what_it_sees
 
 if TYPE_CHECKING:

@@ -15,12 +15,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from .._seeding import global_states
+from ..checkpoints import KINDS, Checkpoint, MetricsKind, Saved, StrategyState
 from ..codes import GradientCode
 from ..errors import InvalidSetting
 from ..privacy import privacy_to_json
-from .checkpoint import KINDS, Checkpoint, MetricsKind, Saved
 from .options import Options
-from .strategy_state import StrategyState
 
 __all__ = ["ResumedRounds", "RunKeeper", "fingerprint_of", "request_of"]
 

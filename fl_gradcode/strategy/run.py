@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -19,39 +18,38 @@ from numpy.typing import NDArray
 
 from .._text import numbered
 from ..averaging import ModelAverage
+from ..checkpoints import Saved
 from ..codes import GradientCode, PrimeField
 from ..copies import Comparisons, not_compared, shards_of_several
 from ..errors import InvalidSetting, RoundFailed
 from ..grid import SETTLED, Arrival, EarlyStopGrid, nodes_of_a_phase, wait_for_nodes
 from ..privacy import RunAccount
 from ..protocol import view
-from ..roster import Holdings, WorkerRegistry, rehearse
+from ..roster import Holdings, WorkerRegistry
 from ..runlog import PhaseRow, RoundRow
 from ..staleness import FLOAT16, UpdateMemory
 from . import report
 from .app_checks import broken_promises, odd_ones_out, refuse_unsuitable
-from .checkpoint import Saved
 from .layouts import AgreedLayouts
-from .options import Adaptive, Coded, Options, Shards
+from .mode_choice import mode_chooser
+from .options import Coded, Options, Shards
 from .phase import Phase, Scrutiny
 from .plan_messages import MessageFactory, make_plan, time_to_live
 from .reply_groups import Noise, StaleUpdates
 from .resume import RunKeeper
-from .round_mode import FixedMode, ModeChooser, RoundMode
+from .round_mode import ModeChooser, RoundMode
+from .run_masks import SIMULATED, RunMasks
 from .stale_phase import LateUpdates, StalePhase
 from .stop_rules import open_phase
 from .wrapped import ShardGrid, aggregate, arrays_key_of, common_content, why_no_average
 
 if TYPE_CHECKING:
-    from ..enrolment import Relay
-    from ..secagg import Manifest
+    pass
 
-__all__ = ["Run", "mode_chooser"]
+__all__ = ["Run"]
 
 _log = logging.getLogger(__name__)
 _LATER = 2  # rounds after which a run that could not compare says so, since copies may still come late
-
-_SIMULATED = "Secure aggregation in a simulation protects nothing: all keys are on the server's machine."
 
 Kind = Literal["train", "evaluate"]
 
@@ -121,9 +119,7 @@ class Run:
         self._told: GradientCode | None = None  # the code whose holders the ledger lists
         self._slowest: float | None = None  # largest latency of a reply, in seconds
         self._warned: set[str] = set()
-        self._masks = None if options.secure is None else options.secure.manifest
-        self._relay: Relay | None = None  # sets up keys of masks, if no dealer has made them
-        self._rehearsed = b""  # digest of the manifest whose holders have compared what they compute
+        self._masks = RunMasks(options, keeper, self.name)
         self._strangers: set[int] = set()  # nodes that were not known when the last round began
 
     def _mode_chooser(self, code: GradientCode) -> ModeChooser:
@@ -181,7 +177,7 @@ class Run:
                 self.modes.choose(complete=True)
                 self.modes.learn(row)
                 self._comparisons.resume([] if row.train is None else [row.train])
-                self._ever_decoded |= row.train is not None and row.train.outcome in ("exact", "approximate")
+                self._ever_decoded |= row.train is not None and row.train.outcome in ("exact", "approximate", "stale")
         if self.account is not None:
             self.account.request = request
             latest = self.keeper.load_account(self.name)
@@ -223,15 +219,9 @@ class Run:
         if self.account is not None:
             self.account.begin(num_rounds)
         source = grid.source
-        secure = self.options.secure
-        if secure is not None and source.fixed_nodes:
-            self._warn_once("simulated", _SIMULATED)
-        if secure is not None and secure.manifest is None:
-            from ..enrolment import Relay  # plain rounds need no keys
-
-            save = partial(self.keeper.save_enrolment, self.name)
-            saved = self.keeper.load_enrolment(self.name)
-            self._relay = Relay(secure.body, self.name, lambda *who: self.registry.claim(*who), save, saved)
+        if self.options.secure is not None and source.fixed_nodes:
+            self._warn_once("simulated", SIMULATED)
+        self._masks.begin(lambda *who: self.registry.claim(*who))
         if self._holdings is None:
             wait_for_nodes(
                 grid,
@@ -256,13 +246,11 @@ class Run:
             self._follow_holdings(grid)
         if kind == "train" or self.row is None:
             self._open_row(server_round, grid)
-        if kind == "train" and self._relay is not None:
-            self._masks = self._relay.follow(grid, server_round, self.options.node_timeout, self.timeout)
+        if kind == "train":
+            self._masks.follow(grid, server_round, self.timeout)
         self.phase = None
-        secure = self.options.secure
-        if secure is not None and self._masks is None:
-            raise InvalidSetting("secure= with a body sets up keys first: run the strategy by its start().")
-        if kind == "evaluate" and secure is not None and not secure.body.evaluation:
+        self._masks.check()
+        if kind == "evaluate" and not self._masks.evaluates:
             return []  # nodes answer nothing unmasked, and the manifest has training alone
         configure = getattr(self.strategy, f"configure_{kind}")
         self._drafts = list(configure(server_round, arrays, config, ShardGrid(self.code.k, grid)))
@@ -281,31 +269,13 @@ class Run:
         account = self.account if phase.plan.privacy else None
         if account is not None and account.charge_request(server_round, phase.shards):
             self.keeper.save_account(self.name, account.state)
-        if self._masks is not None and kind == "train" and self._masks.body.rehearsal:
-            self._rehearse(phase, nodes, self._masks, grid)
+        if kind == "train":
+            self._masks.rehearse(phase, nodes, phase.registry, grid, self.timeout)
         if isinstance(grid, EarlyStopGrid):
             grid.expect(phase)
         elif self.mode.send == "shards":
             raise InvalidSetting(f"send={str(self.options.send)!r} hands out work: run the strategy by its start().")
         return phase.messages(nodes)
-
-    def _rehearse(self, phase: Phase, nodes: Sequence[int], manifest: Manifest, grid: Grid) -> None:
-        """Let the holders of each class compare what they compute, before any of them sends a vector.
-
-        Raises:
-            RoundFailed: They differ, or too few of them answer. The message names them.
-        """
-        if self._rehearsed != manifest.digest:
-            factory, registry = phase.factory, phase.registry
-            rehearse(
-                phase.plan,
-                manifest.body.classes,
-                lambda plan, arrays: factory.for_plan(plan, with_arrays=arrays).messages(nodes, registry, plan.rows),
-                registry,
-                grid,
-                self.timeout,
-            )
-            self._rehearsed = manifest.digest
 
     def _new_phase(self, kind: Kind, server_round: int, mode: RoundMode) -> Phase:
         """Returns a phase over the shards that the wrapped strategy sampled."""
@@ -340,13 +310,13 @@ class Run:
             is_open=self._holdings is not None,
             as_returned=as_returned,
             figures=mixes and compares and (bool(arrays_key) or isinstance(code.numbers, PrimeField)),
-            secure="" if self._masks is None else self._masks.digest.hex(),
+            secure=self._masks.digest,
         )
         before = content[arrays_key] if arrays_key else None
         assert before is None or isinstance(before, ArrayRecord)
         ttl = time_to_live(self.timeout, self._slowest)
         factory = MessageFactory(plan, content, message_type=drafts[0].metadata.message_type, ttl=ttl)
-        scrutiny = Scrutiny(self._comparisons, compares, self._agreed, options.votes, self._masks)
+        scrutiny = Scrutiny(self._comparisons, compares, self._agreed, options.votes, self._masks.manifest)
         registry, late_updates = self.registry.copy(), self.late_updates
         if late_updates is not None and kind == "train":
             self._tell_memory(late_updates.memory, before)
@@ -408,8 +378,7 @@ class Run:
             stale_updates = self.stale_updates.get(kind)
             decoded = phase.decode(self.options.approximation, stale_updates, self._noise(server_round, phase))
         entry = report.phase_row(phase, decoded, self.account, decoding=time.perf_counter() - began)
-        if self._relay is not None:
-            entry = self._relay.marked(entry)
+        entry = self._masks.marked(entry)
         self._note(kind, entry)  # noted before anything below can raise, so that the row tells what happened
         taken = [self._slowest or 0.0, *(job.seconds for job in [*phase.wait.times, *phase.wait.owing])]
         self._slowest = max(taken) or None
@@ -417,7 +386,7 @@ class Run:
         for key, text in broken_promises(phase.replies):
             self._warn_once(key, text)
         if phase.replies.simulated:
-            self._warn_once("simulated", _SIMULATED)
+            self._warn_once("simulated", SIMULATED)
         for worker in odd_ones_out(phase.replies):
             node = self.registry.node_of(worker)
             if node is not None:
@@ -620,21 +589,3 @@ class Run:
         if key not in self._warned:
             self._warned.add(key)
             _log.warning("%s", text)
-
-
-def mode_chooser(options: Options, code: GradientCode, *, coded: bool = True) -> ModeChooser:
-    """Returns the object that chooses the modes of a run with these options.
-
-    Args:
-        options: Settings of the run.
-        code: The code.
-        coded: Whether an adaptive run may send coded vectors.
-    """
-    if isinstance(options.send, Adaptive):
-        # Imported here because replaying rounds needs the planner and scipy.stats, which no other run needs.
-        from .adaptive import AdaptiveModes
-
-        return AdaptiveModes(code, smaller=options.policy != "raise", coded=coded)
-    if isinstance(options.send, Shards):
-        return FixedMode(RoundMode(code, "shards", options.send.patience))
-    return FixedMode(RoundMode(code, "coded"))

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from fl_gradcode import Ledger
+from fl_gradcode.checkpoints.checkpoint import Checkpoint
 from fl_gradcode.errors import InvalidSetting
 from fl_gradcode.privacy import Spend
 from fl_gradcode.privacy.budget_ledger import BudgetLedger, Request
 from fl_gradcode.runlog.rows import RoundRow
-from fl_gradcode.strategy.checkpoint import Checkpoint
 from tests.strategy.test_resume import Killed, rounds_of, start
 
 
@@ -61,7 +61,7 @@ def test_a_ledger_without_room_ends_the_run_with_a_sentence_and_it_goes_on_later
 def test_an_account_without_room_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint(tmp_path / "run.ckpt")
     checkpoint.save_privacy("r", {"released": []})
-    monkeypatch.setattr("fl_gradcode.strategy.checkpoint.os.fsync", full)
+    monkeypatch.setattr("fl_gradcode.checkpoints.checkpoint.os.fsync", full)
     with pytest.raises(InvalidSetting, match="No space left on device. Nothing is asked without it"):
         checkpoint.save_privacy("r", {"released": [1]})
     assert checkpoint.load_privacy("r") == {"released": []}

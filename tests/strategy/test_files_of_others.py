@@ -20,9 +20,9 @@ from flwr.serverapp.strategy import FedAvgM
 
 from fl_gradcode import Ledger
 from fl_gradcode._seeding import global_states
+from fl_gradcode.checkpoints.checkpoint import Checkpoint
 from fl_gradcode.errors import InvalidSetting
 from fl_gradcode.runlog.reader import LedgerReader
-from fl_gradcode.strategy.checkpoint import Checkpoint
 from tests.strategy.rows import round_row
 from tests.strategy.test_resume import Killed, rounds_of, start
 

@@ -17,10 +17,10 @@ from fl_gradcode import GradientCode, GradientCoding, cyclic_repetition, fractio
 from fl_gradcode.codes.covering import may_cover
 from fl_gradcode.copies import Comparisons
 from fl_gradcode.roster import WorkerRegistry
+from fl_gradcode.strategy.mode_choice import mode_chooser
 from fl_gradcode.strategy.options import Options, send_of
 from fl_gradcode.strategy.phase import Phase, Scrutiny
 from fl_gradcode.strategy.plan_messages import MessageFactory, make_plan
-from fl_gradcode.strategy.run import mode_chooser
 from fl_gradcode.strategy.stop_rules import open_phase
 from fl_gradcode.testing import inside_a_run
 from tests.conftest import initial_arrays, toy_app

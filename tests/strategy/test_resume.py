@@ -20,9 +20,9 @@ from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi, Strategy
 
 from fl_gradcode import GradientCode, GradientCoding, Ledger, VirtualGrid, cyclic_repetition, fractional_repetition
+from fl_gradcode.checkpoints.checkpoint import Checkpoint, Saved
 from fl_gradcode.errors import InvalidSetting
 from fl_gradcode.latency import Latency, lognormal, scaled
-from fl_gradcode.strategy.checkpoint import Checkpoint, Saved
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import flat, initial_arrays, toy_app
 from tests.strategy.rows import round_row
@@ -233,7 +233,7 @@ def test_a_flipped_bit_of_the_model_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_a_later_version_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fl_gradcode.strategy.checkpoint._FORMAT", 2)
+    monkeypatch.setattr("fl_gradcode.checkpoints.checkpoint._FORMAT", 2)
     start(tmp_path, rounds=1)
     monkeypatch.undo()
     with pytest.raises(InvalidSetting, match="has format 2; this version reads 1"):

@@ -11,11 +11,11 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from fl_gradcode import GradientCode, GradientCoding, VirtualGrid, fractional_repetition, uncoded
+from fl_gradcode.checkpoints.checkpoint import Checkpoint
 from fl_gradcode.errors import InvalidSetting
 from fl_gradcode.latency import Latency
 from fl_gradcode.privacy import DPSGD
 from fl_gradcode.privacy.run_account import RunAccount
-from fl_gradcode.strategy.checkpoint import Checkpoint
 from fl_gradcode.strategy.options import Options
 from fl_gradcode.strategy.plan_messages import make_plan
 from fl_gradcode.testing import InProcessGrid

@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from fl_gradcode.checkpoints.strategy_state import StrategyState, Unstorable, decode, encode
 from fl_gradcode.errors import InvalidSetting
-from fl_gradcode.strategy.strategy_state import StrategyState, Unstorable, decode, encode
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import flat, initial_arrays, toy_app
 from tests.strategy.test_resume import ROUNDS, STARTED, Killed, start

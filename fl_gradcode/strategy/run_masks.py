@@ -1,0 +1,108 @@
+"""The masks of a run under secure aggregation: whose keys they are, and the rehearsal before the first vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from flwr.serverapp import Grid
+
+from ..errors import InvalidSetting
+from ..protocol import Rejection
+from ..roster import WorkerRegistry, rehearse
+from ..runlog import PhaseRow
+from .options import Options
+from .phase import Phase
+from .resume import RunKeeper
+
+if TYPE_CHECKING:
+    from ..enrolment import Relay
+    from ..secagg import Manifest
+
+__all__ = ["SIMULATED", "RunMasks"]
+
+SIMULATED = "Secure aggregation in a simulation protects nothing: all keys are on the server's machine."
+
+
+class RunMasks:
+    """Knows the manifest by which replies are masked; without secure aggregation, there is none.
+
+    Args:
+        options: Settings of the run.
+        keeper: Saves the set-up of keys, if the run has a checkpoint.
+        run: Name of the run.
+
+    Attributes:
+        manifest: The manifest of this round; None without secure aggregation, and before keys are set up.
+    """
+
+    def __init__(self, options: Options, keeper: RunKeeper, run: str) -> None:
+        self._secure, self._keeper, self._run = options.secure, keeper, run
+        self._patience = options.node_timeout
+        self.manifest: Manifest | None = None if options.secure is None else options.secure.manifest
+        self._relay: Relay | None = None  # sets up keys, if no dealer has made them
+        self._rehearsed = b""  # digest of the manifest whose holders have compared what they compute
+
+    @property
+    def digest(self) -> str:
+        """Digest of the manifest, as hexadecimal; empty if there is none."""
+        return "" if self.manifest is None else self.manifest.digest.hex()
+
+    def begin(self, claim: Callable[[int, int, int], Rejection | None]) -> None:
+        """Prepare the set-up of keys, if no dealer has made them.
+
+        Args:
+            claim: Called with a node, its worker and a round; takes note of who the node is, or refuses.
+        """
+        if self._secure is not None and self._secure.manifest is None:
+            from ..enrolment import Relay  # plain rounds need no keys
+
+            save = partial(self._keeper.save_enrolment, self._run)
+            saved = self._keeper.load_enrolment(self._run)
+            self._relay = Relay(self._secure.body, self._run, claim, save, saved)
+
+    def follow(self, grid: Grid, server_round: int, timeout: float | None) -> None:
+        """Set up keys if there are none, or if workers have come for whom there are none."""
+        if self._relay is not None:
+            self.manifest = self._relay.follow(grid, server_round, self._patience, timeout)
+
+    def check(self) -> None:
+        """Check that there are keys if replies are to be masked.
+
+        Raises:
+            InvalidSetting: There are none.
+        """
+        if self._secure is not None and self.manifest is None:
+            raise InvalidSetting("secure= with a body sets up keys first: run the strategy by its start().")
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether nodes answer evaluations, which they do unmasked or as the body says."""
+        return self._secure is None or bool(self._secure.body.evaluation)
+
+    def rehearse(
+        self, phase: Phase, nodes: Sequence[int], registry: WorkerRegistry, grid: Grid, timeout: float | None
+    ) -> None:
+        """Let the holders of each class compare what they compute, before any of them sends a vector.
+
+        Raises:
+            RoundFailed: They differ, or too few of them answer. The message names them.
+        """
+        manifest = self.manifest
+        if manifest is None or not manifest.body.rehearsal or self._rehearsed == manifest.digest:
+            return
+        factory = phase.factory
+        rehearse(
+            phase.plan,
+            manifest.body.classes,
+            lambda plan, arrays: factory.for_plan(plan, with_arrays=arrays).messages(nodes, registry, plan.rows),
+            registry,
+            grid,
+            timeout,
+        )
+        self._rehearsed = manifest.digest
+
+    def marked(self, entry: PhaseRow) -> PhaseRow:
+        """Returns a phase's row with how the keys were set up."""
+        return entry if self._relay is None else self._relay.marked(entry)
