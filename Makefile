@@ -12,8 +12,8 @@ endif
 
 BIN   := .venv/bin
 STAMP := .venv/.installed
-# -qq: pip -q still prints a line for each index folder that lacks a package.
-PIP   := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+# Not -q, which hides the progress of downloads too.
+PIP   := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 # Nothing here talks to a server that the user did not name.
 export FLWR_TELEMETRY_ENABLED := 0
@@ -96,7 +96,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No python3 found: install Python 3.11 or newer, or say PYTHON=/path/to/python." >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 11) or sys.exit("$(PYTHON) is Python %d.%d; Python 3.11 or newer is needed: say PYTHON=/path/to/python." % sys.version_info[:2])'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "Creating .venv with $(PYTHON)"; "$(PYTHON)" -m venv --clear .venv; }
-	@echo "Installing into .venv (once; some minutes)"
+	@echo "Installing into .venv: once, some minutes, about 2 GB on disk (several GB more with CUDA, see the Makefile's head)"
 	$(PIP) torch==2.13.0 hatchling
 	$(PIP) --no-build-isolation -e '.[app,dev]'
 	@touch $@
