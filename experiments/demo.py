@@ -174,7 +174,7 @@ def _say(console: Console, runs: list[Run], out: Path, figure: Path) -> None:
 
 
 def _tell(console: Console, line: str) -> float:
-    """Prints a line where there are no bars to watch, in a pipe or a log; returns the time on the performance counter."""
+    """Prints a line where there are no bars to watch, as in a pipe or a log; returns the time in seconds."""
     if not console.is_terminal:
         print(line, flush=True)
     return time.perf_counter()
