@@ -47,7 +47,7 @@ PACKAGES: dict[str, frozenset[str]] = {
     "placement": names("numpy scipy"),
     "planning": names("numpy scipy"),
     "protocol": names("numpy flwr.app"),
-    "runlog": names("numpy"),
+    "runlog": names("numpy flwr.app"),
     "grid": names("flwr.app flwr.serverapp"),
     "privacy": names("numpy scipy flwr.app"),
     "secagg": names("numpy"),
@@ -80,6 +80,9 @@ EXTRAS = {
     ("strategy/strategy_state.py", "torch"),  # tensors that a strategy keeps; imported where there are any
     ("placement/splitting.py", "flwr_datasets.partitioner"),  # extra "app": the Dirichlet split
     ("placement/splitting.py", "datasets"),
+    ("runlog/frames.py", "pandas"),
+    ("runlog/recorders.py", "mlflow"),
+    ("runlog/recorders.py", "tensorboard.summary"),
 }
 WHOLE = names("numpy scipy torch opacus cryptography flwr.supercore typer rich matplotlib")
 
