@@ -34,7 +34,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo deploy-demo chapter compare privacy report test test-all check lint format bench build clean venv
+.PHONY: help demo deploy-demo chapter compare privacy report test test-all check lint format bench matrix dist clean venv
 
 help: ## list every command
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -80,10 +80,11 @@ format: $(STAMP) ## fix what ruff can fix, and format
 bench: $(STAMP) ## run the benchmarks
 	$(BIN)/python -m experiments.bench $(ARGS)
 
-build: $(STAMP) ## build the wheel and list what it holds
-	rm -rf dist
-	$(BIN)/python -m build --wheel --no-isolation
-	$(BIN)/python -m zipfile --list dist/*.whl
+matrix: $(STAMP) ## the core suite under each Python and Flower found here (docs/versions.md); ARGS='3.12+1.42' for one
+	$(BIN)/python -m experiments.matrix $(ARGS)
+
+dist: $(STAMP) ## build wheel and sdist, check them, and run a coded app with the wheel in an empty environment
+	$(BIN)/python -m experiments.dist $(ARGS)
 
 clean: ## remove caches, out/, dist/ and Flower's state; .venv stays
 	rm -rf out dist .flwr-home .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info *.fab

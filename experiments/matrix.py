@@ -1,7 +1,7 @@
 """The core suite under several versions of Python and Flower: python -m experiments.matrix.
 
-Each pair has a virtual environment of its own below out/matrix, which uv makes and fills. The last pair takes the oldest
-version of each package that pyproject.toml allows. A pair without the packages for a suite is told, not skipped silently.
+Each pair has a virtual environment of its own below out/matrix, which uv makes and fills. The last pair takes the
+oldest version of each package that pyproject.toml allows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
 #: Codes, protocol, client, grids, rounds in process, command line, and one run in Flower's simulation engine.
 CORE = (
-    "tests/end_to_end/test_simulation.py",
     "tests/codes",
     "tests/protocol",
     "tests/client/test_held_shards.py",
@@ -40,6 +39,7 @@ CORE = (
     "tests/cli/test_command_line.py",
     "tests/test_flower_internals.py",
     "tests/test_versions.py",
+    "tests/end_to_end/test_simulation.py",
 )
 #: With --torch: the mod with torch's generators, and private rounds.
 WITH_TORCH = (
@@ -50,8 +50,6 @@ WITH_TORCH = (
 )
 #: What the suite needs besides the library.
 TOOLS = ("hypothesis>=6.100", "pytest>=8.3", "pytest-timeout>=2.3")
-#: Packages without whose exact version an old pair cannot be installed, or would not run the suite.
-HELD = {"lowest": ("protobuf>=6.31", "grpcio>=1.70")}
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def _runs(path: Path, minor: str) -> bool:
     return asked.returncode == 0 and asked.stdout.strip() == minor
 
 
-def pairs(pythons: Iterator[str]) -> list[Pair]:
+def pairs(pythons: Iterable[str]) -> list[Pair]:
     """Every pair for these versions of Python, and the oldest packages for the oldest of them."""
     known = [*pythons]
     oldest = [Pair(known[0], "lowest")] if known else []
@@ -132,7 +130,7 @@ def install(pair: Pair, interpreter: Path, folder: Path, *, torch: bool) -> Path
     extras = "[privacy]" if torch else ""
     lowest = pair.flower == "lowest"
     flower = "flwr[simulation]>=1.41" if lowest else f"flwr[simulation]=={pair.flower}.*"
-    wanted = [f".{extras}", flower, *TOOLS, *HELD.get(pair.flower, ())]
+    wanted = [f".{extras}", flower, *TOOLS]
     how = ["--resolution", "lowest-direct"] if lowest else []
     subprocess.run([*uv, "pip", "install", "--quiet", "--python", python, *how, *wanted], check=True, cwd=ROOT)
     return python
@@ -178,11 +176,9 @@ def main(arguments: list[str] | None = None) -> int:
     found = interpreters()
     for minor in PYTHONS:
         print(f"Python {minor}: {found.get(minor, 'not found, left out')}", flush=True)
-    chosen = [pair for pair in pairs(iter(found)) if not options.pairs or str(pair) in options.pairs]
+    chosen = [pair for pair in pairs(found) if not options.pairs or str(pair) in options.pairs]
     if unknown := {*options.pairs} - {str(pair) for pair in chosen}:
-        parser.error(
-            f"{', '.join(sorted(unknown))}: no such pair here; there are {', '.join(map(str, pairs(iter(found))))}"
-        )
+        parser.error(f"{', '.join(sorted(unknown))}: no such pair here; there are {', '.join(map(str, pairs(found)))}")
     tests = CORE + (WITH_TORCH if options.torch else ())
     rows, failed = [], False
     for pair in chosen:
