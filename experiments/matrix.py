@@ -24,16 +24,19 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
 #: Codes, protocol, client, grids, rounds in process, command line, and one run in Flower's simulation engine.
 CORE = (
-    "tests/codes",
+    "tests/codes/test_codes.py",
+    "tests/codes/test_decoder.py",
+    "tests/codes/test_general_codes.py",
+    "tests/codes/test_linalg.py",
+    "tests/codes/test_reals.py",
+    "tests/codes/test_rounding.py",
     "tests/protocol",
     "tests/client/test_held_shards.py",
     "tests/grid",
     "tests/roster",
-    "tests/copies",
+    "tests/copies/test_copies.py",
     "tests/strategy/test_any_strategy.py",
     "tests/strategy/test_codes_in_rounds.py",
-    "tests/strategy/test_joining.py",
-    "tests/strategy/test_hopeless.py",
     "tests/strategy/test_shardwise.py",
     "tests/strategy/test_wrapped.py",
     "tests/cli/test_command_line.py",
@@ -147,6 +150,7 @@ def run(pair: Pair, python: Path, folder: Path, tests: tuple[str, ...]) -> Passe
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",  # the log shows how far it is
         "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
     }

@@ -41,7 +41,8 @@ def package(name: str) -> str:
 
 
 def settings(name: str, kind: str) -> dict[str, Any]:
-    return tomllib.loads((EXAMPLES / name / kind / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    project: dict[str, Any] = tomllib.loads((EXAMPLES / name / kind / "pyproject.toml").read_text())
+    return {**project["tool"]["flwr"]["app"]["config"]}
 
 
 @cache

@@ -32,7 +32,7 @@ def test_the_figures_of_a_round_are_its_numbers() -> None:
     assert (figures["train/stragglers"], figures["train/rejected"], figures["train/used"]) == (2.0, 1.0, 2.0)
     assert figures["train/waiting-seconds"] == 2.0 and figures["train/megabytes-down"] == 1e-4
     assert "evaluate/decodable-after-seconds" not in figures and "train/epsilon" not in figures
-    assert all(isinstance(value, float) and math.isfinite(value) for value in figures.values())
+    assert all(type(value) is float and math.isfinite(value) for value in figures.values())
 
 
 def test_a_ledger_becomes_a_frame_with_a_row_for_each_phase(tmp_path: Path) -> None:
