@@ -98,13 +98,17 @@ def test_the_page_follows_the_run_and_rests_at_its_end(tmp_path: Path) -> None:
     options = ["--no-plan", "-f", "--every", "0.05", "--until-round", "3", "--html", str(page)]
     program = "from fl_gradcode.cli import main; main()"
     command = [sys.executable, "-c", program, "status", str(ledger), *options]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
         while not page.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         during = page.read_text()
         write(ledger, rows(3))
-        assert process.wait(timeout=120) == 0
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
     assert 'http-equiv="refresh"' in during and "2 rounds: 2 exact" in during
     after = page.read_text()
     assert "refresh" not in after and "3 rounds: 3 exact" in after
