@@ -135,7 +135,9 @@ def install(pair: Pair, interpreter: Path, folder: Path, *, torch: bool) -> Path
     flower = "flwr[simulation]>=1.41" if lowest else f"flwr[simulation]=={pair.flower}.*"
     wanted = [f".{extras}", flower, *TOOLS]
     how = ["--resolution", "lowest-direct"] if lowest else []
-    subprocess.run([*uv, "pip", "install", "--quiet", "--python", python, *how, *wanted], check=True, cwd=ROOT)
+    # Compiled here: Ray gives its processes a limited time to start, and would compile itself within it.
+    command = [*uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", python, *how, *wanted]
+    subprocess.run(command, check=True, cwd=ROOT)
     return python
 
 
