@@ -151,6 +151,7 @@ def run(pair: Pair, python: Path, folder: Path, tests: tuple[str, ...]) -> Passe
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_agent_register_timeout_ms": "180000",  # a first start on a busy machine takes longer than Ray's 15 s
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",  # the log shows how far it is
         "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",

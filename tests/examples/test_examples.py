@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -145,6 +146,14 @@ def test_the_private_example_spends_what_its_noise_costs(tmp_path: Path, monkeyp
     row = strategy.ledger.rows[-1]["train"]
     assert row["outcome"] == "exact" and 0.5 < row["privacy"]["epsilon"] < 5
     assert result.evaluate_metrics_serverapp[ROUNDS]["loss"] < result.evaluate_metrics_serverapp[0]["loss"]
+
+
+def test_links_of_the_pages_beside_the_docs_lead_somewhere() -> None:
+    root = EXAMPLES.parent
+    pages = [root / "CONTRIBUTING.md", root / "SECURITY.md", *EXAMPLES.rglob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.relative_to(root)} links to {target}"
 
 
 def test_the_examples_pass_the_check() -> None:
