@@ -12,8 +12,8 @@ endif
 
 BIN   := .venv/bin
 STAMP := .venv/.installed
-# -qq: pip -q still prints a line for each index folder that lacks a package.
-PIP   := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+# Not -q, which hides the progress of downloads too.
+PIP   := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 # Nothing here talks to a server that the user did not name.
 export FLWR_TELEMETRY_ENABLED := 0
@@ -34,7 +34,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo deploy-demo chapter compare privacy report test test-all check lint format bench build clean venv
+.PHONY: help demo deploy-demo chapter compare privacy report test test-all check lint format bench matrix dist clean venv
 
 help: ## list every command
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -91,10 +91,11 @@ format: $(STAMP) ## fix what ruff can fix, and format
 bench: $(STAMP) ## run the benchmarks
 	$(BIN)/python -m experiments.bench $(ARGS)
 
-build: $(STAMP) ## build the wheel and list what it holds
-	rm -rf dist
-	$(BIN)/python -m build --wheel --no-isolation
-	$(BIN)/python -m zipfile --list dist/*.whl
+matrix: $(STAMP) ## the core suite under each Python and Flower found here (docs/versions.md); ARGS='3.12+1.42' for one
+	$(BIN)/python -m experiments.matrix $(ARGS)
+
+dist: $(STAMP) ## build wheel and sdist, check them, and run a coded app with the wheel in an empty environment
+	$(BIN)/python -m experiments.dist $(ARGS)
 
 clean: ## remove caches, out/, dist/ and Flower's state; .venv stays
 	rm -rf out dist .flwr-home .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info *.fab
@@ -107,7 +108,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No python3 found: install Python 3.11 or newer, or say PYTHON=/path/to/python." >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 11) or sys.exit("$(PYTHON) is Python %d.%d; Python 3.11 or newer is needed: say PYTHON=/path/to/python." % sys.version_info[:2])'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "Creating .venv with $(PYTHON)"; "$(PYTHON)" -m venv --clear .venv; }
-	@echo "Installing into .venv (once; some minutes)"
+	@echo "Installing into .venv: once, some minutes, about 2 GB on disk (several GB more with CUDA, see the Makefile's head)"
 	$(PIP) torch==2.13.0 hatchling
 	$(PIP) --no-build-isolation -e '.[app,dev]'
 	@touch $@

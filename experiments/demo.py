@@ -90,8 +90,12 @@ def main(arguments: list[str] | None = None) -> int:
     runs = []
     try:
         with Engine(options.clients, folder=out / "engine") as engine, _progress(console) as progress:
-            for scheme in schemes(out / "ledger.jsonl"):
+            every = schemes(out / "ledger.jsonl")
+            for number, scheme in enumerate(every, 1):
+                told = f"[{number} of {len(every)}] {scheme.title}: {options.rounds} rounds"
+                started = _tell(console, f"{told} ...")
                 runs.append(_run(engine, scheme, shared, out, progress))
+                _tell(console, f"{told} in {time.perf_counter() - started:.0f} s")
     except (EngineError, RunFailed) as error:
         console.print(f"[bold red]{error}")
         return 1
@@ -170,6 +174,13 @@ def _say(console: Console, runs: list[Run], out: Path, figure: Path) -> None:
         "its worst class."
     )
     console.print(f"Figure: {figure}\nLedger: {out / 'ledger.jsonl'}\nRows:   {out}/{{wait,drop,coded}}.jsonl")
+
+
+def _tell(console: Console, line: str) -> float:
+    """Prints a line where there are no bars to watch, as in a pipe or a log; returns the time in seconds."""
+    if not console.is_terminal:
+        print(line, flush=True)
+    return time.perf_counter()
 
 
 def _title(options: argparse.Namespace) -> str:

@@ -22,6 +22,7 @@ PLACES = (
     "_files",
     "_npy",
     "_logging",
+    "_versions",
     "_flower_internals",
     "_seeding",
     "codes",

@@ -48,7 +48,7 @@ PACKAGES: dict[str, frozenset[str]] = {
     "staleness": names("numpy"),
     "planning": names("numpy scipy"),
     "protocol": names("numpy flwr.app"),
-    "runlog": names("numpy"),
+    "runlog": names("numpy flwr.app"),
     "grid": names("flwr.app flwr.serverapp"),
     "privacy": names("numpy scipy flwr.app"),
     "masking": names("numpy"),
@@ -87,6 +87,9 @@ EXTRAS = {
     ("checkpoints/strategy_state.py", "torch"),  # tensors that a strategy keeps; imported where there are any
     ("placement/splitting.py", "flwr_datasets.partitioner"),  # extra "app": the Dirichlet split
     ("placement/splitting.py", "datasets"),
+    ("runlog/frames.py", "pandas"),
+    ("runlog/recorders.py", "mlflow"),
+    ("runlog/recorders.py", "tensorboard.summary"),
 }
 WHOLE = names("numpy scipy torch opacus cryptography flwr.supercore typer rich matplotlib")
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
+from .._versions import TESTED_FLOWER, library_version
 from .check import check
 from .leakage import leakage
 from .place import place
@@ -15,15 +19,27 @@ from .status import status
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    help="Gradient coding for Flower: rounds that neither wait for slow clients nor lose their data.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    suggest_commands=False,  # click does, and two suggestions would stand side by side
 )
 
 
-@app.callback()
-def _commands() -> None:
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        first, last = TESTED_FLOWER
+        typer.echo(f"fl-gradcode {library_version()} (Flower {version('flwr')}; tested with {first} to {last})")
+        raise typer.Exit
+
+
+@app.callback(epilog="Example: fl-gradcode plan virtual-machines --workers 30")
+def _commands(
+    _: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """Gradient coding for Flower: rounds that neither wait for slow clients nor lose their data."""
 
 

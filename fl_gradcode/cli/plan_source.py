@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,8 @@ def read_source(
     if source not in POPULATIONS:
         known = ", ".join(POPULATIONS)
         why = " Save the sheet as CSV." if path.suffix.lower() in (".xlsx", ".xls", ".ods") else _of_text(path)
+        if meant := get_close_matches(source, POPULATIONS, n=1):
+            why = f" Did you mean {meant[0]}?"
         raise InvalidSetting(
             f"{printable(repr(source))} is neither a law ({known}) nor a .csv, .tsv, .npz or .jsonl file; choose a law "
             f"or name a file.{why}"

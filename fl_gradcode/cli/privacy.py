@@ -24,7 +24,9 @@ from ._errors import one_sentence
 __all__ = ["keys", "privacy"]
 
 keys = typer.Typer(
-    help="Make, replace and check the keys from which all holders of a shard draw the same noise.", no_args_is_help=True
+    help="Make, replace and check the keys from which all holders of a shard draw the same noise.",
+    no_args_is_help=True,
+    suggest_commands=False,  # click does
 )
 
 _CODES: dict[str, Callable[[int, int], GradientCode]] = {

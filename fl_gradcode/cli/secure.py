@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["secure"]
 
 secure = typer.Typer(
-    help="Make the manifest of secure aggregation from key files, and show what a node has.", no_args_is_help=True
+    help="Make the manifest of secure aggregation from key files, and show what a node has.",
+    no_args_is_help=True,
+    suggest_commands=False,  # click does
 )
 
 _CODES: dict[str, Callable[[int, int, int], GradientCode]] = {

@@ -17,6 +17,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from .._files import replace_file
 from ..errors import InvalidSetting
 from ..runlog import LedgerReader, RoundLine, RunRows, RunStatus, as_json, gone_of, status_of
 from ._errors import one_sentence
@@ -46,17 +47,22 @@ def status(
     until_round: Annotated[int | None, typer.Option(help="With --follow: stop once this round is done.")] = None,
     every: Annotated[float, typer.Option(help="With --follow: seconds between two looks.")] = 2.0,
     no_plan: Annotated[bool, typer.Option("--no-plan", help="Leave out the planner's recommendation.")] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Also write a page for a browser to this file; with --follow it is kept up to date."),
+    ] = None,
     as_object: Annotated[
         bool, typer.Option("--json", help="Print JSON; with --follow one line for each new round.")
     ] = False,
 ) -> None:
     """Show what a run has done so far: its rounds, slow and failed workers, where time went, and what to change."""
     with one_sentence():
-        _check(rounds, follow, until_round, every, run)
-    view = _View(LedgerReader(ledger), run, rounds, plans=not no_plan, as_object=as_object)
+        _check(rounds, follow, until_round, every, run, html)
+    view = _View(LedgerReader(ledger), run, rounds, plans=not no_plan, as_object=as_object, html=html)
     if follow:
         with suppress(KeyboardInterrupt):
             view.follow(until_round, every)
+        view.write_html(None)  # nothing changes any more
         return
     with one_sentence():
         view.reader.read()
@@ -66,9 +72,17 @@ def status(
         typer.echo(f"fl-gradcode: {view.nothing}", err=True)
         raise typer.Exit(1)
     view.show(printed)
+    view.write_html(None)
 
 
-def _check(rounds: int, follow: bool, until_round: int | None, every: float, run: str | None) -> None:
+def _check(
+    rounds: int,
+    follow: bool,
+    until_round: int | None,
+    every: float,
+    run: str | None,
+    html: Path | None,
+) -> None:
     if rounds < 1:
         raise InvalidSetting(f"--rounds {rounds} must be at least 1.")
     if until_round is not None and not follow:
@@ -77,6 +91,10 @@ def _check(rounds: int, follow: bool, until_round: int | None, every: float, run
         raise InvalidSetting(f"--until-round {until_round} is about one run: leave out --run all, or name the run.")
     if not 0 < every < float("inf"):
         raise InvalidSetting(f"--every {every} must be a number of seconds greater than 0.")
+    if html is not None and run == "all":
+        raise InvalidSetting("--html shows one run: leave out --run all, or name the run.")
+    if html is not None and html.suffix.lower() not in (".html", ".htm"):
+        raise InvalidSetting(f"--html {str(html)!r} is replaced by a page: name a file that ends with .html.")
 
 
 class _View:
@@ -88,10 +106,14 @@ class _View:
         rounds: Number of last rounds to list.
         plans: Whether to show the planner's recommendation.
         as_object: Whether to print JSON.
+        html: File that gets a page for a browser; None: none is written.
     """
 
-    def __init__(self, reader: LedgerReader, run: str | None, rounds: int, *, plans: bool, as_object: bool) -> None:
+    def __init__(
+        self, reader: LedgerReader, run: str | None, rounds: int, *, plans: bool, as_object: bool, html: Path | None
+    ) -> None:
         self.reader, self.run, self.rounds, self.plans, self.as_object = reader, run, rounds, plans, as_object
+        self.html, self.every = html, 2.0
         self.console = Console(highlight=False)
         if not self.console.is_terminal:
             self.console = Console(highlight=False, width=_WIDTH)
@@ -127,6 +149,22 @@ class _View:
         self._status = status_of(self._chosen())
         return self._draw()
 
+    def write_html(self, refresh: float | None) -> None:
+        """Writes the page for a browser, if one was asked for and there is a round.
+
+        Args:
+            refresh: Seconds after which a browser loads it again; None: never.
+        """
+        if self.html is None or self._status is None:
+            return
+        from .status_html import status_html
+
+        run = self.reader.runs[self._status.run]
+        advice = self._advised(run, gone_of(self._status.workers)) if self.plans else None
+        page = status_html(self._status, advice, rounds=max(self.rounds, 30), now=time.time(), refresh=refresh)
+        with one_sentence():
+            replace_file(self.html, page)
+
     def follow(self, until: int | None, every: float) -> None:
         """Looks again and again, until a round is done."""
         self.following = True
@@ -141,6 +179,7 @@ class _View:
                     self._status, self._of, waiting = None, "", False
                 elif new:
                     self._append()
+                self.write_html(every)
             if not waiting and self.reader.last is None:
                 typer.echo(f"Waiting for the first round in {str(self.reader.path)!r}.", err=True)
                 waiting = True
@@ -149,6 +188,7 @@ class _View:
             time.sleep(every)
 
     def _follow_live(self, until: int | None, every: float) -> None:
+        self.every = every
         page = self._look()
         try:
             with Live(page, console=self.console, auto_refresh=False, transient=True) as live:
@@ -167,7 +207,9 @@ class _View:
             if self.reader.last is None:
                 self._status = None
                 return Text(f"Waiting for the first round in {str(self.reader.path)!r}; Ctrl-C ends.")
-            return self.page() if new or self._status is None else self._draw()
+            page = self.page() if new or self._status is None else self._draw()
+            self.write_html(self.every)  # also without a new round: then it says so after a while
+            return page
 
     def _append(self) -> None:
         """Prints what is new."""

@@ -18,7 +18,7 @@ from ._output import plain_table
 if TYPE_CHECKING:
     from ..runlog import Advice
 
-__all__ = ["TO_PASTE", "draw_all", "draw_status", "heading", "rounds_table", "told_notice"]
+__all__ = ["TO_PASTE", "draw_all", "draw_status", "heading", "remarks", "rounds_table", "told_notice"]
 
 #: Overflow of a line to paste. Such a line is printed without breaks where that is possible.
 TO_PASTE: OverflowMethod = "fold"
@@ -64,8 +64,15 @@ def draw_status(
     return Group(*parts)
 
 
-def heading(status: RunStatus, *, now: float, others: int = 0) -> Iterator[Text]:
-    """Yields lines that say which run it is, how far it is, and where its time went."""
+def heading(status: RunStatus, *, now: float, others: int = 0, since: bool = True) -> Iterator[Text]:
+    """Yields lines that say which run it is, how far it is, and where its time went.
+
+    Args:
+        status: Status of the run.
+        now: Seconds since the epoch.
+        others: Number of other runs in the file.
+        since: Whether to say how long ago the last round was.
+    """
     code, last = status.code, status.last
     size = f"n={code.n} workers, k={code.k} shards, s={code.s}"
     m = f", m={code.m}" if code.m > 1 else ""
@@ -74,7 +81,7 @@ def heading(status: RunStatus, *, now: float, others: int = 0) -> Iterator[Text]
     yield Text(f"{_plain(code.name)}, {size}{m}; sends {status.sending}")
     counts = ", ".join(f"{count} {name}" for name, count in _counted(status.outcomes))
     done = f"{len(status.rounds)} round{'s' * (len(status.rounds) > 1)}"
-    yield Text(f"{done}: {counts}; the last, round {last.round}, {_ago(status, now)}")
+    yield Text(f"{done}: {counts}" + (f"; the last, round {last.round}, {_ago(status, now)}" if since else ""))
     yield from _stands(status, now)
     known = {part: spent for part, spent in status.seconds.items() if spent is not None}
     whole = sum(known.values())
@@ -110,12 +117,13 @@ def rounds_table(rounds: Sequence[RoundLine], *, header: bool = True) -> Table:
             after,
             f"{one.used}/{'?' if one.workers is None else one.workers}",
             _few(one.stragglers),
-            Text(_plain("; ".join(_remarks(one)))),
+            Text(_plain("; ".join(remarks(one)))),
         )
     return table
 
 
-def _remarks(one: RoundLine) -> Iterator[str]:
+def remarks(one: RoundLine) -> Iterator[str]:
+    """Yields what else there is to say about a round, in words."""
     if one.resumed:
         yield "resumed"
     if one.outcome == "approximate" and one.error is not None:

@@ -7,12 +7,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
 from flwr.app import ConfigRecord, RecordDict
 
 from .._text import printable
+from .._versions import library_version
 from ..errors import VersionMismatch
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "Row",
     "is_probe",
     "is_setup",
-    "library_version",
     "plan_bytes",
     "probe_content",
     "read_json",
@@ -80,15 +79,6 @@ def read_json(record: ConfigRecord, other: str) -> str:
     if other == "node" and len(text) > _MOST_OF_A_RECORD:
         raise ValueError(f"a record of {len(text)} characters; at most {_MOST_OF_A_RECORD} are read")
     return text
-
-
-@lru_cache(maxsize=1)
-def library_version() -> str:
-    """Returns the version of the installed library, or "of a checkout" if it is not installed."""
-    try:
-        return version("fl-gradcode")
-    except PackageNotFoundError:  # the library is imported from a checkout
-        return "of a checkout"
 
 
 def _advice(server: str) -> str:

@@ -1,4 +1,4 @@
-"""The ledger of a run: typed rows, the writer and the readers, job times, and the status that they tell."""
+"""The ledger of a run: typed rows, the writer and the readers, job times, status, data frames and dashboards."""
 
 from typing import TYPE_CHECKING
 
@@ -6,10 +6,13 @@ from .._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .advice import Advice, advise
+    from .figures import figures_of
+    from .frames import jobs_frame, rounds_frame
     from .history import History, Timing
     from .ledger import Ledger
     from .notices import Notice
     from .reader import LedgerReader, RoundLine, RunRows
+    from .recorders import to_mlflow, to_tensorboard
     from .rows import (
         CodeLine,
         FilledIn,
@@ -53,8 +56,13 @@ __all__ = [
     "WorkerLine",
     "advise",
     "as_json",
+    "figures_of",
     "gone_of",
+    "jobs_frame",
+    "rounds_frame",
     "status_of",
+    "to_mlflow",
+    "to_tensorboard",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -63,6 +71,13 @@ __getattr__, __dir__ = lazy_names(
         "advice": [
             "Advice",
             "advise",
+        ],
+        "figures": [
+            "figures_of",
+        ],
+        "frames": [
+            "jobs_frame",
+            "rounds_frame",
         ],
         "history": [
             "History",
@@ -78,6 +93,10 @@ __getattr__, __dir__ = lazy_names(
             "LedgerReader",
             "RoundLine",
             "RunRows",
+        ],
+        "recorders": [
+            "to_mlflow",
+            "to_tensorboard",
         ],
         "rows": [
             "CodeLine",

@@ -14,6 +14,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from .._flower_internals import isolate_flower_random
 from .._logging import speak_through_flower
 from .._seeding import set_global_states
+from .._versions import warn_of_newer_flower
 from ..checkpoints import Checkpoint, Saved, StrategyState
 from ..codes import GradientCode
 from ..errors import InvalidSetting
@@ -257,6 +258,7 @@ class GradientCoding(Strategy):
         early_stop = grid if isinstance(grid, EarlyStopGrid) else EarlyStopGrid(grid)
         isolate_flower_random()
         speak_through_flower()
+        warn_of_newer_flower()
         keeper = self._new_keeper()
         with keeper.locked():
             saved = keeper.saved

@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 from experiments.engine import Engine
 from fl_gradcode import fractional_repetition
+from fl_gradcode._versions import library_version
 from fl_gradcode.cli.app import app as command_line
 from fl_gradcode.protocol import records
-from fl_gradcode.protocol.records import PROTOCOL, library_version
+from fl_gradcode.protocol.records import PROTOCOL
 from tests.end_to_end.conftest import ROOT, Run, distance, plain_fedavg, prepared, run_straggling
 
 pytestmark = pytest.mark.slow

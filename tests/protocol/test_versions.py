@@ -12,8 +12,9 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from fl_gradcode import Discovered, GradientCoding, gradient_coding_mod, uncoded
+from fl_gradcode._versions import library_version
 from fl_gradcode.errors import UnsuitableApp, VersionMismatch
-from fl_gradcode.protocol.records import PROTOCOL, library_version, read_json, record_of
+from fl_gradcode.protocol.records import PROTOCOL, read_json, record_of
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import initial_arrays, toy_app
 

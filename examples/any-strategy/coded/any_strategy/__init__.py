@@ -1,0 +1,1 @@
+"""The median of the clients, with one client whose labels are wrong."""

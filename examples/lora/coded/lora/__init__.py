@@ -1,0 +1,1 @@
+"""A frozen transformer with LoRA adapters, which alone are trained and sent."""

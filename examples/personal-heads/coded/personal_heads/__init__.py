@@ -1,0 +1,1 @@
+"""A shared body, and a head of its own for each client."""
