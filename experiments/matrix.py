@@ -136,7 +136,17 @@ def install(pair: Pair, interpreter: Path, folder: Path, *, torch: bool) -> Path
     wanted = [f".{extras}", flower, *TOOLS]
     how = ["--resolution", "lowest-direct"] if lowest else []
     # Compiled here: Ray gives its processes a limited time to start, and would compile itself within it.
-    command = [*uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", python, *how, *wanted]
+    command: list[str | Path] = [
+        *uv,
+        "pip",
+        "install",
+        "--quiet",
+        "--compile-bytecode",
+        "--python",
+        python,
+        *how,
+        *wanted,
+    ]
     subprocess.run(command, check=True, cwd=ROOT)
     return python
 
