@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from typer.testing import CliRunner
 
@@ -19,8 +20,24 @@ DEADLINE = 120.0
 QUICK = ("--every", "0.02")
 
 
+#: Set once a command that follows has had its first look; a busy machine takes its time until then.
+LOOKED = threading.Event()
+
+
+class _Clock:
+    """The module `time`, which tells when somebody waits for the next look."""
+
+    def sleep(self, seconds: float) -> None:
+        LOOKED.set()
+        time.sleep(seconds)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
 def status(*arguments: str | Path) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, ["status", *map(str, arguments)], env={"COLUMNS": "300"})
+    with mock.patch("fl_gradcode.cli.status.time", _Clock()):
+        result = CliRunner().invoke(app, ["status", *map(str, arguments)], env={"COLUMNS": "300"})
     return result.exit_code, result.stdout, result.stderr
 
 
@@ -30,9 +47,11 @@ def rows(*numbers: int, **fields: Any) -> list[dict[str, Any]]:
 
 @contextmanager
 def writing(path: Path, later: Sequence[dict[str, Any]], seconds: float = 0.1) -> Iterator[None]:
-    """Appends rows, one after the other, while the command runs; each in two pieces."""
+    """Appends rows, one after the other, once the command has had its first look; each in two pieces."""
+    LOOKED.clear()
 
     def append() -> None:
+        LOOKED.wait(DEADLINE)
         for one in later:
             time.sleep(seconds)
             text = json.dumps(one) + "\n"

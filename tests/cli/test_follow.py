@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from tests.cli.status_calling import DEADLINE, QUICK, rows, status, writing
+from tests.cli.status_calling import DEADLINE, LOOKED, QUICK, rows, status, writing
 from tests.runlog.ledger_rows import write
 
 
@@ -41,9 +41,11 @@ def test_following_tells_a_round_again_that_a_resumed_run_has_run_again(tmp_path
     path = write(tmp_path / "ledger.jsonl", rows(1, 2, 3))
 
     def resume() -> None:
+        LOOKED.wait(DEADLINE)
         time.sleep(0.2)
         write(tmp_path / "new", [*rows(1, 2), *rows(3, resumed=True, outcome="approximate")]).replace(path)
 
+    LOOKED.clear()
     thread = threading.Thread(target=resume)
     thread.start()
     with writing(path, rows(4), seconds=0.5):
@@ -62,9 +64,11 @@ def test_following_goes_on_when_the_ledger_is_begun_anew(tmp_path: Path) -> None
     path = write(tmp_path / "ledger.jsonl", rows(1, 2, 3))
 
     def begin_anew() -> None:
+        LOOKED.wait(DEADLINE)
         time.sleep(0.3)
         path.write_text("")
 
+    LOOKED.clear()
     thread = threading.Thread(target=begin_anew)
     thread.start()
     with writing(path, rows(1, 4, run="two"), seconds=0.8):

@@ -26,7 +26,10 @@ COMMANDS = dict(commands(typer.main.get_command(app)))
 def test_every_command_is_there() -> None:
     names = {" ".join(path) for path in COMMANDS}
     alone = {"check", "leakage", "plan", "place", "privacy", "status"}
-    assert names == alone | {"keys make", "keys rotate", "keys check", "secure make", "secure check"}
+    assert names == alone | {"keys make", "keys rotate", "keys check", "secure make", "secure check"} | {
+        "secure agree",
+        "secure identity",
+    }
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
