@@ -170,7 +170,8 @@ def run(pair: Pair, python: Path, folder: Path, tests: tuple[str, ...]) -> Passe
             cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False,
         ).returncode  # fmt: skip
     lines = [line for line in log.read_text().splitlines() if line.strip()]
-    return Passed(versions, lines[-1] if lines else "nothing", time.perf_counter() - started, code == 0)
+    told = lines[-1] if lines and code in (0, 1) else f"pytest ended with exit code {code}"
+    return Passed(versions, told, time.perf_counter() - started, code == 0)
 
 
 def main(arguments: list[str] | None = None) -> int:
