@@ -52,7 +52,7 @@ WITH_TORCH = (
     "tests/privacy/test_dp_optimizer.py",
 )
 #: What the suite needs besides the library.
-TOOLS = ("hypothesis>=6.100", "pytest>=8.3", "pytest-timeout>=2.3")
+TOOLS = ("hypothesis>=6.140", "pytest>=8.3", "pytest-timeout>=2.3")
 
 
 @dataclass(frozen=True)
@@ -134,19 +134,9 @@ def install(pair: Pair, interpreter: Path, folder: Path, *, torch: bool) -> Path
     lowest = pair.flower == "lowest"
     flower = "flwr[simulation]>=1.41" if lowest else f"flwr[simulation]=={pair.flower}.*"
     wanted = [f".{extras}", flower, *TOOLS]
-    how = ["--resolution", "lowest-direct"] if lowest else []
     # Compiled here: Ray gives its processes a limited time to start, and would compile itself within it.
-    command: list[str | Path] = [
-        *uv,
-        "pip",
-        "install",
-        "--quiet",
-        "--compile-bytecode",
-        "--python",
-        python,
-        *how,
-        *wanted,
-    ]
+    how = ["--quiet", "--compile-bytecode", *(["--resolution", "lowest-direct"] if lowest else [])]
+    command: list[str | Path] = [*uv, "pip", "install", *how, "--python", python, *wanted]
     subprocess.run(command, check=True, cwd=ROOT)
     return python
 
@@ -180,7 +170,8 @@ def run(pair: Pair, python: Path, folder: Path, tests: tuple[str, ...]) -> Passe
             cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False,
         ).returncode  # fmt: skip
     lines = [line for line in log.read_text().splitlines() if line.strip()]
-    return Passed(versions, lines[-1] if lines else "nothing", time.perf_counter() - started, code == 0)
+    told = lines[-1] if lines and code in (0, 1) else f"pytest ended with exit code {code}"
+    return Passed(versions, told, time.perf_counter() - started, code == 0)
 
 
 def main(arguments: list[str] | None = None) -> int:

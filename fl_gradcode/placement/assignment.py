@@ -270,6 +270,8 @@ class Assignment:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         """Returns `held` as an array."""
+        if copy is None:  # NumPy 1.26 does not know copy=None
+            return np.asarray(self.held, dtype=dtype)
         return np.array(self.held, dtype=dtype, copy=copy)
 
     def __repr__(self) -> str:
