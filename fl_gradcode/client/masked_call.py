@@ -69,6 +69,7 @@ APP_CONFIG = "secagg-app-config"
 _NOT_BOUND = ("rows", "digests", "releases", "give_up_after", "tags")
 _ANSWERED, _CERTIFIED = "answered", "secagg-certified"
 _OURS = "fl-gradcode."
+_LONGEST_RUN = 1000  # letters of a run's name
 
 _log = logging.getLogger(__name__)
 
@@ -141,8 +142,11 @@ def masked_answer(
         integers = {c: ClassIntegers(body, c, keys.seeds[c], request, plan.kind) for c in numbers}
         called = _AppCall(plan, content, message.metadata.message_type, body, _for_app(owner), run_config, call_next)
         for c, shard in pairs:
-            integers[c].add(shard, called.of(shard))
-        parts = {c: one.parts() for c, one in integers.items()}
+            result = called.of(shard)
+            with np.errstate(all="ignore"):  # the app may have set it to raise, and a refusal would depend on its data
+                integers[c].add(shard, result)
+        with np.errstate(all="ignore"):
+            parts = {c: one.parts() for c, one in integers.items()}
         if plan.kind == "rehearse":
             payload = rehearsal.tags(request, parts)
         else:
@@ -277,6 +281,8 @@ def _asked(plan: Plan, body: ManifestBody, worker: int, message_type: str) -> li
     """
     if type(plan.round) is not int or plan.round < 0 or type(plan.run) is not str or type(plan.seed) is not int:
         raise SecureRefused("The plan's run, round and seed must be a text and whole numbers.")
+    if len(plan.run) > _LONGEST_RUN:  # it stays in the ledger of answered requests
+        raise SecureRefused(f"The run's name has {len(plan.run)} letters; {_LONGEST_RUN} are the most.")
     body.result(plan.kind)
     if plan.kind == "rehearse" and not body.rehearsal:
         raise SecureRefused("The manifest has no rehearsal.")

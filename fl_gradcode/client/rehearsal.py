@@ -2,7 +2,9 @@
 
 Two holders that compute different integers would show the server their difference. So a node answers nothing in a run
 until more than half of the holders of each of its classes have shown that they compute what it does. Two majorities
-have a holder in common, which has one answer to a rehearsal: so all nodes that answer compute the same.
+have a holder in common, which has one answer to a rehearsal: so all nodes that answer have computed the same there.
+This finds honest mistakes. A server that rehearses another model than it trains learns nothing of them here, and may
+see the difference of two holders later.
 """
 
 from __future__ import annotations
@@ -72,6 +74,7 @@ class Rehearsal:
             expected[str(c)] = {str(worker): one.hex() for worker, one in tag.items()}
             mine += tag[keys.worker]
         assert tuple(integers) == classes.sent_by(keys.worker)
+        self._passed.unlink(missing_ok=True)  # a new rehearsal has to be passed anew
         replace_file(self._expected, json.dumps(expected), mode=0o600)
         return mine
 
@@ -87,6 +90,7 @@ class Rehearsal:
         try:
             check_own(self._expected)
             expected = json.loads(self._expected.read_text())
+            self._passed.unlink(missing_ok=True)
         except FileNotFoundError:
             raise SecureRefused("This node has not rehearsed this run.") from None
         for c in self._keys.manifest.body.classes.sent_by(self._keys.worker):

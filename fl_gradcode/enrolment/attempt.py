@@ -202,7 +202,7 @@ class Attempt:
         return keys, boxes
 
     def _confirm(self, done: Enrolment, keys: tuple[ClassKey, ...], boxes: Mapping[int, Mapping[int, bytes]]) -> bool:
-        """Show the keys to all workers; returns whether any has confirmed them.
+        """Show the keys to all workers; returns whether so many have confirmed them that rounds decode.
 
         Raises:
             RoundFailed: So many have confirmed other keys that the rest cannot decode.
@@ -232,6 +232,9 @@ class Attempt:
             if len(identities) - len(other) < self._least:
                 raise RoundFailed(f"{who} confirmed other keys in {self.setup} than the server has.")
             _log.warning("%s confirmed other keys in %s than the server has, and cannot help.", who, self.setup)
-        if not good:
-            self.why = asked.wrong[:3] or ["No node confirmed its keys."]
-        return bool(good)
+        if len(good) < self._least:
+            self.why = [
+                f"{len(good)} of {len(identities)} workers confirmed their keys in {self.setup}.",
+                *asked.wrong[:3],
+            ]
+        return len(good) >= self._least

@@ -160,7 +160,7 @@ class Answer:
             return cls.from_json(json.loads(read_json(record, "node"))["answer"])
         except VersionMismatch:
             raise
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"an unreadable answer to a set-up ({type(error).__name__})") from None
 
 

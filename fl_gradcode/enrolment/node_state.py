@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .._files import MEGABYTE, lock, parse_json, read_file, replace_file
+from .._files import MEGABYTE, lock, parse_json, read_file, replacing
 from ..errors import InvalidSetting
 from ..privacy import check_own
 from .statements import Setup
@@ -150,7 +150,9 @@ class StateFile:
             "sealed": None if state.sealed is None else asdict(state.sealed),
         }
         try:
-            replace_file(self.path, json.dumps(values) + "\n", mode=0o600)
+            # One name for the draft: what a killed process has left of it, with keys in it, goes with the next one.
+            with replacing(self.path, self.path.with_name(f"{self.path.name}.new"), mode=0o600) as file:
+                file.write((json.dumps(values) + "\n").encode())
         except OSError as error:
             raise InvalidSetting(f"The state of set-ups {self.path} cannot be written: {error.strerror}.") from None
 

@@ -250,6 +250,10 @@ class Waiting:
                 reply = self.source.fetch([arrival])[0]
             self.wait.late.append(late)
             self.rule.arrived_late(late, reply)
+            if self.rule.lost_any():  # it has told of others that count no more
+                self.lost = True
+                if self.rule.reopens():
+                    self._offer_idle()
         self.free.append(arrival.node)
 
     def _hand_out(self) -> None:

@@ -205,7 +205,7 @@ class Plan:
         if not isinstance(record, ConfigRecord):
             return None
         text = read_json(record, "server")
-        written, plan, rows = vars(record).get(_WRITTEN, (None, None, None))
+        written, plan, rows = _known(record)
         return plan.for_workers(rows) if written is text else _parse_plan(text)
 
     @classmethod
@@ -218,7 +218,7 @@ class Plan:
         record = content.get(_PLAN)
         if not isinstance(record, ConfigRecord):
             return None
-        written, _, rows = vars(record).get(_WRITTEN, (None, None, None))
+        written, _, rows = _known(record)
         if written is not None and record.get(_JSON) is written and record.get(_PROTOCOL) == PROTOCOL:
             mine: dict[int, Row] = rows
             return mine
@@ -229,6 +229,23 @@ class Plan:
     def remove_from(content: RecordDict) -> RecordDict:
         """Returns a new RecordDict with all records except the plan."""
         return RecordDict({key: value for key, value in content.items() if key != _PLAN})
+
+
+class _Written(tuple[str, Any, Any]):
+    """What this process knows of a record; another one, to which it is pickled, gets nothing of it."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> Any:
+        return (_nothing, ())
+
+
+def _known(record: ConfigRecord) -> tuple[Any, Any, Any]:
+    return vars(record).get(_WRITTEN) or (None, None, None)
+
+
+def _nothing() -> None:
+    """Returns None, in the place of what stayed in another process."""
 
 
 class PlanWriter:
@@ -278,7 +295,7 @@ class PlanWriter:
         record = self._record.copy()
         record[_JSON] = text
         if len(rows) == 1:  # the process that has written it, and may run the node too, need not read it again
-            vars(record)[_WRITTEN] = (text, plan, rows)
+            vars(record)[_WRITTEN] = _Written((text, plan, rows))
         result = content.copy()
         result[_PLAN] = record
         return result

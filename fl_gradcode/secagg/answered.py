@@ -125,7 +125,8 @@ class AnsweredRequests:
         last = {(row.run, row.kind): row.request for row in rows}
         runs = list(dict.fromkeys(row.run for row in reversed(rows)))[:_RUNS]
         kept = {row.name for row in rows if row.run in runs and row.request == last[row.run, row.kind]}
-        for path in self.folder.glob("reply-*.bin"):
+        # A killed process may have left the draft of a reply; the ledger is locked, so nobody is writing one now.
+        for path in (*self.folder.glob("reply-*.bin"), *self.folder.glob(".reply-*.new")):
             if path.name not in kept:
                 with suppress(OSError):  # it takes space, and no more
                     path.unlink()

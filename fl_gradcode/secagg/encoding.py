@@ -203,8 +203,9 @@ class ClassIntegers:
             digits = digits_of([0.0, float(clipped), *[0.0] * self._layout.numbers])
             assert digits is not None
             self._metrics += digits
-            if self._failed:
+            if self._failed:  # holders may fail on different shards, and poison is the same at all: it would cancel
                 update[:] = 0
+                self._metrics[:] = 0
         counts: dict[Part, NDArray[np.int32]] = {
             "update": update,
             "metrics": self._metrics,

@@ -15,6 +15,7 @@ from .._flower_internals import isolate_flower_random
 from .._logging import speak_through_flower
 from .._seeding import set_global_states
 from .._versions import warn_of_newer_flower
+from ..averaging import ModelAverage
 from ..checkpoints import Checkpoint, Saved, StrategyState
 from ..codes import GradientCode
 from ..errors import InvalidSetting
@@ -413,6 +414,11 @@ class GradientCoding(Strategy):
             self._run.restore_average(saved)
         else:
             self._name = saved.run
+            if self.options.average is not None and saved.average is not None:
+                average = ModelAverage(self.options.average)
+                with keeper.reading("average"):
+                    average.restore(saved.average, saved.arrays)
+                return keeper.complete(Result(arrays=average.arrays or saved.arrays), saved.round)
         _log.info("All %d rounds of run %s are done: nothing is left to do.", saved.round, saved.run)
         return keeper.complete(Result(arrays=self.averaged), saved.round)
 

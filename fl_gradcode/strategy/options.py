@@ -88,8 +88,8 @@ class Shards:
         staleness: Largest age of an update that is used again, in rounds. 0 is exact.
         fresh: Least share of the shards that must have an update of this round.
         grace: How long to wait on for further updates once there are enough, as a share of the round's time so far.
-        store: Where the last updates are kept: "" for memory, "float16" for half of the memory, with 11 bits of each
-            entry, or the absolute path of a file that is mapped into memory.
+        store: Where the last updates are kept: "" for memory, "float16" for half of the memory, or the absolute path of
+            a new file that is mapped into memory; see `UpdateMemory`.
         forced: Accept a strategy with which stale updates are known to oscillate: momentum, adaptive rates, a server
             learning rate other than 1.
     """

@@ -281,6 +281,7 @@ class Phase(StopRule):
             self.late_disagreements += [] if disagreement is None else [disagreement]
             if blamed and self.can_do_without(blamed):
                 self.replies.leave_out(blamed, _ALONE)
+                self.copies_lost()
 
     def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
         """Read one reply, which either counts or is rejected with a reason."""
@@ -296,6 +297,13 @@ class Phase(StopRule):
             if self.verification is not None:
                 self.most_verifying = min(self.longest_linger(at), self.verification.seconds)
                 self._lingers = arrival.at + self.most_verifying
+
+    def copies_lost(self) -> None:
+        """Note that copies count no more which counted before: there is work to do again, or none that helps."""
+        self._loses = True
+        best = self.replies.best
+        if best is None or not self.enough(best.decoder):
+            self.decided_after = None
 
     def lost_any(self) -> bool:
         """Returns whether a reply was read that does not count, or not beside the others."""

@@ -426,6 +426,20 @@ class ReplyCollector:
             self.spare_from.add(reply.worker)
         return None
 
+    def learn_from_late(self, late: ReplyCollector) -> None:
+        """Learn what a reply to an earlier round says of its app, device and privacy; what it sent is not taken."""
+        self.stateful |= late.stateful
+        self.kept_file = self.kept_file or late.kept_file
+        self.fixed_data |= late.fixed_data
+        for shard, (worker, environment) in late._environments.items():
+            self.environments[worker] = environment
+            other, known = self._environments.setdefault(shard, (worker, environment))
+            if known != environment:
+                self.other_environments[shard] = ((other, known), (worker, environment))
+        if late.spent is not None:
+            mine = self.spent or late.spent
+            self.spent = max(mine[0], late.spent[0]), max(mine[1], late.spent[1])
+
     def leave_out(self, workers: Collection[int], why: str) -> None:
         """Use nothing of what these workers sent, name them among the rejected, and hear them no more in this run.
 

@@ -15,7 +15,7 @@ from ..copies import Copies
 from ..grid import Arrival, Late, Wait
 from ..protocol import Plan, Rejection
 from ..roster import WorkerRegistry
-from ..staleness import StalenessRule, UpdateMemory
+from ..staleness import UNKNOWN, StalenessRule, UpdateMemory
 from .options import Approximation
 from .phase import Scrutiny
 from .plan_messages import MessageFactory
@@ -39,18 +39,20 @@ class LateUpdates:
     def __init__(self, memory: UpdateMemory, rule: StalenessRule) -> None:
         self.memory, self.rule = memory, rule
         self._phase: tuple[Plan, ArrayRecord | None, list[int]] | None = None
+        self._replies: ReplyCollector | None = None
 
-    def open(self, plan: Plan, before: ArrayRecord | None, shards: Sequence[int]) -> None:
-        """Note the round of training that begins."""
-        self._phase = plan, before, list(shards)
+    def open(
+        self, plan: Plan, before: ArrayRecord | None, shards: Sequence[int], replies: ReplyCollector | None = None
+    ) -> None:
+        """Note the round of training that begins, and who learns what late replies say of apps and devices."""
+        self._phase, self._replies = (plan, before, list(shards)), replies
 
     def wants(self, late: Late) -> bool:
         """Returns whether a late reply is newer than what is known of its shard."""
-        asked = _trained_in(late.label)
-        if not asked or self._phase is None or asked < self.rule.oldest(self._phase[0].round):
+        asked, owed = _trained_in(late.label), self.memory.owed_by(late.node)
+        if self._phase is None or owed is None or owed[1] != asked:  # an earlier run may have had the same name
             return False
-        owed = self.memory.owed_by(late.node)
-        return owed is None or owed[1] != asked or asked > self.memory.versions.get(owed[0], 0)
+        return asked >= self.rule.oldest(self._phase[0].round) and asked > self.memory.versions.get(owed[0], 0)
 
     def read(self, late: Late, message: Message | None, registry: WorkerRegistry) -> Rejection | None:
         """Remember the update of a late reply, if it is newer; returns why it is not fit to be used, or None."""
@@ -67,7 +69,10 @@ class LateUpdates:
         for group in replies.groups.values():
             assert isinstance(group, ReplyGroup)
             for row, (update, metrics) in group.copies.items():
-                self.memory.keep(shards[row], asked, update, metrics, group.key)
+                sender = group.senders[row][1]
+                self.memory.keep(shards[row], asked, update, metrics, group.key, sender=sender, late=True)
+        if self._replies is not None:
+            self._replies.learn_from_late(replies)
         return rejection
 
 
@@ -99,7 +104,8 @@ class StalePhase(ShardPhase):
     ) -> None:
         self._memory, self._rule = late_updates.memory, late_updates.rule
         super().__init__(factory, shards, before, registry, scrutiny, patience=patience, newest=self._memory.newest)
-        late_updates.open(self.plan, before, shards)
+        late_updates.open(self.plan, before, shards, self.replies)
+        self._memory.forget_those_of(registry.silenced)
         self.late_updates = late_updates
         self._began = self._last = 0.0
 
@@ -174,12 +180,24 @@ class StalePhase(ShardPhase):
         super().restarted(node)
         self._memory.answered(node)
 
+    def settle(self) -> None:
+        """Find out who sent wrong values, whose earlier updates count no more either."""
+        super().settle()
+        self._memory.forget_those_of(self.registry.silenced)
+
+    def arrived_late(self, late: Late, reply: Message | None) -> None:
+        """Learn from a reply to an earlier phase; see `Phase`."""
+        super().arrived_late(late, reply)
+        self._memory.forget_those_of(self.registry.silenced)
+
     def finish(self, wait: Wait) -> list[Message]:
         """End the wait, and note what nodes are still working on."""
-        for node in wait.lapsed:
+        for node in (*wait.lapsed, *wait.restarted):
             self._memory.answered(node)
-        for node, shard in self._queue.working.items():
-            self._memory.asked(node, shard, self.plan.round)
+        working = self._queue.working
+        for job in wait.owing:
+            if job.label == self.label:  # a node that was not known when it was asked chooses its shard itself
+                self._memory.asked(job.node, working.get(job.node, UNKNOWN), self.plan.round)
         return super().finish(wait)
 
     def estimate(
@@ -201,7 +219,8 @@ class StalePhase(ShardPhase):
         assert isinstance(group, ReplyGroup)
         for shard, row in self._row.items():
             if row in group.copies:
-                self._memory.keep(shard, self.plan.round, *group.copies[row], group.key)
+                sender = group.senders[row][1]
+                self._memory.keep(shard, self.plan.round, *group.copies[row], group.key, sender=sender)
         self.ages = self._memory.ages(self.plan.round)
 
 

@@ -320,6 +320,11 @@ class ShardPhase(Phase):
         self._reopened, self._offered = False, offered
         return reopens
 
+    def copies_lost(self) -> None:
+        """Note that copies count no more which counted before."""
+        super().copies_lost()
+        self._reopened = True
+
     def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
         """Returns the first copy of each shard, once all have one, and then second copies."""
         if self.decided or self.distrusted or self.votes:

@@ -241,6 +241,16 @@ def test_a_shard_that_fails_says_so_only_in_the_sum(kind: str, clip: str) -> Non
         decode(manifest, replies_of(manifest, results))
 
 
+def test_holders_that_fail_on_different_shards_differ_in_their_number_alone() -> None:
+    """Poison is the same at all holders, so their difference would show the metrics of a shard."""
+    body = body_of(FRC)
+    results = dict[int, ShardResult | None](results_for(body))
+    (shards,) = {body.classes.members[0]}
+    one, other = (class_integers(body, 0, {**results, **dict.fromkeys(failed)}) for failed in (shards[:1], shards))
+    for part in one:
+        assert (part == "status") == (one[part] != other[part]).any(), part
+
+
 def test_a_failed_class_is_poisoned_and_not_zero() -> None:
     """If NaN counted as 0, the sums of two requests would differ by one class's update."""
     body = body_of(FRC, metrics=0)

@@ -226,6 +226,20 @@ def assert_untouched(strategy: GradientCoding, models: dict[int, ArrayRecord], c
     assert why in caplog.text
 
 
+def test_an_app_that_makes_numpy_raise_decides_nothing(tmp_path: Path) -> None:
+    code = CODES[0]
+    dealt(tmp_path, code)
+
+    def update(server_round: int, shard: int) -> np.ndarray:
+        np.seterr(all="raise")
+        return np.full_like(update_for(server_round, shard), 1e-30 if shard == 2 else 0.1)
+
+    with np.errstate():  # restored afterwards
+        strategy, *_ = start(code, tmp_path, known_app(update))
+    assert strategy.ledger.rows[0]["train"]["rejected"] == []
+    assert strategy.ledger.rows[0]["train"]["outcome"] == "exact"
+
+
 class Trap(Exception):
     pass
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fl_gradcode import (
     Discovered,
+    EarlyStopGrid,
     GradientCode,
     GradientCoding,
     Shards,
@@ -29,6 +30,7 @@ from fl_gradcode.privacy import CentralNoise
 from fl_gradcode.runlog import RoundRow
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import flat, initial_arrays, toy_app, update_of
+from tests.strategy.test_bad_replies import with_update
 from tests.strategy.test_shardwise import Watched, table
 
 STALE = Shards(staleness=3)
@@ -155,13 +157,15 @@ def test_updates_may_be_kept_in_half_the_memory_or_in_a_file(store: str, tmp_pat
     assert any(row["train"]["outcome"] == "stale" for row in rows)
     atol = 2e-5 if store == "file" else 12 * 8 * 2.0**-11 * 4
     assert np.allclose(flat(result.arrays), expected(rows, code.k), rtol=0, atol=atol)
-    if store == "file":
-        assert np.load(where).shape == (8, 11)
+    assert [*tmp_path.iterdir()] == []  # nothing is left of the file, and nobody else can open it
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_the_first_round(tmp_path: Path) -> None:
-    with pytest.raises(InvalidSetting, match="cannot be written: name one in a folder of yours"):
-        run(fractional_repetition(6, 2), LAWS["exponential"], Shards(staleness=1, store=str(tmp_path / "no" / "file")))
+    (tmp_path / "there").write_text("a file of somebody's")
+    for name, why in (("no/file", "No such file"), ("there", "File exists"), ("", "File exists")):
+        with pytest.raises(InvalidSetting, match=f"cannot be made: {why}"):
+            run(fractional_repetition(6, 2), LAWS["exponential"], Shards(staleness=1, store=str(tmp_path / name)))
+    assert (tmp_path / "there").read_text() == "a file of somebody's"
 
 
 def test_how_much_is_kept_is_said_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
@@ -194,6 +198,49 @@ def test_a_killed_run_goes_on_with_the_same_memory(store: str, tmp_path: Path) -
     assert rows[4]["train"]["outcome"] == "stale"  # round 5 is repeated with what was known after round 4
     atol = 8 * 8 * 2.0**-11 * 4 if store else 2e-5
     assert np.allclose(flat(resumed.arrays), expected(rows, code.k), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("stores", [("float16", ""), ("", "float16"), ("float16", "file"), ("file", "float16")])
+def test_a_run_may_go_on_with_another_store(stores: tuple[str, str], tmp_path: Path) -> None:
+    code, options = fractional_repetition(6, 2, k=8), {"checkpoint": str(tmp_path / "run"), "run": "r"}
+    ledger = str(tmp_path / "ledger.jsonl")
+    for store, rounds in zip(stores, (5, 10), strict=True):
+        where = str(tmp_path / "last") if store == "file" else store
+        send = Shards(staleness=3, store=where)
+        result, _, _ = run(code, LAWS["exponential"], send, rounds=rounds, ledger=ledger, **options)
+    rows = [json.loads(line) for line in Path(ledger).read_text().splitlines()]
+    assert np.allclose(flat(result.arrays), expected(rows, code.k), rtol=0, atol=10 * 8 * 2.0**-11 * 4)
+
+
+def test_last_updates_of_a_worker_that_is_left_out_count_no_more() -> None:
+    def wrong(worker: int, message: Message, reply: Message) -> Message:
+        return with_update(lambda update: -50 * update)(reply) if worker == 1 else reply
+
+    code, looked_at = fractional_repetition(6, 2), 0
+    for seed in range(8):
+        models = [flat(initial_arrays())]
+        options: dict[str, Any] = {"verify": 3, "seed": seed, "rounds": 8, "give_up_rounds": None, "tamper": wrong}
+        options["on_round_end"] = lambda number, arrays, row, models=models: models.append(flat(arrays))
+        _, rows, _ = run(code, LAWS["exponential"], deployed=True, **options)
+        blamed = [row["round"] for row in rows for one in row["train"]["rejected"] if one["kind"] == "wrong-value"]
+        for row, used in zip(rows, versions(rows, code.k), strict=True):
+            if blamed and row["round"] >= blamed[0] and row["train"]["outcome"] != "skipped":
+                honest = sum((j + 1) * update_of(int(t), j, 11) for j, t in enumerate(used)) / 21
+                moved = models[row["round"]] - models[row["round"] - 1]
+                assert np.allclose(moved, honest, rtol=0, atol=1e-4), row["round"]
+                looked_at += 1
+    assert looked_at > 10
+
+
+def test_late_replies_of_an_earlier_run_of_the_same_name_are_not_taken() -> None:
+    code = fractional_repetition(6, 2)
+    with InProcessGrid(toy_app(), code.n) as clients:
+        grid = EarlyStopGrid(VirtualGrid(clients, LAWS["phones"], seed=3))
+        for _ in range(2):
+            strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), code, send=STALE, run="r", verify=0)
+            result = strategy.start(grid, initial_arrays(), num_rounds=8)
+    assert np.allclose(flat(result.arrays), expected(strategy.ledger.rows, code.k), rtol=0, atol=2e-5)
+    assert strategy.ledger.rows[0]["train"]["outcome"] == "exact"
 
 
 @pytest.mark.parametrize("deployed", [False, True], ids=["virtual", "deployed"])
