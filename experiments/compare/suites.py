@@ -8,7 +8,7 @@ from experiments.compare.problems import LAWS, PROBLEMS
 from experiments.compare.runs import EXACT, INEXACT
 from experiments.compare.store import Task
 
-__all__ = ["SERVERS", "SOONER_SEEDS", "SUITES", "TUNED", "cost_of", "sooner_of"]
+__all__ = ["SERVERS", "SOONER", "SOONER_SEEDS", "SUITES", "TUNED", "cost_of", "sooner_of"]
 
 SEEDS = (0, 1, 2)
 #: What was tuned, on seed 100 of the problem and law "slow-owners": the settings that were tried, the chosen one first.
@@ -110,6 +110,7 @@ def _smoke() -> list[Task]:
 
 #: Seeds that nothing was chosen by, and what the schemes of "sooner" may have besides.
 SOONER_SEEDS = (10, 11, 12, 13, 14)
+SOONER = ("sooner", "sooner-smoke")  # these suites have tables of their own
 AVERAGE, ADAM, STEPS = ("average", 0.25), ("adam", 0.03), ("steps", 0.6)
 SERVERS: dict[str, tuple[tuple[str, float], ...]] = {"FedAvg": (), "FedAdam": (ADAM,)}
 

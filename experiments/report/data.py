@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from experiments.compare.problems import LAWS, PROBLEMS
 from experiments.compare.runs import EXACT, scheme_titles
 from experiments.compare.store import Store
-from experiments.compare.suites import SUITES, TUNED
+from experiments.compare.suites import SOONER, SOONER_SEEDS, SUITES, TUNED
 
 __all__ = [
     "HEADLINE",
@@ -126,6 +126,8 @@ def read(rows: Iterable[dict[str, Any]]) -> list[Results]:
     timed = []
     for row in rows:
         task = row["task"]
+        if task["seed"] in SOONER_SEEDS:  # another comparison's, which may lie in the same file
+            continue
         results = found.setdefault(task["problem"], Results(task["problem"]))
         law, scheme, seed = task["law"], task["scheme"], task["seed"]
         if _LONG in _options(row):
@@ -159,7 +161,7 @@ def missing(results: Results) -> tuple[int, int, str]:
     wanted = dict.fromkeys(
         (task.law, task.scheme, task.seed)
         for name, tasks in SUITES.items()
-        if name != "tuning"
+        if name not in ("tuning", *SOONER)
         for task in tasks()
         if task.problem == results.problem
     )
