@@ -58,12 +58,13 @@ privacy: $(STAMP) ## accuracy against epsilon: what is missing of it; ARGS=--qui
 report: $(STAMP) ## turn rows of the comparison into a page (runs nothing)
 	$(BIN)/python -m experiments.report $(ARGS)
 
-# Two worker processes: tests with engines run one after the other in one of them (tests/conftest.py).
+# Three worker processes: tests with engines run one after the other in one of them, which waits for most of its time
+# (tests/conftest.py).
 test: $(STAMP) ## run the tests, slow ones included, but for a few that repeat others under more trouble
-	$(BIN)/python -m pytest -q -n 2 -m "not stress" $(ARGS)
+	$(BIN)/python -m pytest -q -n 3 -m "not stress" $(ARGS)
 
 test-all: $(STAMP) ## run every test
-	$(BIN)/python -m pytest -q -n 2 $(ARGS)
+	$(BIN)/python -m pytest -q -n 3 $(ARGS)
 
 check: lint ## what CI runs first: lint, types, architecture, public API
 	$(BIN)/python -m pytest -q tests/test_architecture.py tests/test_public_api.py

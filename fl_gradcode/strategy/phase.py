@@ -285,9 +285,12 @@ class Phase(StopRule):
 
     def offer(self, arrival: Arrival, reply: Message | None, at: float) -> None:
         """Read one reply, which either counts or is rejected with a reason."""
-        before = len(self.replies.answered)
+        before, stranger = len(self.replies.answered), self.registry.worker_of(arrival.node) is None
         good = self.replies.read(arrival.node, reply, arrival.failure) is None
-        self._loses |= len(self.replies.answered) == before or self.votes > 0 or len(self.replies.groups) > 1
+        # A stranger might have been any missing worker until it said who it is.
+        self._loses |= (
+            len(self.replies.answered) == before or stranger or self.votes > 0 or len(self.replies.groups) > 1
+        )
         self.was_read(arrival, good=good)
         best = self.replies.best
         if self.decodable_after is None and best is not None and best.decoder.decodable and not self.distrusted:
