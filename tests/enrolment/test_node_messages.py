@@ -13,8 +13,10 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fl_gradcode import fractional_repetition
 from fl_gradcode.enrolment import Answer, Request
+from fl_gradcode.enrolment.node_state import NodeState, StateFile
 from fl_gradcode.errors import FlGradcodeError
 from fl_gradcode.protocol import Plan
+from fl_gradcode.protocol.records import SETUP, record_of
 from fl_gradcode.secagg import ManifestBody
 from fl_gradcode.testing import inside_a_run
 from tests.enrolment.fleet import Server, enrolled, start
@@ -150,3 +152,17 @@ def test_a_damaged_state_is_said_and_nothing_is_answered(server: Server, damage:
     path.write_text(damage)
     with pytest.raises(FlGradcodeError, match="fl-gradcode/invalid-setting: The state of set-ups .* cannot be read"):
         ask(known_app(), server.folder, W, Request(server.setup, "hello").content())
+
+
+def test_an_answer_that_is_nested_too_deep_is_unreadable_and_ends_nothing() -> None:
+    deep = record_of({"answer": "[" * 100_000})
+    with pytest.raises(ValueError, match="unreadable answer to a set-up"):
+        Answer.find_in(RecordDict({SETUP: deep}))
+
+
+def test_what_a_killed_process_left_of_the_state_goes_with_the_next_one(tmp_path: Path) -> None:
+    state = StateFile(tmp_path)
+    draft = state.path.with_name(f"{state.path.name}.new")
+    draft.write_text("a private key")
+    state.write(NodeState())
+    assert [*tmp_path.iterdir()] == [state.path]
