@@ -23,11 +23,11 @@ from experiments.compare.problems import LAWS, PROBLEMS
 from experiments.compare.runs import scheme_titles
 from experiments.compare.store import ROOT, Store, Task
 from experiments.compare.suites import ADAM, AVERAGE, STEPS, SUITES
-from experiments.report.measures import Spread, time_to
+from experiments.report.data import Curve
+from experiments.report.measures import LAST, Spread, time_to
 
 __all__ = ["main", "tables"]
 
-LAST = 3  # evaluations whose mean is the final accuracy
 _ADAM = " + FedAdam"
 _EXACT = (("waiting for all", "wait", 1), ("exact, r = 3", "partial", 3), ("exact, r = 8", "partial", 8))
 Which = Literal["raw", "averaged"]
@@ -90,8 +90,6 @@ class Points:
 
     def reached(self, level: float, which: Which) -> float | None:
         """Virtual seconds to a level that is held; see the report."""
-        from experiments.report.data import Curve
-
         accuracy = self.values(which)
         return time_to(Curve(np.arange(len(accuracy)), self.seconds, accuracy, accuracy, None), level)
 

@@ -15,6 +15,7 @@ from experiments.compare.runs import ASYNCHRONOUS, EXACT
 from experiments.report.data import Curve, Results, Run
 
 __all__ = [
+    "LAST",
     "Closest",
     "Spread",
     "Target",

@@ -350,6 +350,23 @@ def test_a_node_that_confirms_other_keys_is_named_and_two_end_the_run(
         start(FRC, tmp_path / "nodes", tamper=lies, run="run-2")
 
 
+def test_an_epoch_that_too_few_confirm_is_followed_by_another(tmp_path: Path) -> None:
+    """Two confirmations are lost, one more than rounds could do without."""
+    enrolled(tmp_path / "nodes", FRC)
+    left = {2, 5}
+
+    def lose(worker: int, message: Message, reply: Message) -> Message:
+        said = worker in left and is_setup(message.content) and not reply.has_error()
+        if not said or Answer.find_in(reply.content).step != "confirm":
+            return reply
+        left.discard(worker)
+        return Message(Error(2, "lost"), reply_to=message)
+
+    strategy, _, _ = start(FRC, tmp_path / "nodes", tamper=lose)
+    (row,) = strategy.ledger.rows
+    assert row["train"]["outcome"] == "exact" and row["train"]["secure"]["epoch"] == 2
+
+
 def test_a_leader_that_gives_no_key_of_its_own_is_left_out_and_harms_no_other_class(tmp_path: Path) -> None:
     enrolled(tmp_path / "nodes", FRC)
 
