@@ -19,7 +19,7 @@ from experiments.compare.pool import run_all
 from experiments.compare.problems import PROBLEMS
 from experiments.compare.runs import run
 from experiments.compare.store import ROOT, Store
-from experiments.compare.suites import SUITES, cost_of
+from experiments.compare.suites import SUITES, cost_of, order_of
 
 __all__ = ["main"]
 
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"[bold red]{error}")
         return 2
     started = time.perf_counter()
-    queue = sorted(missing, key=cost_of, reverse=True)
+    queue = sorted(missing, key=order_of)
     work = partial(run, data_dir=data_dir)
     failed = run_all(queue, store, work, cost_of, processes=options.processes, console=console)
     console.print(f"{len(missing) - failed} tasks in {time.perf_counter() - started:.0f} s; rows: {store.path}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import Any
@@ -13,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments.compare.store import Store, Task
 
 __all__ = ["run_all"]
+
+_TELL = 30.0  # seconds between lines of progress in a log
 
 
 def run_all(
@@ -36,7 +39,7 @@ def run_all(
     """
     if not tasks:
         return 0
-    failed = 0
+    failed, told = 0, time.monotonic()
     progress = Progress(
         TextColumn("{task.description:44}"),
         BarColumn(),
@@ -67,6 +70,10 @@ def run_all(
                         failed += 1
                         console.print(f"[red]{name}: {type(error).__name__}: {error}")
                     progress.update(bar, advance=cost_of(task), description=name)
+                    if not console.is_terminal and time.monotonic() >= told + _TELL:  # a log shows no bar
+                        told = time.monotonic()
+                        share, left = progress.tasks[bar].percentage, len(queue) + len(running)
+                        console.print(f"{share:.0f} % of the work, {left} tasks left")
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             console.print("Interrupted; what has a row is kept.")

@@ -97,6 +97,7 @@ class _Run:
         self.number, self.duration, self.under_way = number, duration, under_way
         self.queue = ShardQueue(self.turns, self.patience, newest=self._newest)
         self.closed: set[int] = set()
+        self.too_old = len(self.rule.too_old(enumerate(self.versions), number))
         self.events = [
             (finish, order, worker, shard, asked) for order, (finish, worker, shard, asked) in enumerate(self.owed)
         ]
@@ -129,15 +130,19 @@ class _Run:
                     if shard not in self.closed:
                         self.closed.add(shard)
                         last = self.now
-                self.versions[shard] = max(self.versions[shard], asked)
+                self._update(shard, asked)
                 free.append(worker)
             if len(self.closed) < self.k:
                 self._hand_out(free)
         self.owed = [(finish, worker, shard, asked) for finish, _, worker, shard, asked in sorted(self.events)]
 
+    def _update(self, shard: int, asked: int) -> None:
+        oldest, known = self.rule.oldest(self.number), self.versions[shard]
+        self.versions[shard] = max(known, asked)
+        self.too_old -= known < oldest <= asked
+
     def _suffices(self) -> bool:
-        others = [version for shard, version in enumerate(self.versions) if shard not in self.closed]
-        return self.rule.suffices(len(self.closed), others, self.number, self.k) and min(self.versions) > 0
+        return not self.too_old and len(self.closed) >= self.rule.needed(self.k)
 
     def _newest(self, shard: int) -> int:
         known = 0 if self.versions[shard] == self.number else self.versions[shard]
