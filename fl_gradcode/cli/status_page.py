@@ -83,6 +83,9 @@ def heading(status: RunStatus, *, now: float, others: int = 0, since: bool = Tru
     done = f"{len(status.rounds)} round{'s' * (len(status.rounds) > 1)}"
     yield Text(f"{done}: {counts}" + (f"; the last, round {last.round}, {_ago(status, now)}" if since else ""))
     yield from _stands(status, now)
+    if len(status.ages) > 1:
+        oldest = f"{len(status.ages) - 1} round{'s' * (len(status.ages) > 2)}"
+        yield Text(f"Updates that were used are up to {oldest} old, {mean_age(status.ages):.2g} on average")
     known = {part: spent for part, spent in status.seconds.items() if spent is not None}
     whole = sum(known.values())
     split = ", ".join(f"{part} {spent / whole:.1%}" for part, spent in known.items()) if whole else "no times"
@@ -122,12 +125,19 @@ def rounds_table(rounds: Sequence[RoundLine], *, header: bool = True) -> Table:
     return table
 
 
+def mean_age(ages: Sequence[int]) -> float:
+    """Returns the mean of ages, of the number of updates of each age from 0."""
+    return sum(age * count for age, count in enumerate(ages)) / sum(ages)
+
+
 def remarks(one: RoundLine) -> Iterator[str]:
     """Yields what else there is to say about a round, in words."""
     if one.resumed:
         yield "resumed"
     if one.outcome == "approximate" and one.error is not None:
         yield f"error {one.error:.2g}"
+    if one.outcome == "stale":
+        yield f"mean age {mean_age(one.ages):.2g}, oldest {len(one.ages) - 1}"
     if one.kappa is not None and one.kappa > (_NOISY if one.outcome == "exact" else 1.0 + 1e-9):
         yield f"kappa {one.kappa:.3g}"
     if one.outcome in ("skipped", "raised") and one.ended:

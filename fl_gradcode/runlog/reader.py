@@ -49,6 +49,7 @@ class RoundLine:
         stragglers: Workers that were not in time.
         kappa: Noise amplification.
         error: Decoding error.
+        ages: Number of shards whose update is of each age in rounds, from 0; empty without bounded staleness.
         evaluation: Outcome of evaluation, if there was training too.
         events: What else happened, in words.
         bytes: Bytes sent, and bytes of the replies read.
@@ -72,6 +73,7 @@ class RoundLine:
     stragglers: tuple[int, ...]
     kappa: float | None
     error: float | None
+    ages: tuple[int, ...]
     evaluation: str | None
     events: tuple[str, ...]
     bytes: tuple[int, int]
@@ -106,6 +108,7 @@ class RoundLine:
             stragglers=() if main is None else main.stragglers,
             kappa=None if main is None else main.kappa,
             error=None if main is None else main.decoding_error,
+            ages=() if main is None else main.ages,
             evaluation=evaluation,
             events=tuple(_events(row)),
             bytes=(sum(one.bytes_down for one in row.phases), sum(one.bytes_up for one in row.phases)),
@@ -131,7 +134,7 @@ def _events(row: RoundRow) -> Iterator[str]:
     if restarted:
         yield f"{restarted} restarted"
     filled = 0 if row.train is None else sum(len(one.shards) for one in row.train.filled_in)
-    if filled:
+    if filled and row.train is not None and not row.train.ages:  # else the ages say it
         yield f"{filled} shards filled in"
 
 

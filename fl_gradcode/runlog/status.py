@@ -34,6 +34,7 @@ class RunStatus:
         seconds: Seconds spent waiting, decoding, aggregating and between rounds. None for the last one if it is not
             known.
         virtual: Whether waiting was on a virtual clock, which it was if it took longer than the time that passed.
+        ages: Number of updates of each age in rounds that were used, from 0; empty without bounded staleness.
         bytes_down, bytes_up: Bytes sent, and bytes of the replies read.
         privacy: Privacy promised and spent, from the last row that says so; None without privacy.
         workers: The workers, those with a mark first.
@@ -48,6 +49,7 @@ class RunStatus:
     rounds: Sequence[RoundLine]
     seconds: Mapping[str, float | None]
     virtual: bool
+    ages: Sequence[int]
     bytes_down: int
     bytes_up: int
     privacy: PrivacyLine | None
@@ -78,6 +80,7 @@ def status_of(run: RunRows) -> RunStatus:
         rounds=tuple(run.rounds),
         seconds=seconds,
         virtual=virtual,
+        ages=_ages(run.rounds),
         bytes_down=sum(one.bytes[0] for one in run.rounds),
         bytes_up=sum(one.bytes[1] for one in run.rounds),
         privacy=next((one.privacy for one in reversed(run.rounds) if one.privacy), None),
@@ -115,6 +118,12 @@ def _sending(rounds: Sequence[RoundLine]) -> str:
     else:
         told = f"coded vectors of {last.load} shard{'s' * (last.load != 1)}"
     return told if len({*ways}) == 1 else f"chosen from round to round, now {told}"
+
+
+def _ages(rounds: Sequence[RoundLine]) -> tuple[int, ...]:
+    """Returns the number of updates of each age that all rounds used."""
+    oldest = max((len(one.ages) for one in rounds), default=0)
+    return tuple(sum(one.ages[age] for one in rounds if age < len(one.ages)) for age in range(oldest))
 
 
 def as_json(status: RunStatus, rounds: int) -> dict[str, Any]:

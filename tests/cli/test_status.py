@@ -37,6 +37,18 @@ def test_the_page_tells_rounds_workers_and_what_to_do(tmp_path: Path) -> None:
     assert "\n    strategy = GradientCoding(strategy, " in out
 
 
+def test_rounds_with_updates_of_earlier_rounds_say_how_old_they_are(tmp_path: Path) -> None:
+    way = {"send": "shards", "patience": 2.0, "load": 1}
+    filled = {"filled-in": [{"shards": [4], "round": 1}, {"shards": [5], "round": 0}]}
+    ledger = [
+        {**row(1, ages=[6]), "way": way},
+        {**row(2, outcome="stale", ages=[4, 1, 1], **filled), "way": way},
+    ]
+    _, out, _ = status(write(tmp_path / "ledger.jsonl", ledger))
+    assert "\nUpdates that were used are up to 2 rounds old, 0.25 on average\n" in out
+    assert re.search(r"^ +2  stale .* mean age 0.5, oldest 2$", out, re.MULTILINE) and "filled in" not in out
+
+
 def test_the_line_to_paste_is_never_broken(tmp_path: Path) -> None:
     slow = {0, 15}  # in one group of two
     code = {**CODE, "n": 30, "k": 30}

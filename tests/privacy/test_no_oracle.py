@@ -26,7 +26,7 @@ from fl_gradcode.privacy import DPSGD, BudgetLedger, private_training, write_key
 from fl_gradcode.protocol import Plan, Row
 from fl_gradcode.testing import inside_a_run
 
-MESSAGES = 2000
+MESSAGES, PARTS = 2000, 10
 COUNT = 10  # records of the smaller data set
 LABELS = 3
 
@@ -174,12 +174,12 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.stress) for part in range(1, PARTS))])
 def test_outcome_text_shape_and_charge_are_the_same_for_neighbouring_data(part: int, tmp_path: Path) -> None:
     draw = random.Random(part)
     write_keys(tmp_path / "keys", [[0]])
     settings, kinds = settings_of(draw), set()
-    for number in range(MESSAGES // 4):
+    for number in range(MESSAGES // PARTS):
         name = draw.choice([*MODELS])
         values = draw.choice(settings)
         text = _as_text({**values, "grad_sample_mode": draw.choice(["hooks", "ghost"])})
