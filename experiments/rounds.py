@@ -46,7 +46,7 @@ class Scheme:
 
     code: GradientCode | None = None
     send: Literal["coded", "shards", "adaptive"] = "coded"
-    patience: float = 0.0
+    patience: float | Literal["learned"] = 0.0
 
 
 def schemes(n: int = N) -> dict[str, Scheme]:

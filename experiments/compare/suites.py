@@ -41,9 +41,10 @@ def cost_of(task: Task) -> float:
 def order_of(task: Task) -> tuple[Any, ...]:
     """A key to sort tasks by, so that a comparison which is stopped early has whole seeds.
 
-    The models of exact schemes come before baselines, seed by seed, and what takes long before what does not.
+    The models of exact schemes come before baselines, the first problem before others, seed by seed, and what takes
+    long before what does not.
     """
-    return task.scheme in INEXACT, task.seed, -cost_of(task)
+    return task.scheme in INEXACT, [*PROBLEMS].index(task.problem), task.seed, -cost_of(task)
 
 
 def tasks_of(

@@ -6,12 +6,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..codes import check_count, check_tolerance, fractional_repetition
 from ..errors import InvalidSetting
+from .job_times import LEARNED
 
 __all__ = [
     "Scheme",
@@ -19,6 +21,7 @@ __all__ = [
     "drop_slowest",
     "over_selection",
     "partial_work",
+    "patience_of",
     "repetition",
     "wait_for_all",
 ]
@@ -49,7 +52,7 @@ class Scheme:
     s: int = 0
     m: int = 1
     shardwise: bool = False
-    patience: float = 0.0
+    patience: float | Literal["learned"] = 0.0
     exact: bool = True
     python: str = ""
 
@@ -142,7 +145,9 @@ def repetition(n: int, s: int, *, m: int = 1, order: Sequence[int] | None = None
     )
 
 
-def partial_work(n: int, s: int, *, patience: float = 2.0, order: Sequence[int] | None = None) -> Scheme:
+def partial_work(
+    n: int, s: int, *, patience: float | Literal["learned"] = 2.0, order: Sequence[int] | None = None
+) -> Scheme:
     """Returns the scheme of fractional repetition with one shard a message (`send="shards"`)."""
     base = repetition(n, s, order=order)
     return replace(
@@ -154,12 +159,21 @@ def partial_work(n: int, s: int, *, patience: float = 2.0, order: Sequence[int] 
     )
 
 
-def _patience(patience: float) -> str:
+def patience_of(scheme: Scheme) -> float:
+    """Returns the patience of second copies as a number; 0 if it is learned, where the number does not count."""
+    return 0.0 if isinstance(scheme.patience, str) else scheme.patience
+
+
+def _patience(patience: float | Literal["learned"]) -> str:
     """Returns the part of a name that tells the patience; it is empty for 2, the default."""
+    if patience == LEARNED:
+        return ", learned"
     return "" if patience == 2.0 else ", at once" if patience == 0.0 else f", patience {patience:g}"
 
 
-def _send(patience: float) -> str:
+def _send(patience: float | Literal["learned"]) -> str:
+    if patience == LEARNED:
+        return f'Shards(patience="{LEARNED}")'
     return '"shards"' if patience == 2.0 else f"Shards(patience={patience:g})"
 
 

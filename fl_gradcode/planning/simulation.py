@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..latency import Parts
-from .schemes import Scheme
+from .job_times import LEARNED, JobTimes
+from .schemes import Scheme, patience_of
 from .work_queue import ShardQueue, turns_of
 
 __all__ = ["RoundTimes", "coded_rounds", "idle_rounds", "steady_rounds"]
@@ -136,8 +137,7 @@ def _shardwise(scheme: Scheme, parts: Parts, model_megabytes: float, *, idle: bo
     for t, duration in enumerate(durations):
         begun += 1
         if idle:
-            run.now = 0.0
-            run.owed.clear()
+            run = _Shardwise(scheme, run.messages)
         began = run.now
         run.round(duration.tolist())
         seconds[t] = run.now - began
@@ -150,22 +150,24 @@ def _shardwise(scheme: Scheme, parts: Parts, model_megabytes: float, *, idle: bo
 class _Shardwise:
     """Simulates rounds with one shard a message, by an event loop around a `ShardQueue`."""
 
-    def __init__(self, scheme: Scheme) -> None:
-        self.patience, self.n, self.k = scheme.patience, scheme.n, scheme.k
+    def __init__(self, scheme: Scheme, messages: int = 0) -> None:
+        self.patience, self.n, self.k = patience_of(scheme), scheme.n, scheme.k
         self.turns = turns_of(dict(enumerate(scheme.blocks)))
         self.now = 0.0
-        self.owed: list[tuple[float, int]] = []  # (finish time, worker) of jobs from earlier rounds
-        self.messages = 0
+        self.owed: list[tuple[float, int, float]] = []  # (finish time, worker, start time) of jobs from earlier rounds
+        self.messages = messages
+        self.times = JobTimes(scheme.n) if scheme.patience == LEARNED else None
 
     def round(self, duration: list[float]) -> None:
         self.duration = duration
-        self.queue = ShardQueue(self.turns, self.patience)
+        self.queue = ShardQueue(self.turns, self.patience, times=self.times)
         self.closed: set[int] = set()
         woken: float | None = None
-        self.events = [(finish, order, worker, True) for order, (finish, worker) in enumerate(self.owed)]
+        self.events = [(finish, order, worker, began, True) for order, (finish, worker, began) in enumerate(self.owed)]
         heapq.heapify(self.events)
         self.order = len(self.owed)
-        held = {worker for _, worker in self.owed}
+        held = {worker for _, worker, _ in self.owed}
+        ended: list[tuple[int, float]] = []
         self._hand_out([worker for worker in range(self.n) if worker not in held])
         while len(self.closed) < self.k:
             wake = None if self.queue.wake_at == woken else self.queue.wake_at
@@ -181,19 +183,24 @@ class _Shardwise:
             self.now = max(self.now, self.events[0][0])
             free = []
             while self.events and self.events[0][0] <= self.now:
-                _, _, worker, late = heapq.heappop(self.events)
+                finish, _, worker, began, late = heapq.heappop(self.events)
+                ended.append((worker, finish - began))
                 shard = None if late else self.queue.finish(worker, self.now)
                 if shard is not None:
                     self.closed.add(shard)
                 free.append(worker)
             if len(self.closed) < self.k:
                 self._hand_out(free)
-        self.owed = [(finish, worker) for finish, _, worker, _ in sorted(self.events)]
+        self.owed = [(finish, worker, began) for finish, _, worker, began, _ in sorted(self.events)]
+        if self.times is not None:
+            for worker, seconds in ended:
+                self.times.saw(worker, seconds)
 
     def _hand_out(self, workers: list[int]) -> None:
         for worker in workers:
             if self.queue.start(worker, worker, self.closed, self.now) is None:
                 continue
-            heapq.heappush(self.events, (self.now + self.duration[worker], self.order, worker, False))
+            event = (self.now + self.duration[worker], self.order, worker, self.now, False)
+            heapq.heappush(self.events, event)
             self.order += 1
             self.messages += 1

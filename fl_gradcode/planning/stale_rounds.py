@@ -10,7 +10,8 @@ import numpy as np
 
 from ..latency import Parts
 from ..staleness import StalenessRule
-from .schemes import Scheme
+from .job_times import LEARNED, JobTimes
+from .schemes import Scheme, patience_of
 from .simulation import RoundTimes
 from .work_queue import ShardQueue, turns_of
 
@@ -84,26 +85,26 @@ class _Run:
     """An event loop around a `ShardQueue`, as `StalePhase` runs it on a `VirtualGrid`."""
 
     def __init__(self, scheme: Scheme, rule: StalenessRule) -> None:
-        self.rule, self.patience, self.n, self.k = rule, scheme.patience, scheme.n, scheme.k
+        self.rule, self.patience, self.n, self.k = rule, patience_of(scheme), scheme.n, scheme.k
         self.turns = turns_of(dict(enumerate(scheme.blocks)))
         self.now, self.messages = 0.0, 0
         self.versions = [0] * self.k
-        self.owed: list[tuple[float, int, int, int]] = []  # finish time, worker, shard, round asked
+        self.owed: list[tuple[float, int, int, int, float]] = []  # finish time, worker, shard, round, start time
+        self.times = JobTimes(scheme.n) if scheme.patience == LEARNED else None
 
     def round(self, number: int, duration: list[float]) -> None:
         under_way = [0] * self.k
-        for _, _, shard, asked in self.owed:
-            under_way[shard] = max(under_way[shard], asked)
+        for _, _, shard, number_asked, _ in self.owed:
+            under_way[shard] = max(under_way[shard], number_asked)
         self.number, self.duration, self.under_way = number, duration, under_way
-        self.queue = ShardQueue(self.turns, self.patience, newest=self._newest)
+        self.queue = ShardQueue(self.turns, self.patience, times=self.times, newest=self._newest)
         self.closed: set[int] = set()
         self.too_old = len(self.rule.too_old(enumerate(self.versions), number))
-        self.events = [
-            (finish, order, worker, shard, asked) for order, (finish, worker, shard, asked) in enumerate(self.owed)
-        ]
+        self.events = [(job[0], order, *job[1:]) for order, job in enumerate(self.owed)]
         heapq.heapify(self.events)
         self.order = len(self.owed)
-        held = {worker for _, worker, _, _ in self.owed}
+        held = {worker for _, worker, *_ in self.owed}
+        ended: list[tuple[int, float]] = []
         self._hand_out([worker for worker in range(self.n) if worker not in held])
         began = last = self.now
         woken: float | None = None
@@ -124,7 +125,8 @@ class _Run:
             self.now = max(self.now, soonest)
             free = []
             while self.events and self.events[0][0] <= self.now:
-                _, _, worker, shard, asked = heapq.heappop(self.events)
+                finish, _, worker, shard, asked, sent = heapq.heappop(self.events)
+                ended.append((worker, finish - sent))
                 if asked == number:
                     self.queue.finish(worker, self.now)
                     if shard not in self.closed:
@@ -134,7 +136,10 @@ class _Run:
                 free.append(worker)
             if len(self.closed) < self.k:
                 self._hand_out(free)
-        self.owed = [(finish, worker, shard, asked) for finish, _, worker, shard, asked in sorted(self.events)]
+        self.owed = [(event[0], *event[2:]) for event in sorted(self.events)]
+        if self.times is not None:
+            for worker, seconds in ended:
+                self.times.saw(worker, seconds)
 
     def _update(self, shard: int, asked: int) -> None:
         oldest, known = self.rule.oldest(self.number), self.versions[shard]
@@ -152,7 +157,7 @@ class _Run:
         for worker in workers:
             shard = self.queue.start(worker, worker, self.closed, self.now)
             if shard is not None:
-                event = (self.now + self.duration[worker], self.order, worker, shard, self.number)
+                event = (self.now + self.duration[worker], self.order, worker, shard, self.number, self.now)
                 heapq.heappush(self.events, event)
                 self.order += 1
                 self.messages += 1

@@ -14,7 +14,11 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
+from .job_times import JobTimes
+
 __all__ = ["ShardQueue", "first_shards", "turns_of"]
+
+_SOON = 0.01  # of a job's time: at least so much later to look again whether a second copy is worth it
 
 
 def first_shards(blocks: Mapping[int, Sequence[int]]) -> dict[int, int]:
@@ -68,9 +72,13 @@ class ShardQueue:
     in its turn. A second copy of a shard is started only when the first has taken `patience` times as long as the free
     worker took for its last shard in this round.
 
+    With `times`, an open shard that nobody is computing comes first. Then comes a second copy of the shard which is
+    expected to take longest, once it is expected to take longer than the second copy would, by some factor.
+
     Args:
         turns: Worker -> its shards in the order of `turns_of`.
         patience: Relative time until a second copy is started; 0 starts it at once.
+        times: What the run has learned of its workers' times; then `patience` does not count.
         newest: Shard -> the round of its newest update that is known or under way from earlier rounds. If given, a
             worker starts with its open shards of the earliest round, see `staleness`.
 
@@ -83,12 +91,13 @@ class ShardQueue:
         turns: Mapping[int, Sequence[int]],
         patience: float,
         *,
+        times: JobTimes | None = None,
         newest: Callable[[int], int] | None = None,
     ) -> None:
-        self._turns, self._patience, self._newest = turns, patience, newest
+        self._turns, self._patience, self._times, self._newest = turns, patience, times, newest
         self.wake_at: float | None = None
-        self._working: dict[int, tuple[int, float]] = {}  # runner -> (shard, start time)
-        self._copies: dict[int, list[float]] = {}  # shard -> start time of each copy in progress
+        self._working: dict[int, tuple[int, float, int]] = {}  # runner -> (shard, start time, worker)
+        self._copies: dict[int, list[tuple[float, int]]] = {}  # shard -> (start time, worker) of each copy in progress
         self._took: dict[int, float] = {}  # runner -> seconds that it took for its last shard
         self._waiting: list[tuple[float, int, int]] = []  # heap of (due, turn, runner); outdated ones are skipped
         self._turn_of: dict[int, int] = {}  # runner that was given none -> its turn, a running number
@@ -103,16 +112,33 @@ class ShardQueue:
             closed: Shards that need no further copy, or none from this runner.
             now: The time in seconds.
         """
+        turns = self._turns[worker]
+        order = turns if self._newest is None else sorted(turns, key=self._newest)
+        find = self._by_patience if self._times is None else self._by_times
+        shard, soonest = find(runner, worker, order, closed, now)
+        if shard is None:
+            self._turn_of[runner] = next(self._turn)
+            if soonest < math.inf:
+                heapq.heappush(self._waiting, (soonest, self._turn_of[runner], runner))
+            return None
+        self._turn_of.pop(runner, None)
+        self._working[runner] = shard, now, worker
+        self._copies.setdefault(shard, []).append((now, worker))
+        return shard
+
+    def _by_patience(
+        self, runner: int, worker: int, order: Sequence[int], closed: Container[int], now: float
+    ) -> tuple[int | None, float]:
+        """Returns the shard to start, or None, and when to look again."""
         took = self._took.get(runner) if self._patience else None
         shard, fewest, soonest = None, 0, math.inf
-        turns = self._turns[worker]
-        for j in turns if self._newest is None else sorted(turns, key=self._newest):
+        for j in order:
             if j in closed:
                 continue
             copies = self._copies.get(j)
             number = len(copies) if copies else 0
             if copies and took is not None:
-                due = min(copies) + self._patience * took
+                due = min(copies)[0] + self._patience * took
                 if due > now:
                     self.wake(due, now)
                     soonest = min(soonest, due)
@@ -121,15 +147,32 @@ class ShardQueue:
                 shard, fewest = j, number
                 if took is None and not number:  # nothing is better, and nobody waits for the others
                     break
-        if shard is None:
-            self._turn_of[runner] = next(self._turn)
-            if soonest < math.inf:
-                heapq.heappush(self._waiting, (soonest, self._turn_of[runner], runner))
-            return None
-        self._turn_of.pop(runner, None)
-        self._working[runner] = shard, now
-        self._copies.setdefault(shard, []).append(now)
-        return shard
+        return shard, soonest
+
+    def _by_times(
+        self, runner: int, worker: int, order: Sequence[int], closed: Container[int], now: float
+    ) -> tuple[int | None, float]:
+        """Returns the shard to start, or None, and when to look again."""
+        times = self._times
+        assert times is not None
+        own = self._took.get(runner, times.typical(worker))
+        shard, longest, soonest = None, -math.inf, math.inf
+        for j in order:
+            if j in closed:
+                continue
+            copies = self._copies.get(j)
+            if not copies:
+                return j, math.inf
+            left = min(times.remaining(other, now - began) for began, other in copies)
+            if own is None or times.is_worth(own, left):
+                if left > longest:
+                    shard, longest = j, left
+                continue
+            due = max(began + times.worth_after(own, other, now - began) for began, other in copies)
+            due = max(due, now + _SOON * own)  # rounding may put it a moment before now
+            self.wake(due, now)
+            soonest = min(soonest, due)
+        return shard, soonest
 
     def finish(self, runner: int, now: float) -> int | None:
         """Note that the runner has finished; returns its shard, or None if it had none."""
@@ -141,7 +184,7 @@ class ShardQueue:
     @property
     def working(self) -> dict[int, int]:
         """Runner -> the shard that it works on."""
-        return {runner: shard for runner, (shard, _) in self._working.items()}
+        return {runner: shard for runner, (shard, *_) in self._working.items()}
 
     def took(self, runner: int) -> float:
         """Returns the seconds that a runner took for its last shard in this round; infinity if it has finished none."""
@@ -159,8 +202,8 @@ class ShardQueue:
     def _stop(self, runner: int) -> tuple[int | None, float]:
         if runner not in self._working:
             return None, 0.0
-        shard, began = self._working.pop(runner)
-        self._copies[shard].remove(began)
+        shard, began, worker = self._working.pop(runner)
+        self._copies[shard].remove((began, worker))
         return shard, began
 
     def awake(self, now: float) -> list[int]:

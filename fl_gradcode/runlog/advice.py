@@ -10,6 +10,7 @@ from .._text import numbered
 from ..errors import FlGradcodeError
 from ..latency import Law, scaled
 from ..planning import Scheme, make_plan
+from ..planning.job_times import LEARNED
 from .history import History
 from .rows import RoundRow
 
@@ -114,4 +115,4 @@ def _own(row: RoundRow, n: int) -> tuple[Any, ...] | None:
         return False, 0.0, 1, code.s, n - code.s
     if code.name != "fractional repetition":
         return None
-    return (True, way.patience, 1, code.s, None) if way.send == "shards" else (False, 0.0, code.m, code.s, None)
+    return (True, LEARNED if way.learned else way.patience, 1, code.s, None) if way.send == "shards" else (False, 0.0, code.m, code.s, None)

@@ -101,13 +101,15 @@ class ModeLine(_Line):
 
     Attributes:
         send: "coded" or "shards".
-        patience: Patience before a second copy is handed out, with "shards"; else None.
+        patience: Patience before a second copy is handed out, with "shards"; None for coded vectors and learned times.
         load: Largest number of shards in one message.
+        learned: Whether second copies are handed out by learned times.
     """
 
     send: Literal["coded", "shards"]
     patience: float | None
     load: int
+    learned: bool = field(default=False, metadata=_SOMETIMES)
 
 
 @dataclass(frozen=True, slots=True)

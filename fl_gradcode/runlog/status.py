@@ -114,7 +114,8 @@ def _sending(rounds: Sequence[RoundLine]) -> str:
         return "nothing yet"
     last = ways[-1]
     if last.send == "shards":
-        told = "one shard a message" + ("" if last.patience is None else f", patience {last.patience:g}")
+        patience = "" if last.patience is None else f", patience {last.patience:g}"
+        told = "one shard a message" + (", patience learned" if last.learned else patience)
     else:
         told = f"coded vectors of {last.load} shard{'s' * (last.load != 1)}"
     return told if len({*ways}) == 1 else f"chosen from round to round, now {told}"

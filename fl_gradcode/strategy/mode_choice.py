@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..codes import GradientCode
 from .options import Adaptive, Options, Shards
-from .round_mode import FixedMode, ModeChooser, RoundMode
+from .round_mode import FixedMode, LearnedTimes, ModeChooser, RoundMode
 
 __all__ = ["mode_chooser"]
 
@@ -23,5 +23,7 @@ def mode_chooser(options: Options, code: GradientCode, *, coded: bool = True) ->
 
         return AdaptiveModes(code, smaller=options.policy != "raise", coded=coded)
     if isinstance(options.send, Shards):
+        if isinstance(options.send.patience, str):
+            return LearnedTimes(code)
         return FixedMode(RoundMode(code, "shards", options.send.patience))
     return FixedMode(RoundMode(code, "coded"))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from ..averaging import ModelAverage
 from ..codes import GradientCode, PrimeField, locates_wrong_replies
 from ..errors import InvalidSetting
+from ..planning.job_times import LEARNED
 from ..privacy import DPSGD, CentralNoise, Privacy
 from ..staleness import FLOAT16, StalenessRule
 
@@ -84,7 +85,8 @@ class Shards:
     Attributes:
         patience: Start a second copy of a shard only when the first has taken this many times as long as the free node
             took for its last shard. With 2, equally fast nodes stay free for the next round. With 0, second copies
-            start at once.
+            start at once. With "learned", they start by the times that the run has learned of its workers and jobs: of the
+            shard whose copy is expected to take longest, once that is more than 0.6 of what the free node takes.
         staleness: Largest age of an update that is used again, in rounds. 0 is exact.
         fresh: Least share of the shards that must have an update of this round.
         grace: How long to wait on for further updates once there are enough, as a share of the round's time so far.
@@ -94,7 +96,7 @@ class Shards:
             learning rate other than 1.
     """
 
-    patience: float = 2.0
+    patience: float | Literal["learned"] = 2.0
     staleness: int = 0
     fresh: float = 0.6
     grace: float = 0.03
@@ -102,8 +104,9 @@ class Shards:
     forced: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.patience < float("inf"):
-            raise InvalidSetting(f"patience={self.patience} must be a number of at least 0.")
+        patience = -1 if isinstance(self.patience, str) else self.patience
+        if self.patience != LEARNED and not 0 <= patience < float("inf"):
+            raise InvalidSetting(f"patience={self.patience!r} must be a number of at least 0, or 'learned'.")
         if type(self.staleness) is not int or self.staleness < 0:
             raise InvalidSetting(f"staleness={self.staleness!r} must be a whole number of rounds, or 0 for none.")
         if not 0 < self.fresh <= 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from flwr.app import ArrayRecord, Message
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..codes import IncrementalDecoder, may_cover, uncoded
 from ..copies import Copies
 from ..grid import Arrival, Late, Wait
+from ..planning import JobTimes
 from ..protocol import Plan, Rejection
 from ..roster import WorkerRegistry
 from ..staleness import UNKNOWN, StalenessRule, UpdateMemory
@@ -87,7 +88,7 @@ class StalePhase(ShardPhase):
         before: The arrays that were sent.
         registry: Which node is which worker.
         scrutiny: What the replies are held against.
-        patience: Relative time until a second copy of a shard is requested; see `Shards`.
+        patience, times: As of `ShardPhase`.
         late_updates: Has the last updates.
     """
 
@@ -99,11 +100,12 @@ class StalePhase(ShardPhase):
         registry: WorkerRegistry,
         scrutiny: Scrutiny,
         *,
-        patience: float,
+        patience: float | Literal["learned"],
+        times: JobTimes | None,
         late_updates: LateUpdates,
     ) -> None:
         self._memory, self._rule = late_updates.memory, late_updates.rule
-        super().__init__(factory, shards, before, registry, scrutiny, patience=patience, newest=self._memory.newest)
+        super().__init__(factory, shards, before, registry, scrutiny, patience=patience, times=times, newest=self._memory.newest)
         late_updates.open(self.plan, before, shards, self.replies)
         self._memory.forget_those_of(registry.silenced)
         self.late_updates = late_updates

@@ -11,12 +11,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Sequence, Set
 from functools import lru_cache
+from typing import Literal
 
 from flwr.app import ArrayRecord, Message
 
 from ..codes import GradientCode, IncrementalDecoder, may_cover, uncoded
 from ..grid import Arrival
-from ..planning import ShardQueue, turns_of
+from ..planning import JobTimes, ShardQueue, turns_of
 from ..protocol import Plan, Rejection, Reply, Row
 from ..roster import WorkerRegistry
 from .phase import Phase, Scrutiny
@@ -56,7 +57,8 @@ def open_phase(
         kappa_max: Noise amplification above which to wait for further replies; see `Coded`.
     """
     if mode.send == "shards":
-        return ShardPhase(factory, shards, before, registry, scrutiny, patience=mode.patience)
+        times = mode.times_of(factory.plan.kind)
+        return ShardPhase(factory, shards, before, registry, scrutiny, patience=mode.patience, times=times)
     return CodedPhase(factory, code, shards, before, registry, scrutiny, kappa_max=kappa_max)
 
 
@@ -216,6 +218,7 @@ class ShardPhase(Phase):
         registry: Which node is which worker.
         scrutiny: What the replies are held against.
         patience: Relative time until a second copy of a shard is requested; see `Shards`.
+        times: With patience "learned", what the run has learned.
         newest: Shard -> the round of its newest update so far, by which work is handed out; see `ShardQueue`.
     """
 
@@ -227,7 +230,8 @@ class ShardPhase(Phase):
         registry: WorkerRegistry,
         scrutiny: Scrutiny,
         *,
-        patience: float = 0.0,
+        patience: float | Literal["learned"] = 0.0,
+        times: JobTimes | None = None,
         newest: Callable[[int], int] | None = None,
     ) -> None:
         plan = factory.plan
@@ -245,7 +249,8 @@ class ShardPhase(Phase):
         )
         self._row = {shard: row for row, shard in enumerate(shards)}
         self._turns = {worker: mine for worker, mine in turns.items() if mine}
-        self._queue = ShardQueue(self._turns, 0.0 if self.votes else patience, newest=newest)
+        patience = 0.0 if self.votes or isinstance(patience, str) else patience
+        self._queue = ShardQueue(self._turns, patience, times=None if self.votes else times, newest=newest)
         self._unread: dict[str, int] = {}  # token -> shard
         self._waiting: Counter[int] = Counter()  # shard -> number of its copies that are not read
         self._strange: set[str] = set()  # tokens of replies that are not read, and whose shard is not known

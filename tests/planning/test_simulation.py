@@ -56,7 +56,7 @@ class Case:
     send: Any = "coded"
 
 
-def _shards(s: int, patience: float, order: list[int] | None = None) -> Case:
+def _shards(s: int, patience: Any, order: list[int] | None = None) -> Case:
     return Case(partial_work(N, s, patience=patience, order=order), fractional_repetition(N, s, order=order), "shards")
 
 
@@ -71,6 +71,7 @@ CASES = {
     "partial work": _shards(2, 0.0),
     "partial work, patience .5": _shards(2, 0.5),
     "partial work, patience 2": _shards(2, 2.0),
+    "partial work, learned": _shards(2, "learned"),
     "partial work, uneven": _shards(4, 2.0),
     "partial work, other order": _shards(4, 0.0, ORDER),
 }
@@ -135,6 +136,7 @@ def test_a_run_is_simulated_as_the_library_runs_it(name: str, law: str) -> None:
         ("m = 2, uneven", "short bursts"),
         ("partial work, patience .5", "exponential"),
         ("partial work, uneven", "mixed"),
+        *(("partial work, learned", law) for law in ("exponential", "mixed", "bursty", "devices", "heavy")),
     ],
 )
 def test_a_longer_run_of_another_seed_too(name: str, law: str) -> None:
