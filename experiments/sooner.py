@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments.compare.problems import LAWS, PROBLEMS
+from experiments.compare.problems import LAWS, OWNERS, PROBLEMS
 from experiments.compare.runs import scheme_titles
 from experiments.compare.store import ROOT, Store, Task
 from experiments.compare.suites import ADAM, AVERAGE, STEPS, SUITES
@@ -173,11 +173,24 @@ def tables(rows: Rows, suite: str) -> str:
     return "\n".join(lines)
 
 
+def _figure(rows: Rows, suite: str, path: Path) -> None:
+    from experiments.sooner_figure import learned_labels
+
+    tasks = {task: task.hash for task in dict.fromkeys(SUITES[suite]()) if task.hash in rows}
+    problem = next(task.problem for task in tasks if PROBLEMS[task.problem].owners)
+    ways = {way.title.removeprefix("FedAvg, "): way for way in ways_of(tasks)}
+    chosen = ("waiting for all", "exact, r = 8 + FedAdam", "bounded staleness", f"drop the slowest {OWNERS}")
+    curves = {name: [*points_of(rows, tasks, problem, "slow-owners", ways[name]).values()] for name in chosen}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    learned_labels(curves).savefig(path, dpi=130)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print the tables of the rows that are there."""
     parser = argparse.ArgumentParser(prog="python -m experiments.sooner", description=__doc__)
     parser.add_argument("--rows", default=str(ROOT / "out" / "compare" / "rows.jsonl"))
     parser.add_argument("--suite", choices=[name for name in SUITES if name.startswith("sooner")], default="sooner")
+    parser.add_argument("--figure", metavar="PNG", help="also draw what slow clients' labels cost, as a picture")
     options = parser.parse_args(arguments)
     rows = Store(Path(options.rows).expanduser()).rows()
     text = tables(rows, options.suite)
@@ -185,6 +198,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"There are no rows of the suite {options.suite} in {options.rows}: run experiments.compare first.")
         return 1
     print(text)
+    if options.figure:
+        _figure(rows, options.suite, Path(options.figure).expanduser())
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections import deque
 from typing import Final
 
@@ -88,24 +89,28 @@ class JobTimes:
         """
         return _EAGER * own <= (1 + 1e-6) * remaining  # `worth_after` is where they may be equal
 
-    def worth_after(self, own: float, worker: int, elapsed: float) -> float:
+    def worth_after(self, own: float, worker: int, elapsed: float, before: float = math.inf) -> float:
         """Returns the seconds of the first copy from which on a second one is worth it; it is not after `elapsed`.
 
         Args:
             own: Seconds that the second copy would take.
             worker: Number of the worker with the first copy.
             elapsed: Seconds that the first copy has taken yet.
+            before: Seconds from which on the exact number does not matter.
         """
-        typical = self._typical.get(worker)
-        wanted = _EAGER * own / _LONGER
+        typical, wanted = self._typical.get(worker), _EAGER * own / _LONGER
         if typical is None:
             return wanted
         times, _, left = self._tables()
         # What remains grows where a job of the table would have ended, and shrinks in between.
         first = bisect.bisect_right(times, elapsed / typical)
-        enough = np.flatnonzero(typical * left[first:] >= _EAGER * own)
-        if enough.size:
-            return typical * times[first + int(enough[0])]
+        if first < len(times):
+            if typical * times[first] >= before:
+                return typical * times[first]
+            enough = left[first:] >= _EAGER * own / typical
+            place = int(enough.argmax())
+            if enough[place]:
+                return typical * times[first + place]
         return max(wanted, typical * times[-1]) if times else wanted
 
     def _tables(self) -> tuple[list[float], list[float], NDArray[np.float64]]:

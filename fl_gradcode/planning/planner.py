@@ -21,6 +21,7 @@ from ..errors import InvalidSetting
 from ..latency import Latency, Parts
 from ..staleness import StalenessRule
 from .compute_share import SHARES, ShareRange, at_shares, range_of
+from .job_times import LEARNED
 from .scheme_runs import Line, SchemeRuns
 from .schemes import Scheme, any_code, drop_slowest, over_selection, partial_work, repetition, wait_for_all
 from .stale_rounds import StaleRounds, stale_means
@@ -93,6 +94,7 @@ def make_plan(
     populations: int = 32,
     seed: int = 0,
     schemes: Sequence[Scheme] | None = None,
+    besides: Sequence[Scheme] = (),
     share: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RoundPlan:
@@ -109,6 +111,7 @@ def make_plan(
             of blocks of rounds that is spread over all of them.
         seed: Seed of the first population.
         schemes: Schemes to compare; by default `candidates`.
+        besides: Schemes to compare besides.
         share: Share of a one-shard job that grows with the shards. If given, the plan says for which other shares the
             recommendation would hold, see `RoundPlan.shares`.
         progress: Called after each scheme with the number of schemes that are done, and of all.
@@ -124,7 +127,7 @@ def make_plan(
     for name, value, least in (("rounds", rounds, 20), ("populations", populations, 1), ("seed", seed, 0)):
         if not value >= least or value % 1:
             raise InvalidSetting(f"{name}={value} must be a whole number of at least {least}.")
-    for scheme in schemes or ():
+    for scheme in (*(schemes or ()), *besides):
         if scheme.n != n:
             raise InvalidSetting(f"The scheme {scheme.name!r} is for {scheme.n} workers; planned is for n={n}.")
     measured = latency.measured_rounds
@@ -141,7 +144,7 @@ def make_plan(
             first = rounds * populations // 5
         slow = _permanently_slow(draws, model_megabytes)
     chosen = schemes if schemes is not None else candidates(n, tolerances, slow=slow, m=bool(model_megabytes))
-    chosen = [wait_for_all(n), *(scheme for scheme in chosen if scheme.enough != n or scheme.s)]
+    chosen = [wait_for_all(n), *(scheme for scheme in (*chosen, *besides) if scheme.enough != n or scheme.s)]
     samples: list[SchemeRuns] = []
     for scheme in chosen:
         samples.append(SchemeRuns(scheme, latency, draws, model_megabytes, first=first))
@@ -242,7 +245,7 @@ def candidates(
         result += [drop_slowest(n, s), any_code(n, s), repetition(n, s, order=order)]
         if m and s + 2 <= n:
             result.append(repetition(n, s, m=2, order=spread(slow, n, s, m=2)))
-        result += [partial_work(n, s, patience=patience, order=order) for patience in (0.0, 2.0)]
+        result += [partial_work(n, s, patience=0.0, order=order), partial_work(n, s, patience=LEARNED, order=order)]
     return result
 
 

@@ -72,8 +72,8 @@ class ShardQueue:
     in its turn. A second copy of a shard is started only when the first has taken `patience` times as long as the free
     worker took for its last shard in this round.
 
-    With `times`, an open shard that nobody is computing comes first. Then comes a second copy of the shard which is
-    expected to take longest, once it is expected to take longer than the second copy would, by some factor.
+    With `times`, an open shard that nobody is computing comes first, and then a second copy of the shard which is
+    expected to take longest, once that is worth it; see `JobTimes`.
 
     Args:
         turns: Worker -> its shards in the order of `turns_of`.
@@ -167,11 +167,13 @@ class ShardQueue:
             if own is None or times.is_worth(own, left):
                 if left > longest:
                     shard, longest = j, left
-                continue
-            due = max(began + times.worth_after(own, other, now - began) for began, other in copies)
-            due = max(due, now + _SOON * own)  # rounding may put it a moment before now
-            self.wake(due, now)
-            soonest = min(soonest, due)
+            elif shard is None:
+                due = now + _SOON * own  # at least: rounding may put it a moment before now
+                for began, other in copies:
+                    due = max(due, began + times.worth_after(own, other, now - began, soonest - began))
+                soonest = min(soonest, due)
+        if shard is None and soonest < math.inf:
+            self.wake(soonest, now)
         return shard, soonest
 
     def finish(self, runner: int, now: float) -> int | None:

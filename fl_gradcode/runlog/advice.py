@@ -9,7 +9,7 @@ from typing import Any
 from .._text import numbered
 from ..errors import FlGradcodeError
 from ..latency import Law, scaled
-from ..planning import Scheme, make_plan
+from ..planning import Scheme, make_plan, partial_work
 from ..planning.job_times import LEARNED
 from .history import History
 from .rows import RoundRow
@@ -82,6 +82,7 @@ def advise(rows: Sequence[RoundRow], *, gone: Sequence[int] = (), holders: Seque
             tolerances=few,
             rounds=min(_ROUNDS, simulated),
             populations=max(1, simulated // _ROUNDS),
+            besides=_patient(last, n),
         )
     except FlGradcodeError as error:
         return Advice(f"no recommendation: {error}")
@@ -97,6 +98,13 @@ def advise(rows: Sequence[RoundRow], *, gone: Sequence[int] = (), holders: Seque
         None if line is None or not line.steady < float("inf") else line.steady,
         history.rounds,
     )
+
+
+def _patient(row: RoundRow, n: int) -> list[Scheme]:
+    """Returns what the run does, if that is a patience which the planner does not compare by itself."""
+    own, s = _own(row, n), row.code.s
+    known = own is None or not own[0] or own[1] in (0.0, LEARNED) or not 1 <= s < n
+    return [] if known or row.way is None else [partial_work(n, s, patience=row.way.patience or 0.0)]
 
 
 def _kind(scheme: Scheme) -> tuple[Any, ...]:
@@ -115,4 +123,8 @@ def _own(row: RoundRow, n: int) -> tuple[Any, ...] | None:
         return False, 0.0, 1, code.s, n - code.s
     if code.name != "fractional repetition":
         return None
-    return (True, LEARNED if way.learned else way.patience, 1, code.s, None) if way.send == "shards" else (False, 0.0, code.m, code.s, None)
+    return (
+        (True, LEARNED if way.learned else way.patience, 1, code.s, None)
+        if way.send == "shards"
+        else (False, 0.0, code.m, code.s, None)
+    )

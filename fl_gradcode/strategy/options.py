@@ -85,8 +85,8 @@ class Shards:
     Attributes:
         patience: Start a second copy of a shard only when the first has taken this many times as long as the free node
             took for its last shard. With 2, equally fast nodes stay free for the next round. With 0, second copies
-            start at once. With "learned", they start by the times that the run has learned of its workers and jobs: of the
-            shard whose copy is expected to take longest, once that is more than 0.6 of what the free node takes.
+            start at once. With "learned", they start by the times that the run has learned of its workers: first of the
+            shard whose copy is expected to take longest, and once that is 0.6 times what the free node takes.
         staleness: Largest age of an update that is used again, in rounds. 0 is exact.
         fresh: Least share of the shards that must have an update of this round.
         grace: How long to wait on for further updates once there are enough, as a share of the round's time so far.

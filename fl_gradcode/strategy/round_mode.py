@@ -11,7 +11,6 @@ from ..codes import GradientCode
 from ..planning import JobTimes
 from ..planning.job_times import LEARNED
 from ..runlog import ModeLine, RoundRow
-from ..runlog.rows import PhaseKind
 
 __all__ = ["FixedMode", "LearnedTimes", "ModeChooser", "RoundMode"]
 
@@ -44,7 +43,7 @@ class RoundMode:
         patience = self.patience if self.send == "shards" and not isinstance(self.patience, str) else None
         return ModeLine(self.send, patience, self.load, learned)
 
-    def times_of(self, kind: PhaseKind) -> JobTimes | None:
+    def times_of(self, kind: str) -> JobTimes | None:
         """Returns what the run has learned of the jobs of a kind of phase; None if that is not asked for."""
         return None if self.times is None else self.times[kind]
 

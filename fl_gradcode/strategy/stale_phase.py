@@ -105,7 +105,9 @@ class StalePhase(ShardPhase):
         late_updates: LateUpdates,
     ) -> None:
         self._memory, self._rule = late_updates.memory, late_updates.rule
-        super().__init__(factory, shards, before, registry, scrutiny, patience=patience, times=times, newest=self._memory.newest)
+        super().__init__(
+            factory, shards, before, registry, scrutiny, patience=patience, times=times, newest=self._memory.newest
+        )
         late_updates.open(self.plan, before, shards, self.replies)
         self._memory.forget_those_of(registry.silenced)
         self.late_updates = late_updates

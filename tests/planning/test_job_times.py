@@ -92,7 +92,7 @@ def test_rounds_come_near_the_clairvoyant_bound(law: str, r: int, most: float) -
     draws = [latency.parts(seed=seed, n=24, rounds=60) for seed in range(100, 106)]
     seconds = {}
     for patience in (0.0, 2.0, "learned"):
-        scheme = partial_work(24, r - 1, patience=patience)  # type: ignore[arg-type]
+        scheme = partial_work(24, r - 1, patience=patience)
         seconds[patience] = sum(steady_rounds(scheme, parts).seconds[10:].mean() for parts in draws)
     bound = sum(found[10:].mean() for parts in draws if (found := clairvoyant_rounds(scheme, parts)) is not None)
     assert seconds["learned"] <= most * bound
