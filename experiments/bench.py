@@ -27,6 +27,7 @@ from experiments.bench_matmul import products
 from experiments.bench_privacy import private_encoding, private_step
 from experiments.bench_verification import verification
 from experiments.bench_votes import votes
+from experiments.bound import bound
 from experiments.scale import scale
 from experiments.secagg_comparison import secagg
 from fl_gradcode import GradientCode, GradientCoding, VirtualGrid, cyclic_repetition, fractional_repetition, uncoded
@@ -55,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
         "verification": verification,
         "votes": votes,
         "secagg": secagg,
+        "bound": bound,
         "scale": scale,
     }
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
