@@ -193,9 +193,9 @@ def page(results: Results) -> str:
     three, seven, groups = decodable(3, groups=False), decodable(7, groups=False), decodable(3, groups=True)
     text = f"""# The source chapter, recomputed
 
-The idea of this project comes from the open book "Coded Computing" (CommIT), chapter 16, section 3. This page recomputes
-the numbers of that section. It then adds two effects that the section leaves out: a worker with s + 1 shards has s + 1
-times the work, and in a run each round starts with the workers as the previous round left them.
+The idea of this project comes from the open book "Coded Computing" (CommIT), chapter 16, section 3. This page
+recomputes the numbers of that section. It then adds two effects that the section leaves out: a worker with s + 1 shards
+has s + 1 times the work, and in a run each round starts with the workers as the previous round left them.
 
 **In short: the chapter's speed-up of {gain:.2f} for 64 GPUs holds if latency does not depend on the load. If latency
 grows with the load, the same code is {loss:.2f} times slower than no code. Fractional repetition with s = 3 is then
@@ -228,8 +228,8 @@ the closed form and (in brackets) from the simulation. The best s is searched up
 
 {tables["codes"]}
 
-The second table compares the schemes. Each cell has the seconds of a round with an idle start / in a run. Without a code
-both are the same.
+The second table compares the schemes. Each cell has the seconds of a round with an idle start / in a run. Without a
+code both are the same.
 
 {tables["beside"]}
 
@@ -240,9 +240,10 @@ both are the same.
 The matrix is cut into k blocks, which are coded into n blocks, and any k answers suffice. The expected time is
 E[T] = (1/k) (1 + (H_n - H_(n-k)) / mu). The unit is the time that one worker takes for the whole product without delay,
 and mu is the rate of the exponential delay in this unit. A small k means little waiting and much work. The best k is
-close to `best_fraction(mu)` n, which is its limit for many workers. For n = 10 and mu = 1 the best k is {ten.best}, with
-a time of {ten.seconds[ten.best - 1]:.3f}, compared with {ten.seconds[-1]:.3f} without a code. Two-fold repetition (n/2
-blocks, each on two workers) takes {ten.repetition:.3f}, because it doubles everybody's work and saves too little waiting.
+close to `best_fraction(mu)` n, which is its limit for many workers. For n = 10 and mu = 1 the best k is {ten.best},
+with a time of {ten.seconds[ten.best - 1]:.3f}, compared with {ten.seconds[-1]:.3f} without a code. Two-fold repetition
+(n/2 blocks, each on two workers) takes {ten.repetition:.3f}, because it doubles everybody's work and saves too little
+waiting.
 
 {tables["products"]}
 
@@ -254,34 +255,32 @@ The example has 64 GPUs, s = 3 and exponential delays. A round takes H_64 = {bas
 H_64 - H_3 = {code:.3f} seconds with one, which is {gain:.2f} times faster. But each GPU has four times the work. If its
 delay grows with the work, the round takes {slow:.2f} seconds, which is {loss:.2f} times slower than without a code.
 Fractional repetition takes H_16 = {sixteen:.2f} seconds with the same load, but {frc.steady:.2f} seconds in a run.
-Partial work takes {partial.steady:.2f} seconds in a run, and {patient.steady:.2f} with `Shards(patience=2)`. If the load
-costs nothing, repetition is the fastest, with {free["repetition"].steady:.2f} seconds in a run.
+Partial work takes {partial.steady:.2f} seconds in a run, and {patient.steady:.2f} with `Shards(patience=2)`. If the
+load costs nothing, repetition is the fastest, with {free["repetition"].steady:.2f} seconds in a run.
 
 The table has the seconds of a round, and the gain over no code:
 
 {tables["example"]}
 
 "5 % straggle, so s = 3" promises less than it seems. On average {STRAGGLING * N:g} of 64 workers straggle, so it is
-often more than 3. The probability of at most 3 stragglers, P(Bin(64, 0.05) <= 3), is {three:.3f}, and of at most 7 it is
-{seven:.3f}. Fractional repetition with groups of 4 decodes with probability {groups:.4f}, because it needs only one reply
-from each group. The table has the probability that a round decodes:
+often more than 3. The probability of at most 3 stragglers, P(Bin(64, 0.05) <= 3), is {three:.3f}, and of at most 7 it
+is {seven:.3f}. Fractional repetition with groups of 4 decodes with probability {groups:.4f}, because it needs only one
+reply from each group. The table has the probability that a round decodes:
 
 {tables["decodable"]}
 
 ## What to correct when citing the chapter
 
-* **Construction.** Tandon et al. do not build B from deterministic Reed-Solomon-like codes. They draw a random H with
-H 1 = 0 (arXiv [1612.03301](https://arxiv.org/abs/1612.03301)). Deterministic Reed-Solomon codes are due to Halbawi et al.
-(arXiv [1706.05436](https://arxiv.org/abs/1706.05436)), and cyclic MDS codes to Raviv et al.
-(arXiv [1707.03858](https://arxiv.org/abs/1707.03858)).
+* **Construction.** Tandon et al. do not build B from deterministic Reed-Solomon-like codes. They draw a random H with H
+1 = 0 (arXiv [1612.03301](https://arxiv.org/abs/1612.03301)). Deterministic Reed-Solomon codes are due to Halbawi et al.
+(arXiv [1706.05436](https://arxiv.org/abs/1706.05436)), and cyclic MDS codes to Raviv et al. (arXiv
+[1707.03858](https://arxiv.org/abs/1707.03858)).
 
-* **Decoding.** It does not take a system of n - s equations. A system of s equations is enough, and fractional repetition
-needs none.
+* **Decoding.** It does not take a system of n - s equations. A system of s equations is enough, and fractional
+repetition needs none.
 
-* **The example.** Its speed-up leaves out the work that the code adds. Its choice of s leaves out how much the number of
-stragglers varies.
-"""
-    return "\n\n".join(map(wrapped, text.split("\n\n")))
+* **The example.** Its speed-up leaves out the work that the code adds. Its choice of s leaves out how much the number
+of stragglers varies. """ return "\n\n".join(map(wrapped, text.split("\n\n")))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
