@@ -201,8 +201,8 @@ has s + 1 times the work, and in a run each round starts with the workers as the
 grows with the load, the same code is {loss:.2f} times slower than no code. Fractional repetition with s = 3 is then
 faster than no code in a single round, but slower over a run. Partial work is faster in both.**
 
-`make chapter` makes the tables and figures in about a minute, and `make chapter ARGS=--docs` rewrites this page. There
-are n = {N} workers. Each number is the mean of {results.rounds:,} simulated rounds ({_few(results.rounds):,} for partial
+`make chapter` makes the tables and figures in about a minute, and `make chapter ARGS=--docs` rewrites this page.
+There are n = {N} workers. Each number is the mean of {results.rounds:,} simulated rounds ({_few(results.rounds):,} for partial
 work), and no such mean is more than {100 * results.furthest:.1f} % off its closed form. These terms are used:
 
 | term | meaning |
@@ -280,7 +280,9 @@ reply from each group. The table has the probability that a round decodes:
 repetition needs none.
 
 * **The example.** Its speed-up leaves out the work that the code adds. Its choice of s leaves out how much the number
-of stragglers varies. """ return "\n\n".join(map(wrapped, text.split("\n\n")))
+of stragglers varies.
+"""
+    return "\n\n".join(map(wrapped, text.split("\n\n")))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
