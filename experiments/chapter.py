@@ -202,8 +202,8 @@ grows with the load, the same code is {loss:.2f} times slower than no code. Frac
 faster than no code in a single round, but slower over a run. Partial work is faster in both.**
 
 `make chapter` makes the tables and figures in about a minute, and `make chapter ARGS=--docs` rewrites this page.
-There are n = {N} workers. Each number is the mean of {results.rounds:,} simulated rounds ({_few(results.rounds):,} for partial
-work), and no such mean is more than {100 * results.furthest:.1f} % off its closed form. These terms are used:
+There are n = {N} workers. Each number is the mean of {results.rounds:,} simulated rounds ({_few(results.rounds):,} for
+partial work), and no such mean is more than {100 * results.furthest:.1f} % off its closed form. These terms are used:
 
 | term | meaning |
 | --- | --- |
