@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 from flwr.app import Context, RecordDict
+from hatchling.metadata.core import ProjectMetadata
+from hatchling.plugin.manager import PluginManager
 
 import fl_gradcode.codes.gradient_code
 from experiments import idea
 from fl_gradcode.testing import InProcessGrid
+from hatch_build import for_an_index
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -63,6 +66,18 @@ def test_the_readme_is_short_and_needs_no_file_beside_it_for_its_picture() -> No
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) <= 120
     assert "![" not in readme, "a relative image is broken on the page of a package index"
+
+
+def test_an_index_gets_a_readme_without_relative_links() -> None:
+    readme = (ROOT / "README.md").read_text()
+    relative = re.findall(r"\]\((?!https?:)([^)]+)\)", readme)
+    assert len(relative) > 20
+    absolute = for_an_index(readme, "https://example.org/project/")
+    assert re.findall(r"\]\(https://example.org/project/blob/main/([^)]+)\)", absolute) == relative
+    assert "](docs/" not in for_an_index(readme, None) and "your first coded run" in for_an_index(readme, None)
+    # The build calls it: metadata is what an index reads.
+    metadata = ProjectMetadata(str(ROOT), PluginManager())
+    assert metadata.core.readme == for_an_index(readme, metadata.core.urls.get("Repository"))
 
 
 def test_the_picture_of_the_readme_is_what_the_three_schemes_do(caplog: pytest.LogCaptureFixture) -> None:
