@@ -39,7 +39,7 @@ class ModelAverage:
         given: Any = weight
         if type(given) not in (int, float) or not 0 < given <= 1:
             raise InvalidSetting(
-                f"average={weight!r} must be the newest model's share, above 0 and at most 1, as 0.25."
+                f"average={weight!r} must be the newest model's share, above 0 and at most 1, such as 0.25."
             )
         self.weight = float(weight)
         self._newest: ArrayRecord | None = None

@@ -27,7 +27,7 @@ def check(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check whether coded training would make of an app what plain training does.
+    """Check whether an app trains the same model with coding as without.
 
     The ServerApp is run until its first round. train() is then called with what it would send: for two partitions, in
     two orders and processes, after other partitions and after a missed round. No engine is started, and nothing leaves

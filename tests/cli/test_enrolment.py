@@ -110,7 +110,7 @@ def test_a_body_needs_an_allow_list_of_all_workers_or_first_use(tmp_path: Path, 
     assert code == 0 and "the first identities are trusted" in out
     body = tmp_path / "open" / "secagg-body.json"
     code, _, error = call("secure", "agree", tmp_path / "node-1", body)
-    assert code == 2 and "say --first-use" in error
+    assert code == 2 and "pass --first-use" in error
     code, _, error = call("secure", "agree", tmp_path / "node-1", body, "--allow-list", path)
     assert code == 2 and "names no identities" in error
     code, out, _ = call("secure", "agree", tmp_path / "node-1", body, "--first-use")

@@ -50,7 +50,7 @@ def test_a_manifest_binds_nodes_that_say_only_numbers() -> None:
     held = {i: ",".join(map(str, code.shards_of(i))) for i in range(4)}
     manifest = Manifest(4, tuple(Shard(j, f"shard-{j}", None, 1, f"{j:064x}") for j in range(4)))
     strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), code, manifest=manifest)
-    refused = pytest.raises(UnsuitableApp, match="says by shards only their numbers: start it with --node-config")
+    refused = pytest.raises(UnsuitableApp, match="reports only numbers by shards: start it with --node-config")
     with InProcessGrid(toy_app(), 4, node_config=config_of(held)) as grid, refused:
         strategy.start(grid, initial_arrays(), num_rounds=1)
 

@@ -172,7 +172,7 @@ def test_nodes_join_leave_and_return_between_rounds(caplog: pytest.LogCaptureFix
     without_0 = [[one for one in holders if one != 0] for holders in with_4]
     assert told == [[[0, 3], [0, 1], [1, 2], [2, 3]], with_4, without_0, with_4, without_0, with_4][: len(seen)]
     assert any(4 in row["train"]["answered"] for row in rows)
-    assert "built again for workers [0, 1, 2, 3, 4]" in caplog.text and "workers [1, 2, 3, 4]" in caplog.text
+    assert "been rebuilt for workers [0, 1, 2, 3, 4]" in caplog.text and "workers [1, 2, 3, 4]" in caplog.text
 
 
 def test_a_node_that_never_says_who_it_is_keeps_nobody_in_the_code_who_is_gone() -> None:
