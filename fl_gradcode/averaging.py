@@ -46,7 +46,7 @@ class ModelAverage:
         self._means: dict[str, NDArray[Any]] = {}
 
     def add(self, arrays: ArrayRecord) -> None:
-        """Add a model. Entries that are no floats, such as counters, are taken from the newest model.
+        """Add a model. Entries that are not floats, such as counters, are taken from the newest model.
 
         Args:
             arrays: The model, with the names and shapes of the models before.

@@ -179,8 +179,8 @@ def _laws(results: Results, goal: Target | None, headline: str) -> list[Block]:
 def _regimes(regimes: regime.Regimes) -> list[Block]:
     text = (
         f"There are {regimes.n} workers, each busy until it has finished. The library simulates every exact scheme "
-        "that the planner compares, with s = 1, 2, 3, 4, 5, 7. The colour and the number of a cell are the speed-up of the "
-        "fastest coded scheme over waiting for all. The label names the scheme and its s: rep is repetition, pw "
+        "that the planner compares, with s = 1, 2, 3, 4, 5, 7. The colour and the number of a cell are the speed-up of "
+        "the fastest coded scheme over waiting for all. The label names the scheme and its s: rep is repetition, pw "
         "partial work, and rp replication (partial work that starts second copies at once). Of the schemes within 4 % "
         "of the fastest, the one with the smallest s is named. In the upper maps every job also has lognormal jitter, "
         "sigma 0.1. **No code** means that the gain is below 5 %, the planner's threshold. On the left, where one "

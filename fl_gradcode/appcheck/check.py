@@ -155,7 +155,7 @@ def _mods(mods: tuple[str, ...]) -> Finding:
 def _strategy(facts: StrategyFacts) -> Finding:
     key, title = "strategy", "strategy"
     if not facts.why_no_average:
-        return Finding(key, title, "ok", f"{facts.name} averages: coded vectors and one shard a message both work.")
+        return Finding(key, title, "ok", f"{facts.name} averages: coded vectors and one shard per message both work.")
     text = (
         f"{facts.name} {facts.why_no_average}: pass send='shards', which brings it one reply for each shard, or "
         "sees='mean' if a mean is all it needs."

@@ -46,13 +46,13 @@ def check(
     else:
         console = Console()
         table = plain_table()
-        for heading in ("Looked at", "", "Seen"):
+        for heading in ("Checked", "", "Result"):
             table.add_column(heading)
         for one in report.findings:
             table.add_row(one.title, _SHOWN[one.verdict], escape(one.text))
         console.print(table)
-        console.print("A coded run trains what a plain one does." if report.passed else "A coded run would train "
-                      "another model. Mend what fails, and check again.")  # fmt: skip
+        console.print("A coded run trains the same model as a plain one." if report.passed else "A coded run would "
+                      "train another model. Fix what fails, and check again.")  # fmt: skip
         if report.passed:
             console.print()
             print_lines(console, report.lines)

@@ -188,7 +188,7 @@ def _table(found: list[dict[str, Any]], unit: str) -> Table:
     whose = "a record of a shard" if unit == "record" else "a whole shard"
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left",
-        caption=f"epsilon: of {whose}, over the run; releases: of a shard's update a round.",
+        caption=f"epsilon: of {whose}, over the run; releases of a shard's update per round.",
     )  # fmt: skip
     for column in ("noise", "multiplier", "epsilon", "releases"):
         table.add_column(column, justify="left" if column == "noise" else "right")

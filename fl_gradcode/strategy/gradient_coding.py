@@ -218,7 +218,7 @@ class GradientCoding(Strategy):
 
     @property
     def arrays(self) -> ArrayRecord:
-        """The model after the last round, from which training goes on; never an average."""
+        """The model after the last round, from which training continues; never an average."""
         return self._arrays
 
     @property
