@@ -85,8 +85,8 @@ def check_strategy(strategy: Strategy) -> None:
     legacy = any(kind.__module__.startswith("flwr.server.strategy") for kind in type(strategy).__mro__)
     if not isinstance(strategy, Strategy):
         raise IncompatibleStrategy(
-            f"{name} belongs to Flower's legacy interface (flwr.server.strategy). Use the one of flwr.serverapp.strategy, "
-            "and call its start() in an @app.main()."
+            f"{name} belongs to Flower's legacy interface (flwr.server.strategy). Use the one of "
+            "flwr.serverapp.strategy, and call its start() in an @app.main()."
             if legacy
             else f"{name} is not a flwr.serverapp.strategy.Strategy; wrap one, such as FedAvg()."
         )
