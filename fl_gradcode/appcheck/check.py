@@ -157,7 +157,7 @@ def _strategy(facts: StrategyFacts) -> Finding:
     if not facts.why_no_average:
         return Finding(key, title, "ok", f"{facts.name} averages: coded vectors and one shard per message both work.")
     text = (
-        f"{facts.name} {facts.why_no_average}: pass send='shards', which brings it one reply for each shard, or "
+        f"{facts.name} {facts.why_no_average}: pass send='shards', which gives it one reply for each shard, or "
         "sees='mean' if a mean is all it needs."
     )
     return Finding(key, title, "note", text)

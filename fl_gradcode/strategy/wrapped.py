@@ -208,7 +208,7 @@ def check_what_it_sees(strategy: Strategy, options: Options) -> None:
     shards += " and on_undecodable='skip' or 'raise'" if options.approximation is not None else ""
     mean = "" if needs else ", or sees='mean' if a mean is all it needs (it saves, logs or schedules)"
     raise IncompatibleStrategy(
-        f"{name} {reason}, and {why}: {shards}, which brings it one reply for each shard as in plain Flower{mean}."
+        f"{name} {reason}, and {why}: {shards}, which gives it one reply for each shard as in plain Flower{mean}."
     )
 
 

@@ -58,7 +58,10 @@ def test_a_manifest_binds_nodes_that_say_only_numbers() -> None:
 def test_shards_that_do_not_count_are_named_with_what_to_do(caplog: pytest.LogCaptureFixture) -> None:
     held = dict.fromkeys(range(3), "0,1,7")
     manifest = Manifest(2, tuple(Shard(j, f"shard-{j}", None, 1, f"{j:064x}") for j in range(2)))
-    for digests, told in ((None, "other holders'. The same of workers [1, 2]."), (manifest, "(use shards-dir)")):
+    for digests, told in (
+        (None, "other holders'. The same applies to workers [1, 2]."),
+        (manifest, "(use shards-dir)"),
+    ):
         caplog.clear()
         strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), Discovered(k=2, s=1), manifest=digests)
         with InProcessGrid(toy_app(), 3, node_config=config_of(held)) as grid:
