@@ -182,7 +182,7 @@ def _data(trials: _Trials) -> Finding:
     if any(not _same(*pair) for pair in pairs):
         return Finding(key, title, "ok", "Partitions 0 and 1 give different updates for the same random numbers.")
     if not any(outcome.sketch and any(outcome.sketch.sums) for pair in pairs for outcome in pair):
-        text = "Partitions 0 and 1 leave the model as it is in rounds 1 and 2: the check cannot see whether they differ."
+        text = "Partitions 0 and 1 leave the model as it is in rounds 1 and 2: the check cannot see if they differ."
         return Finding(key, title, "note", text)
     text = (
         "Partitions 0 and 1 give the same update for the same random numbers: partition-id is read, but does not "
