@@ -134,7 +134,7 @@ def test_files_that_cannot_be_cut_are_told(tmp_path: Path) -> None:
 
     assert "cannot be read as a .npz" in because("a.npz", b"no zip")
     assert "is empty: it needs a header" in because("a.csv", b"")
-    assert "is not valid UTF-8" in because("a.csv", "x,y\nä,1\n".encode("latin-1"))
+    assert "is not in UTF-8" in because("a.csv", "x,y\nä,1\n".encode("latin-1"))
     assert "has 0 examples" in because("a.csv", b"x,y\n")
     np.savez(tmp_path / "b.npz", x=np.zeros(3), y=np.zeros(4))
     assert "must have one first dimension" in refused(tmp_path / "b.npz", tmp_path / "out", "-n", 2)
