@@ -69,7 +69,7 @@ def test_an_identity_is_made_once_and_its_private_key_is_not_printed(tmp_path: P
     assert code == 0 and re.fullmatch(r"3 ed25519 [0-9a-f]{64}\n", out) and private not in out
     assert (tmp_path / "node-3" / "identity.json").stat().st_mode & 0o777 == 0o600
     code, _, error = call("secure", "identity", tmp_path / "node-3", "--worker", 3)
-    assert code == 2 and "there already" in error
+    assert code == 2 and "already exists" in error
     assert call("secure", "identity", tmp_path / "x", "--worker", -1)[0] == 2
 
 
