@@ -41,7 +41,10 @@ def test_a_node_that_does_not_hold_what_an_assigned_code_asks_for_is_told_what_t
         grid = VirtualGrid(inner, Latency(compute=scaled(lognormal(), {0: 50.0})))
         strategy.start(grid, initial_arrays(), num_rounds=1)
     (one,) = strategy.ledger.rows[0]["train"]["rejected"]
-    assert one["worker"] == 2 and "was asked for shard 2, but it holds shard 0: copy to it the folder node-2" in one["reason"]
+    assert (
+        one["worker"] == 2
+        and "was asked for shard 2, but it holds shard 0: copy to it the folder node-2" in one["reason"]
+    )
     assert strategy.ledger.rows[0]["train"]["outcome"] == "exact"
 
 
