@@ -1,7 +1,7 @@
 # Every command of the project; `make` alone lists them.
 #
 # The first target that needs it creates .venv and installs everything there with plain pip, from wherever pip is set up
-# to look. PyTorch comes first and alone, so that pip takes a CPU build (torch 2.13.0+cpu) where it finds one. On Linux the
+# to look. PyTorch comes first and alone, so that pip takes a CPU build (torch 2.13.0+cpu) if it finds one. On Linux the
 # default index offers only the CUDA build, several GB; for the CPU build from PyTorch's own index:
 #     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 # Another interpreter: `make PYTHON=python3.12 test`. Arguments of a command: `make test ARGS='-k codes'`.
@@ -49,10 +49,10 @@ deploy-demo: $(STAMP) ## watch a deployment: TLS, keys, a slow node, a killed on
 chapter: $(STAMP) ## recompute the source chapter's results
 	$(BIN)/python -m experiments.chapter $(ARGS)
 
-compare: $(STAMP) ## run what is missing of the comparison, 1 minute; ARGS='--suite main --data-dir DIR': 40 minutes
+compare: $(STAMP) ## run the missing parts of the comparison, 1 minute; ARGS='--suite main --data-dir DIR': 40 minutes
 	$(BIN)/python -m experiments.compare $(ARGS)
 
-privacy: $(STAMP) ## accuracy against epsilon: what is missing of it; ARGS=--quick: a minute, ARGS='--data-dir DIR': 25 minutes
+privacy: $(STAMP) ## run the missing parts of accuracy against epsilon; ARGS=--quick: a minute, ARGS='--data-dir DIR': 25 minutes
 	$(BIN)/python -m experiments.privacy $(ARGS)
 
 report: $(STAMP) ## turn rows of the comparison into a page (runs nothing)
@@ -60,7 +60,7 @@ report: $(STAMP) ## turn rows of the comparison into a page (runs nothing)
 
 # Three worker processes: tests with engines run one after the other in one of them, which waits for most of its time
 # (tests/conftest.py).
-test: $(STAMP) ## run the tests, slow ones included, but for a few that repeat others under more trouble
+test: $(STAMP) ## run the tests, slow ones included, except a few that repeat others under more stress
 	$(BIN)/python -m pytest -q -n 3 -m "not stress" $(ARGS)
 
 test-all: $(STAMP) ## run every test
@@ -69,7 +69,7 @@ test-all: $(STAMP) ## run every test
 check: lint ## what CI runs first: lint, types, architecture, public API
 	$(BIN)/python -m pytest -q tests/test_architecture.py tests/test_public_api.py
 
-# Not in `make venv`: only who builds the site needs Sphinx.
+# Not in `make venv`: only building the site needs Sphinx.
 DOCS := .venv/.installed-docs
 .PHONY: docs
 docs: $(DOCS) ## build the documentation site into out/docs; warnings are errors (first run installs Sphinx)

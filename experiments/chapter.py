@@ -193,35 +193,43 @@ def page(results: Results) -> str:
     three, seven, groups = decodable(3, groups=False), decodable(7, groups=False), decodable(3, groups=True)
     text = f"""# The source chapter, recomputed
 
-The idea of this project comes from the open book "Coded Computing" (CommIT), chapter 16, section 3. `make chapter`
-(about a minute; `make chapter ARGS=--docs` rewrites this page) computes what that section states, and then what it
-leaves out: a worker with s + 1 shards has s + 1 times the work, and each round of a run finds the workers as the last
-one left them. In short: **the chapter's {gain:.2f}x for 64 GPUs holds where latency has nothing to do with the load.
-Where it grows with the load, the same code is {loss:.2f} times slower than no code. Fractional repetition with s = 3
-wins a single round and loses over a run; partial work wins both.**
+The idea of this project comes from the open book "Coded Computing" (CommIT), chapter 16, section 3. This page
+recomputes the numbers of that section. It then adds two effects that the section leaves out: a worker with s + 1 shards
+has s + 1 times the work, and in a run each round starts with the workers as the previous round left them.
 
-n = {N} workers; means of {results.rounds:,} simulated rounds ({_few(results.rounds):,} for partial work). *Idle start*:
-the round finds every worker idle, as all closed forms assume. *In a run*: nothing can be cancelled, and a worker that
-was not needed joins the next round when it has finished. *Repetition* is fractional repetition; its round ends as soon
-as each group has one reply. *Partial work* is the same placement, but one shard a message; a free worker begins a
-second copy at once. No Monte Carlo mean on this page is more than {100 * results.furthest:.1f} % off its closed form.
+**In short: the chapter's speed-up of {gain:.2f} for 64 GPUs holds if latency does not depend on the load. If latency
+grows with the load, the same code is {loss:.2f} times slower than no code. Fractional repetition with s = 3 is then
+faster than no code in a single round, but slower over a run. Partial work is faster in both.**
 
-## Expected time of a round against s
+`make chapter` makes the tables and figures in about a minute, and `make chapter ARGS=--docs` rewrites this page.
+There are n = {N} workers. Each number is the mean of {results.rounds:,} simulated rounds ({_few(results.rounds):,} for
+partial work), and no such mean is more than {100 * results.furthest:.1f} % off its closed form. These terms are used:
 
-![Six panels, one a latency model: mean time of a round against s, for three schemes](images/chapter-rounds.png)
+| term | meaning |
+| --- | --- |
+| idle start | Every worker is idle when the round begins. All closed forms assume this. |
+| in a run | Work cannot be cancelled. A worker that was not needed joins the next round when it has finished. |
+| repetition | Fractional repetition. A round ends as soon as each group has sent one reply. |
+| partial work | The same placement, but each message asks for one shard. An idle worker starts a second copy at once. |
 
-Filled markers are Monte Carlo means from an idle start, and the lines through them closed forms where there is one (not
-for partial work, nor for repetition in the timeout model). A code that decodes from any n - s replies waits for the
-(n - s)-th. The delays are exponential with a mean of 1 s, so that this takes H_n - H_s seconds on average; the load
-multiplies it, or adds c seconds a shard. In the timeout model a Poisson number N of workers straggles,
-{STRAGGLING * N:g} on average, and the round takes (1 - c) + c (s + 1) seconds, and D more if N > s; here c = {_FIXED:g}
-and D = {_DELAY:g}.
+## Expected round time against s
 
-Codes that decode from any n - s replies, seconds from an idle start: closed form (Monte Carlo); best s up to {TOP}.
+![Six panels, one for each latency model: mean time of a round against s, for three schemes](images/chapter-rounds.png)
+
+Filled markers are means of the simulation with an idle start. The lines through them are closed forms, which partial
+work does not have, nor repetition in the timeout model. A code that decodes from any n - s replies waits for the
+(n - s)-th one. With exponential delays of mean 1 s, this takes H_n - H_s seconds on average, where H is the harmonic
+number. The load either multiplies this time or adds c seconds per shard. In the timeout model, a Poisson number N of
+workers straggles, {STRAGGLING * N:g} on average. The round takes (1 - c) + c (s + 1) seconds, and D more if N > s. Here
+c = {_FIXED:g} and D = {_DELAY:g}.
+
+The first table is for codes that decode from any n - s replies. It has the seconds of a round with an idle start, from
+the closed form and (in brackets) from the simulation. The best s is searched up to {TOP}.
 
 {tables["codes"]}
 
-Beside them, seconds of a round from an idle start / in a run. Without a code both are the same.
+The second table compares the schemes. Each cell has the seconds of a round with an idle start / in a run. Without a
+code both are the same.
 
 {tables["beside"]}
 
@@ -229,11 +237,13 @@ Beside them, seconds of a round from an idle start / in a run. Without a code bo
 
 ![Speed-up over no code against k, for 10 and for 100 workers](images/chapter-products.png)
 
-The matrix is cut into k blocks, which are coded into n; any k answers do. E[T] = (1/k) (1 + (H_n - H_(n-k)) / mu), in
-units of what the whole product takes one worker without delay: with a small k there is little waiting and much work.
-The best k is close to `best_fraction(mu)` n, its limit for many workers. For n = 10 and mu = 1 it is {ten.best}, with
-{ten.seconds[ten.best - 1]:.3f} against {ten.seconds[-1]:.3f} uncoded. Two-fold repetition (n/2 blocks, each on two
-workers) takes {ten.repetition:.3f}: it doubles everybody's work and saves too little waiting.
+The matrix is cut into k blocks, which are coded into n blocks, and any k answers suffice. The expected time is
+E[T] = (1/k) (1 + (H_n - H_(n-k)) / mu). The unit is the time that one worker takes for the whole product without delay,
+and mu is the rate of the exponential delay in this unit. A small k means little waiting and much work. The best k is
+close to `best_fraction(mu)` n, which is its limit for many workers. For n = 10 and mu = 1 the best k is {ten.best},
+with a time of {ten.seconds[ten.best - 1]:.3f}, compared with {ten.seconds[-1]:.3f} without a code. Two-fold repetition
+(n/2 blocks, each on two workers) takes {ten.repetition:.3f}, because it doubles everybody's work and saves too little
+waiting.
 
 {tables["products"]}
 
@@ -241,31 +251,36 @@ workers) takes {ten.repetition:.3f}: it doubles everybody's work and saves too l
 
 ![Mean time of a round for each scheme, and the probability that a round decodes](images/chapter-example.png)
 
-64 GPUs, s = 3, exponential delays. Without a code a round takes H_64 = {base:.3f} seconds, with one
-H_64 - H_3 = {code:.3f}: {gain:.2f} times faster. Each GPU has four times the work, though. If its delay grows with it,
-the round takes {slow:.2f} seconds, {loss:.2f} times slower. Fractional repetition takes H_16 = {sixteen:.2f} seconds
-with the same load, but {frc.steady:.2f} in a run. Partial work takes {partial.steady:.2f} in a run, and
-{patient.steady:.2f} with `Shards(patience=2)`. Where the load costs nothing, repetition is the fastest:
-{free["repetition"].steady:.2f} in a run.
+The example has 64 GPUs, s = 3 and exponential delays. A round takes H_64 = {base:.3f} seconds without a code and
+H_64 - H_3 = {code:.3f} seconds with one, which is {gain:.2f} times faster. But each GPU has four times the work. If its
+delay grows with the work, the round takes {slow:.2f} seconds, which is {loss:.2f} times slower than without a code.
+Fractional repetition takes H_16 = {sixteen:.2f} seconds with the same load, but {frc.steady:.2f} seconds in a run.
+Partial work takes {partial.steady:.2f} seconds in a run, and {patient.steady:.2f} with `Shards(patience=2)`. If the
+load costs nothing, repetition is the fastest, with {free["repetition"].steady:.2f} seconds in a run.
 
-Seconds of a round, and how many times shorter than without a code:
+The table has the seconds of a round, and the gain over no code:
 
 {tables["example"]}
 
-"5 % straggle, so s = 3" promises less than it seems. The mean is {STRAGGLING * N:g}, so more than 3 often straggle:
-P(Bin(64, 0.05) <= 3) = {three:.3f}; s = 7 gives {seven:.3f}. Fractional repetition with groups of 4 decodes with
-probability {groups:.4f}, because it needs one reply from each group instead of any n - s.
+"5 % straggle, so s = 3" promises less than it seems. On average {STRAGGLING * N:g} of 64 workers straggle, so it is
+often more than 3. The probability of at most 3 stragglers, P(Bin(64, 0.05) <= 3), is {three:.3f}, and of at most 7 it
+is {seven:.3f}. Fractional repetition with groups of 4 decodes with probability {groups:.4f}, because it needs only one
+reply from each group. The table has the probability that a round decodes:
 
 {tables["decodable"]}
 
 ## What to correct when citing the chapter
 
-Tandon et al. do not build B from deterministic Reed-Solomon-like codes. They draw a random H with H 1 = 0
-(arXiv [1612.03301](https://arxiv.org/abs/1612.03301)); deterministic Reed-Solomon codes are those of Halbawi et al.
-(arXiv [1706.05436](https://arxiv.org/abs/1706.05436)), and cyclic MDS codes those of Raviv et al.
-(arXiv [1707.03858](https://arxiv.org/abs/1707.03858)). Decoding needs no system of n - s equations: s are enough, and
-fractional repetition needs none. The example's speed-up leaves out the work that the code adds, and its choice of s
-leaves out how much the number of stragglers varies.
+* **Construction.** Tandon et al. do not build B from deterministic Reed-Solomon-like codes. They draw a random H with H
+1 = 0 (arXiv [1612.03301](https://arxiv.org/abs/1612.03301)). Deterministic Reed-Solomon codes are due to Halbawi et al.
+(arXiv [1706.05436](https://arxiv.org/abs/1706.05436)), and cyclic MDS codes to Raviv et al. (arXiv
+[1707.03858](https://arxiv.org/abs/1707.03858)).
+
+* **Decoding.** It does not take a system of n - s equations. A system of s equations is enough, and fractional
+repetition needs none.
+
+* **The example.** Its speed-up leaves out the work that the code adds. Its choice of s leaves out how much the number
+of stragglers varies.
 """
     return "\n\n".join(map(wrapped, text.split("\n\n")))
 

@@ -17,7 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "dist"
 UV = (sys.executable, "-m", "uv", "--no-progress")
-IN_THE_SDIST = ("CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "fl_gradcode/py.typed", "pyproject.toml")
+IN_THE_SDIST = (
+    "CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "fl_gradcode/py.typed", "hatch_build.py", "pyproject.toml",
+)  # fmt: skip
 
 
 class DistError(RuntimeError):

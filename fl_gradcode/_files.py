@@ -117,12 +117,12 @@ def parse_json(text: bytes, *, finite: bool = True) -> Any:
     """
 
     def refuse(name: str) -> NoReturn:
-        raise ValueError(f"{name} is no number")
+        raise ValueError(f"{name} is not a number")
 
     try:
         return json.loads(text.decode("utf-8"), parse_constant=refuse if finite else None)
     except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start} is not in UTF-8") from None
+        raise ValueError(f"byte {error.start} is not valid UTF-8") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

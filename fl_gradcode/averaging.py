@@ -39,14 +39,14 @@ class ModelAverage:
         given: Any = weight
         if type(given) not in (int, float) or not 0 < given <= 1:
             raise InvalidSetting(
-                f"average={weight!r} must be the newest model's share, above 0 and at most 1, as 0.25."
+                f"average={weight!r} must be the newest model's share, above 0 and at most 1, such as 0.25."
             )
         self.weight = float(weight)
         self._newest: ArrayRecord | None = None
         self._means: dict[str, NDArray[Any]] = {}
 
     def add(self, arrays: ArrayRecord) -> None:
-        """Add a model. Entries that are no floats, such as counters, are taken from the newest model.
+        """Add a model. Entries that are not floats, such as counters, are taken from the newest model.
 
         Args:
             arrays: The model, with the names and shapes of the models before.

@@ -57,7 +57,7 @@ class FlGradcodeError(Exception):
 
 
 class InvalidCode(FlGradcodeError, ValueError):
-    """A code, a worker number or a survivor set that makes no sense."""
+    """A code, a worker number or a survivor set that is not valid."""
 
 
 class NotDecodable(InvalidCode):
@@ -65,7 +65,7 @@ class NotDecodable(InvalidCode):
 
 
 class NotCertified(InvalidCode):
-    """Masks on this graph of classes would not hide all but the sum from the server and its colluders."""
+    """Masks on this graph of classes would reveal more than the sum to the server and its colluders."""
 
 
 class Overflow(FlGradcodeError, OverflowError):
@@ -115,7 +115,7 @@ class SecureRefused(FlGradcodeError, RuntimeError):
 
 
 class MaskedSumInvalid(FlGradcodeError, ValueError):
-    """A decoded masked sum is not what it must be, and is not used."""
+    """A decoded masked sum fails a check, and is not used."""
 
 
 class MasksRemain(MaskedSumInvalid):
@@ -131,8 +131,8 @@ class OutOfRange(MaskedSumInvalid):
 
 
 class TrainingFailed(FlGradcodeError, RuntimeError):
-    """A node's private training ended in an error whose text stays in its log; the next round may go well."""
+    """A node's private training ended in an error whose text stays in its log; the next round may succeed."""
 
 
 class RoundFailed(FlGradcodeError, RuntimeError):
-    """A round that must decode did not, or the connected nodes do not fit the code."""
+    """A round that had to be decoded could not be, or the connected nodes do not fit the code."""

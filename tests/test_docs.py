@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
+import io
 import logging
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import Context, RecordDict
+from hatchling.metadata.core import ProjectMetadata
+from hatchling.plugin.manager import PluginManager
 
 import fl_gradcode.codes.gradient_code
 from experiments import idea
+from fl_gradcode.testing import InProcessGrid
+from hatch_build import for_an_index
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -28,6 +35,29 @@ def test_the_blocks_of_a_page_run_one_after_the_other(page: Path, capsys: pytest
             assert expected in capsys.readouterr().out
 
 
+def test_the_app_of_the_first_tutorial_is_as_accurate_coded_and_less_than_half_as_long_under_way() -> None:
+    """Its files as the page has them, on a grid in this process in place of `flwr run`."""
+    files = re.findall(r"```python\n(.*?)```", (DOCS / "first-run.md").read_text(), re.DOTALL)
+    client: dict[str, Any] = {}
+    server: dict[str, Any] = {}
+    for source, namespace in zip(files, (client, server), strict=True):
+        exec(compile(source, "first-run.md", "exec"), namespace)
+    printed = []
+    for coded in (False, True):
+        settings: dict[str, Any] = {"coded": coded, "ledger": ""}
+        context = Context(1, 0, {}, RecordDict(), settings)
+        with InProcessGrid(client["app"], num_nodes=12, run_config=settings) as grid:
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                server["main"](grid, context)
+        printed += re.findall(r"^accuracy (.*)% after (.*) virtual seconds$", out.getvalue(), re.MULTILINE)
+    (accuracy, seconds), (same, fewer) = printed
+    assert same == accuracy and float(fewer) < 0.5 * float(seconds)
+    # The seconds are drawn and not measured: the page has them to the digit.
+    said = re.findall(r"^accuracy .*% after (.*) virtual seconds$", (DOCS / "first-run.md").read_text(), re.MULTILINE)
+    assert said == [seconds, fewer]
+
+
 def test_the_example_of_the_code_s_docstring_runs() -> None:
     assert doctest.testmod(fl_gradcode.codes.gradient_code).failed == 0
 
@@ -36,6 +66,18 @@ def test_the_readme_is_short_and_needs_no_file_beside_it_for_its_picture() -> No
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) <= 120
     assert "![" not in readme, "a relative image is broken on the page of a package index"
+
+
+def test_an_index_gets_a_readme_without_relative_links() -> None:
+    readme = (ROOT / "README.md").read_text()
+    relative = re.findall(r"\]\((?!https?:)([^)]+)\)", readme)
+    assert len(relative) > 20
+    absolute = for_an_index(readme, "https://example.org/project/")
+    assert re.findall(r"\]\(https://example.org/project/blob/main/([^)]+)\)", absolute) == relative
+    assert "](docs/" not in for_an_index(readme, None) and "your first coded run" in for_an_index(readme, None)
+    # The build calls it: metadata is what an index reads.
+    metadata = ProjectMetadata(str(ROOT), PluginManager())
+    assert metadata.core.readme == for_an_index(readme, metadata.core.urls.get("Repository"))
 
 
 def test_the_picture_of_the_readme_is_what_the_three_schemes_do(caplog: pytest.LogCaptureFixture) -> None:

@@ -157,10 +157,10 @@ def test_only_regular_files_are_read_and_none_beyond_a_size(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        (b"\xff", "byte 0 is not in UTF-8"),
+        (b"\xff", "byte 0 is not valid UTF-8"),
         (b"\xef\xbb\xbf{}", "BOM"),
-        (b"[NaN]", "NaN is no number"),
-        (b"-Infinity", "-Infinity is no number"),
+        (b"[NaN]", "NaN is not a number"),
+        (b"-Infinity", "-Infinity is not a number"),
         (b"[" * 200_000, "nested too deeply"),
         (b'{"a":' * 200_000, "nested too deeply"),
         (b"9" * 5000, "integer string"),

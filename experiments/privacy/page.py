@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from experiments.privacy.measures import Paired, Results, final
@@ -20,21 +21,24 @@ def page(results: Results) -> str:
     """In Markdown; its figure lies in images/."""
     private = PROBLEMS[results.rows[0]["task"]["problem"]]
     problem, rounds = private.problem, int(results.rows[0]["task"]["rounds"])
-    epsilons = ", ".join(f"{epsilon:g}" for epsilon in results.epsilons)
-    seeds = ", ".join(map(str, results.seeds))
+    epsilons = _series(f"{epsilon:g}" for epsilon in results.epsilons)
+    seeds = _series(map(str, results.seeds))
+    told = (_equality(results) + _faster(results), _independent(results), _dropping(results))
     parts = [
         "# Privacy, measured",
-        f"Accuracy at the same epsilon, under stragglers: {problem.title}; the owners are always ten times slower than "
-        f"the others. {rounds} rounds of {private.steps} steps; epsilon {epsilons} for the whole run at delta "
-        f"{DELTA:g}, per record; seeds {seeds}; virtual time. All numbers on this page are computed from rows that "
-        "`make privacy` wrote. What the schemes promise, and to whom: [privacy](privacy.md).",
-        f"**In short.** {_equality(results)}{_faster(results)}{_independent(results)}{_dropping(results)}",
+        "This page compares the accuracy of private training with and without coding, at the same epsilon and with "
+        f"slow clients. Setting: {problem.title}. These owners are always ten times slower than the others. There "
+        f"are {rounds} rounds of {private.steps} steps, in virtual time, with the seeds {seeds}. Epsilon is {epsilons} "
+        f"for the whole run at delta {DELTA:g}, per record. All numbers are computed from rows that `make privacy` "
+        "wrote. [Privacy](privacy.md) explains what the schemes promise, and to whom.",
+        "**In short:**",
+        "\n".join(f"* {text.strip()}" for text in told if text),
         "![Accuracy against epsilon, and time to finish](images/privacy-accuracy.png)",
-        f"Left: mean over {len(results.seeds)} seeds, with the least and the most. Markers of one epsilon are spread "
-        "out sideways to be told apart. Horizontal lines promise nothing: training without privacy, and private "
-        "training without its noise. Right: virtual time of all rounds, which noise does not change.",
-        f"Mean ± standard deviation over seeds; the difference is taken seed by seed, ± its standard error "
-        f"({len(results.seeds)} pairs):",
+        f"Left: mean, minimum and maximum over {len(results.seeds)} seeds. Markers of the same epsilon are spread "
+        "out sideways to keep them apart. Horizontal lines have no privacy guarantee: training without privacy, and "
+        "private training without its noise. Right: virtual time of all rounds, which does not depend on the noise.",
+        "The table has the mean ± standard deviation over seeds. The difference is taken seed by seed, and is given "
+        f"± its standard error ({len(results.seeds)} pairs):",
         _table(results),
         "## Is it the same accuracy?",
         _paired_words(results),
@@ -49,21 +53,26 @@ def page(results: Results) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _series(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def _equality(results: Results) -> str:
     paired = results.paired(_SHARED, results.epsilons)
     if paired is None or len(paired.values) < 3:
         return ""
     low, high = (100 * end for end in paired.interval)
     if high - low > 100 * _TELLING:
-        verdict = "would have to run more often to be told apart in accuracy"
+        verdict = "would need more runs to show whether they differ in accuracy"
     elif low <= 0 <= high:
-        verdict = "cannot be told apart in accuracy"
+        verdict = "do not differ measurably in accuracy"
     else:
         verdict = f"differ by {_points(paired.mean)} in accuracy"
     return (
-        f"Coded training with shared noise and FedAvg + Opacus with everyone present {verdict} at the same epsilon: "
-        f"the difference is {_signed(paired.mean)} ± {100 * paired.error:.2f} points (95 % interval {low:+.2f} to "
-        f"{high:+.2f}; {len(paired.values)} pairs over seeds and epsilons, the mean of both codes). "
+        f"Coded training with shared noise and FedAvg + Opacus with all clients {verdict} at the same epsilon. "
+        f"The difference is {_signed(paired.mean)} ± {100 * paired.error:.2f} points (95 % interval {low:+.2f} to "
+        f"{high:+.2f}; {len(paired.values)} pairs over seeds and epsilons, mean of both codes). "
     )
 
 
@@ -73,7 +82,8 @@ def _faster(results: Results) -> str:
     told = [
         f"{values.mean:.0f} s ({SCHEMES[name].title.split(', ')[1]})" for name, values in times if values is not None
     ]
-    return f"They take {' and '.join(told)} where waiting for all takes {base.mean:.0f} s. " if base and told else ""
+    times_told = " and ".join(told)
+    return f"The coded runs take {times_told}, and waiting for all takes {base.mean:.0f} s. " if base and told else ""
 
 
 def _independent(results: Results) -> str:
@@ -90,7 +100,9 @@ def _independent(results: Results) -> str:
             )
     if not told:
         return ""
-    return f"With independent noise the same epsilon takes more noise, and the difference becomes {'; '.join(told)}. "
+    return (
+        f"With independent noise, the same epsilon requires more noise. The difference is then {'; and '.join(told)}. "
+    )
 
 
 def _dropping(results: Results) -> str:
@@ -102,7 +114,7 @@ def _dropping(results: Results) -> str:
     most = max(max(values.values) for values in dropped if values)
     return (
         f"Dropping the slowest {SCHEMES['drop'].drop} is fastest ({found.mean:.0f} s) and {_points(paired.mean)} "
-        f"{'less' if paired.mean < 0 else 'more'} accurate: its accuracy on the labels that only the owners "
+        f"{'less' if paired.mean < 0 else 'more'} accurate. Its accuracy on the labels that only the owners "
         f"have is {100 * most:.0f} %."
     )
 
@@ -133,13 +145,14 @@ def _table(results: Results) -> str:
 
 def _paired_words(results: Results) -> str:
     return (
-        "Noise and batches are drawn anew in each run, so models differ and accuracy agrees in distribution only. "
-        "Round by round the agreement is exact: from the same weights and keys, a coded round gives the model of a "
-        "round without a code in which everybody answered, to float rounding (a test shows it, fractional and cyclic). "
-        "Over rounds it is not, since keys are bound to the weights: a last bit that differs makes all later noise "
-        "differ.\n\n"
-        "Shared noise minus FedAvg + Opacus, in points of accuracy; the interval is Student's, at 95 %. Pairs share "
-        "data, split and initial model; of both codes, the mean is taken first."
+        "Each run draws new noise and batches, so the models differ, and accuracies can only agree in distribution. "
+        "In a single round the agreement is exact up to float rounding: from the same weights and keys, a coded round "
+        "gives the same model as a round without a code in which all clients answer. (A test shows this for the "
+        "fractional and the cyclic code.) Over several rounds it is not exact, because keys are bound to the weights: "
+        "if the last bit of a weight differs, all later noise differs.\n\n"
+        "The table has the accuracy with shared noise minus that of FedAvg + Opacus, in points, with Student's "
+        'interval at 95 %. The two runs of a pair share data, split and initial model. For "both", the mean of the '
+        "two codes is taken first."
     )
 
 
@@ -181,25 +194,26 @@ def _method(results: Results) -> str:
     hours = sum(row["real-seconds"] for row in results.rows) / 60
     lines = [
         "* **One app.** All schemes run `clients/app.py`. FedAvg + Opacus is Flower's own FedAvg around it, with "
-        '`DPSGD(noise="independent")` in `train_config`: Opacus\' clipping and accounting, Poisson batches, noise of '
-        "the client's own, one holder a shard.",
-        f"* **Epsilon** is that of all rounds together, by the accountant PRV; the noise multiplier is the least that "
-        f"keeps it. Independent noise under a code of s = {private.problem.s} counts {private.problem.s + 1} releases "
-        "a round, of batches of their own. The ledger of each coded run agreed with it: the table's epsilons were "
-        f"spent to within {_ledger_gap(results):.3f}.",
-        f"* **Learning.** {private.problem.model}, sample rate {private.sample_rate:g} (about "
-        f"{private.problem.batch_size} records a step), clipping norm {options['clip']:g}, learning rate "
-        f"{options['learning-rate']:g}. Clipping *without noise* is the same training with a noise multiplier of 1e-6: "
-        f"what is left of the gap to no privacy is clipping's. *No privacy* is plain SGD on as many records a round, "
-        f"learning rate {plain:g}.",
-        "* **Final accuracy** is the mean of a run's last "
-        f"{LAST} evaluations on the whole test set, every {private.problem.every} rounds. Labels 8 and 9 are owned.",
-        f"* **Time.** A healthy client takes about a second for a shard, 80 % of it compute, with lognormal jitter; "
-        f"the {OWNERS} owners ten times that. Compute grows with the number of shards. Waiting for all waits for the "
-        "owners, as the cyclic code does not: it waits for any 10 of 12, which have 3 shards each. The fractional code "
-        "waits for one of each group of 3.",
-        "* **Keys** of shared noise are made anew for each run, in the output folder.",
-        f"* {len(results.rows)} runs, {hours:.0f} minutes of one core on a machine that was busy with other work.",
+        '`DPSGD(noise="independent")` in `train_config`. It uses the clipping and accounting of Opacus, Poisson '
+        "batches, noise that each client draws for itself, and one holder per shard.",
+        "* **Epsilon** covers all rounds together, by the accountant PRV. The noise multiplier is the smallest that "
+        f"keeps it. Independent noise under a code with s = {private.problem.s} counts as {private.problem.s + 1} "
+        "releases per round, each with its own batches. The ledger of each coded run agrees: the epsilon spent differs "
+        f"from that of the table by at most {_ledger_gap(results):.3f}.",
+        f"* **Learning.** The model is {private.problem.model}, the sample rate {private.sample_rate:g} (about "
+        f"{private.problem.batch_size} records per step), the clipping norm {options['clip']:g}, and the learning rate "
+        f"{options['learning-rate']:g}. *Clipping without noise* is the same training with a noise multiplier of "
+        "1e-6. It shows which part of the gap to no privacy is due to clipping. *No privacy* is plain SGD on the same "
+        f"number of records per round, with learning rate {plain:g}.",
+        f"* **Final accuracy** is the mean of a run's last {LAST} evaluations on the whole test set. There is an "
+        f"evaluation every {private.problem.every} rounds. The owned labels are 8 and 9.",
+        "* **Time.** A healthy client takes about a second for a shard, 80 % of it computing, with lognormal jitter. "
+        f"The {OWNERS} owners take ten times as long. Computing time grows with the number of shards. Waiting for all "
+        "means waiting for the owners. The cyclic code waits for any 10 of the 12 clients, each with 3 shards, and the "
+        "fractional code for one client of each group of 3.",
+        "* **Keys** for shared noise are made for each run, in the output folder.",
+        f"* **Cost.** The {len(results.rows)} runs took {hours:.0f} minutes on one core of a machine that was busy "
+        "with other work.",
     ]
     return "\n".join(lines) + _tuning(results)
 
@@ -210,8 +224,9 @@ def _tuning(results: Results) -> str:
     rows = sorted(results.tuning, key=lambda row: (row["task"]["scheme"] != BASELINE, -final(row, "accuracy")))
     seed = rows[0]["task"]["seed"]
     lines = [
-        f"\n\nClipping norm and learning rate were tuned once, on FedAvg + Opacus at epsilon 3 on seed {seed}, and no "
-        f"privacy's learning rate on the same seed. No coded scheme was tuned. {_choice(rows)}",
+        "\n\nClipping norm and learning rate were tuned once, for FedAvg + Opacus at epsilon 3 on seed "
+        f"{seed}. The learning rate without privacy was tuned on the same seed. No coded scheme was tuned. "
+        f"{_choice(rows)}",
         "\n| scheme | clipping norm | learning rate | accuracy (%) |\n|---|---:|---:|---:|",
     ]
     for row in rows:
@@ -232,9 +247,9 @@ def _choice(rows: list[dict[str, Any]]) -> str:
     if not behind:
         return ""
     return (
-        "The choice was made from a first run of the same settings with other noise, by the last evaluation alone. In "
-        f"the run shown here what was chosen is {_points(behind)} behind the best, which is little more than other "
-        "noise makes: all private schemes share it, so that none gains."
+        "The settings were chosen from an earlier run with other noise, by the last evaluation only. In the run shown "
+        f"here, the chosen settings are {_points(behind)} behind the best, which is little more than the effect of "
+        "other noise. All private schemes use the same settings, so none of them has an advantage."
     )
 
 
@@ -248,23 +263,23 @@ def _limits(results: Results) -> str:
     if paired is not None and len(paired.values) > 1:
         low, high = (100 * end for end in paired.interval)
         told.append(
-            f"* Equality is shown to the width of the interval: a difference of less than about "
-            f"{max(abs(low), abs(high)):.1f} points would not have been seen. Pairs of one seed and several epsilons "
-            "are taken for independent: they share the data's split."
+            "* Equality is shown only to the width of the interval: a difference of less than about "
+            f"{max(abs(low), abs(high)):.1f} points would not have been noticed. Pairs with the same seed and "
+            "different epsilons are treated as independent, although they share the split of the data."
         )
     if plain is not None and any(values.mean > plain.mean for values in private):
         told.append(
-            "* No privacy is no ceiling here: where clients' data differ, plain SGD of few steps a round does worse "
-            "than clipped SGD, whose learning rate can be higher. The ceiling is clipping without noise."
+            "* *No privacy* is not an upper bound here. If clients' data differs, plain SGD with few steps per round "
+            "does worse than clipped SGD, whose learning rate can be higher. The upper bound is clipping without noise."
         )
     told += [
-        "* One small model, one data set, one split. With more rounds all accuracies would go on rising; the time that "
-        "was given is the same for all.",
-        "* Which clients straggle stays the same over a run. The cyclic code's amplification depends on who answers: "
-        "other stragglers would give independent noise another accuracy, and shared noise the same.",
-        "* Virtual time counts compute and waiting. What keyed noise costs a client is measured by "
-        "`make bench ARGS=private_step`.",
-        "* Privacy itself is not measured here but accounted.",
+        "* There is one small model, one data set and one split. With more rounds all accuracies would continue to "
+        "rise. All schemes run the same number of rounds.",
+        "* The stragglers are the same clients in all rounds. The cyclic code's amplification depends on who answers, "
+        "so with other stragglers the accuracy of independent noise would differ, and that of shared noise would not.",
+        "* Virtual time includes only computing and waiting. `make bench ARGS=private_step` measures what keyed noise "
+        "costs a client.",
+        "* Privacy itself is not measured but computed by the accountant.",
     ]
     return "\n".join(told)
 

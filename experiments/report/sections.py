@@ -89,7 +89,7 @@ def _problem(results: Results, goal: Target | None, *, first: bool) -> list[Bloc
 def _curves(results: Results, law: str, goal: Target | None, *, first: bool) -> tuple[list[Block], list[Block]]:
     """(the figure of time, more figures) of a problem: those that show more than what seeds differ by."""
     name, owners = results.problem, PROBLEMS[results.problem].owners
-    seeds = f"Mean over {len(results.seeds)} seeds, band from least to most."
+    seeds = f"Mean over {len(results.seeds)} seeds, band from minimum to maximum."
     found = rise(results, law, "accuracy")
     if found and not _clear(found):
         text = (
@@ -98,10 +98,10 @@ def _curves(results: Results, law: str, goal: Target | None, *, first: bool) -> 
         )
         return [Text(text)], []
     caption = (
-        f"Time to accuracy, {LAWS[law][0]}. {seeds} The further left a line, the sooner; the axis is logarithmic, so "
-        "equal distances are equal ratios."
+        f"Time to accuracy, {LAWS[law][0]}. {seeds} Lines further left are faster. The axis is logarithmic, "
+        "so equal distances are equal ratios."
     )
-    alt = "Test accuracy over virtual time, one line a scheme"
+    alt = "Test accuracy over virtual time, one line for each scheme"
     time = Shown(f"{name}-time", figures.accuracy_over_time(results, law, goal), alt, caption)
     more: list[Block] = []
     worst = rise(results, law, "worst")
@@ -112,7 +112,7 @@ def _curves(results: Results, law: str, goal: Target | None, *, first: bool) -> 
                 f"{name}-worst",
                 figures.worst_over_time(results, law),
                 "Accuracy on the worst class over virtual time",
-                f"What the mean hides: accuracy on the worst class{owned}. {seeds}",
+                f"Accuracy on the worst class{owned}, which the mean over classes hides. {seeds}",
             )
         )
     if first:
@@ -121,7 +121,7 @@ def _curves(results: Results, law: str, goal: Target | None, *, first: bool) -> 
                 f"{name}-rounds",
                 figures.accuracy_over_rounds(results, law, goal),
                 "Test accuracy over server rounds",
-                f"What a round is worth, whatever it takes: all exact schemes are one line. {seeds}",
+                f"Accuracy by round, whatever time a round takes. All exact schemes share one line. {seeds}",
             )
         )
     return [time], more
@@ -137,19 +137,19 @@ def _timelines(results: Results, law: str) -> list[Block]:
     if timelines is None:
         return []
     caption = (
-        "The first rounds of seed 0: a row a worker, a bar a job, a vertical line the end of a round. Where a worker "
-        "sent several replies in a round, all count as used if one was."
+        "The first rounds of seed 0. Each row is a worker, each bar a job, and each vertical line the end of a round. "
+        "If a worker sent several replies in a round and one was used, all are shown as used."
     )
     return [Shown(f"{results.problem}-timelines", timelines, "Timelines of the first rounds", caption)]
 
 
 def _work(results: Results, law: str) -> Block:
     caption = (
-        "Computing and bytes in a round, needed or not; FedBuff's round is as many trainings as there are clients. "
-        "Mean over seeds, whiskers from least to most. The table has the totals, in which baselines that ran on have "
-        "more rounds."
+        "Computing and bytes in a round, whether or not they were needed. For FedBuff, as many trainings as there are "
+        "clients count as a round. Mean over seeds, whiskers from minimum to maximum. The table has the totals, which "
+        "include the additional rounds of baselines that ran for longer."
     )
-    alt = "Shard trainings and megabytes a round"
+    alt = "Shard trainings and megabytes per round"
     return Shown(f"{results.problem}-work", figures.work(results, law), alt, caption)
 
 
@@ -178,17 +178,18 @@ def _laws(results: Results, goal: Target | None, headline: str) -> list[Block]:
 
 def _regimes(regimes: regime.Regimes) -> list[Block]:
     text = (
-        f"{regimes.n} workers, each busy until it has finished; simulated by the library for every exact scheme that "
-        "the planner compares, s = 1, 2, 3, 4, 5, 7. A cell's colour and number are the speed-up of the fastest "
-        "coded scheme over waiting for all, its label the scheme: rep repetition, pw partial work, rp replication "
-        "(partial work that begins second copies at once), then s; of those within 4 % of the fastest the one with "
-        "the smallest s. In the upper maps every job has lognormal jitter besides, sigma 0.1. **No code**: the gain "
-        "is below 5 %, the planner's threshold. On the left, where a shard a message is allowed, coding hardly ever "
-        "loses, since second copies begin only when somebody is idle; on the right, where each worker sends one "
-        "coded reply and computes s + 1 shards for it, it loses wherever compute dominates and tails are light."
+        f"There are {regimes.n} workers, each busy until it has finished. The library simulates every exact scheme "
+        "that the planner compares, with s = 1, 2, 3, 4, 5, 7. The colour and the number of a cell are the speed-up of "
+        "the fastest coded scheme over waiting for all. The label names the scheme and its s: rep is repetition, pw "
+        "partial work, and rp replication (partial work that starts second copies at once). Of the schemes within 4 % "
+        "of the fastest, the one with the smallest s is named. In the upper maps every job also has lognormal jitter, "
+        "sigma 0.1. **No code** means that the gain is below 5 %, the planner's threshold. On the left, where one "
+        "shard per message is allowed, coding is hardly ever slower, since second copies start only when a worker is "
+        "idle. On the right, where each worker sends one coded reply and computes s + 1 shards for it, coding is "
+        "slower wherever computing dominates and tails are light."
     )
     caption = (
-        "Where coding pays. Purple: coding is faster; orange: it is slower. It is simulated when the page is made."
+        "Where coding pays. Purple: coding is faster. Orange: it is slower. The map is simulated when the page is made."
     )
     figure = regime.draw(regimes)
     return [

@@ -46,51 +46,54 @@ __all__ = [
 
 READING = (
     "Final accuracy is the mean of a run's last 3 evaluations. The target counts as reached at the first evaluation "
-    "that is at or above it together with the next two, or with all that are left before the run ends; otherwise the "
-    "table says never, which is to say not before the run ended: a baseline runs its rounds, and on until partial "
-    "work has done its own, for up to twice the rounds. The time is interpolated linearly between that evaluation "
-    "and the one before. Ratios are taken seed by seed, then averaged. ± is the sample standard deviation over "
-    "seeds; bands in figures go from the least to the most of them. Exact schemes give the same model after each "
-    "round (a test shows it), so one trajectory, trained once a seed, serves all of them, each at the times of its "
-    "own rounds. Owned labels are those that only the slow clients have."
+    "that is at or above it, provided that the next two evaluations are, too (or all that are left before the run "
+    "ends). Otherwise the table says never, which means not before the run ended. A baseline whose rounds are shorter "
+    "than those of partial work runs for up to twice as many rounds, until partial work has finished. The time is "
+    "interpolated linearly between the evaluation that reaches the target and the one before. Ratios are computed "
+    "seed by seed and then averaged. ± is the sample standard deviation over seeds, and bands in figures show the "
+    "minimum and the maximum. Exact schemes give the same model after each round (a test shows this). They therefore "
+    "share one trajectory, which is trained once per seed and shown at the times of each scheme's own rounds. Owned "
+    "labels are those that only the slow clients have."
 )
 LONG = (
-    "A baseline whose rounds are short is cut off when partial work has finished. Those below were given as long as "
-    "waiting for all takes, many times the rounds (`--suite long`): whether they would get there later."
+    "A baseline with short rounds ends when partial work has finished. The baselines below were run for as long as "
+    "waiting for all takes (`--suite long`), which is many times the rounds. This shows whether they reach the target "
+    "later."
 )
 CHARGED = (
-    "Time is virtual. A job takes `slowdown * (fixed + compute * shards + transfer * megabytes)` seconds: compute "
-    "grows with the shards that a worker trains, transfer with the bytes. Work that is not needed any more is not "
-    "cancelled: a node stays busy until it has finished, and its work and bytes are counted. Evaluation by the "
-    "server is free, and so are encoding and decoding. All schemes meet the same clients, data, initial models and "
-    "draws of latency; every scheme uses the same local optimiser and learning rate."
+    "Time is virtual. A job takes `slowdown * (fixed + compute * shards + transfer * megabytes)` seconds: computing "
+    "grows with the number of shards that a worker trains, and transfer with the bytes. Work that is no longer needed "
+    "is not cancelled. The node stays busy until it has finished, and its work and bytes are counted. Evaluation by "
+    "the server takes no time, nor do encoding and decoding. All schemes meet the same clients, data, initial models "
+    "and draws of latency, and use the same local optimiser and learning rate."
 )
 LIMITS = (
     "Time is virtual: there is no real network and no real device. The latency laws are shaped by published "
     "measurements, and were not measured here.",
     "The models are small: a small CNN, logistic regression and a small character model.",
-    "Every shard is charged alike, however many examples it has. On Adult one country has 90 % of the examples, and "
-    "its shard is charged like the smallest.",
-    "FedBuff weights clients alike, as its paper does, and not by examples. On such data it optimises another "
-    "objective. Its draws of latency go by the clock, which favours it where slow jobs last.",
-    "A baseline whose rounds are shorter goes on for up to twice the rounds, until the time that partial work takes. "
-    "Only the first problem shows some for longer.",
-    "Storage, and the moving of raw data that redundancy asks for, are not charged.",
-    "Nobody joins, leaves or crashes during a run.",
-    "The map of regimes has no workers that are always slow, which is where coding gains most, and no transfer.",
+    "All shards take the same time, however many examples they have. On Adult one country has 90 % of the examples, "
+    "but its shard takes no longer than the smallest.",
+    "FedBuff gives all clients the same weight, as in its paper, instead of weighting by examples. With unequal "
+    "shards it therefore optimises another objective. Its latencies are drawn by the clock and not by rounds, which "
+    "favours it under laws with lasting slow spells.",
+    "A baseline whose rounds are shorter runs for up to twice the rounds, until partial work has finished. Only the "
+    "first problem shows some baselines for longer.",
+    "Storage, and moving the raw data that redundancy needs, cost nothing here.",
+    "No client joins, leaves or crashes during a run.",
+    "The map of regimes has no workers that are always slow, for which coding gains most, and no transfer.",
 )
 MADE = (
-    "The last command draws this page from the rows that it names, and runs nothing else. The commands before it make "
-    "such rows, where none are kept:"
+    "The last command makes this page from the rows that it names, and runs no experiments. The commands before it "
+    "make these rows, if you do not have them:"
 )
 SCHEMES = (
     "**repetition**: groups of workers hold the same shards, and each worker sends one sum (fractional repetition).",
     "**cyclic**, **general**: each worker sends one combination of its shards, and any n - s replies decode.",
     "**repetition, m = 2**: repetition with replies of half the length and one more copy of each shard.",
     "**partial work**: the assignment of repetition, but each message asks for one shard. A second copy of a shard is "
-    "begun when the first takes long.",
-    "**uncoded replication**: the same, with second copies begun at once.",
-    "**adaptive**: the run chooses between these ways by the times of its last rounds.",
+    "started if the first takes long.",
+    "**uncoded replication**: the same, but second copies are started at once.",
+    "**adaptive**: the run chooses between these ways to send by the times of its last rounds.",
     "**drop the slowest**, **deadline**, **over-select**: rounds end without the slowest clients, whose data is lost.",
     "**FedProx, partial epochs**: slow clients train fewer steps. **Semi-asynchronous**, **FedBuff**: the server does "
     "not wait for rounds, and uses stale updates.",
@@ -323,12 +326,13 @@ def baselines(problems: Iterable[Results]) -> str:
     """How the baselines are set, beside what was tuned."""
     tolerances = sorted({PROBLEMS[results.problem].s for results in problems})
     return (
-        f"Codes tolerate s = {' or '.join(map(str, tolerances))} stragglers, as the table above says. Baselines: the "
-        "deadline is 1.5 times the median time of a job of one shard, for FedProx too; over-selection waits for n / "
-        "1.3 replies; the semi-asynchronous rounds end with the reply number 0.8 n, whichever round it is of; "
-        "FedBuff moves the model at each n / 3 updates, weighted by (1 + staleness)^-0.5, and as many trainings as "
-        "there are clients count as a round. Partial work begins a second copy of a shard when the first takes twice "
-        "as long as one of its holder's own jobs did; uncoded replication begins it at once."
+        f"Codes tolerate s = {' or '.join(map(str, tolerances))} stragglers, as in the table above. The baselines are "
+        "set as follows. The deadline, also that of FedProx, is 1.5 times the median time of a job of one shard. "
+        "Over-selection waits for n / 1.3 replies. A semi-asynchronous round ends after 0.8 n replies, whichever "
+        "round they belong to. FedBuff changes the model after every n / 3 updates, weighted by (1 + staleness)^-0.5, "
+        "and as many trainings as there are clients count as a round. Partial work starts a second copy of a shard "
+        "when the first has taken twice as long as one of the idle holder's own jobs, and uncoded replication starts "
+        "it at once."
     )
 
 

@@ -134,7 +134,7 @@ def capture(server: Any, run_config: dict[str, Any], partitions: int) -> Capture
         raise _Started
 
     if not callable(server) or hasattr(server, "_registered_funcs"):
-        raise UnsuitableApp(f"What pyproject.toml names as serverapp is a {type(server).__name__}, not a ServerApp.")
+        raise UnsuitableApp(f"The serverapp in pyproject.toml is a {type(server).__name__}, not a ServerApp.")
     found: list[Captured] = []
     kinds: tuple[Any, ...] = (Strategy, GradientCoding)
     starts = [kind.start for kind in kinds]

@@ -127,7 +127,7 @@ def check_app(
         processes = ForkedProcesses(app)
         if content is None:
             raise InvalidSetting(
-                "A ClientApp alone does not say what it is sent: pass arrays=, the model to start from."
+                "With a ClientApp alone, the check does not know what to send: pass arrays=, the initial model."
             )
     inputs = Inputs(content, message_type, values, dict(node_config or {}), partitions or _PARTITIONS, weight_key)
     findings, mods = examined(processes, inputs)
@@ -155,9 +155,9 @@ def _mods(mods: tuple[str, ...]) -> Finding:
 def _strategy(facts: StrategyFacts) -> Finding:
     key, title = "strategy", "strategy"
     if not facts.why_no_average:
-        return Finding(key, title, "ok", f"{facts.name} averages: coded vectors and one shard a message both work.")
+        return Finding(key, title, "ok", f"{facts.name} averages: coded vectors and one shard per message both work.")
     text = (
-        f"{facts.name} {facts.why_no_average}: pass send='shards', which brings it one reply for each shard, or "
+        f"{facts.name} {facts.why_no_average}: pass send='shards', which gives it one reply for each shard, or "
         "sees='mean' if a mean is all it needs."
     )
     return Finding(key, title, "note", text)
@@ -189,7 +189,7 @@ class _Project:
         """
         path = folder / _PROJECT
         if not path.is_file():
-            raise InvalidSetting(f"{folder} holds no Flower app: there is no {_PROJECT} in it.")
+            raise InvalidSetting(f"{folder} contains no Flower app: it has no {_PROJECT}.")
         try:
             tool: Any = tomllib.loads(path.read_text())
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -200,7 +200,7 @@ class _Project:
             client, server = str(parts["clientapp"]), str(parts["serverapp"])
         except (KeyError, TypeError):
             raise InvalidSetting(
-                f"{path} names no Flower app: [tool.flwr.app.components] needs a clientapp and a serverapp."
+                f"{path} defines no Flower app: [tool.flwr.app.components] needs a clientapp and a serverapp."
             ) from None
         config = flower["app"].get("config", {})
         if not isinstance(config, dict):

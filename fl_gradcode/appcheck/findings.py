@@ -182,7 +182,7 @@ def _data(trials: _Trials) -> Finding:
     if any(not _same(*pair) for pair in pairs):
         return Finding(key, title, "ok", "Partitions 0 and 1 give different updates for the same random numbers.")
     if not any(outcome.sketch and any(outcome.sketch.sums) for pair in pairs for outcome in pair):
-        text = "Partitions 0 and 1 leave the model as it is in rounds 1 and 2, so whether they differ is not seen."
+        text = "Partitions 0 and 1 leave the model as it is in rounds 1 and 2: the check cannot see if they differ."
         return Finding(key, title, "note", text)
     text = (
         "Partitions 0 and 1 give the same update for the same random numbers: partition-id is read, but does not "
@@ -214,7 +214,7 @@ def _causes(trials: _Trials) -> Iterator[tuple[str, str]]:
     elif not _same(alone, trials.alone(hash_seed=2)):
         yield "order", "Updates differ with Python's hash seed: something depends on hash() or the order of a set."
     elif not _same(alone, trials.alone(node=_OTHER_NODE)):
-        yield "node", "Updates differ with the id of the node, which is another one for each holder of a shard."
+        yield "node", "Updates differ with the id of the node, which differs between the holders of a shard."
     elif not again:
         yield "variables", _BY_VARIABLE
     elif not across:
@@ -246,16 +246,16 @@ _BY_FILE = (
 )
 _BY_VARIABLE = (
     "The same call gives another update when it is repeated in a process: a variable of the app changes from call to "
-    "call, such as a counter, a model that is trained on, or a generator made at import. Make it anew in each call."
+    "call, such as a counter, a model that is trained on, or a generator made at import. Create it again in each call."
 )
 _BY_FIRST_CALL = (
     "What partition is called first decides what the others train on: a data set, loader or model is made at the first "
-    "call and kept in a variable. Make it anew in each call, or keep one for each partition-id."
+    "call and kept in a variable. Create it again in each call, or keep one for each partition-id."
 )
 _BY_FIRST_ROUND = (
     "In which round a partition is first called decides what it trains on later: something that is drawn or computed "
-    "then, such as a random split, is kept in a variable, and another holder is first called in another round. Make it "
-    "anew in each call, or draw it with a seed made of partition-id alone."
+    "then, such as a random split, is kept in a variable, and another holder is first called in another round. "
+    "Create it again in each call, or draw it with a seed made of partition-id alone."
 )
 
 
@@ -294,7 +294,7 @@ def _state(trials: _Trials, causes: Mapping[str, str]) -> Iterator[Finding]:
     names = listed(map(repr, kept), 4)
     with_state, without = trials.first["0 with state"], trials.first["0 without state"]
     if causes:
-        yield Finding(key, title, "note", f"train() keeps {names}; check again once the rest is mended.")
+        yield Finding(key, title, "note", f"train() keeps {names}; check again once the other problems are fixed.")
     elif _same(with_state, without):
         yield Finding(key, title, "note", f"train() keeps {names}, and the update does not depend on it.")
     else:
@@ -327,7 +327,7 @@ def _records(trials: _Trials) -> Finding:
     forms = {outcome.sketch.form for outcome in outcomes if outcome.sketch is not None}
     uncodable = next((outcome.uncodable for outcome in outcomes if outcome.uncodable), "")
     if uncodable:
-        text = f"A coded vector cannot carry this reply: {uncodable}. One shard a message can: send='shards'."
+        text = f"A coded vector cannot carry this reply: {uncodable}. Use send='shards'."
         return Finding(key, title, "note", text)
     if len(forms) > 1:
         return Finding(key, title, "fails", "Partitions return arrays of different names, dtypes or shapes.")

@@ -121,7 +121,7 @@ class Checkpoint:
             problem = lock(file)
             if isinstance(problem, BlockingIOError):
                 raise InvalidSetting(
-                    f"The checkpoint {self.path} is in use by another run. Stop that one, or name another file."
+                    f"The checkpoint {self.path} is in use by another run. Stop that run, or name another file."
                 )
             if problem is not None:
                 _log.warning(
@@ -146,7 +146,7 @@ class Checkpoint:
                 if state["format"] != _FORMAT:
                     raise InvalidSetting(
                         f"The checkpoint {self.path} has format {str(state['format'])[:20]}; this version reads "
-                        f"{_FORMAT}. Go on with the version that wrote it, or name another file to start over."
+                        f"{_FORMAT}. Continue with the version that wrote it, or name another file to start over."
                     )
                 if type(state["blobs"]) is not int or state["blobs"] != len(archive.infolist()) - 1:
                     raise ValueError("the number of its members")
@@ -198,7 +198,7 @@ class Checkpoint:
             replace_file(path, json.dumps({"run": run, "account": account}))
         except OSError as error:
             raise InvalidSetting(
-                f"The account of privacy {path} cannot be written: {error.strerror}. Nothing is asked without it."
+                f"The privacy account {path} cannot be written: {error.strerror}. Without it, no messages are sent."
             ) from error
 
     def load_privacy(self, run: str) -> dict[str, Any] | None:
@@ -214,10 +214,10 @@ class Checkpoint:
             values = parse_json(read_file(path, _LARGEST_ACCOUNT))
             return dict(values["account"]) if values["run"] == run else None
         except OSError as error:
-            raise InvalidSetting(f"The account of privacy {path} cannot be read: {error.strerror}.") from error
+            raise InvalidSetting(f"The privacy account {path} cannot be read: {error.strerror}.") from error
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise InvalidSetting(
-                f"The account of privacy {path} is damaged ({type(error).__name__}). Restore the file; if it is lost, "
+                f"The privacy account {path} is damaged ({type(error).__name__}). Restore the file; if it is lost, "
                 "remove it, and all rounds so far count as asked of all shards."
             ) from error
 

@@ -270,7 +270,7 @@ class StrategyState:
         if self._own != ("state_dict" in state) and (state or self._own):
             raise InvalidSetting(
                 f"{whose} has {'a' if self._own else 'no'} state_dict(), and the checkpoint was "
-                f"written {'without' if self._own else 'with'} it: go on with the strategy that wrote it."
+                f"written {'without' if self._own else 'with'} it: continue with the strategy that wrote it."
             )
         if self._own:
             return
@@ -328,7 +328,7 @@ class StrategyState:
             if self._warn and name not in self._warned:
                 self._warned.add(name)
                 _log.warning(
-                    "%s.%s is a %s, which a checkpoint cannot hold: after a restart it is as the constructor makes it. "
+                    "%s.%s is a %s, which a checkpoint cannot hold: after a restart it has its initial value again. "
                     "If it changes over the rounds, give the strategy state_dict() and load_state_dict().",
                     type(self.strategy).__name__,
                     name,

@@ -27,7 +27,7 @@ def check(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check whether coded training would make of an app what plain training does.
+    """Check whether an app trains the same model with coding as without.
 
     The ServerApp is run until its first round. train() is then called with what it would send: for two partitions, in
     two orders and processes, after other partitions and after a missed round. No engine is started, and nothing leaves
@@ -46,13 +46,13 @@ def check(
     else:
         console = Console()
         table = plain_table()
-        for heading in ("Looked at", "", "Seen"):
+        for heading in ("Checked", "", "Result"):
             table.add_column(heading)
         for one in report.findings:
             table.add_row(one.title, _SHOWN[one.verdict], escape(one.text))
         console.print(table)
-        console.print("A coded run trains what a plain one does." if report.passed else "A coded run would train "
-                      "another model. Mend what fails, and check again.")  # fmt: skip
+        console.print("A coded run trains the same model as a plain one." if report.passed else "A coded run would "
+                      "train another model. Fix what fails, and check again.")  # fmt: skip
         if report.passed:
             console.print()
             print_lines(console, report.lines)

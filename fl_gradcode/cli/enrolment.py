@@ -23,7 +23,7 @@ def identity(
     folder: Annotated[Path, typer.Argument(help="The node's folder; made if it is missing.")],
     worker: Annotated[int, typer.Option(help="Number of the worker, which is the node's partition-id.")],
 ) -> None:
-    """Make a node's identity, and print its public line of the allow-list."""
+    """Make a node's identity, and print its public line for the allow-list."""
     with one_sentence():
         from ..enrolment import make_identity
 
@@ -66,7 +66,7 @@ def allowed_in(path: Path | None, *, first_use: bool) -> tuple[str, ...] | None:
     from ..enrolment import allow_list
 
     if (path is None) != first_use:
-        raise InvalidSetting("Give an --allow-list, or say --first-use to trust the identities that come first.")
+        raise InvalidSetting("Give an --allow-list, or pass --first-use to trust the identities that come first.")
     return None if path is None else allow_list(path)
 
 

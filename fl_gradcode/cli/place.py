@@ -73,7 +73,7 @@ class _Wish:
         }
         given = {name: value for name, value in told.items() if value is not None}
         if not given:
-            raise InvalidSetting("The number of workers is missing: say --workers N.")
+            raise InvalidSetting("The number of workers is missing: pass --workers N.")
         if len({*given.values()}) > 1:
             raise InvalidSetting(
                 f"Options differ in the number of workers: {', '.join(f'{a} {b}' for a, b in given.items())}."
@@ -155,7 +155,7 @@ def place(
         typer.Argument(help="A folder whose entries are the shards; or a .npz or .csv, which is cut into shards."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Argument(help="Folder to write; each node gets its node-0, node-1, ... in it.")
+        Path | None, typer.Argument(help="Folder to write, with a folder node-0, node-1, ... for each node.")
     ] = None,
     workers: Annotated[int | None, typer.Option("--workers", "-n", help="Number of workers.")] = None,
     s: Annotated[int, typer.Option("--s", "-s", help="Straggler tolerance of the code.")] = 1,
@@ -193,8 +193,8 @@ def place(
         else:
             if source is None or out is None or against is not None:
                 raise InvalidSetting(
-                    "Say what to place and where: fl-gradcode place SOURCE OUT --workers N; or --check FOLDER "
-                    "[--against MANIFEST]."
+                    "Give the source and the output folder: fl-gradcode place SOURCE OUT --workers N; or --check "
+                    "FOLDER [--against MANIFEST]."
                 )
             wish = _Wish(workers, s, m, code, _numbers(capacities), _words(domains), assignment)
             manifest = _write(source, out, wish, shards, split, seed, link=link, force=force)

@@ -52,21 +52,21 @@ def plan(
         ),
     ],
     workers: Annotated[
-        int | None, typer.Option("--workers", "-n", help="Number of workers. Not needed if the file says it.")
+        int | None, typer.Option("--workers", "-n", help="Number of workers. Not needed if the file determines it.")
     ] = None,
     model: Annotated[float, typer.Option(help="Size of the model, in MB.")] = 0.0,
     link: Annotated[float | None, typer.Option(help="Network bandwidth of a client, in Mbit/s each way.")] = None,
     compute_share: Annotated[
         float | None,
-        typer.Option(help="Share of a job's time that grows with its shards (default: what the file tells, or 0.8)."),
+        typer.Option(help="Share of a job's time that grows with its shards (default: from the file, or 0.8)."),
     ] = None,
     s: Annotated[list[int] | None, typer.Option("--s", help="Tolerance to try; may be given several times.")] = None,
     unit: Annotated[
-        str | None, typer.Option(help="Unit of a file's times: s, ms or us (default: what a column's name says, or s).")
+        str | None, typer.Option(help="Unit of a file's times: s, ms or us (default: from the column's name, or s).")
     ] = None,
     key: Annotated[str | None, typer.Option(help="Name of the array in an .npz file.")] = None,
     add_transfer: Annotated[
-        bool, typer.Option("--add-transfer", help="A file's times do not contain the transfer: add it.")
+        bool, typer.Option("--add-transfer", help="Add the transfer to a file's times, which do not include it.")
     ] = False,
     figure: Annotated[Path | None, typer.Option(help="Also write a figure (.png, .svg, .pdf).")] = None,
     every: Annotated[bool, typer.Option("--all", help="Print all schemes, not only those that matter.")] = False,
@@ -77,7 +77,7 @@ def plan(
         typer.Option("--matmul", help="Plan coded matrix products instead of rounds; --model is the product's size."),
     ] = False,
 ) -> None:
-    """Does coding pay for these clients? Prints round times, costs and the line to paste."""
+    """Find out whether coding pays for these clients: round times, costs and the lines to paste."""
     with one_sentence():
         from .plan_source import read_source
 
@@ -94,9 +94,7 @@ def plan(
         n = _number_of_workers(workers, read)
         if matmul:
             if s:
-                raise InvalidSetting(
-                    "--s is about rounds; with --matmul a product is planned for every k: leave --s out."
-                )
+                raise InvalidSetting("--s applies to rounds, and --matmul plans a product for every k: leave --s out.")
             _plan_products(read, n, model, seed, figure, as_json=as_json)
         else:
             _plan_rounds(read, n, model, seed, figure, s, every=every, as_json=as_json)
@@ -109,7 +107,7 @@ def _plan_rounds(
     """Prints which scheme to take for rounds."""
     if read.rounds == 1:
         raise InvalidSetting(
-            f"{read.told}: one round does not tell how the next ones go, so there is no verdict. Give ten or more."
+            f"{read.told}: one round does not tell how the next ones go, so there is no verdict. Give at least ten."
         )
     from ..planning import make_plan
     from .plan_output import draw_plan, plan_as_json, plan_remarks, plan_table
@@ -194,7 +192,7 @@ def _number_of_workers(given: int | None, read: Source) -> int:
         InvalidSetting: Neither says it, they differ, or there are too few workers to plan for.
     """
     if given is None and read.n is None:
-        raise InvalidSetting("The number of workers is missing: say --workers N.")
+        raise InvalidSetting("The number of workers is missing: pass --workers N.")
     if given is not None and read.n is not None and given != read.n:
         raise InvalidSetting(f"--workers {given}, but {read.told}. Leave --workers out, or give a table for {given}.")
     chosen = given if given is not None else read.n

@@ -41,7 +41,8 @@ def plan_remarks(plan: RoundPlan, read: Source) -> list[str]:
                 "all of them."
             )
     if plan.slow:
-        remarks.append(f"Always slow: workers {', '.join(map(read.worker, plan.slow))}.")
+        plural = "s" if len(plan.slow) > 1 else ""
+        remarks.append(f"Always slow: worker{plural} {', '.join(map(read.worker, plan.slow))}.")
     elif read.fits and read.fits[0].distance <= _GOOD:
         best = read.fits[0]
         remarks.append(f"Closest law: {best.code} (Kolmogorov-Smirnov distance {best.distance:.2f}).")
@@ -86,13 +87,13 @@ def plan_table(plan: RoundPlan, read: Source, *, uploads: bool, every: bool = Fa
     measured = plan.evidence is not None
     sure = "90 %: interval from resampled rounds" if measured else "±: its standard error"
     starts = not uploads and not measured  # idle starts, where 80 columns have room for them; --json has them always
-    idle_told = "idle: seconds of a round that finds all workers idle (* closed form); " if starts else ""
+    idle_told = "idle: seconds of a round that begins with all workers idle (* closed form); " if starts else ""
     hidden = "" if len(shown) == len(plan.lines) else f" --all shows all {len(plan.lines)} schemes."
     caption = (
-        f"run: mean seconds a round over a run, where workers that were not needed are still busy; {sure}; "
-        "gain: against waiting for all; bound: times the run of a server that knows all times beforehand and stores "
-        f"the same shards on the same workers; {idle_told}"
-        f"work: times what plain FedAvg computes; {'up: MB of all replies of a round; ' if uploads else ''}"
+        f"run: mean seconds of a round in a run, where workers that were not needed are still busy; {sure}; "
+        "gain: how many times faster than waiting for all; bound: times as long as for a server that knows all times "
+        f"beforehand and stores the same shards on the same workers; {idle_told}"
+        f"work: computing relative to plain FedAvg; {'up: MB of all replies of a round; ' if uploads else ''}"
         f"holds: shards that a worker stores; >: recommended; †: loses data.{hidden}"
     )
     table = plain_table(title=f"{plan.n} workers, {read.told}", caption=caption)

@@ -42,11 +42,13 @@ def privacy(
         float | None, typer.Option(help="Probability of each record to be in a step's batch.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Training steps on a shard in each round.")] = 1,
-    epsilon: Annotated[float | None, typer.Option(help="The epsilon you want; prints the noise that it takes.")] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="The epsilon you want; prints the noise that this needs.")
+    ] = None,
     noise_multiplier: Annotated[
         float | None, typer.Option(help="The noise you have; prints the epsilon that it costs.")
     ] = None,
-    delta: Annotated[float, typer.Option(help="Probability that the bound on epsilon does not cover.")] = 1e-5,
+    delta: Annotated[float, typer.Option(help="Probability with which the bound on epsilon may fail.")] = 1e-5,
     holders: Annotated[
         int, typer.Option(help="Workers that hold a shard, usually s + 1; independent noise pays for each.")
     ] = 1,
@@ -55,11 +57,11 @@ def privacy(
     ] = 1.0,
     accountant: Annotated[str, typer.Option(help="prv, or rdp, which is faster and less tight.")] = "prv",
     central: Annotated[
-        bool, typer.Option("--central", help="Compute for CentralNoise: one release of each shard's update a round.")
+        bool, typer.Option("--central", help="Compute for CentralNoise: one release of each shard per round.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Print the noise for an epsilon, or the epsilon of a noise, for shared and for independent noise."""
+    """Print the noise multiplier for an epsilon, or the epsilon for a noise multiplier, shared and independent."""
     with one_sentence():
         if (epsilon is None) == (noise_multiplier is None):
             raise FlGradcodeError("Say either --epsilon, to learn the noise, or --noise-multiplier, to learn epsilon.")
@@ -71,7 +73,9 @@ def privacy(
                 raise FlGradcodeError("--central releases whole updates: leave --sample-rate and --steps out.")
             sample_rate, holders = 1.0, 1
         if sample_rate is None:
-            raise FlGradcodeError("The sample rate is missing: say --sample-rate Q, batch size over records.")
+            raise FlGradcodeError(
+                "The sample rate is missing: pass --sample-rate Q, the batch size over the number of records."
+            )
         found: list[dict[str, Any]] = []
         common: dict[str, Any] = {
             "max_grad_norm": max_grad_norm,
@@ -147,7 +151,7 @@ def make(
 def rotate(
     folder: Annotated[Path, typer.Argument(help="Folder as `keys make` made it, with the folders of all workers.")],
 ) -> None:
-    """Make new keys for the same holders, between two runs. What was spent stays spent."""
+    """Make new keys for the same holders, between two runs. Privacy that was spent stays spent."""
     with one_sentence():
         paths = rotate_keys(folder)
         generation = read_keys(paths[0].parent).generation
@@ -161,7 +165,7 @@ def check(
     folder: Annotated[Path, typer.Argument(help="A node's folder.")],
     delta: Annotated[float, typer.Option(help="Delta at which epsilons are computed.")] = 1e-5,
 ) -> None:
-    """Print which keys a node has and what its shards have spent so far; no secrets."""
+    """Print which keys a node has, without the secrets, and what its shards have spent so far."""
     with one_sentence():
         node = read_keys(folder)
         ledger = BudgetLedger(folder / "spent")
@@ -184,7 +188,7 @@ def _table(found: list[dict[str, Any]], unit: str) -> Table:
     whose = "a record of a shard" if unit == "record" else "a whole shard"
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left",
-        caption=f"epsilon: of {whose}, over the run; releases: of a shard's update a round.",
+        caption=f"epsilon: of {whose}, over the run; releases of a shard's update per round.",
     )  # fmt: skip
     for column in ("noise", "multiplier", "epsilon", "releases"):
         table.add_column(column, justify="left" if column == "noise" else "right")
@@ -199,6 +203,6 @@ def _of_code(name: str, workers: int | None, stragglers: int) -> list[tuple[int,
     if name not in _CODES:
         raise FlGradcodeError(f"--code {name!r} must be one of {', '.join(_CODES)}; give others by --assignment FILE.")
     if workers is None:
-        raise FlGradcodeError("The number of workers is missing: say --workers N, or --assignment FILE.")
+        raise FlGradcodeError("The number of workers is missing: pass --workers N, or --assignment FILE.")
     made = _CODES[name](workers, stragglers)
     return [made.shards_of(worker) for worker in range(made.n)]

@@ -56,10 +56,10 @@ def make(
     code: Annotated[str, typer.Option(help=f"The code: {', '.join(_CODES)}.")] = "fractional",
     m: Annotated[int, typer.Option("-m", help="Upload reduction m; with reed-solomon.")] = 1,
     send: Annotated[
-        str, typer.Option(help="coded or shards: one coded vector a worker, or one shard a message.")
+        str, typer.Option(help="coded or shards: one coded vector per worker, or one shard per message.")
     ] = "coded",
     rehearsal: Annotated[
-        bool, typer.Option("--rehearsal", help="Holders compare tags of their integers before a vector leaves.")
+        bool, typer.Option("--rehearsal", help="Holders compare tags of their integers before any vector is sent.")
     ] = False,
     bound: Annotated[float, typer.Option(help="Clipping bound of an update.")] = 1.0,
     clip: Annotated[str, typer.Option(help="entries or norm: what the bound limits.")] = "entries",
@@ -70,10 +70,16 @@ def make(
         Path | None, typer.Option(help="manifest.json that `place` wrote: holders then refuse other data.")
     ] = None,
     pin: Annotated[
-        str, typer.Option(help="Packages whose version here must be each node's, with commas between.")
+        str,
+        typer.Option(
+            help="Packages, separated by commas, of which each node must have the same version as this machine."
+        ),
     ] = "numpy",
     pin_machine: Annotated[
-        bool, typer.Option("--pin-machine", help="Nodes must have this machine's processor, SIMD sets and threads.")
+        bool,
+        typer.Option(
+            "--pin-machine", help="Nodes must have the same processor, SIMD sets and threads as this machine."
+        ),
     ] = False,
     allow_list: Annotated[
         Path | None,

@@ -45,7 +45,7 @@ def status(
         bool, typer.Option("--follow", "-f", help="Continue until Ctrl-C; in a pipe, print a line for each new round.")
     ] = False,
     until_round: Annotated[int | None, typer.Option(help="With --follow: stop once this round is done.")] = None,
-    every: Annotated[float, typer.Option(help="With --follow: seconds between two looks.")] = 2.0,
+    every: Annotated[float, typer.Option(help="With --follow: seconds between updates.")] = 2.0,
     no_plan: Annotated[bool, typer.Option("--no-plan", help="Leave out the planner's recommendation.")] = False,
     html: Annotated[
         Path | None,
@@ -94,7 +94,7 @@ def _check(
     if html is not None and run == "all":
         raise InvalidSetting("--html shows one run: leave out --run all, or name the run.")
     if html is not None and html.suffix.lower() not in (".html", ".htm"):
-        raise InvalidSetting(f"--html {str(html)!r} is replaced by a page: name a file that ends with .html.")
+        raise InvalidSetting(f"--html {str(html)!r} would be overwritten: name a file that ends with .html.")
 
 
 class _View:

@@ -80,24 +80,24 @@ def refuse_other_shards(plan: Plan, worker: int, node_config: Mapping[str, Any])
         if held is None:
             if wanted:
                 raise ShardMismatch(
-                    "The server has a manifest of the shards, and this node does not say what it holds: start it "
+                    "The server has a manifest of the shards, but this node does not report what it holds: start it "
                     f"with --node-config '... {SHARDS_DIR}=\"/path/to/node-{worker}\"'."
                 )
             continue
         if shard not in held:
             raise ShardMismatch(
-                f"This node is asked for shard {shard} and holds {_listed(held)}: bring it the folder node-{worker} "
-                f"that fl-gradcode place wrote for this code, or correct its {SHARDS_DIR}."
+                f"This node was asked for shard {shard}, but it holds {_listed(held)}: copy to it the folder "
+                f"node-{worker} that fl-gradcode place wrote for this code, or correct its {SHARDS_DIR}."
             )
         folder = node_config.get(SHARDS_DIR)
         if wanted and not held[shard] and not private:
             raise ShardMismatch(
-                f"The server has a manifest of the shards, and this node says by {SHARDS} only their numbers: start it "
+                f"The server has a manifest of the shards, but this node reports only numbers by {SHARDS}: start it "
                 f"with --node-config '... {SHARDS_DIR}=\"/path/to/node-{worker}\"'."
             )
         if wanted and held[shard] != wanted and not private:
             raise ShardMismatch(
-                f"Shard {shard} of this node has other data than the server's manifest says (SHA-256 "
+                f"The data of shard {shard} on this node differs from the server's manifest (SHA-256 "
                 f"{held[shard][:12]}..., not {wanted[:12]}...): fetch the folder node-{worker} again, and verify it by "
                 f"fl-gradcode place --check {folder}."
             )

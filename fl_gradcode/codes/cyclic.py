@@ -96,7 +96,7 @@ def vandermonde(n: int, s: int) -> GradientCode:
 def _warn(n: int, few: int, what: str) -> None:
     if n > few:
         warnings.warn(
-            f"{what} with n={n} workers amplifies rounding beyond use; it is a baseline for up to {few}. Take "
+            f"{what} with n={n} workers amplifies rounding errors beyond use; it is a baseline for up to {few}. Use "
             "fractional_repetition, for_assignment, or reed_solomon (exact, over a prime field).",
             stacklevel=3,
         )

@@ -75,7 +75,7 @@ def locate_wrong_replies(
     missing = [i for i in code.active if i not in there]
     checks = code.s - len(missing)
     if not locates_wrong_replies(code):
-        raise InvalidCode(f"A {code.name} code does not say which replies are wrong. Take reed_solomon.")
+        raise InvalidCode(f"A {code.name} code cannot tell which replies are wrong. Use reed_solomon.")
     if checks < 2 * most:
         raise InvalidCode(
             f"{len(missing)} of {len(code.active)} workers are missing; with s={code.s}, {most} wrong replies are "

@@ -58,7 +58,7 @@ class PrimeField:
 
     @property
     def name(self) -> str:
-        """Name of the numbers, for people."""
+        """Name of the numbers, for logs and tables."""
         return f"field of {P} elements"
 
     def rounding(self, k: int) -> float:

@@ -97,7 +97,7 @@ class Reals:
 
     @property
     def name(self) -> str:
-        """Name of the numbers, for people."""
+        """Name of the numbers, for logs and tables."""
         return "reals"
 
     def matrix(self, B: ArrayLike) -> NDArray[np.float64]:

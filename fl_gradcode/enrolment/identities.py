@@ -86,7 +86,7 @@ def make_identity(folder: str | os.PathLike[str], worker: int) -> Identity:
         raise InvalidSetting(f"Worker {worker}: numbers are from 0 to {MOST_WORKERS - 1}.")
     path = root / IDENTITY_FILE
     if os.path.lexists(path):
-        raise InvalidSetting(f"{path} is there already. An identity is made once; take another folder for another one.")
+        raise InvalidSetting(f"{path} already exists. An identity is made once; use another folder for another one.")
     identity = Identity(worker, secrets.token_bytes(KEY_BYTES))
     make_folder(root)
     root.chmod(0o700)

@@ -94,12 +94,12 @@ class Hello:
         return is_signed(self.identity, self.signature, self._content(setup))
 
     def to_list(self) -> list[Any]:
-        """Returns the hello as it travels."""
+        """Returns the hello as it is sent."""
         return [self.worker, self.identity, self.ephemeral, self.signature]
 
     @classmethod
     def from_list(cls, values: Any) -> Hello:
-        """Returns the hello that travelled.
+        """Returns the hello that was received.
 
         Raises:
             ValueError: It is none.
@@ -144,12 +144,12 @@ class ClassKey:
         return is_signed(identity, self.signature, self._content(setup, hellos))
 
     def to_list(self) -> list[Any]:
-        """Returns the class key as it travels."""
+        """Returns the class key as it is sent."""
         return [self.number, self.leader, self.public, self.commitment, self.signature]
 
     @classmethod
     def from_list(cls, values: Any) -> ClassKey:
-        """Returns the class key that travelled.
+        """Returns the class key that was received.
 
         Raises:
             ValueError: It is none.
@@ -186,12 +186,12 @@ class Confirmation:
         return is_signed(identity, self.signature, content)
 
     def to_list(self) -> list[Any]:
-        """Returns the confirmation as it travels."""
+        """Returns the confirmation as it is sent."""
         return [self.worker, self.manifest, self.signature]
 
     @classmethod
     def from_list(cls, values: Any) -> Confirmation:
-        """Returns the confirmation that travelled.
+        """Returns the confirmation that was received.
 
         Raises:
             ValueError: It is none.

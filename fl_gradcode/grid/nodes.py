@@ -38,7 +38,7 @@ def wait_for_nodes(
         text = f"{online} nodes are online, but the code has n={n} workers."
         if not surplus:
             raise RoundFailed(f"{text} Build the code for {online}, or for as many as there are shards.")
-        _log.warning("%s Whoever is none of them is left out.", text)
+        _log.warning("%s Nodes that are none of these workers are left out.", text)
     if online < n - s:
         raise RoundFailed(
             f"{online} nodes are online after {waited:g} s; the code has n={n} workers and needs at "

@@ -144,7 +144,7 @@ class PollingArrivals(ArrivalSource):
         try:
             nodes = {int(n.node_id): str(getattr(n, "last_activated_at", "")) for n in self._grid.get_nodes()}
         except Exception as error:
-            _log.debug("Asking for the nodes failed: %s", error)
+            _log.debug("Getting the list of nodes failed: %s", error)
             nodes = {}
         with self._lock:
             if nodes and looks == self._looks:

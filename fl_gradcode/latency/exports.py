@@ -224,7 +224,7 @@ def _columns_of_jobs(sheet: Sheet, headings: list[Heading]) -> tuple[dict[str, i
             names = listed([printable(repr(sheet.header[at]), 40) for at in first], 4)
             raise InvalidSetting(
                 f"The trace {sheet.name} has columns {names}, each of which may be the {word}: call one of them {word} "
-                "and the others otherwise."
+                "and rename the others."
             )
         if first:
             place[word] = first[0]

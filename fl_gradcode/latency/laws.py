@@ -256,9 +256,9 @@ def from_quantiles(probabilities: Sequence[float], values: Sequence[float], *, n
             f"Quantiles need as many values as probabilities, at least 2; not {x.shape} and {p.shape}."
         )
     if p[0] != 0 or not (np.diff(p) > 0).all() or not p[-1] < 1:
-        raise InvalidSetting(f"The probabilities of quantiles ascend from 0 and stay below 1; not {p.tolist()}.")
+        raise InvalidSetting(f"The probabilities of quantiles must ascend from 0 and stay below 1, not {p.tolist()}.")
     if not x[0] > 0 or not (np.diff(x) > 0).all():
-        raise InvalidSetting(f"Quantiles are positive and ascend; not {x.tolist()}.")
+        raise InvalidSetting(f"Quantiles must be positive and ascending, not {x.tolist()}.")
     depth, logs = -np.log1p(-p), np.log(x)
 
     def cdf(at: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -56,7 +56,7 @@ def number_of(text: str, *, decimal_comma: bool = False) -> float:
     """Returns the number that a cell holds.
 
     Raises:
-        ValueError: It is no number; "1_000" is none either.
+        ValueError: It is not a number; "1_000" is none either.
     """
     if "_" in text:
         raise ValueError(text)
@@ -136,7 +136,7 @@ def _text_of(file: Path) -> str:
         encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
         text = content.decode(encoding)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InvalidSetting(f"The trace {file.name} is no whole gzip file: {printable(str(error))}.") from error
+        raise InvalidSetting(f"The trace {file.name} is not a complete gzip file: {printable(str(error))}.") from error
     except OSError as error:
         raise InvalidSetting(f"The trace {file.name} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -189,7 +189,7 @@ def _cells(name: str, lines: list[str], separator: str) -> list[list[str]]:
     except csv.Error as error:
         raise InvalidSetting(f"The trace {name} cannot be read as text: {str(error)[:200]}.") from error
     if len(rows) != len(lines):
-        raise InvalidSetting(f"The trace {name} has a quoted cell that goes on in the next line; a row is one line.")
+        raise InvalidSetting(f"The trace {name} has a quoted cell that continues in the next line; a row is one line.")
     return rows
 
 
@@ -202,7 +202,7 @@ def _decimal_comma(name: str, rows: list[list[str]], numbers: list[int]) -> bool
                 if _THOUSANDS.fullmatch(cell.strip()):
                     raise InvalidSetting(
                         f"The trace {name} has {printable(cell)!r} in line {line}, column {column}: write numbers "
-                        "without marks between thousands."
+                        "without thousands separators."
                     )
                 if comma is None and _DECIMAL_COMMA.fullmatch(cell.strip()):
                     comma = line, column, cell

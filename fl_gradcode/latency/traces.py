@@ -166,7 +166,7 @@ def fit(times: ArrayLike) -> list[Fit]:
 def _fits(table: NDArray[np.float64]) -> list[Fit]:
     x = table.ravel()
     if len(x) < 8:
-        raise InvalidSetting(f"{len(x)} times are too few to fit a law to; 8 are the least.")
+        raise InvalidSetting(f"{len(x)} times are too few to fit a law to; at least 8 are needed.")
     if not (x > 0).all():
         raise InvalidSetting(f"A time of {x.min():g} cannot be fitted: times must be greater than 0.")
     if x.max() - x.min() <= 1e-12 * x.max():

@@ -131,7 +131,7 @@ def choose(
             n, k = evaluation.D.shape
             warnings.warn(
                 f"This {name} code (n={n}, k={k}) has a condition number of at least {best:.1g}; float64 tolerates "
-                "about 1e8. Take numbers=PrimeField(...), which is exact, fewer spare workers (n - k up to 6), or "
+                "about 1e8. Use numbers=PrimeField(...), which is exact, fewer spare workers (n - k up to 6), or "
                 "polynomial(), whose random basis stays sound at any size.",
                 ConditionWarning,
                 stacklevel=4,

@@ -150,7 +150,7 @@ class Manifest:
         except InvalidSetting as error:
             raise InvalidSetting(f"{file}: {error}") from None
         except (KeyError, ValueError, TypeError, AttributeError):
-            raise InvalidSetting(f"{file} is no manifest of shards; fl-gradcode place writes them.") from None
+            raise InvalidSetting(f"{file} is not a manifest of shards; fl-gradcode place writes them.") from None
         if manifest is None:
             raise InvalidSetting(
                 f"{file} has format {version}, and this version of fl-gradcode reads up to {_VERSION}: update "

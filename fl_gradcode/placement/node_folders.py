@@ -236,7 +236,7 @@ def _earlier(out: Path) -> list[Path]:
 def _refuse_what_is_in_the_way(node: Path, names: Sequence[str], *, placed: Sequence[str]) -> None:
     """Refuse to replace files that no earlier run has placed; called before anything is changed."""
     if node.is_symlink() or (node.exists() and not node.is_dir()):
-        raise InvalidSetting(f"{node} is no folder of its own: move it away, or give another folder.")
+        raise InvalidSetting(f"{node} is not a folder of its own: move it away, or give another folder.")
     for name in names:
         there = find(node, name) or node / name
         if name not in placed and os.path.lexists(there):

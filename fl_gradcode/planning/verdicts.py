@@ -51,10 +51,10 @@ def recommend(lines: Sequence[Line]) -> tuple[Line, str]:
     plain = lines[0]
     exact = [line for line in lines[1:] if line.scheme.exact]
     if not exact:
-        return plain, "do not code: no code was compared that any worker may miss."
+        return plain, "do not code: none of the compared codes tolerates a missing worker."
     coded = [line for line in exact if np.isfinite(line.steady)]
     if not coded:
-        return plain, "do not code: more workers never answer than any code that was compared tolerates."
+        return plain, "do not code: more workers never answer than any of the compared codes tolerates."
     if not plain.steady:
         return plain, "do not code: a round takes no time as it is."
     fastest = min(coded, key=lambda line: line.steady)
@@ -74,10 +74,13 @@ def recommend(lines: Sequence[Line]) -> tuple[Line, str]:
     longest = min((1 + _CLOSE) * fastest.steady, (1 - GAIN) * plain.steady)
     close = [line for line in coded if line.steady <= longest]
     best = min(close, key=lambda line: (line.storage, line.scheme.amplifies, line.computed, line.steady))
-    gain = f"{plain.steady / best.steady:.2f}x faster than" if np.isfinite(plain.steady) else "where nothing else ends:"
-    against = f"waiting for all ({seconds_text(plain.steady)})" if np.isfinite(plain.steady) else "some never answer"
+    gain = (
+        f"{plain.steady / best.steady:.2f}x faster than waiting for all ({seconds_text(plain.steady)})"
+        if np.isfinite(plain.steady)
+        else "and waiting for all never ends, because some workers never answer"
+    )
     return best, (
-        f"code: {best.scheme.name} takes {seconds_text(best.steady)} a round, {gain} {against}; each worker stores "
+        f"code: {best.scheme.name} takes {seconds_text(best.steady)} a round, {gain}; each worker stores "
         f"{best.storage} shards, and {best.computed:.2f} times as much is computed. {_others_data(best)}"
     )
 
@@ -131,17 +134,17 @@ def weigh(
             sure = high < _LIKELY
         if not sure:
             said = (
-                f"cannot tell: {_counted(rounds)} that {lines[other].scheme.name} is {between} as fast as waiting for "
-                f"all. Measure more rounds. As it stands, {verdict}"
+                f"cannot tell: by {_rounds(rounds)}, {lines[other].scheme.name} is {between} as fast as waiting for "
+                f"all. Measure more rounds. So far, {verdict}"
             )
         elif place:
-            said = f"{verdict} {_counted(rounds, ':')} {between} faster."
+            said = f"{verdict} Over {_rounds(rounds)}, it is {between} faster."
     parts = _parts(lines, best, np.asarray(seconds), finite, rounds)
     return result, Evidence(rounds, simulated, faster, sure, parts, said)
 
 
-def _counted(rounds: int, sign: str = "") -> str:
-    return f"one round says{sign}" if rounds == 1 else f"{rounds} rounds say{sign}"
+def _rounds(rounds: int) -> str:
+    return "one measured round" if rounds == 1 else f"{rounds} measured rounds"
 
 
 def _times(value: float) -> str:

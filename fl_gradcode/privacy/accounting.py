@@ -98,7 +98,8 @@ def noise_multiplier_for(
     if cost(_MOST_COUNTED) > epsilon:
         raise InvalidSetting(
             f"No noise multiplier up to {_MOST_COUNTED:g} brings {steps} steps at sample_rate={sample_rate} down to "
-            f"epsilon={epsilon} by accountant={accountant!r}: prv is off by up to 0.01, rdp by 0.1. Wish for more."
+            f"epsilon={epsilon} by accountant={accountant!r}: prv is off by up to 0.01, rdp by 0.1. Choose "
+            "a larger epsilon."
         )
     high = 1.0
     while cost(high) > epsilon:

@@ -79,7 +79,7 @@ def write_keys(
     root = Path(folder)
     there = sorted(root.glob(f"node-*/{KEYS_FILE}"))
     if there:
-        raise InvalidSetting(f"{there[0]} is there already. Take another folder, or fl-gradcode keys rotate.")
+        raise InvalidSetting(f"{there[0]} already exists. Use another folder, or run fl-gradcode keys rotate.")
     return _write(root, shards_of, generation)
 
 
@@ -161,7 +161,7 @@ def read_keys(folder: str | os.PathLike[str]) -> NodeKeys:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, InvalidSetting):
             raise
-        raise InvalidSetting(f"{path} is no key file of fl-gradcode; make one with fl-gradcode keys make.") from None
+        raise InvalidSetting(f"{path} is not a key file of fl-gradcode; make one with fl-gradcode keys make.") from None
     for shard, secret in found.items():
         if len(secret) != _BYTES:
             raise InvalidSetting(f"The secret of shard {shard} in {path} has {len(secret)} bytes instead of {_BYTES}.")
@@ -185,9 +185,9 @@ def check_own(path: Path) -> None:
     """
     found = path.lstat()
     if stat.S_ISLNK(found.st_mode):
-        raise InvalidSetting(f"{path} is a symbolic link, and may be led elsewhere: put the file itself there.")
+        raise InvalidSetting(f"{path} is a symbolic link, whose target may change: put the file itself there.")
     if not stat.S_ISREG(found.st_mode):
-        raise InvalidSetting(f"{path} is no file: move it away, and restore the file.")
+        raise InvalidSetting(f"{path} is not a file: move it away, and restore the file.")
     if os.name == "posix" and found.st_uid not in (os.geteuid(), 0):
         raise InvalidSetting(f"{path} belongs to another user (uid {found.st_uid}): chown {os.geteuid()} {path}")
     check_private(path)
@@ -202,8 +202,9 @@ def check_private(path: Path) -> None:
     """
     mode, folder = path.stat().st_mode, path.parent.stat().st_mode
     if os.name == "posix" and mode & _OTHERS:
-        raise InvalidSetting(f"{path} is open to others (mode {stat.S_IMODE(mode):04o}): chmod 600 {path}")
+        raise InvalidSetting(f"{path} is accessible to other users (mode {stat.S_IMODE(mode):04o}): chmod 600 {path}")
     if os.name == "posix" and folder & (stat.S_IWGRP | stat.S_IWOTH):
         raise InvalidSetting(
-            f"Others may exchange the files in {path.parent} (mode {stat.S_IMODE(folder):04o}): chmod 700 {path.parent}"
+            f"Other users can replace the files in {path.parent} (mode {stat.S_IMODE(folder):04o}): "
+            f"chmod 700 {path.parent}"
         )

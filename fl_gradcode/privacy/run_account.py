@@ -71,7 +71,7 @@ class Account:
             return self._merged(state)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError):
             raise InvalidSetting(
-                "The account of privacy beside the checkpoint, or in it, is damaged or of other shards: restore the "
+                "The privacy account beside the checkpoint, or in it, is damaged or of other shards: restore the "
                 "file. Without it nobody knows what was asked."
             ) from None
 
@@ -355,8 +355,8 @@ class RunAccount:
         earlier = self._account if latest is None else Account.new(self._account.holders).merged(latest)
         if latest is not None and earlier.last_round:
             raise InvalidSetting(
-                f"Run {self.run!r} was asked for rounds up to {earlier.last_round} already, and its checkpoint is "
-                "not there: begun anew, its rounds would be released twice and counted once. Restore the "
+                f"Run {self.run!r} has already asked for rounds up to {earlier.last_round}, and its checkpoint is "
+                "missing: if it started again, its rounds would be released twice but counted once. Restore the "
                 "checkpoint, or give the run another name."
             )
 

@@ -201,8 +201,8 @@ class PrivateTraining:
         """
         if self._record is None or not self._session.complete:
             raise PrivacyRefused(
-                "The record of private training is there after its with block alone, and if that took all steps: "
-                "reply after the block."
+                "The record of private training exists only after its with block, and only if all steps were taken: "
+                "build the reply after the block."
             )
         return self._record
 

@@ -440,7 +440,7 @@ def _parse_reply(text: str) -> Reply:
     if not all(figures and all(map(math.isfinite, figures)) for figures in v["figures"]):
         raise ValueError("figures that are not finite numbers")
     if not all(0 <= number < math.inf for spent in v["spent"] for number in spent[2:]):
-        raise ValueError("an epsilon that is no number of at least 0")
+        raise ValueError("an epsilon that is not a number of at least 0")
     if not 0 <= v["worker"] < MOST_WORKERS:
         raise ValueError(f"worker {v['worker']}")
     return Reply(**v)

@@ -58,7 +58,7 @@ def discover(grid: EarlyStopGrid, holdings: Holdings, registry: WorkerRegistry, 
             "or their data differ from the other holders'"
             if holdings.required is None
             else "or their data differ from the manifest, or the node reports only numbers (use shards-dir)",
-            f" The same of workers {[*wrong][1:]}." if len(wrong) > 1 else "",
+            f" The same applies to workers {[*wrong][1:]}." if len(wrong) > 1 else "",
         )
     if holdings.code() is None:
         reasons = "; ".join(sorted(set(rule.reasons))[:3])
@@ -108,7 +108,7 @@ class _ProbeRule(StopRule):
             self.reasons.append(str(error))
             return
         if said is None:
-            self.reasons.append("no fl-gradcode reply: is gradient_coding_mod among the client's mods?")
+            self.reasons.append("not a reply of fl-gradcode: is gradient_coding_mod among the client's mods?")
             return
         refused = self._registry.claim(arrival.node, said.worker, 0)
         if refused is not None:

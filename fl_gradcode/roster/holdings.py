@@ -156,7 +156,7 @@ class Holdings:
         named = [
             f"shard {shard} has {len(who)} ({', '.join(map(str, who)) or 'nobody'})" for shard, who in lacking.items()
         ]
-        return f"{wanted} needs {least} holders of each shard: {listed(named, 6)}. Place them on further nodes."
+        return f"{wanted} needs {least} holders of each shard: {listed(named, 6)}. Place them on more nodes."
 
     def _counts(self, shard: int, digest: str, right: str) -> bool:
         return digest in (WITHHELD, right) or (not digest and shard not in (self.required or {}))
@@ -179,8 +179,8 @@ class Holdings:
             elif known not in ("", right) and right:
                 holders = [worker for worker, digest in sorted(voters.items()) if digest == right]
                 self._changes.append(
-                    f"Other data count as shard {shard} than before, because most of its holders report them by now: "
-                    f"{numbered('worker', holders)}. A manifest would decide it (manifest=)."
+                    f"The data that counts as shard {shard} has changed, because most of its holders now report other "
+                    f"data: {numbered('worker', holders)}. A manifest would decide which data is right (manifest=)."
                     if holders
                     else f"The holders of shard {shard} report different data, and none is reported by most."
                 )

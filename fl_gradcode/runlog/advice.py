@@ -90,7 +90,8 @@ def advise(rows: Sequence[RoundRow], *, gone: Sequence[int] = (), holders: Seque
     line = next((line for line in plan.lines if line.scheme.exact and _kind(line.scheme) == own), None)
     verdict = plan.verdict
     if gone:
-        verdict = f"as if {numbered('worker', gone)} never answered again: {verdict[0].lower()}{verdict[1:]}"
+        answer = "answers" if len(gone) == 1 else "answer"
+        verdict = f"if {numbered('worker', gone)} never {answer} again: {verdict[0].lower()}{verdict[1:]}"
     return Advice(
         verdict,
         plan.recommended.scheme.python,

@@ -167,7 +167,7 @@ class Ledger:
         except ValueError:
             if not rest.startswith(_BEGINNING[: len(rest)]):
                 raise InvalidSetting(
-                    f"{str(self.path)!r} is no ledger, and nothing was written to it: name another file."
+                    f"{str(self.path)!r} is not a ledger, and nothing was written to it: name another file."
                 ) from None
             file.truncate(file.seek(0, os.SEEK_END) - len(rest))
         else:

@@ -52,7 +52,7 @@ def values_of(text: bytes, where: str) -> Any:
         InvalidSetting: The line is blank, not in UTF-8, or no JSON.
     """
     if not text.strip():
-        raise InvalidSetting(f"{where} is blank, and each line is one row: delete it.")
+        raise InvalidSetting(f"{where} is blank, but each line must be a row: delete it.")
     try:
         return parse_json(text)
     except ValueError as error:
@@ -67,7 +67,7 @@ def object_of(text: bytes, where: str) -> dict[str, Any]:
     """
     values = values_of(text, where)
     if not isinstance(values, dict):
-        raise InvalidSetting(f"{where} is no ledger row: each line is one JSON object.")
+        raise InvalidSetting(f"{where} is not a ledger row: each line is one JSON object.")
     return values
 
 
@@ -75,7 +75,7 @@ def row_of(text: bytes, where: str) -> RoundRow:
     """Returns the row in a line.
 
     Raises:
-        InvalidSetting: The line is no ledger row.
+        InvalidSetting: The line is not a ledger row.
     """
     values = values_of(text, where)
     try:

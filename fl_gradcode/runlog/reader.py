@@ -179,7 +179,7 @@ class RunRows:
         """The last rows, whole, oldest first.
 
         Raises:
-            InvalidSetting: One of them is no ledger row.
+            InvalidSetting: One of them is not a ledger row.
         """
         return [one.row for one in self._recent]
 
@@ -216,7 +216,7 @@ class LedgerReader:
         """Reads the new lines of the file. Returns whether anything has changed.
 
         Raises:
-            InvalidSetting: The file cannot be read, or a line other than an unfinished last one is no ledger row.
+            InvalidSetting: The file cannot be read, or a line other than an unfinished last one is not a ledger row.
         """
         try:
             with os.fdopen(open_file(self.path), "rb") as file:

@@ -91,7 +91,7 @@ class CodeLine(_Line):
     def __post_init__(self) -> None:
         if self.n < 1 or self.k < 1:
             raise InvalidSetting(
-                f"This is no ledger row: code has n={self.n} workers and k={self.k} shards; both must be at least 1."
+                f"This is not a ledger row: code has n={self.n} workers and k={self.k} shards; both must be at least 1."
             )
 
 
@@ -412,11 +412,11 @@ class RoundRow(_Line):
             try:
                 values = expanded(values)
             except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise InvalidSetting(f"This is no ledger row: its short form cannot be read ({error}).") from None
+                raise InvalidSetting(f"This is not a ledger row: its short form cannot be read ({error}).") from None
         if isinstance(values, dict) and schema is None:
-            raise InvalidSetting("This is no ledger row: it has no field 'schema'.")
+            raise InvalidSetting("This is not a ledger row: it has no field 'schema'.")
         if isinstance(values, dict) and type(schema) is not int:
-            raise InvalidSetting(f"This is no ledger row: schema is {_shown(schema)} and must be {SCHEMA}.")
+            raise InvalidSetting(f"This is not a ledger row: schema is {_shown(schema)} and must be {SCHEMA}.")
         return super(RoundRow, cls).from_json(values)
 
 
@@ -437,7 +437,7 @@ class _Mismatch(Exception):
     @property
     def sentence(self) -> str:
         """Returns the error as one sentence."""
-        return f"This is no ledger row: {self.path.removeprefix('.') or 'it'} {self.what}."
+        return f"This is not a ledger row: {self.path.removeprefix('.') or 'it'} {self.what}."
 
 
 def _shown(value: object) -> str:

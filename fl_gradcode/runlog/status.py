@@ -67,7 +67,7 @@ def status_of(run: RunRows) -> RunStatus:
     """Returns the status of a run: totals over all of its rounds, workers and notices from its last ones.
 
     Raises:
-        InvalidSetting: One of its last rows is no ledger row.
+        InvalidSetting: One of its last rows is not a ledger row.
     """
     recent = run.recent
     workers = workers_of(recent, run.holders)

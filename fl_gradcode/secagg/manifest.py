@@ -79,7 +79,7 @@ def parsed(text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         again = b""
     if again != text:
-        raise InvalidSetting("The manifest is not canonical JSON. Take the file as it was distributed, byte by byte.")
+        raise InvalidSetting("The manifest is not canonical JSON. Use the file exactly as it was distributed.")
     found: dict[str, Any] = values
     return found
 

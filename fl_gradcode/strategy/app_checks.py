@@ -29,7 +29,7 @@ def refuse_wrappers() -> None:
     if outer is not None:
         raise IncompatibleStrategy(
             f"{type(outer).__name__} cannot be put around GradientCoding: it clips and noises single replies, and "
-            "a coded reply is a sum over shards. Leave it out and say GradientCoding(..., "
+            "a coded reply is a sum over shards. Remove it and use GradientCoding(..., "
             "privacy=CentralNoise(...)), which clips each shard's update and adds noise once after "
             "decoding, or privacy=DPSGD(...)."
         )

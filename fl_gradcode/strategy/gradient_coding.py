@@ -218,7 +218,7 @@ class GradientCoding(Strategy):
 
     @property
     def arrays(self) -> ArrayRecord:
-        """The model after the last round, from which training goes on; never an average."""
+        """The model after the last round, from which training continues; never an average."""
         return self._arrays
 
     @property
@@ -401,7 +401,7 @@ class GradientCoding(Strategy):
         set_global_states(saved.randomness)
         self._arrays = saved.arrays
         run.resume(saved, rows, request)
-        _log.info("Going on after round %d of run %s (checkpoint %s).", saved.round, run.name, run.keeper.path)
+        _log.info("Resuming after round %d of run %s (checkpoint %s).", saved.round, run.name, run.keeper.path)
 
     def _finished(self, saved: Saved, keeper: RunKeeper, timeout: float | None) -> Result:
         """Returns the result of a run whose rounds are all done, without nodes and without writing anything."""

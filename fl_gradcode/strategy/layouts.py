@@ -86,7 +86,7 @@ def unlike_plain(key: object, before: ArrayRecord | None, weight_key: str) -> st
     arrays = [{*names} for _, kind, names in key if kind == "ArrayRecord"]
     metrics = [names for _, kind, names in key if kind == "MetricRecord"]
     if arrays != ([] if before is None else [{*before}]):
-        return "the arrays are others than the server's"
+        return "the arrays differ from the server's"
     return (
         "" if len(metrics) == 1 and weight_key in metrics[0] else "there is not one record of metrics with the weight"
     )

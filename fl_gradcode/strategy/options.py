@@ -296,7 +296,7 @@ class Options:
         send, field = str(self.send), isinstance(code.numbers, PrimeField)
         if self.shardwise and code.m > 1:
             raise InvalidSetting(
-                f"send={send!r} sends whole updates, and this code divides them by m={code.m}. Take a code with m = 1."
+                f"send={send!r} sends whole updates, and this code divides them by m={code.m}. Use a code with m = 1."
             )
         if self.shardwise and field and self.secure is None:
             raise InvalidSetting(
@@ -309,7 +309,7 @@ class Options:
             )
         if not code.exact and not self.shardwise and self.approximation is None:
             raise InvalidSetting(
-                f"A {code.name} code promises no exact sum: pass on_undecodable='approximate', or take another code."
+                f"A {code.name} code promises no exact sum: pass on_undecodable='approximate', or use another code."
             )
         if self.approximation is not None and field:
             raise InvalidSetting(
@@ -322,7 +322,7 @@ class Options:
             self.secure.check_code(code)
         if self.fills_in and not can_fill_in(code, shardwise=self.shardwise):
             raise InvalidSetting(
-                f"fill_in needs to know single updates, and a {code.name} code mixes them. Take fractional_repetition "
+                f"fill_in needs to know single updates, and a {code.name} code mixes them. Use fractional_repetition "
                 "with m = 1, or send='shards'."
             )
 
@@ -332,7 +332,7 @@ class Options:
         central = isinstance(self.privacy, CentralNoise)
         if central and (self.approximation is not None or not code.exact):
             raise InvalidSetting(
-                "CentralNoise is scaled to an exact sum; an estimate may hold a shard several times. Take an exact "
+                "CentralNoise is scaled to an exact sum; an estimate may hold a shard several times. Use an exact "
                 "code, and on_undecodable='skip' or 'raise'."
             )
         if self.independent and isinstance(code.numbers, PrimeField):
@@ -350,16 +350,16 @@ class Options:
             if fewest < needed:
                 raise InvalidSetting(
                     f"votes={self.votes} needs {needed} holders of each shard, so that {self.votes + 1} of them agree "
-                    f"whoever lies; a shard has {fewest}. Take s={2 * self.votes} or more."
+                    f"whoever lies; a shard has {fewest}. Use s={2 * self.votes} or more."
                 )
         elif not locates_wrong_replies(code):
             raise InvalidSetting(
                 f"votes={self.votes} cannot tell whose reply is wrong under a {code.name} code, which mixes copies. "
-                "Take fractional_repetition with m = 1, reed_solomon, or send='shards'."
+                "Use fractional_repetition with m = 1, reed_solomon, or send='shards'."
             )
         elif code.s < 2 * self.votes:
             raise InvalidSetting(
-                f"votes={self.votes} takes two of the code's s={code.s} stragglers for each wrong reply. Take "
+                f"votes={self.votes} takes two of the code's s={code.s} stragglers for each wrong reply. Use "
                 f"s={2 * self.votes} or more."
             )
 

@@ -109,7 +109,7 @@ def _check_finite(update: NDArray[np.floating], metrics: NDArray[np.floating]) -
     return square
 
 
-NO_MOD = Rejection("no-mod", "no fl-gradcode reply: is gradient_coding_mod among the client's mods?")
+NO_MOD = Rejection("no-mod", "not a reply of fl-gradcode: is gradient_coding_mod among the client's mods?")
 
 
 def _explained(rejection: Rejection) -> Rejection:

@@ -249,8 +249,8 @@ class RunKeeper:
             if not (_alike(kept, value) if what == _CODE else _equal(kept, value)):
                 told = "" if what in (_CODE, _PROMISE) else f" ({repr(kept)[:100]}, now {value!r})"
                 raise InvalidSetting(
-                    f"{where} a run with another {what}{told}. Go on with the same one, or name another file to start "
-                    "over."
+                    f"{where} a run with another {what}{told}. Continue with the same one, or name another file to "
+                    "start over."
                 )
 
 

@@ -554,7 +554,7 @@ class Run:
             self.modes = self._mode_chooser(code)
             if self.account is not None:
                 self.account.follow(code)
-            _log.info("The code is built again for workers %s: %r.", [*code.active], code)
+            _log.info("The code has been rebuilt for workers %s: %r.", [*code.active], code)
         self._tell_lacking(holdings, there)
 
     def _fits(self, code: GradientCode) -> bool:
@@ -578,9 +578,9 @@ class Run:
             (f"Round {first}", "its number") if first == last else (f"Rounds {first} to {last}", "their numbers")
         )
         _log.warning(
-            "%s had been asked when the run ended, and would be asked otherwise now (another app or run config, noise "
-            "that is drawn again, or a lost account): the privacy counts as spent, the model stays as it is, and %s "
-            "will not be used again.",
+            "%s had already been asked for when the run ended, and asking again would be a different request (another "
+            "app or run config, noise that is drawn again, or a lost account): the privacy counts as spent, the model "
+            "stays as it is, and %s will not be used again.",
             which,
             its,
         )

@@ -85,8 +85,8 @@ def check_strategy(strategy: Strategy) -> None:
     legacy = any(kind.__module__.startswith("flwr.server.strategy") for kind in type(strategy).__mro__)
     if not isinstance(strategy, Strategy):
         raise IncompatibleStrategy(
-            f"{name} is of Flower's legacy interface (flwr.server.strategy). Take the one of flwr.serverapp.strategy, "
-            "and call its start() in an @app.main()."
+            f"{name} belongs to Flower's legacy interface (flwr.server.strategy). Use the one of "
+            "flwr.serverapp.strategy, and call its start() in an @app.main()."
             if legacy
             else f"{name} is not a flwr.serverapp.strategy.Strategy; wrap one, such as FedAvg()."
         )
@@ -155,7 +155,7 @@ def check_staleness(strategy: Strategy, options: Options) -> None:
     )
     if not options.send.forced:
         raise IncompatibleStrategy(
-            f"{text}. Take exact rounds, which is Shards(staleness=0), or FedAvg; Shards(forced=True) runs it all the "
+            f"{text}. Use exact rounds, which is Shards(staleness=0), or FedAvg; Shards(forced=True) runs it all the "
             "same."
         )
     _log.warning("%s.", text)
@@ -208,7 +208,7 @@ def check_what_it_sees(strategy: Strategy, options: Options) -> None:
     shards += " and on_undecodable='skip' or 'raise'" if options.approximation is not None else ""
     mean = "" if needs else ", or sees='mean' if a mean is all it needs (it saves, logs or schedules)"
     raise IncompatibleStrategy(
-        f"{name} {reason}, and {why}: {shards}, which brings it one reply for each shard as in plain Flower{mean}."
+        f"{name} {reason}, and {why}: {shards}, which gives it one reply for each shard as in plain Flower{mean}."
     )
 
 

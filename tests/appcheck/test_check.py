@@ -419,7 +419,7 @@ def test_what_cannot_be_checked_is_one_sentence(tmp_path: Path) -> None:
         check_app(app)
     with pytest.raises(InvalidSetting, match="at least 2"):
         check_app(app, arrays=ARRAYS, partitions=1)
-    with pytest.raises(InvalidSetting, match="holds no Flower app"):
+    with pytest.raises(InvalidSetting, match="contains no Flower app"):
         check_app(tmp_path)
     with pytest.raises(UnsuitableApp, match="client_fn"):
         check_app(ClientApp(client_fn=legacy), arrays=ARRAYS)

@@ -98,7 +98,7 @@ def test_the_command_says_what_it_found_and_ends_with_a_code(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("", "names no Flower app"),
+        ("", "defines no Flower app"),
         ("[tool", "cannot be read"),
         ('[tool.flwr.app]\nconfig = 5\n[tool.flwr.app.components]\nserverapp = "a:b"\nclientapp = "a:b"\n', "a table"),
         ('[tool.flwr.app.components]\nserverapp = "nowhere"\nclientapp = "a:b"\n', "must be module:attribute"),
@@ -122,7 +122,7 @@ def test_a_folder_that_is_no_app_is_one_sentence(text: str, sentence: str, tmp_p
         ("def main(grid, context): pass", "ended without starting a strategy"),
         ("def main(grid, context): raise OSError('no data')", "OSError: no data"),
         ("def main(grid, context): raise SystemExit(3)", "ended without an answer"),
-        ("main = None", "names as serverapp is a|TypeError|NoneType"),
+        ("main = None", "The serverapp in pyproject.toml is a|TypeError|NoneType"),
     ],
     ids=["nothing", "an error", "an exit", "no function"],
 )

@@ -69,7 +69,7 @@ def test_an_identity_is_made_once_and_its_private_key_is_not_printed(tmp_path: P
     assert code == 0 and re.fullmatch(r"3 ed25519 [0-9a-f]{64}\n", out) and private not in out
     assert (tmp_path / "node-3" / "identity.json").stat().st_mode & 0o777 == 0o600
     code, _, error = call("secure", "identity", tmp_path / "node-3", "--worker", 3)
-    assert code == 2 and "there already" in error
+    assert code == 2 and "already exists" in error
     assert call("secure", "identity", tmp_path / "x", "--worker", -1)[0] == 2
 
 
@@ -110,7 +110,7 @@ def test_a_body_needs_an_allow_list_of_all_workers_or_first_use(tmp_path: Path, 
     assert code == 0 and "the first identities are trusted" in out
     body = tmp_path / "open" / "secagg-body.json"
     code, _, error = call("secure", "agree", tmp_path / "node-1", body)
-    assert code == 2 and "say --first-use" in error
+    assert code == 2 and "pass --first-use" in error
     code, _, error = call("secure", "agree", tmp_path / "node-1", body, "--allow-list", path)
     assert code == 2 and "names no identities" in error
     code, out, _ = call("secure", "agree", tmp_path / "node-1", body, "--first-use")

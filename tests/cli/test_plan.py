@@ -257,8 +257,8 @@ def test_few_rounds_cannot_tell_and_many_can(tmp_path: Path) -> None:
     np.savetxt(tmp_path / "few.csv", table, delimiter=",", fmt="%.2f")
     np.savetxt(tmp_path / "many.csv", np.tile(table, (30, 1)), delimiter=",", fmt="%.2f")
     few, many = (as_json(str(tmp_path / f"{name}.csv"), "--s", "1") for name in ("few", "many"))
-    assert not few["evidence"]["sure"] and few["verdict"].startswith("cannot tell: 4 rounds say that ")
-    assert many["evidence"]["sure"] and "120 rounds say: between " in many["verdict"]
+    assert not few["evidence"]["sure"] and few["verdict"].startswith("cannot tell: by 4 measured rounds, ")
+    assert many["evidence"]["sure"] and "Over 120 measured rounds, it is between " in many["verdict"]
     low, high = many["evidence"]["times-faster"]
     assert low < many["schemes"][0]["seconds-over-a-run"] / many["recommended"]["seconds-over-a-run"] < high
     assert all(one["interval"][0] <= one["seconds-over-a-run"] <= one["interval"][1] for one in many["schemes"])
@@ -338,7 +338,7 @@ def test_nonsense_is_refused_in_one_sentence(arguments: list[str], sentence: str
     [
         ("", "has no rounds yet"),
         ("nonsense\n", "is not JSON"),
-        ('{"a": 1}\n', "Line 1 of the ledger '{}': This is no ledger row: it has no field 'schema'."),
+        ('{"a": 1}\n', "Line 1 of the ledger '{}': This is not a ledger row: it has no field 'schema'."),
         ("[1, 2]\n", "it is [1, 2] and must be an object"),
         (json.dumps(row(1, code={**CODE, "k": 0})), "code has n=6 workers and k=0 shards"),
         (json.dumps(row(1, code={**CODE, "n": "four"})), "code.n is 'four' and must be a whole number"),

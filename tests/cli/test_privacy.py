@@ -155,5 +155,5 @@ def test_keys_are_not_overwritten(tmp_path: Path) -> None:
     before: Any = read_keys(tmp_path / "node-0").secrets
     code, _, error = call("keys", "make", str(tmp_path), "--workers", "2")
     assert code == 2
-    assert "is there already" in error
+    assert "already exists" in error
     assert read_keys(tmp_path / "node-0").secrets == before

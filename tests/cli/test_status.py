@@ -164,9 +164,9 @@ def test_without_a_round_it_says_so_in_one_sentence(text: str | None, tmp_path: 
     ("content", "sentence"),
     [
         (b"nonsense\n", "Line 1 of the ledger"),
-        (b'{"event": "x"}\n', "This is no ledger row: it has no field 'schema'."),
+        (b'{"event": "x"}\n', "This is not a ledger row: it has no field 'schema'."),
         (b"\x80\x81\xff\n\x00\n", "Line 1 of the ledger"),
-        (b'{"schema": 1, "train": {"seconds": 5}, "round": 1}\n', "This is no ledger row: run is missing."),
+        (b'{"schema": 1, "train": {"seconds": 5}, "round": 1}\n', "This is not a ledger row: run is missing."),
         (with_timings([1, 2]), "train.timings[0] is 1 and must be an object"),
     ],
 )

@@ -41,7 +41,10 @@ def test_a_node_that_does_not_hold_what_an_assigned_code_asks_for_is_told_what_t
         grid = VirtualGrid(inner, Latency(compute=scaled(lognormal(), {0: 50.0})))
         strategy.start(grid, initial_arrays(), num_rounds=1)
     (one,) = strategy.ledger.rows[0]["train"]["rejected"]
-    assert one["worker"] == 2 and "is asked for shard 2 and holds shard 0: bring it the folder node-2" in one["reason"]
+    assert (
+        one["worker"] == 2
+        and "was asked for shard 2, but it holds shard 0: copy to it the folder node-2" in one["reason"]
+    )
     assert strategy.ledger.rows[0]["train"]["outcome"] == "exact"
 
 
@@ -50,7 +53,7 @@ def test_a_manifest_binds_nodes_that_say_only_numbers() -> None:
     held = {i: ",".join(map(str, code.shards_of(i))) for i in range(4)}
     manifest = Manifest(4, tuple(Shard(j, f"shard-{j}", None, 1, f"{j:064x}") for j in range(4)))
     strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), code, manifest=manifest)
-    refused = pytest.raises(UnsuitableApp, match="says by shards only their numbers: start it with --node-config")
+    refused = pytest.raises(UnsuitableApp, match="reports only numbers by shards: start it with --node-config")
     with InProcessGrid(toy_app(), 4, node_config=config_of(held)) as grid, refused:
         strategy.start(grid, initial_arrays(), num_rounds=1)
 
@@ -58,7 +61,10 @@ def test_a_manifest_binds_nodes_that_say_only_numbers() -> None:
 def test_shards_that_do_not_count_are_named_with_what_to_do(caplog: pytest.LogCaptureFixture) -> None:
     held = dict.fromkeys(range(3), "0,1,7")
     manifest = Manifest(2, tuple(Shard(j, f"shard-{j}", None, 1, f"{j:064x}") for j in range(2)))
-    for digests, told in ((None, "other holders'. The same of workers [1, 2]."), (manifest, "(use shards-dir)")):
+    for digests, told in (
+        (None, "other holders'. The same applies to workers [1, 2]."),
+        (manifest, "(use shards-dir)"),
+    ):
         caplog.clear()
         strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), Discovered(k=2, s=1), manifest=digests)
         with InProcessGrid(toy_app(), 3, node_config=config_of(held)) as grid:

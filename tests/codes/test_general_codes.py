@@ -108,7 +108,7 @@ def test_the_real_vandermonde_code_is_that_of_divided_differences_at_chebyshev_p
 def test_classical_codes_warn_where_rounding_grows_too_much(make: Callable[[int, int], GradientCode], few: int) -> None:
     make(few, few - 5)  # warnings are errors
     with pytest.warns(
-        UserWarning, match=rf"with n=22 workers amplifies rounding beyond use; .* up to {few}\. Take"
+        UserWarning, match=rf"with n=22 workers amplifies rounding errors beyond use; .* up to {few}\. Use"
     ) as seen:
         make(22, 3)
     assert [warning.filename for warning in seen] == [__file__]

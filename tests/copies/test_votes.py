@@ -253,7 +253,7 @@ def test_codes_without_checks_are_refused() -> None:
     assert locates_wrong_replies(reed_solomon(6, 2, m=2)) and not locates_wrong_replies(fractional_repetition(6, 2))
     own = GradientCode(np.ones((3, 2), np.int64), 2, numbers=PrimeField())
     assert not locates_wrong_replies(own)
-    with pytest.raises(InvalidCode, match="Take reed_solomon"):
+    with pytest.raises(InvalidCode, match="Use reed_solomon"):
         locate_wrong_replies(own, [[np.zeros(1)]] * 3, range(3), 1, drawn)
     with pytest.raises(InvalidCode, match="with s=2, 1 wrong replies are located while at most 0 are"):
         locate_wrong_replies(reed_solomon(6, 2), [[np.zeros(1)]] * 5, range(5), 1, drawn)

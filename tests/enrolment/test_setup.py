@@ -122,7 +122,7 @@ def test_only_the_owner_can_read_identity_and_keys(server: Server) -> None:
         path = server.folder / "node-3" / name
         assert path.stat().st_mode & 0o077 == 0
         path.chmod(0o644)
-        with pytest.raises(InvalidSetting, match="open to others"):
+        with pytest.raises(InvalidSetting, match="accessible to other users"):
             server.node(3).keys_of("run-1")
         path.chmod(0o600)
 

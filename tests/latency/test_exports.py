@@ -141,7 +141,7 @@ WRONG = {
     "two columns of seconds": ("worker,duration_s,duration_ms\n0,1,2\n1,2,3\n", "each of which may be the seconds"),
     "a metric beside workers": ("w0,w1,w2,energy\n1,2,3,7\n2,1,3,8\n", "a column 'energy' beside w0"),
     "the same worker twice": ("a,a,b\n1,2,3\n2,3,1\n", "two columns called 'a'"),
-    "thousands": ("a;b\n1.234,5;2,5\n2,5;3,5\n", "write numbers without marks between thousands"),
+    "thousands": ("a;b\n1.234,5;2,5\n2,5;3,5\n", "write numbers without thousands separators"),
     "commas and points": ("a;b\n1,5;2.5\n2,5;3,5\n", "decimals have commas or points, not both"),
     "decimals cut in two": ("1,03\n1,05\n", "the end of a decimal"),
     "ids that lost digits": ("worker,seconds\n5.54668e18,1\n5.54669e18,2\n", "Numbers with exponents have lost digits"),
@@ -184,7 +184,7 @@ def test_jobs_without_a_time_are_counted(tmp_path: Path) -> None:
 def test_a_truncated_gzip_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.csv.gz"
     path.write_bytes(gzip.compress(b"a,b\n1.5,2.5\n" * 50)[:-20])
-    assert "is no whole gzip file" in refusal(path)
+    assert "is not a complete gzip file" in refusal(path)
 
 
 # The split

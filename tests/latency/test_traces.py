@@ -142,7 +142,7 @@ def test_two_speeds_without_any_jitter_are_found() -> None:
 @pytest.mark.parametrize(
     ("times", "sentence"),
     [
-        ([1.0] * 7, "7 times are too few to fit a law to; 8 are the least."),
+        ([1.0] * 7, "7 times are too few to fit a law to; at least 8 are needed."),
         ([0.0, *range(1, 10)], "A time of 0 cannot be fitted: times must be greater than 0."),
         ([2.5] * 20, "All times are 2.5: that is constant(2.5), there is nothing to fit."),
         ([math.nan, *range(1, 10)], "The trace has nan at row 0, column 0; times are at least 0."),

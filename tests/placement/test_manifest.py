@@ -293,7 +293,7 @@ BROKEN: dict[str, Any] = {
 def test_what_is_no_manifest_is_refused_in_one_sentence(folder: Path, change: dict[str, Any]) -> None:
     told = json.loads((folder / SHARDS_FILE).read_text())
     (folder / SHARDS_FILE).write_text(json.dumps({**told, **change}))
-    with pytest.raises(InvalidSetting, match=r"shards\.json is no manifest of shards"):
+    with pytest.raises(InvalidSetting, match=r"shards\.json is not a manifest of shards"):
         Manifest.read(folder)
 
 
@@ -305,7 +305,7 @@ def test_a_shard_s_line_is_checked(folder: Path, key: str, value: object) -> Non
     told = json.loads((folder / SHARDS_FILE).read_text())
     told["shards"][0][key] = value
     (folder / SHARDS_FILE).write_text(json.dumps(told))
-    with pytest.raises(InvalidSetting, match=r"shards\.json is no manifest of shards"):
+    with pytest.raises(InvalidSetting, match=r"shards\.json is not a manifest of shards"):
         Manifest.read(folder)
 
 

@@ -71,7 +71,7 @@ def test_a_node_s_folder_that_lies_elsewhere_is_refused_before_anything_is_chang
         assert tree(tmp_path) == before
     (out / "node-1").unlink()
     (out / "node-1").symlink_to(tmp_path / "nowhere")
-    assert "node-1 is no folder of its own" in refused(source, out, "-n", 3, "--force")
+    assert "node-1 is not a folder of its own" in refused(source, out, "-n", 3, "--force")
 
 
 @pytest.mark.parametrize("text", ["", "[", '{"format": "fl-gradcode shards 99"}'])

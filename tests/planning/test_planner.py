@@ -128,7 +128,7 @@ def test_less_storage_is_preferred_only_where_it_is_still_faster_than_no_code() 
 def test_a_scheme_that_loses_data_is_never_recommended() -> None:
     lines = [line(wait_for_all(12), 10.0), line(drop_slowest(12, 3), 1.0), line(repetition(12, 1), 5.0)]
     assert recommend(lines)[0] is lines[2]
-    assert recommend(lines[:2])[1] == "do not code: no code was compared that any worker may miss."
+    assert recommend(lines[:2])[1] == "do not code: none of the compared codes tolerates a missing worker."
 
 
 def test_infinite_rounds_are_told_from_finite_ones() -> None:
@@ -136,10 +136,10 @@ def test_infinite_rounds_are_told_from_finite_ones() -> None:
     lines = [line(wait_for_all(12), never), line(repetition(12, 1), never), line(repetition(12, 3), 7.0)]
     best, verdict = recommend(lines)
     assert best is lines[2]
-    assert verdict.startswith("code: repetition, s = 3 takes 7 s a round, where nothing else ends: some never answer;")
+    assert verdict.startswith("code: repetition, s = 3 takes 7 s a round, and waiting for all never ends,")
     best, verdict = recommend(lines[:2])
     assert best is lines[0]
-    assert verdict == "do not code: more workers never answer than any code that was compared tolerates."
+    assert verdict == "do not code: more workers never answer than any of the compared codes tolerates."
     lines = [line(wait_for_all(12), 7.0), line(repetition(12, 1), never), line(any_code(12, 1), 6.9)]
     assert recommend(lines)[1].endswith("(any n - s (cyclic), s = 1) a round is only 1% shorter.")
 

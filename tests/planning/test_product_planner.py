@@ -164,4 +164,4 @@ def test_the_table_fits_eighty_columns_and_shows_the_best_k(tmp_path: Path) -> N
 
 def test_what_is_about_rounds_is_refused() -> None:
     code, _, err = command("none", "-n", "4", "--s", "1")
-    assert code == 2 and "--s is about rounds" in err
+    assert code == 2 and "--s applies to rounds" in err

@@ -163,9 +163,9 @@ def test_calibrated_noise_is_the_tables_and_meets_its_target(
 
 
 def test_calibration_refuses_what_no_noise_reaches() -> None:
-    with pytest.raises(InvalidSetting, match=r"No noise multiplier up to 10000 .*Wish for more"):
+    with pytest.raises(InvalidSetting, match=r"No noise multiplier up to 10000 .*Choose a larger epsilon"):
         noise_multiplier_for(0.01, DELTA, sample_rate=0.3, steps=10, accountant="rdp")
-    with pytest.raises(InvalidSetting, match=r"No noise multiplier up to 10000 .*Wish for more"):
+    with pytest.raises(InvalidSetting, match=r"No noise multiplier up to 10000 .*Choose a larger epsilon"):
         noise_multiplier_for(0.005, DELTA, sample_rate=0.3, steps=10)
 
 

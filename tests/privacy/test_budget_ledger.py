@@ -248,16 +248,16 @@ def test_a_ledger_that_others_may_change_is_refused(ledger: BudgetLedger, monkey
     ask(ledger, 1)
     path = ledger.path_of(0)
     path.chmod(0o666)
-    with pytest.raises(InvalidSetting, match=r"is open to others \(mode 0666\): chmod 600"):
+    with pytest.raises(InvalidSetting, match=r"is accessible to other users \(mode 0666\): chmod 600"):
         ask(ledger, 2)
     path.chmod(0o600)
     ledger.folder.chmod(0o777)
-    with pytest.raises(InvalidSetting, match=r"Others may exchange the files in .*: chmod 700"):
+    with pytest.raises(InvalidSetting, match=r"Other users can replace the files in .*: chmod 700"):
         ask(ledger, 2)
     ledger.folder.chmod(0o700)
     path.rename(ledger.folder / "elsewhere")
     path.symlink_to(ledger.folder / "elsewhere")
-    with pytest.raises(InvalidSetting, match="is a symbolic link, and may be led elsewhere"):
+    with pytest.raises(InvalidSetting, match="is a symbolic link, whose target may change"):
         ask(ledger, 2)
     path.unlink()
     (ledger.folder / "elsewhere").rename(path)
@@ -335,5 +335,5 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_sentence(tmp_path: Path)
     with pytest.raises(InvalidSetting, match=r"^The folder for spent privacy \S+ cannot be written: [A-Z][a-z ]+\.$"):
         ask(BudgetLedger(tmp_path / "file" / "below"), 1)
     (tmp_path / "spent" / "shard-0.jsonl").mkdir(parents=True)
-    with pytest.raises(InvalidSetting, match=r"^\S+ is no file: move it away, and restore the file\.$"):
+    with pytest.raises(InvalidSetting, match=r"^\S+ is not a file: move it away, and restore the file\.$"):
         ask(BudgetLedger(tmp_path / "spent"), 1)

@@ -251,7 +251,7 @@ def test_estimates_are_refused(policy: Any) -> None:
 
 def test_codes_that_are_not_exact_are_refused() -> None:
     code = bernoulli(6, 2, rng=np.random.default_rng(0))
-    with pytest.raises(InvalidSetting, match="Take an exact code"):
+    with pytest.raises(InvalidSetting, match="Use an exact code"):
         GradientCoding(FedAvg(), code, privacy=settings(), on_undecodable="approximate")
 
 

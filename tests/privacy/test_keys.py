@@ -55,7 +55,7 @@ def test_only_the_owner_may_read_the_files_and_the_folders(folder: Path) -> None
 def test_a_file_open_to_others_is_refused_with_the_command_that_mends_it(folder: Path, open_to: int) -> None:
     path = folder / "node-1" / KEYS_FILE
     path.chmod(open_to)
-    with pytest.raises(InvalidSetting, match=f"is open to others \\(mode 0{open_to:o}\\)") as caught:
+    with pytest.raises(InvalidSetting, match=f"is accessible to other users \\(mode 0{open_to:o}\\)") as caught:
         read_keys(path.parent)
     command = str(caught.value).partition("): ")[2]
     assert command.startswith("chmod 600 ")
@@ -83,20 +83,20 @@ def first_secret(make: Callable[[str], Any]) -> Callable[[str], str]:
 DAMAGED: dict[str, tuple[Callable[[str], str], str]] = {
     "empty": (lambda text: "", "cannot be read"),
     "truncated": (lambda text: text[: len(text) // 2], "cannot be read"),
-    "a list": (lambda text: "[1]", "is no key file of fl-gradcode"),
-    "a number": (lambda text: "7", "is no key file of fl-gradcode"),
+    "a list": (lambda text: "[1]", "is not a key file of fl-gradcode"),
+    "a number": (lambda text: "7", "is not a key file of fl-gradcode"),
     "other format": (changed(lambda v: v.update(format="fl-gradcode keys 2")), "has format 'fl-gradcode keys 2'"),
-    "no format": (changed(lambda v: v.pop("format")), "is no key file of fl-gradcode"),
-    "no secrets": (changed(lambda v: v.pop("secrets")), "is no key file of fl-gradcode"),
-    "no worker": (changed(lambda v: v.pop("worker")), "is no key file of fl-gradcode"),
-    "secrets a list": (changed(lambda v: v.update(secrets=[1])), "is no key file of fl-gradcode"),
-    "generation a word": (changed(lambda v: v.update(generation="new")), "is no key file of fl-gradcode"),
+    "no format": (changed(lambda v: v.pop("format")), "is not a key file of fl-gradcode"),
+    "no secrets": (changed(lambda v: v.pop("secrets")), "is not a key file of fl-gradcode"),
+    "no worker": (changed(lambda v: v.pop("worker")), "is not a key file of fl-gradcode"),
+    "secrets a list": (changed(lambda v: v.update(secrets=[1])), "is not a key file of fl-gradcode"),
+    "generation a word": (changed(lambda v: v.update(generation="new")), "is not a key file of fl-gradcode"),
     "short": (first_secret(lambda s: s[:-2]), "has 31 bytes instead of 32"),
     "long": (first_secret(lambda s: s + "ab"), "has 33 bytes instead of 32"),
     "no secret": (first_secret(lambda s: ""), "has 0 bytes instead of 32"),
-    "half a byte": (first_secret(lambda s: s[:-1]), "is no key file of fl-gradcode"),
-    "not hex": (first_secret(lambda s: "xy" * 32), "is no key file of fl-gradcode"),
-    "not a text": (first_secret(lambda s: 5), "is no key file of fl-gradcode"),
+    "half a byte": (first_secret(lambda s: s[:-1]), "is not a key file of fl-gradcode"),
+    "not hex": (first_secret(lambda s: "xy" * 32), "is not a key file of fl-gradcode"),
+    "not a text": (first_secret(lambda s: 5), "is not a key file of fl-gradcode"),
     "zeros": (first_secret(lambda s: "00" * 32), "is one byte repeated: anybody can guess it"),
     "constant": (first_secret(lambda s: "5a" * 32), "is one byte repeated: anybody can guess it"),
 }
@@ -148,10 +148,10 @@ def test_a_shard_that_the_node_does_not_hold_has_no_secret(folder: Path) -> None
 def test_keys_are_never_overwritten(folder: Path) -> None:
     before = {path: path.read_bytes() for path in folder.glob("*/*")}
     for held, generation in ((HELD, 1), (HELD[:1], 1), (HELD, 2)):
-        with pytest.raises(InvalidSetting, match="is there already"):
+        with pytest.raises(InvalidSetting, match="already exists"):
             write_keys(folder, held, generation=generation)
     (folder / "node-0" / KEYS_FILE).unlink()  # the others' would no longer fit
-    with pytest.raises(InvalidSetting, match="is there already"):
+    with pytest.raises(InvalidSetting, match="already exists"):
         write_keys(folder, HELD[:1])
     assert all(path.read_bytes() == content for path, content in before.items() if path.exists())
 

@@ -225,7 +225,7 @@ def test_a_plain_strategy_s_message_is_held_to_the_same(tmp_path: Path) -> None:
 def test_a_folder_that_others_may_write_is_refused(tmp_path: Path) -> None:
     ask(tmp_path)
     (tmp_path / "node-0").chmod(0o777)
-    with pytest.raises(ValueError, match=r"Others may exchange the files in .* \(mode 0777\): chmod 700"):
+    with pytest.raises(ValueError, match=r"Other users can replace the files in .* \(mode 0777\): chmod 700"):
         ask(tmp_path, round=2)
 
 

@@ -127,7 +127,7 @@ def test_a_wrapper_is_refused_around_a_strategy_that_has_run_without_it() -> Non
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_flower_s_privacy_wrappers_go_inside_where_they_see_each_reply(name: str) -> None:
-    with pytest.raises(IncompatibleStrategy, match=rf"^{name} aggregates .*: pass send='shards', which brings it one"):
+    with pytest.raises(IncompatibleStrategy, match=rf"^{name} aggregates .*: pass send='shards', which gives it one"):
         GradientCoding(WRAPPERS[name](FedAvg()), CODE)
     GradientCoding(WRAPPERS[name](FedAvg()), CODE, send="shards")
     noise = CentralNoise(noise_multiplier=1.0, clipping_norm=1.0)

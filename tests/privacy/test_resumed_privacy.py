@@ -104,7 +104,7 @@ def test_rounds_that_are_done_are_not_priced_by_other_noise(other: Any, tmp_path
     grid = lambda: clients(CODES["fractional"], tmp_path / "keys")  # noqa: E731
     with pytest.raises(Killed):
         start(central(tmp_path, 3), grid(), ROUNDS)
-    with pytest.raises(InvalidSetting, match="a run with another privacy promise. Go on with the same one"):
+    with pytest.raises(InvalidSetting, match="a run with another privacy promise. Continue with the same one"):
         start(kept(CODES["fractional"], tmp_path, privacy=other), grid(), ROUNDS)
 
 
@@ -132,7 +132,7 @@ def test_a_round_that_would_be_asked_otherwise_is_not_asked_again(
     run_on(again, clients(code, tmp_path), {"local-epochs": 2} if change == "message" else None)
     holders = 3 if options else 1
     assert numbers(again) == ([1, 2, 3, 4] if change == "nothing" else [1, 2, 4])
-    assert ("Round 3 had been asked" in caplog.text) == (change != "nothing")
+    assert ("Round 3 had already been asked for" in caplog.text) == (change != "nothing")
     assert all(row["train"]["outcome"] == "exact" and not row["train"]["rejected"] for row in again.ledger.rows)
     told = again.ledger.rows[-1]["train"]["privacy"]["epsilon"]
     assert told == pytest.approx(hand_computed(ROUNDS, holders), rel=1e-9)

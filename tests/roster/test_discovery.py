@@ -79,9 +79,7 @@ def test_equal_holdings_are_groups_and_decode_without_amplifying() -> None:
 
 def test_shards_that_lack_holders_are_named_and_lower_the_tolerance() -> None:
     found = holdings({0: (0, 1), 1: (1, 2), 2: (2, 1)}, 3)
-    assert found.told_lacking() == (
-        "s=1 needs 2 holders of each shard: shard 0 has 1 (0). Place them on further nodes."
-    )
+    assert found.told_lacking() == ("s=1 needs 2 holders of each shard: shard 0 has 1 (0). Place them on more nodes.")
     code = found.code()
     assert code is not None and code.s == 0
     assert found.code([1, 2]) is None and "shard 0 has 0 (nobody)" in found.told_lacking([1, 2])
@@ -172,7 +170,7 @@ def test_nodes_join_leave_and_return_between_rounds(caplog: pytest.LogCaptureFix
     without_0 = [[one for one in holders if one != 0] for holders in with_4]
     assert told == [[[0, 3], [0, 1], [1, 2], [2, 3]], with_4, without_0, with_4, without_0, with_4][: len(seen)]
     assert any(4 in row["train"]["answered"] for row in rows)
-    assert "built again for workers [0, 1, 2, 3, 4]" in caplog.text and "workers [1, 2, 3, 4]" in caplog.text
+    assert "been rebuilt for workers [0, 1, 2, 3, 4]" in caplog.text and "workers [1, 2, 3, 4]" in caplog.text
 
 
 def test_a_node_that_never_says_who_it_is_keeps_nobody_in_the_code_who_is_gone() -> None:
@@ -275,7 +273,7 @@ def test_fewer_holders_than_wished_for_are_a_warning(caplog: pytest.LogCaptureFi
         strategy.start(grid, initial_arrays(), num_rounds=2, timeout=60)
     told = [r.getMessage() for r in caplog.records if "needs 2 holders" in r.getMessage()]
     assert told == [
-        "s=1 needs 2 holders of each shard: shard 0 has 1 (0). Place them on further nodes. The code tolerates s=0 "
+        "s=1 needs 2 holders of each shard: shard 0 has 1 (0). Place them on more nodes. The code tolerates s=0 "
         "until then."
     ]
 
@@ -290,8 +288,8 @@ def test_the_vote_of_a_worker_ends_when_it_leaves_and_its_shards_are_forgotten()
     found.follow({3: {0: "y"}})
     assert found.holders()[0] == [3]
     assert found.changes() == [
-        "Other data count as shard 0 than before, because most of its holders report them by now: worker 3. A manifest "
-        "would decide it (manifest=)."
+        "The data that counts as shard 0 has changed, because most of its holders now report other data: worker 3. "
+        "A manifest would decide which data is right (manifest=)."
     ]
     for _ in range(4):
         found.follow({3: {0: "y"}})

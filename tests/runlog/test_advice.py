@@ -78,7 +78,7 @@ def test_who_does_not_answer_any_more_is_planned_for() -> None:
     rows = typed([row(i) for i in range(1, 20)])
     assert advise(rows).verdict.startswith("do not code: ")
     told = advise(rows, gone=[3])
-    assert told.verdict.startswith("as if worker 3 never answered again: code: ") and "GradientCoding(" in told.python
+    assert told.verdict.startswith("if worker 3 never answers again: code: ") and "GradientCoding(" in told.python
 
 
 def test_no_advice_for_a_code_of_workers_that_are_not_all_there() -> None:

@@ -158,7 +158,7 @@ def test_a_short_row_that_is_wrong_is_one_sentence(key: str, value: Any) -> None
     rows, _ = rows_of(fractional_repetition(6, 2), rounds=1)
     short = shortened(rows[0].to_json())
     short["train"][key] = value
-    with pytest.raises(InvalidSetting, match="This is no ledger row"):
+    with pytest.raises(InvalidSetting, match="This is not a ledger row"):
         RoundRow.from_json(short)
 
 

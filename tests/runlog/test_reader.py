@@ -106,7 +106,9 @@ def test_a_broken_line_in_the_middle_is_an_error_with_its_number(tmp_path: Path)
 def test_a_file_of_something_else_is_no_ledger(line: str, tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text(line + "\n")
-    with pytest.raises(InvalidSetting, match=r"Line 1 of the ledger .*: This is no ledger row: .* Name the file given"):
+    with pytest.raises(
+        InvalidSetting, match=r"Line 1 of the ledger .*: This is not a ledger row: .* Name the file given"
+    ):
         read(path)
 
 

@@ -128,7 +128,7 @@ def test_files_are_the_owner_s_alone(tmp_path: Path) -> None:
     for path in (tmp_path / "secagg" / module._LEDGER, tmp_path / "secagg" / f"reply-{R[1].hex()}.bin"):
         assert path.stat().st_mode & 0o777 == 0o600
     (tmp_path / "secagg" / module._LEDGER).chmod(0o644)
-    with pytest.raises(InvalidSetting, match="open to others"):
+    with pytest.raises(InvalidSetting, match="accessible to other users"):
         node.reply_to("run", "train", 2, R[2])
 
 

@@ -71,7 +71,7 @@ def test_a_manifest_from_elsewhere_must_have_the_pinned_digest(tmp_path: Path) -
     with pytest.raises(SecureRefused, match="another one than this node has pinned"):
         read_manifest(tmp_path / "ours" / "node-0", theirs)
     (tmp_path / "ours" / "node-0" / DIGEST_FILE).chmod(0o666)
-    with pytest.raises(InvalidSetting, match="open to others"):
+    with pytest.raises(InvalidSetting, match="accessible to other users"):
         read_manifest(tmp_path / "ours" / "node-0")
     (tmp_path / "ours" / "node-0" / DIGEST_FILE).chmod(0o600)
     (tmp_path / "ours" / "node-0" / DIGEST_FILE).write_text("00\n")

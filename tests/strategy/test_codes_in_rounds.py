@@ -266,7 +266,7 @@ def test_a_run_may_only_evaluate_and_be_started_again_on_other_nodes(send: Any) 
 
 
 REFUSED: list[tuple[GradientCode, dict[str, Any], str]] = [
-    (fractional_repetition(6, 1, m=2), {"send": "shards"}, r"divides them by m=2\. Take a code with m = 1\."),
+    (fractional_repetition(6, 1, m=2), {"send": "shards"}, r"divides them by m=2\. Use a code with m = 1\."),
     (reed_solomon(6, 2), {"send": "shards"}, r"a code over a prime field codes them\. Choose one\."),
     (CYCLIC, {"send": "shards"}, r"run the strategy by its start\(\)\."),  # somebody else's loop
     (CYCLIC, {"send": "both"}, r"send='both' must be one of coded, shards, adaptive, or a Coded"),
@@ -274,7 +274,7 @@ REFUSED: list[tuple[GradientCode, dict[str, Any], str]] = [
     (stochastic(6, 2, rng=np.random.default_rng(0)), {}, "stochastic code promises no exact sum: pass on_undecodable="),
     (reed_solomon(6, 2), {"on_undecodable": "approximate"}, "Over a prime field a sum is exact or unknown"),
     (CYCLIC, {"on_undecodable": Approximation(fill_in=True)}, "a cyclic repetition code mixes them"),
-    (fractional_repetition(6, 1, m=2), {"on_undecodable": Approximation(fill_in=True)}, "mixes them. Take fractional"),
+    (fractional_repetition(6, 1, m=2), {"on_undecodable": Approximation(fill_in=True)}, "mixes them. Use fractional"),
 ]
 
 

@@ -62,7 +62,7 @@ def test_an_account_without_room_is_a_sentence(tmp_path: Path, monkeypatch: pyte
     checkpoint = Checkpoint(tmp_path / "run.ckpt")
     checkpoint.save_privacy("r", {"released": []})
     monkeypatch.setattr("fl_gradcode.checkpoints.checkpoint.os.fsync", full)
-    with pytest.raises(InvalidSetting, match="No space left on device. Nothing is asked without it"):
+    with pytest.raises(InvalidSetting, match="No space left on device. Without it, no messages are sent"):
         checkpoint.save_privacy("r", {"released": [1]})
     assert checkpoint.load_privacy("r") == {"released": []}
 

@@ -344,6 +344,6 @@ def test_any_dtype_of_a_model_is_kept_bit_by_bit(tmp_path: Path) -> None:
 def test_a_file_that_is_no_ledger_is_left_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "run.ckpt"
     path.write_bytes(b"PK\x03\x04 a checkpoint\nwithout an end of line")
-    with pytest.raises(InvalidSetting, match="is no ledger, and nothing was written to it"):
+    with pytest.raises(InvalidSetting, match="is not a ledger, and nothing was written to it"):
         Ledger(path)
     assert path.read_bytes() == b"PK\x03\x04 a checkpoint\nwithout an end of line"
