@@ -94,12 +94,12 @@ def test_the_line_to_paste_makes_the_strategy() -> None:
 def test_a_figure_is_written(tmp_path: Path) -> None:
     for ending in ("png", "svg"):
         file = tmp_path / f"plan.{ending}"
-        assert plan("serverless", "-n", "6", *QUICK, "--figure", str(file))[0] == 0
+        assert plan("virtual-machines", "-n", "6", *QUICK, "--figure", str(file))[0] == 0
         assert file.stat().st_size > 5_000
     svg = (tmp_path / "plan.svg").read_text()
     # Matplotlib draws text as shapes, and writes what it says beside them as a comment.
     assert "<!-- mean seconds a round, over a run -->" in svg
-    assert "<!-- 6 workers, law serverless -->" in svg and "<!-- recommended: -->" in svg
+    assert "<!-- 6 workers, law virtual-machines -->" in svg and "<!-- recommended: -->" in svg
     assert "<!-- Code: partial work" in svg
 
 
@@ -267,7 +267,8 @@ def test_few_rounds_cannot_tell_and_many_can(tmp_path: Path) -> None:
 def test_the_answer_comes_first_and_six_rows_follow(tmp_path: Path) -> None:
     _, out, _ = plan("virtual-machines", "-n", "9", *QUICK)
     assert out.startswith("Code: ") and "raw data of other" in out.replace("\n", " ")
-    assert "from fl_gradcode import GradientCoding, fractional_repetition" in out
+    assert "from fl_gradcode import GradientCoding, Shards, fractional_repetition" in out
+    assert 'fractional_repetition(9, 2), send=Shards(patience="learned"))' in out
     assert sum(line.count(" > ") or line.startswith(" >") for line in out.splitlines()) == 1
     rows = [line for line in out.splitlines() if re.search(r"\d\.\d\dx +[\d.]+\*? ", line)]
     assert 4 <= len(rows) <= 6
