@@ -22,7 +22,10 @@ from ..errors import InvalidSetting, PrivacyRefused
 from .accounting import Spend, epsilon_of
 from .keys import check_own
 
-__all__ = ["BudgetLedger", "Charge", "Entry", "Request"]
+__all__ = ["SHARDS_SPENT", "SPENT", "BudgetLedger", "Charge", "Entry", "Request", "refuse_other_unit"]
+
+#: Folders of a node's ledgers in its own: of what records have spent, and of what whole shards have.
+SPENT, SHARDS_SPENT = "spent", "spent-shards"
 
 # A server that claims more than so many rounds without this node is wrong, and would fill its disk.
 _MOST_MISSED = 10_000
@@ -247,6 +250,26 @@ class BudgetLedger:
                     "a file system with locks, such as a local disk."
                 )
             yield
+
+
+def refuse_other_unit(folder: Path, ledger: str, shard: int) -> None:
+    """Refuse to count one budget in two units: a record's epsilon and a whole shard's do not add up.
+
+    Args:
+        folder: The node's folder, with both ledgers.
+        ledger: The ledger that is going to be charged, `SPENT` or `SHARDS_SPENT`.
+        shard: Number of the shard.
+
+    Raises:
+        PrivacyRefused: The shard has spent something in the other unit.
+    """
+    other = SHARDS_SPENT if ledger == SPENT else SPENT
+    if BudgetLedger(folder / other).entries(shard):
+        units = ("single records", "whole shards") if ledger == SPENT else ("whole shards", "single records")
+        raise PrivacyRefused(
+            f"Shard {shard}: this request spends privacy of {units[0]}, and this node's folder has a ledger of "
+            f"{units[1]}, which one max-epsilon cannot bound together. Give this kind of run a folder of its own."
+        )
 
 
 def _new_entries(request: Request, run: list[Entry]) -> list[Entry]:

@@ -93,7 +93,10 @@ class Run:
         self.name = name or uuid.uuid4().hex
         self.done = 0
         self.registry = registry or WorkerRegistry()  # not shared between runs, which may have other nodes and clients
-        self.account = RunAccount(options.privacy, code, self.name, send=str(options.send)) if options.privacy else None
+        self.account: RunAccount | None = None
+        if options.privacy is not None:
+            rounding = None if options.secure is None else options.secure.rounding
+            self.account = RunAccount(options.privacy, code, self.name, send=str(options.send), rounding=rounding)
         self.modes = self._mode_chooser(code)
         self.mode: RoundMode | None = None
         self.row: RoundRow | None = None

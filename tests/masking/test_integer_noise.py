@@ -11,6 +11,7 @@ import pytest
 
 from fl_gradcode.codes import fractional_repetition
 from fl_gradcode.masking import integer_noise
+from fl_gradcode.privacy import IntegerNoise
 from fl_gradcode.secagg import ShardResult, decode, discrete_gaussian
 from fl_gradcode.secagg.keys import noise_key
 from tests.secagg.samples import REQUEST, body_of, class_integers, replies_of, results_for, sealed, seed_of
@@ -75,8 +76,9 @@ def test_holders_draw_the_same_and_keys_are_bound_to_the_request() -> None:
 
 
 def test_the_noise_of_a_sum_is_that_of_all_its_shards() -> None:
-    code, sigma = fractional_repetition(8, 1), 1000.0
-    body = body_of(code, size=20_000, metrics=0, noise=sigma, clip="norm")
+    code = fractional_repetition(8, 1)
+    body = body_of(code, size=20_000, metrics=0, privacy=IntegerNoise(noise_multiplier=0.1, clipping_norm=1.0))
+    sigma = body.quantiser.noise
     zeros = {j: ShardResult(np.zeros(20_000, np.float32), 5.0, np.zeros(0)) for j in range(8)}
     manifest = sealed(body)
     replies = replies_of(manifest, zeros)
@@ -90,7 +92,8 @@ def test_the_noise_of_a_sum_is_that_of_all_its_shards() -> None:
 
 def test_with_noise_nothing_leaves_that_noise_does_not_cover() -> None:
     """No weight, no metric, no count of clipped entries, and no count of shards that failed."""
-    body = body_of(fractional_repetition(8, 1), metrics=2, noise=50.0, bound=0.1)
+    noise = IntegerNoise(noise_multiplier=1.0, clipping_norm=0.1)
+    body = body_of(fractional_repetition(8, 1), metrics=0, privacy=noise)
     results = dict[int, ShardResult | None](results_for(body, weight=0.5))
     plain = [class_integers(body, c, results) for c in range(4)]
     results[5] = None
@@ -98,4 +101,4 @@ def test_with_noise_nothing_leaves_that_noise_does_not_cover() -> None:
     for part in ("metrics", "check", "status"):
         assert all((one[part] == other[part]).all() for one, other in zip(plain, failed, strict=True))
     (found,) = decode(sealed(body), replies_of(sealed(body), results))
-    assert (found.weight, found.clipped, found.metrics.tolist()) == (8.0, 0, [0.0, 0.0])
+    assert (found.weight, found.clipped, found.metrics.tolist()) == (8.0, None, [])
