@@ -53,7 +53,7 @@ def make(
     largest_weight: Annotated[
         float | None,
         typer.Option(
-            help="Largest weight of a shard, such as its number of examples; a larger one fails. Not with integer noise."
+            help="Largest weight of a shard, such as its number of examples; a larger one fails. Not with noise."
         ),
     ] = None,
     code: Annotated[str, typer.Option(help=f"The code: {', '.join(_CODES)}.")] = "fractional",
@@ -70,9 +70,7 @@ def make(
     ] = None,
     noise_multiplier: Annotated[
         float | None,
-        typer.Option(
-            help="Integer noise of each shard, over the most that a shard changes a sum: differential privacy."
-        ),
+        typer.Option(help="Integer noise in each shard, over what a shard can change: differential privacy."),
     ] = None,
     clipping_norm: Annotated[
         float | None, typer.Option(help="With --noise-multiplier: bound of the norm of a shard's update.")
@@ -167,8 +165,8 @@ def make(
     )
     sending = "" if send == "coded" else f", send={send!r}"
     typer.echo(
-        f"The server needs {folder / MANIFEST_FILE} alone: secure=SecureAggregation(PATH){sending}{_told(noise)}. Bring "
-        "it no keys."
+        f"The server needs {folder / MANIFEST_FILE} alone: secure=SecureAggregation(PATH){sending}{_told(noise)}. "
+        "Bring it no keys."
     )
 
 

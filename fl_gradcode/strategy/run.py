@@ -317,6 +317,7 @@ class Run:
         )
         before = content[arrays_key] if arrays_key else None
         assert before is None or isinstance(before, ArrayRecord)
+        self._masks.check_model(before)
         ttl = time_to_live(self.timeout, self._slowest)
         factory = MessageFactory(plan, content, message_type=drafts[0].metadata.message_type, ttl=ttl)
         scrutiny = Scrutiny(self._comparisons, compares, self._agreed, options.votes, self._masks.manifest)
