@@ -69,8 +69,15 @@ def test_comparisons_draw_as_many_bits_as_they_need() -> None:
 
 def test_holders_draw_the_same_and_keys_are_bound_to_the_request() -> None:
     assert (discrete_gaussian(KEY, 5.0, 50) == discrete_gaussian(KEY, 5.0, 50)).all()
-    keys = {noise_key(seed_of(0), REQUEST, 0), noise_key(seed_of(0), bytes(32), 0), noise_key(seed_of(0), REQUEST, 1)}
-    assert len(keys) == 3
+    zeros, ones = (np.full(3, value, np.int32) for value in (0, 1))
+    bound = [
+        (REQUEST, 0, zeros),
+        (bytes(32), 0, zeros),
+        (REQUEST, 1, zeros),
+        (REQUEST, 0, ones),
+        (REQUEST, 0, zeros[:2]),
+    ]
+    assert len({noise_key(seed_of(0), *one) for one in bound}) == 5
     with pytest.raises(ValueError, match="sigma"):
         discrete_gaussian(KEY, 0.0, 3)
 
@@ -79,14 +86,15 @@ def test_the_noise_of_a_sum_is_that_of_all_its_shards() -> None:
     code = fractional_repetition(8, 1)
     body = body_of(code, size=20_000, metrics=0, privacy=IntegerNoise(noise_multiplier=0.1, clipping_norm=1.0))
     sigma = body.quantiser.noise
-    zeros = {j: ShardResult(np.zeros(20_000, np.float32), 5.0, np.zeros(0)) for j in range(8)}
+    still = {j: ShardResult(np.zeros(20_000, np.float32), 5.0, np.zeros(0)) for j in range(8)}
     manifest = sealed(body)
-    replies = replies_of(manifest, zeros)
+    replies = replies_of(manifest, still)
     assert replies[0].payload() == replies[4].payload()
     (found,) = decode(manifest, replies[:4])
     variance = 8 * sigma**2
     assert abs(float(found.integers.astype(np.float64).var()) - variance) < 3 * variance * math.sqrt(2 / 20_000)
-    expected = sum(discrete_gaussian(noise_key(seed_of(j % 4), REQUEST, j), sigma, 20_000) for j in range(8))
+    zeros = np.zeros(20_000, np.int32)
+    expected = sum(discrete_gaussian(noise_key(seed_of(j % 4), REQUEST, j, zeros), sigma, 20_000) for j in range(8))
     assert (found.integers == expected).all()
 
 
