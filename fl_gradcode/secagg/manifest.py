@@ -403,7 +403,15 @@ def _body_of(values: dict[str, Any], text: bytes) -> ManifestBody:
         raise InvalidSetting(f"its {_SCOPE} is {scope!r}: with integer noise it is 'shard' or 'sum', else not there.")
     if quantiser.noise:
         told = bool(metrics or evaluation)
-        check_noise(quantiser, classes, scope, metrics=told, identities=bool(identities), rehearsal=rehearsal)
+        check_noise(
+            quantiser,
+            classes,
+            scope,
+            metrics=told,
+            identities=bool(identities),
+            rehearsal=rehearsal,
+            cohorts=len(cohorts),
+        )
     return ManifestBody(
         classes,
         graph,

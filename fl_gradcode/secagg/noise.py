@@ -119,6 +119,7 @@ def check_noise(
     metrics: bool,
     identities: bool,
     rehearsal: bool,
+    cohorts: int,
 ) -> None:
     """Check what a manifest's body with integer noise must have.
 
@@ -129,6 +130,7 @@ def check_noise(
         metrics: Whether it has metrics of training or evaluation.
         identities: Whether it has an allow-list.
         rehearsal: Whether holders compare what they compute.
+        cohorts: Number of separate sums.
 
     Raises:
         InvalidSetting: Something is missing, or must not be there.
@@ -144,6 +146,8 @@ def check_noise(
             "noise with scope='sum' rests on the masks, and needs an allow-list and a rehearsal: without them a server "
             "may open masks, or holders that differ do."
         )
+    if scope == "sum" and cohorts != 1:
+        raise InvalidSetting(f"noise with scope='sum' is counted for one sum, and there are {cohorts} cohorts.")
     if scope == "sum" and quantiser.noise < _LEAST_PART:
         raise InvalidSetting(
             f"noise={quantiser.noise:.3g} units a shard must be at least {_LEAST_PART:g} with scope='sum': take more "

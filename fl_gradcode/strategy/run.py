@@ -155,7 +155,7 @@ class Run:
             InvalidSetting: A run of this name was begun before, and its checkpoint is lost.
         """
         if self.account is not None and self.keeper.keeps:
-            self.account.request = request
+            self.account.request = self._masks.same_request(request, self.account.privacy)
             self.account.begin_anew(self.keeper.load_account(self.name))
             self.keeper.save_account(self.name, self.account.state)
         self.keep(arrays, 0)
@@ -182,7 +182,7 @@ class Run:
                 self._comparisons.resume([] if row.train is None else [row.train])
                 self._ever_decoded |= row.train is not None and row.train.outcome in ("exact", "approximate", "stale")
         if self.account is not None:
-            self.account.request = request
+            self.account.request = self._masks.same_request(request, self.account.privacy)
             latest = self.keeper.load_account(self.name)
             self.done = self.account.resume(saved.privacy, latest, saved.round, rows)
             self.keeper.save_account(self.name, self.account.state)

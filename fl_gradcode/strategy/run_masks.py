@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
 from ..errors import InvalidSetting
+from ..privacy import IntegerNoise, Privacy
 from ..protocol import Rejection
 from ..roster import WorkerRegistry, rehearse
 from ..runlog import PhaseRow
@@ -76,6 +77,14 @@ class RunMasks:
         """
         if self._secure is not None and self.manifest is None:
             raise InvalidSetting("secure= with a body sets up keys first: run the strategy by its start().")
+
+    def same_request(self, request: str, privacy: Privacy | None) -> str:
+        """Returns the digest of what a run asks, or "" if a resumed run may ask the same round otherwise.
+
+        Keys that nodes draw may be others after a restart, and integer noise with them, which is a further release.
+        """
+        drawn = self._secure is not None and self._secure.manifest is None
+        return "" if drawn and isinstance(privacy, IntegerNoise) else request
 
     def check_model(self, model: ArrayRecord | None) -> None:
         """Check that the model has the arrays that the manifest says train() returns.

@@ -62,6 +62,8 @@ from tests.secagg.test_rounds import transcript
 FRC = fractional_repetition(8, 1)
 CYCLIC = cyclic_repetition(6, 1, rng=np.random.default_rng(0))
 NOISE = IntegerNoise(noise_multiplier=4.0, clipping_norm=2.0)
+SUMMED = IntegerNoise(noise_multiplier=4.0, clipping_norm=2.0, scope="sum")
+SUM: dict[str, Any] = {"identities": [f"{i:064x}" for i in range(8)], "rehearsal": True}
 
 
 def dealt(folder: Path, privacy: IntegerNoise = NOISE, **settings: Any) -> Manifest:
@@ -409,7 +411,9 @@ def test_a_killed_server_asks_the_round_again_and_nobody_is_charged_twice(tmp_pa
             {"sending": "shardwise"},
             "needs fractional repetition",
         ),
-        (FRC, {"privacy": IntegerNoise(noise_multiplier=4.0, clipping_norm=2.0, scope="sum")}, "an allow-list"),
+        (FRC, {"privacy": SUMMED, **SUM, "cohorts": 2, "min_classes": 2, "colluders": 0}, "there are 2 cohorts"),
+        (FRC, {"privacy": SUMMED, **SUM, "rehearsal": False}, "an allow-list and a rehearsal"),
+        (FRC, {"privacy": SUMMED, **SUM, "identities": ()}, "an allow-list and a rehearsal"),
         (FRC, {"privacy": IntegerNoise(noise_multiplier=1e4, clipping_norm=2.0**20)}, "do not fit the ring"),
     ],
     ids=str,
@@ -451,9 +455,8 @@ def test_the_sensitivity_bounds_what_rounding_may_make_of_a_clipped_update() -> 
 
 def test_noise_in_the_sum_is_shared_by_the_shards_that_no_colluder_holds(tmp_path: Path) -> None:
     """Four classes of two shards and one colluder: six shards have the noise together."""
-    summed = IntegerNoise(noise_multiplier=4.0, clipping_norm=2.0, scope="sum")
     settings: dict[str, Any] = {"colluders": 1, "rehearsal": True, "metrics": []}
-    body = fleet.enrolled(tmp_path, FRC, privacy=summed, **settings)
+    body = fleet.enrolled(tmp_path, FRC, privacy=SUMMED, **settings)
     assert counted_shards(body.classes, 1) == 6 and counted_shards(body.classes, 4) == 0
     whole = make_body(FRC, arrays=ARRAYS, privacy=NOISE, headroom=body.quantiser.headroom).quantiser
     assert body.quantiser.noise == pytest.approx(whole.noise / math.sqrt(6))
@@ -461,7 +464,7 @@ def test_noise_in_the_sum_is_shared_by_the_shards_that_no_colluder_holds(tmp_pat
     assert found is not None and found.noise_multiplier == pytest.approx(4.0) and found.scope == "sum"
     more = body.noise(colluders=2)  # an owner who fears two colluders counts less noise
     assert more is not None and more.noise_multiplier == pytest.approx(4.0 * math.sqrt(4 / 6))
-    strategy, models, _ = fleet.start(FRC, tmp_path, privacy=summed, rounds=2)
+    strategy, models, _ = fleet.start(FRC, tmp_path, privacy=SUMMED, rounds=2)
     assert [row["train"]["outcome"] for row in strategy.ledger.rows] == ["exact"] * 2
     line = strategy.ledger.rows[-1]["train"]["privacy"]
     assert line["noise"] == "integer-sum" and line["epsilon"] == pytest.approx(NOISE.epsilon(2))
@@ -476,7 +479,7 @@ def test_noise_in_the_sum_is_shared_by_the_shards_that_no_colluder_holds(tmp_pat
 def scores(privacy: IntegerNoise, repetitions: int, known: int = 1) -> Callable[[bool], NDArray[np.float64]]:
     """Along the shard's update, what is left of the sum of the honest shards when all else is subtracted."""
     size = 16
-    body = body_of(FRC, size=size, metrics=0, privacy=privacy, **(_SUM if privacy.scope == "sum" else {}))
+    body = body_of(FRC, size=size, metrics=0, privacy=privacy, **(SUM if privacy.scope == "sum" else {}))
     classes = body.classes
     update = np.zeros(size, np.float32)
     update[3] = 1.0
@@ -499,9 +502,6 @@ def scores(privacy: IntegerNoise, repetitions: int, known: int = 1) -> Callable[
         return total
 
     return lambda present: np.array([released(present, i) for i in range(repetitions)])
-
-
-_SUM: dict[str, Any] = {"identities": [f"{i:064x}" for i in range(8)], "rehearsal": True}
 
 
 @pytest.mark.parametrize("scope", ["shard", "sum"])
