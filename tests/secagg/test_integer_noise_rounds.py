@@ -473,6 +473,22 @@ def test_noise_in_the_sum_is_shared_by_the_shards_that_no_colluder_holds(tmp_pat
         body.noise(colluders=4)
 
 
+def test_a_round_whose_keys_may_be_others_after_a_restart_is_not_asked_again(tmp_path: Path) -> None:
+    """Nodes that draw keys anew draw other noise: another answer to the round would be a release that nobody counts."""
+    fleet.enrolled(tmp_path, FRC, privacy=NOISE, colluders=1, metrics=[])
+    kept: dict[str, Any] = {"checkpoint": tmp_path / "run.ckpt", "ledger": tmp_path / "ledger.jsonl", "run": None}
+
+    def kill(server_round: int) -> None:
+        if server_round == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fleet.start(FRC, tmp_path, privacy=NOISE, rounds=3, kill=kill, **kept)
+    strategy, _, _ = fleet.start(FRC, tmp_path, privacy=NOISE, rounds=3, **kept)
+    assert [row["round"] for row in strategy.ledger.rows] == [1, 3]  # round 2 is spent, and counts
+    assert strategy.ledger.rows[-1]["train"]["privacy"]["epsilon"] == pytest.approx(NOISE.epsilon(3))
+
+
 # ---- an audit: whoever knows all but one shard guesses whether it is there ----
 
 
