@@ -171,6 +171,23 @@ def test_an_app_that_fails_after_its_private_training_shows_at_no_node(
     assert transcript([(0, good)])[0][:3] == transcript([(0, bad)])[0][:3]
 
 
+def test_in_a_simulation_the_run_config_names_both_folders_and_the_app_sees_neither(tmp_path: Path) -> None:
+    manifest = dealt(tmp_path, FRC, **PRIVATE)
+    seen: list[dict[str, Any]] = []
+
+    def look(message: Message, context: Context, call_next: Any) -> Message:
+        seen.append({**context.run_config, **context.node_config})
+        reply: Message = call_next(message, context)
+        return reply
+
+    strategy = GradientCoding(FedAvg(), FRC, secure=SecureAggregation(manifest), privacy=settings(), verify=0)
+    config = {"secagg-dir": str(tmp_path), "privacy-dir": str(tmp_path), "rate": 0.1}
+    with InProcessGrid(private_app(mods=[gradient_coding_mod, look]), 6, run_config=config) as grid:
+        strategy.start(grid, initial(), num_rounds=1)
+    assert strategy.ledger.rows[0]["train"]["outcome"] == "exact"
+    assert seen and all(set(one) == {"rate", "partition-id", "num-partitions"} for one in seen)
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
