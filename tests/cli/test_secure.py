@@ -70,11 +70,12 @@ def test_a_manifest_for_single_shards_and_evaluation(tmp_path: Path, layout: Pat
 
 def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "secure-aggregation.md").read_text()
-    (layout,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
-    commands, _ = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)  # test_enrolment.py runs the second block
+    layout, updates = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    commands, noise, _ = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)  # test_enrolment.py runs the last block
     monkeypatch.chdir(tmp_path)
     Path("layout.json").write_text(layout)
-    for line in commands.splitlines():
+    Path("updates.json").write_text(updates)
+    for line in [*commands.splitlines(), *noise.splitlines()]:
         program, *arguments = shlex.split(line)
         code, _, error = call(*arguments)
         assert program == "fl-gradcode" and code == 0, error
