@@ -136,6 +136,7 @@ class MaskedPrivacy:
                 run_budget=privacy.max_epsilon,
                 budget=budget,
                 budget_delta=min(privacy.delta, max_delta_of(self._context)),
+                wanted=False,
             )
 
     def call(

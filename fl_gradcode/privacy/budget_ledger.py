@@ -82,8 +82,8 @@ class Charge:
     """What a shard has spent, this request included.
 
     Attributes:
-        run_epsilon: In this run.
-        total_epsilon: In all runs.
+        run_epsilon: In this run; NaN if it was not wanted.
+        total_epsilon: In all runs; NaN if it was not wanted.
         new: False if the request was charged before.
     """
 
@@ -123,6 +123,7 @@ class BudgetLedger:
         run_budget: float = float("inf"),
         budget: float = float("inf"),
         budget_delta: float | None = None,
+        wanted: bool = True,
     ) -> Charge:
         """Charge a request before its training begins, and rounds of its run that only other holders were asked in.
 
@@ -133,6 +134,8 @@ class BudgetLedger:
             run_budget: Largest epsilon allowed for this run.
             budget: Largest epsilon allowed for all runs together.
             budget_delta: Delta at which `budget` is meant; by default `delta`.
+            wanted: Whether epsilons are wanted where nothing limits them. Computing them imports Opacus, which takes
+                seconds.
 
         Raises:
             PrivacyRefused: It would exceed a budget. Or the round was answered to another request, comes before one
@@ -143,6 +146,10 @@ class BudgetLedger:
             entries, end = self._read(request.shard)
             new = _new_entries(request, [one for one in entries if one.run == request.run])
             after = [*entries, *new]
+            if not wanted and run_budget == budget == float("inf"):
+                if new:
+                    self._append(request.shard, end, new)
+                return Charge(math.nan, math.nan, bool(new))
             total = epsilon_of((one.spend for one in after), delta, accountant=accountant)
             ours = [one.spend for one in after if one.run == request.run]
             this_run = total if len(ours) == len(after) else epsilon_of(ours, delta, accountant=accountant)
