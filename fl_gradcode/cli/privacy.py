@@ -17,7 +17,16 @@ from rich.table import Table
 
 from ..codes import GradientCode, cyclic_repetition, fractional_repetition, uncoded
 from ..errors import FlGradcodeError
-from ..privacy import DPSGD, BudgetLedger, epsilon_of, noise_multiplier_for, read_keys, rotate_keys, write_keys
+from ..privacy import (
+    DPSGD,
+    BudgetLedger,
+    IntegerNoise,
+    epsilon_of,
+    noise_multiplier_for,
+    read_keys,
+    rotate_keys,
+    write_keys,
+)
 from ._assignment_file import read_assignment
 from ._errors import one_sentence
 
@@ -53,11 +62,15 @@ def privacy(
         int, typer.Option(help="Workers that hold a shard, usually s + 1; independent noise pays for each.")
     ] = 1,
     max_grad_norm: Annotated[
-        float, typer.Option(help="Clipping norm of a record's gradient, for the line to paste.")
+        float, typer.Option(help="Clipping norm of a record's gradient, or of a shard's update, for the line to paste.")
     ] = 1.0,
     accountant: Annotated[str, typer.Option(help="prv, or rdp, which is faster and less tight.")] = "prv",
     central: Annotated[
         bool, typer.Option("--central", help="Compute for CentralNoise: one release of each shard per round.")
+    ] = False,
+    integer: Annotated[
+        bool,
+        typer.Option("--integer", help="Compute for IntegerNoise: one release of each shard a round, under masks."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -68,10 +81,14 @@ def privacy(
         for option, value in (("--rounds", rounds), ("--holders", holders)):
             if value < 1:
                 raise FlGradcodeError(f"{option} {value} must be at least 1.")
-        if central:
+        if central or integer:
+            option = "--central" if central else "--integer"
+            if central and integer:
+                raise FlGradcodeError("--central and --integer are two kinds of noise: say one.")
             if sample_rate not in (None, 1.0) or steps != 1:
-                raise FlGradcodeError("--central releases whole updates: leave --sample-rate and --steps out.")
+                raise FlGradcodeError(f"{option} releases whole updates: leave --sample-rate and --steps out.")
             sample_rate, holders = 1.0, 1
+            accountant = IntegerNoise.accountant if integer else accountant
         if sample_rate is None:
             raise FlGradcodeError(
                 "The sample rate is missing: pass --sample-rate Q, the batch size over the number of records."
@@ -97,7 +114,7 @@ def privacy(
             spent = replace(draft, noise_multiplier=sigma).spend(rounds, holders=holders)
             found.append(
                 {
-                    "noise": "central" if central else noise,
+                    "noise": "central" if central else "integer" if integer else noise,
                     "noise-multiplier": sigma,
                     "epsilon": epsilon_of([spent], delta, accountant=accountant),
                     "releases-a-round": draft.releases(holders),
@@ -107,9 +124,10 @@ def privacy(
         typer.echo(json.dumps({"rounds": rounds, "holders": holders, **common, "modes": found}, indent=2))
         return
     console = Console()
-    asked = "noise after decoding" if central else f"{steps} steps each, sample rate {sample_rate:.4g}"
+    whole = "noise after decoding" if central else "integer noise in each shard" if integer else ""
+    asked = whole or f"{steps} steps each, sample rate {sample_rate:.4g}"
     console.print(f"{rounds} rounds, {asked}, delta {delta:g}", highlight=False)
-    console.print(_table(found, "shard" if central else "record"))
+    console.print(_table(found, "shard" if whole else "record"))
     best = found[0]
     line = (
         f"privacy=CentralNoise(noise_multiplier={best['noise-multiplier']:g}, clipping_norm={max_grad_norm:g}, "
@@ -118,6 +136,11 @@ def privacy(
         else f"privacy=DPSGD(noise_multiplier={best['noise-multiplier']:g}, max_grad_norm={max_grad_norm:g}, "
         f"sample_rate={sample_rate:.10g}, steps={steps}, delta={delta:g})"
     )
+    if integer:
+        line = (
+            f"privacy=IntegerNoise(noise_multiplier={best['noise-multiplier']:g}, clipping_norm={max_grad_norm:g}, "
+            f"delta={delta:g})"
+        )
     console.print(f"    {line}\n", highlight=False, soft_wrap=True, markup=False)
 
 

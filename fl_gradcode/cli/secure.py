@@ -12,7 +12,7 @@ from .._files import MEGABYTE, make_folder, parse_json, read_file, replace_file
 from ..codes import GradientCode, fractional_repetition, reed_solomon
 from ..errors import InvalidSetting
 from ..placement import Manifest as DataManifest
-from ..privacy import read_keys, write_keys
+from ..privacy import SHARDS_SPENT, BudgetLedger, IntegerNoise, read_keys, write_keys
 from ._errors import one_sentence
 from .enrolment import agree, allowed_in, identity, tell_node, write_body
 
@@ -51,8 +51,11 @@ def make(
     workers: Annotated[int, typer.Option("--workers", "-n", help="Number of workers.")],
     stragglers: Annotated[int, typer.Option("--stragglers", "-s", help="Straggler tolerance s of the code.")],
     largest_weight: Annotated[
-        float, typer.Option(help="Largest weight of a shard, such as its number of examples; a larger one fails.")
-    ],
+        float | None,
+        typer.Option(
+            help="Largest weight of a shard, such as its number of examples; a larger one fails. Not with noise."
+        ),
+    ] = None,
     code: Annotated[str, typer.Option(help=f"The code: {', '.join(_CODES)}.")] = "fractional",
     m: Annotated[int, typer.Option("-m", help="Upload reduction m; with reed-solomon.")] = 1,
     send: Annotated[
@@ -61,8 +64,20 @@ def make(
     rehearsal: Annotated[
         bool, typer.Option("--rehearsal", help="Holders compare tags of their integers before any vector is sent.")
     ] = False,
-    bound: Annotated[float, typer.Option(help="Clipping bound of an update.")] = 1.0,
-    clip: Annotated[str, typer.Option(help="entries or norm: what the bound limits.")] = "entries",
+    bound: Annotated[float | None, typer.Option(help="Clipping bound of an update, 1.0 by default.")] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="entries or norm: what the bound limits, entries by default.")
+    ] = None,
+    noise_multiplier: Annotated[
+        float | None,
+        typer.Option(help="Integer noise in each shard, over what a shard can change: differential privacy."),
+    ] = None,
+    clipping_norm: Annotated[
+        float | None, typer.Option(help="With --noise-multiplier: bound of the norm of a shard's update.")
+    ] = None,
+    scope: Annotated[
+        str, typer.Option(help="With --noise-multiplier: shard or sum, what has the whole noise.")
+    ] = "shard",
     colluders: Annotated[int, typer.Option(help="Workers that may collude with the server.")] = 1,
     min_classes: Annotated[int, typer.Option(help="Fewest classes of shards in a sum.")] = 3,
     weight_key: Annotated[str, typer.Option(help="Name of the metric that is a shard's weight.")] = "num-examples",
@@ -103,6 +118,9 @@ def make(
             raise InvalidSetting(f"-m {m} needs --code reed-solomon; masks of other codes have m = 1.")
         if send not in _SENDING:
             raise InvalidSetting(f"--send {send!r} must be one of {', '.join(_SENDING)}.")
+        noise = _noise_of(noise_multiplier, clipping_norm, scope, others=(bound, clip, largest_weight))
+        if noise is None and largest_weight is None:
+            raise InvalidSetting("--largest-weight is missing: the largest weight of a shard, or --noise-multiplier.")
         built = _CODES[code](workers, stragglers, m)
         if send == "shards" and m > 1:
             raise InvalidSetting(f"-m {m} divides updates, and --send shards sends them whole. Leave -m out.")
@@ -128,9 +146,10 @@ def make(
             min_classes=min_classes,
             holders=None if relayed else holders_in(folder),
             identities=identities,
-            bound=bound,
-            clip=clip,
-            largest_weight=largest_weight,
+            bound=1.0 if bound is None else bound,
+            clip=clip or "entries",
+            largest_weight=largest_weight or 1.0,
+            privacy=noise,
             weight_key=weight_key,
             versions=versions_of(name.strip() for name in pin.split(",") if name.strip()),
             environment=environment_words() if pin_machine else (),
@@ -152,12 +171,16 @@ def make(
     )
     sending = "" if send == "coded" else f", send={send!r}"
     typer.echo(
-        f"The server needs {folder / MANIFEST_FILE} alone: secure=SecureAggregation(PATH){sending}. Bring it no keys."
+        f"The server needs {folder / MANIFEST_FILE} alone: secure=SecureAggregation(PATH){sending}{_told(noise)}. "
+        "Bring it no keys."
     )
 
 
 @secure.command("check")
-def check(folder: Annotated[Path, typer.Argument(help="A node's folder.")]) -> None:
+def check(
+    folder: Annotated[Path, typer.Argument(help="A node's folder.")],
+    delta: Annotated[float, typer.Option(help="Delta at which spent privacy is computed.")] = 1e-5,
+) -> None:
     """Print which manifest a node has pinned, whether its keys are the manifest's, and what it has answered."""
     with one_sentence():
         from ..enrolment import is_enrolled
@@ -172,12 +195,46 @@ def check(folder: Annotated[Path, typer.Argument(help="A node's folder.")]) -> N
             _show(manifest.body)
             typer.echo(f"  worker      {own.worker}, whose keys are the manifest's")
         rows = AnsweredRequests(folder / "answered").rows()
+        ledger = BudgetLedger(folder / SHARDS_SPENT)
+        spent = {shard: ledger.epsilon(shard, delta, accountant=IntegerNoise.accountant) for shard in ledger.shards}
     requests = {(row.run, row.kind, row.round) for row in rows}
     typer.echo(f"  answered    {len(requests)} requests" + (f", last round {rows[-1].round}" if rows else ""))
+    if spent:
+        typer.echo(f"  spent       epsilon {max(spent.values()):.3g} at most, delta {delta:g}, of a shard")
 
 
 secure.command("identity")(identity)
 secure.command("agree")(agree)
+
+
+def _noise_of(
+    multiplier: float | None, norm: float | None, scope: str, *, others: tuple[object, ...]
+) -> IntegerNoise | None:
+    """Returns the integer noise that the options ask for, or None.
+
+    Raises:
+        InvalidSetting: Some of them are missing, or exclude each other.
+    """
+    if multiplier is None:
+        if norm is not None or scope != "shard":
+            raise InvalidSetting("--clipping-norm and --scope are for integer noise: say --noise-multiplier too.")
+        return None
+    if norm is None:
+        raise InvalidSetting("--noise-multiplier needs --clipping-norm, the bound of the norm of a shard's update.")
+    if any(one is not None for one in others):
+        raise InvalidSetting("With --noise-multiplier, leave --bound, --clip and --largest-weight out: weights are 1.")
+    return IntegerNoise(noise_multiplier=multiplier, clipping_norm=norm, scope=scope)  # type: ignore[arg-type]
+
+
+def _told(noise: IntegerNoise | None) -> str:
+    """Returns what the server's settings have to say of the noise."""
+    if noise is None:
+        return ""
+    scope = "" if noise.scope == "shard" else f", scope={noise.scope!r}"
+    return (
+        f", privacy=IntegerNoise(noise_multiplier={noise.noise_multiplier:.10g}, "
+        f"clipping_norm={noise.clipping_norm:g}{scope})"
+    )
 
 
 def _show(body: ManifestBody) -> None:
@@ -192,6 +249,12 @@ def _show(body: ManifestBody) -> None:
         f"  updates     clipped at {quantiser.bound:g} ({quantiser.clip}), {quantiser.fraction_bits} fraction bits: "
         f"sums are off by at most {error:.1e}"
     )
+    if (noise := body.noise()) is not None:
+        whose = "each shard alone" if noise.scope == "shard" else "the shards that no colluder holds together"
+        typer.echo(
+            f"  noise       {noise.noise_multiplier:.6g} times what a shard changes, by {whose}; {quantiser.noise:.6g} "
+            "units a shard"
+        )
 
 
 def _layout_in(path: Path) -> tuple[list[tuple[str, str, list[int]]], list[tuple[str, int]], list[tuple[str, int]]]:

@@ -21,9 +21,9 @@ from .._files import absolute_path, replace_file
 from .._flower_internals import message_of_nobody
 from .._seeding import seed_generators
 from ..enrolment import ALLOW_LIST, EnrolledNode, allow_list, is_enrolled
-from ..errors import FlGradcodeError, InvalidSetting, NotCertified, SecureRefused, ShardMismatch
+from ..errors import FlGradcodeError, InvalidSetting, NotCertified, PrivacyRefused, SecureRefused, ShardMismatch
 from ..placement import checked_path
-from ..privacy import FOLDER, check_own, read_keys
+from ..privacy import DPSGD, FOLDER, check_own, read_keys
 from ..protocol import (
     MASKED,
     NUM_PARTITIONS,
@@ -54,6 +54,7 @@ from ..secagg import (
 )
 from .environment import environment_words, versions_of
 from .held_shards import SECAGG_DIR, SHARDS, SHARDS_DIR, held_by
+from .masked_privacy import MaskedPrivacy
 from .recording_config import RecordingConfig
 from .rehearsal import Rehearsal
 from .trained_shard import read_reply
@@ -119,6 +120,7 @@ def masked_answer(
         told = Reply(run=plan.run, round=plan.round, kind=plan.kind, worker=worker, outcome="idle")
         return Message(told.content(), reply_to=message)
     pairs = _asked(plan, body, worker, message.metadata.message_type)
+    private = MaskedPrivacy(plan, body, message, context, _number(owner, COLLUDERS))
     if plan.kind != "rehearse":
         rehearsal.check()
     number = pairs[0][0] if body.classes.sending == "shardwise" and plan.kind != "rehearse" else None
@@ -140,7 +142,11 @@ def masked_answer(
     if payload is None:
         numbers = body.classes.sent_by(worker) if number is None else (number,)
         integers = {c: ClassIntegers(body, c, keys.seeds[c], request, plan.kind) for c in numbers}
-        called = _AppCall(plan, content, message.metadata.message_type, body, _for_app(owner), run_config, call_next)
+        if plan.kind == "train":  # a rehearsal sends no vector
+            held = held_by(owner) if owner.get(SHARDS_DIR) else None
+            private.charge(folder, request, pairs, held or {})
+        readable = {**_for_app(owner), **private.node_config}
+        called = _AppCall(plan, content, message.metadata.message_type, body, readable, run_config, call_next, private)
         for c, shard in pairs:
             result = called.of(shard)
             with np.errstate(all="ignore"):  # the app may have set it to raise, and a refusal would depend on its data
@@ -291,7 +297,7 @@ def _asked(plan: Plan, body: ManifestBody, worker: int, message_type: str) -> li
         raise SecureRefused(f"The plan says {plan.kind!r}, and the message does not.")
     if (plan.n, plan.k, plan.weight_key) != (body.classes.n, body.classes.k, body.weight_key):
         raise SecureRefused("The plan has other workers, shards or weights than the manifest.")
-    if plan.privacy or plan.open or plan.as_returned or plan.figures:
+    if plan.open or plan.as_returned or plan.figures:
         raise SecureRefused("The plan asks for what secure aggregation does not combine with.")
     asked = plan.rows[worker].shards if worker in plan.rows else ()
     pairs = _turns(body, worker)
@@ -370,8 +376,10 @@ class _AppCall:
         node_config: Mapping[str, Any],
         run_config: Mapping[str, Any],
         call_next: _Call,
+        private: MaskedPrivacy,
     ) -> None:
         self._plan, self._content, self._type, self._body = plan, content, message_type, body
+        self._private = private
         self._node_config, self._run_config, self._call_next = node_config, run_config, call_next
 
     def of(self, shard: int) -> ShardResult | None:
@@ -380,22 +388,36 @@ class _AppCall:
             return self._result(shard)
         except KeyboardInterrupt:  # the node's owner
             raise
-        except BaseException as error:  # sys.exit() for one shard would tell the server of its data otherwise
-            _log.error(
-                "Shard %d, %s: this shard failed, and so does the round. The server learns how many shards failed.",
-                shard,
-                self._plan.label,
-                exc_info=error,
-            )
+        except (PrivacyRefused, InvalidSetting) as error:
+            if isinstance(self._private.privacy, DPSGD):  # by the owner's files and the ledger, before a record is used
+                raise
+            self._note_failed(shard, error)
             return None
+        except BaseException as error:  # sys.exit() for one shard would tell the server of its data otherwise
+            self._note_failed(shard, error)
+            return None
+
+    def _note_failed(self, shard: int, error: BaseException) -> None:
+        """Log that a shard failed, and what follows."""
+        follows = "so does the round. The server learns how many shards failed"
+        if self._private.covers_failures:
+            follows = "counts as a zero update with noise. Nobody else learns of it"
+        _log.error("Shard %d, %s: this shard failed, and %s.", shard, self._plan.label, follows, exc_info=error)
 
     def _result(self, shard: int) -> ShardResult:
         plan, wanted = self._plan, self._body.result(self._plan.kind)
         config = RecordingConfig({**self._node_config, PARTITION_ID: shard, NUM_PARTITIONS: plan.k})
         context = Context(0, 0, config, RecordDict(), dict(sorted(self._run_config.items())))
-        given = message_of_nobody(_copied(self._content), self._type)
-        seed_generators(plan.seed, plan.round, shard)
-        reply = self._call_next(given, context)
+
+        def given() -> RecordDict:
+            seed_generators(plan.seed, plan.round, shard)
+            return _copied(self._content)
+
+        if isinstance(self._private.privacy, DPSGD):
+            of_type = message_of_nobody(RecordDict(), self._type)
+            reply = self._private.call(self._call_next, given, of_type, context, shard)
+        else:
+            reply = self._call_next(message_of_nobody(given(), self._type), context)
         if reply.has_error():
             raise ValueError(f"{plan.kind}() answered with an error: {reply.error.reason}")
         if context.state:
@@ -410,10 +432,11 @@ class _AppCall:
             before = dict(arrays)
         content = RecordDict({**reply.content})
         del reply
-        found = read_reply(content, plan, shard, before, None)
+        found = read_reply(content, plan, shard, before, self._private.privacy)
         if found.layout != wanted.arrays:
             raise ValueError(f"{plan.kind}() returned arrays {found.layout}; the manifest has {wanted.arrays}")
-        layout, metrics = flatten_metrics(found.metrics, plan.weight_key)
+        kept = self._private.kept(found.metrics) if before is not None else found.metrics
+        layout, metrics = flatten_metrics(kept, plan.weight_key)
         named = tuple((name, length) for name, length, _ in layout[1:])
         if named != wanted.metrics:
             raise ValueError(f"{plan.kind}() returned metrics {named}; the manifest has {wanted.metrics}")

@@ -17,11 +17,20 @@ from numpy.typing import NDArray
 
 from .._flower_internals import has_client_fn, mods_around
 from .._seeding import generators_restored, seed_generators
-from ..errors import FlGradcodeError, Overflow, SecureRefused, ShardMismatch, UnsuitableApp, VersionMismatch
+from ..errors import (
+    FlGradcodeError,
+    Overflow,
+    PrivacyRefused,
+    SecureRefused,
+    ShardMismatch,
+    UnsuitableApp,
+    VersionMismatch,
+)
 from ..privacy import (
     DPSGD,
     Asked,
     CentralNoise,
+    IntegerNoise,
     Privacy,
     asked_of,
     call_privately,
@@ -135,7 +144,10 @@ def _answered(message: Message, context: Context, call_next: _Call) -> Message:
         )
     if plan.as_returned and plan.privacy:
         raise UnsuitableApp("The plan promises privacy and asks for records as they are returned, which keeps none.")
-    refuse_unprotected(message, context, privacy_from_json(plan.privacy) if plan.privacy else None)
+    privacy = privacy_from_json(plan.privacy) if plan.privacy else None
+    if isinstance(privacy, IntegerNoise):
+        raise PrivacyRefused("Integer noise is added under masks, and the plan asks for none: say secure= too.")
+    refuse_unprotected(message, context, privacy)
     if has_client_fn():
         raise UnsuitableApp(LEGACY_CLIENT)
     refuse_clipping_mods(call_next, as_returned=plan.as_returned)
@@ -149,7 +161,6 @@ def _answered_masked(message: Message, context: Context, call_next: _Call) -> Me
     from .setup_call import setup_answer
 
     with refusing():
-        refuse_unprotected(message, context, None)
         if has_client_fn():
             raise UnsuitableApp(LEGACY_CLIENT)
         refuse_clipping_mods(call_next, as_returned=False)

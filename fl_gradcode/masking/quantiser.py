@@ -59,7 +59,7 @@ class Quantiser:
             probability 2^-h.
         largest_weight: Largest weight w_max of a shard, such as its number of examples.
         noise: Standard deviation of the discrete Gaussian noise that each shard adds, in integer units; 0: none. With
-            noise all weights are 1 and no metrics are sent, since those would leave without noise.
+            noise the norm is clipped, all weights are 1 and no metrics are sent, since those would leave without noise.
     """
 
     ring: Ring

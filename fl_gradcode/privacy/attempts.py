@@ -225,6 +225,7 @@ def call_privately(
     asked: Asked,
     *,
     records: Callable[[], RecordDict],
+    protects: bool = False,
 ) -> Message:
     """Returns the reply of the app's function under private training.
 
@@ -237,6 +238,7 @@ def call_privately(
         context: Holds the node config and the run config.
         asked: What the training is asked to promise.
         records: Makes the content of the message anew for each call.
+        protects: Whether to tell nothing that may depend on records, also without limits of the node's owner.
 
     Raises:
         FlGradcodeError: What was refused before a record was used or by a trial on synthetic records, or a failure
@@ -245,7 +247,7 @@ def call_privately(
     """
     asked = replace(asked, folder=common_folder(context))
     config = {key: value for key, value in sorted(context.run_config.items()) if key != FOLDER}
-    attempts = Attempts(protects=BUDGET in context.node_config)
+    attempts = Attempts(protects=protects or BUDGET in context.node_config)
     while True:
         given = message_of_nobody(_in_order(records()), message.metadata.message_type)
         try:

@@ -22,7 +22,10 @@ from ..errors import InvalidSetting, PrivacyRefused
 from .accounting import Spend, epsilon_of
 from .keys import check_own
 
-__all__ = ["BudgetLedger", "Charge", "Entry", "Request"]
+__all__ = ["SHARDS_SPENT", "SPENT", "BudgetLedger", "Charge", "Entry", "Request", "refuse_other_unit"]
+
+#: Folders of a node's ledgers in its own: of what records have spent, and of what whole shards have.
+SPENT, SHARDS_SPENT = "spent", "spent-shards"
 
 # A server that claims more than so many rounds without this node is wrong, and would fill its disk.
 _MOST_MISSED = 10_000
@@ -79,8 +82,8 @@ class Charge:
     """What a shard has spent, this request included.
 
     Attributes:
-        run_epsilon: In this run.
-        total_epsilon: In all runs.
+        run_epsilon: In this run; NaN if it was not wanted.
+        total_epsilon: In all runs; NaN if it was not wanted.
         new: False if the request was charged before.
     """
 
@@ -120,6 +123,7 @@ class BudgetLedger:
         run_budget: float = float("inf"),
         budget: float = float("inf"),
         budget_delta: float | None = None,
+        wanted: bool = True,
     ) -> Charge:
         """Charge a request before its training begins, and rounds of its run that only other holders were asked in.
 
@@ -130,6 +134,8 @@ class BudgetLedger:
             run_budget: Largest epsilon allowed for this run.
             budget: Largest epsilon allowed for all runs together.
             budget_delta: Delta at which `budget` is meant; by default `delta`.
+            wanted: Whether epsilons are wanted where nothing limits them. Computing them imports Opacus, which takes
+                seconds.
 
         Raises:
             PrivacyRefused: It would exceed a budget. Or the round was answered to another request, comes before one
@@ -140,6 +146,10 @@ class BudgetLedger:
             entries, end = self._read(request.shard)
             new = _new_entries(request, [one for one in entries if one.run == request.run])
             after = [*entries, *new]
+            if not wanted and run_budget == budget == float("inf"):
+                if new:
+                    self._append(request.shard, end, new)
+                return Charge(math.nan, math.nan, bool(new))
             total = epsilon_of((one.spend for one in after), delta, accountant=accountant)
             ours = [one.spend for one in after if one.run == request.run]
             this_run = total if len(ours) == len(after) else epsilon_of(ours, delta, accountant=accountant)
@@ -247,6 +257,26 @@ class BudgetLedger:
                     "a file system with locks, such as a local disk."
                 )
             yield
+
+
+def refuse_other_unit(folder: Path, ledger: str, shard: int) -> None:
+    """Refuse to count one budget in two units: a record's epsilon and a whole shard's do not add up.
+
+    Args:
+        folder: The node's folder, with both ledgers.
+        ledger: The ledger that is going to be charged, `SPENT` or `SHARDS_SPENT`.
+        shard: Number of the shard.
+
+    Raises:
+        PrivacyRefused: The shard has spent something in the other unit.
+    """
+    other = SHARDS_SPENT if ledger == SPENT else SPENT
+    if BudgetLedger(folder / other).entries(shard):
+        units = ("single records", "whole shards") if ledger == SPENT else ("whole shards", "single records")
+        raise PrivacyRefused(
+            f"Shard {shard}: this request spends privacy of {units[0]}, and this node's folder has a ledger of "
+            f"{units[1]}, which one max-epsilon cannot bound together. Give this kind of run a folder of its own."
+        )
 
 
 def _new_entries(request: Request, run: list[Entry]) -> list[Entry]:

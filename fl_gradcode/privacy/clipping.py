@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .._flower_internals import CLIPPING_MODS, clipping_mods_around_or_inside
 from ..errors import UnsuitableApp
 
-__all__ = ["clip", "clipping_mod_named_in", "refuse_clipping_mods", "refuse_statistics"]
+__all__ = ["clip", "clipping_mod_named_in", "is_statistic", "refuse_clipping_mods", "refuse_statistics"]
 
 _INSTEAD = (
     "does not combine with gradient_coding_mod: a coded reply is a sum over shards, and holders of a shard would add "
@@ -40,13 +40,18 @@ def clip(update: NDArray[np.floating], norm: float) -> None:
         update *= update.dtype.type(norm / length * _BELOW)
 
 
+def is_statistic(name: str) -> bool:
+    """Returns whether an array of this name holds running statistics, which noise would spoil."""
+    return name.endswith(_STATISTICS) or _COLLECTION in name
+
+
 def refuse_statistics(names: Iterable[str]) -> None:
     """Refuse running statistics under noise on the server, which would be clipped and noised like weights.
 
     Raises:
         UnsuitableApp: Naming the array, and what to use instead.
     """
-    name = next((name for name in names if name.endswith(_STATISTICS) or _COLLECTION in name), None)
+    name = next(filter(is_statistic, names), None)
     if name is not None:
         raise UnsuitableApp(
             f"The reply holds the running statistics {name!r}, which noise would spoil: a variance may become "

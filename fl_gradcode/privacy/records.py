@@ -21,6 +21,7 @@ from .settings import DPSGD, Privacy, privacy_from_json, privacy_to_json
 __all__ = [
     "BUDGET",
     "FOLDER",
+    "PRIVACY_KEYS",
     "Asked",
     "Spent",
     "asked_of",
@@ -40,6 +41,8 @@ BUDGET, MAX_DELTA, HONEST_SERVER = "max-epsilon", "max-delta", "honest-server"
 MODES = "grad-sample-mode"
 #: Key of the node config, and of the run config where all nodes are on one machine: folder with keys and ledger.
 FOLDER = "privacy-dir"
+#: Keys of the node config that private training reads.
+PRIVACY_KEYS = (BUDGET, MAX_DELTA, HONEST_SERVER, MODES, FOLDER)
 
 #: Key of both in a `ConfigRecord` of any name. The record that the mod adds to a shard's message has this name too.
 _NAME = "fl-gradcode.privacy"

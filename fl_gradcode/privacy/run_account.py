@@ -16,7 +16,7 @@ from ..errors import InvalidSetting
 from ..runlog import PrivacyLine, RoundRow
 from .accounting import Spend, composed, epsilon_of
 from .budget_ledger import BudgetLedger, Request
-from .settings import DPSGD, CentralNoise, Privacy, privacy_to_json
+from .settings import DPSGD, CentralNoise, IntegerNoise, Privacy, privacy_to_json
 
 __all__ = ["Account", "CentralGaussian", "Releases", "RunAccount", "amplification"]
 
@@ -145,14 +145,13 @@ class CentralGaussian:
 
     Args:
         privacy: What is promised.
-        code: How the sum was coded: fixed point adds its rounding to the sensitivity.
         shards: How many shards the sum is over; public, so it is the sum's weight.
+        rounding: By how much rounding to fixed point can change an entry of the sum for one shard more.
     """
 
-    def __init__(self, privacy: CentralNoise, code: GradientCode, shards: int) -> None:
+    def __init__(self, privacy: CentralNoise, shards: int, rounding: float = 0.0) -> None:
         self.weight = float(shards)
-        self._privacy = privacy
-        self._rounding = code.numbers.rounding(1) if isinstance(code.numbers, PrimeField) else 0.0
+        self._privacy, self._rounding = privacy, rounding
 
     def add_to(self, total: NDArray[np.floating], counters: Sequence[slice] = ()) -> NDArray[np.float64]:
         """Returns the sum with one Gaussian draw, shape (d,), keyed by the operating system's generator.
@@ -194,10 +193,13 @@ class RunAccount:
         code: Who holds which shards.
         run: Name of the run.
         send: How shards' updates are sent; only coded ones are amplified.
+        rounding: By how much rounding can change an entry of a sum for one shard more; by default the code's.
     """
 
-    def __init__(self, privacy: Privacy, code: GradientCode, run: str, *, send: str = "coded") -> None:
-        self.privacy, self.code, self.run, self._send = privacy, code, run, send
+    def __init__(
+        self, privacy: Privacy, code: GradientCode, run: str, *, send: str = "coded", rounding: float | None = None
+    ) -> None:
+        self.privacy, self.code, self.run, self._send, self._rounding = privacy, code, run, send, rounding
         self._account = Account.new({j: len(code.holders_of(j)) for j in range(code.k)})
         #: Digest of all that is asked besides the model, so far as the server knows it.
         self.request = ""
@@ -272,7 +274,7 @@ class RunAccount:
 
         Only noise in the clients needs it: elsewhere it is empty.
         """
-        if not isinstance(self.privacy, DPSGD):
+        if not self.privacy.in_clients:
             return {}
         account = self._up_to(server_round)
         return {shard: (account.holders[shard], account.ranges[shard]) for shard in shards}
@@ -282,7 +284,7 @@ class RunAccount:
 
         A release counts from the moment it is asked for, whoever answers. Noise after decoding costs nothing yet.
         """
-        if not isinstance(self.privacy, DPSGD):
+        if not self.privacy.in_clients:
             return False
         account = self._up_to(server_round).released(shards, (server_round, server_round))
         self._account, self._knows_all = replace(account, asked=(server_round, self.request)), True
@@ -290,7 +292,12 @@ class RunAccount:
 
     def gaussian(self, shards: int) -> CentralGaussian | None:
         """Returns what adds noise to a decoded sum over so many shards; None if the clients have added it."""
-        return CentralGaussian(self.privacy, self.code, shards) if isinstance(self.privacy, CentralNoise) else None
+        if not isinstance(self.privacy, CentralNoise):
+            return None
+        rounding = self._rounding
+        if rounding is None:
+            rounding = self.code.numbers.rounding(1) if isinstance(self.code.numbers, PrimeField) else 0.0
+        return CentralGaussian(self.privacy, shards, rounding)
 
     def charge_draw(self, server_round: int, shards: Sequence[int]) -> None:
         """Charge for one draw of noise on a sum over these shards, in the budget ledger too, before it is drawn.
@@ -320,7 +327,7 @@ class RunAccount:
         epsilon = self._epsilon(rounds(shard), holders[shard])
         return PrivacyLine(
             unit=one.unit,
-            noise=one.noise if isinstance(one, DPSGD) else "central",
+            noise=_name_of(one),
             noise_multiplier=one.noise_multiplier,
             clipping_norm=one.max_grad_norm if isinstance(one, DPSGD) else one.clipping_norm,
             sample_rate=one.sample_rate if isinstance(one, DPSGD) else None,
@@ -399,7 +406,7 @@ class RunAccount:
         if seen > last or not known:
             under_way = max(seen, rounds) + 1
             account = account.released(shards, (1, under_way))
-            if not isinstance(self.privacy, DPSGD):
+            if not self.privacy.in_clients:
                 more = seen - last + 1 if seen > last else None
                 draws = {j: max(n, rounds + 1, 0 if more is None else n + more) for j, n in account.draws.items()}
                 account = replace(account, draws=draws)
@@ -407,7 +414,7 @@ class RunAccount:
         self._account = account
         self._lost = max(0, max(account.draws.values()) - rounds)
         number, request = account.asked or (0, "")
-        if not isinstance(self.privacy, DPSGD) or number <= rounds:
+        if not self.privacy.in_clients or number <= rounds:
             return rounds
         alike = number == rounds + 1 and self._repeatable and request and request == self.request
         return rounds if alike else number
@@ -415,14 +422,15 @@ class RunAccount:
     def _last_of(self, rows: Iterable[RoundRow]) -> int:
         """The last round that released something: being asked is enough, unless the noise comes after decoding."""
         asked = [(row.round, row.train) for row in rows if row.train is not None]
-        if not isinstance(self.privacy, DPSGD):
+        if not self.privacy.in_clients:
             asked = [(number, phase) for number, phase in asked if phase.outcome != "skipped"]
         return max((number for number, _ in asked), default=0)
 
     @property
     def _repeatable(self) -> bool:
         """Whether the same request gets the same answer."""
-        return isinstance(self.privacy, DPSGD) and self.privacy.noise == "shared"
+        one = self.privacy
+        return one.in_clients and not (isinstance(one, DPSGD) and one.noise == "independent")
 
     def _up_to(self, server_round: int) -> Account:
         """Returns the account as it stands before a round.
@@ -440,7 +448,19 @@ class RunAccount:
                 f"DP-SGD with {one.noise} noise, multiplier {one.noise_multiplier:.4g}, gradients clipped to "
                 f"{one.max_grad_norm:g}, sample rate {one.sample_rate:.4g}, {one.steps} steps a round"
             )
-        return f"noise after decoding, multiplier {one.noise_multiplier:.4g}, updates clipped to {one.clipping_norm:g}"
+        where = "noise after decoding"
+        if isinstance(one, IntegerNoise):
+            where = "integer noise in each shard" if one.scope == "shard" else "integer noise in the sum under masks"
+        return f"{where}, multiplier {one.noise_multiplier:.4g}, updates clipped to {one.clipping_norm:g}"
+
+
+def _name_of(privacy: Privacy) -> str:
+    """Returns the word of a ledger row for a kind of noise."""
+    if isinstance(privacy, DPSGD):
+        return privacy.noise
+    if isinstance(privacy, CentralNoise):
+        return "central"
+    return "integer" if privacy.scope == "shard" else "integer-sum"
 
 
 def _most(rounds: int, fits: Callable[[int], bool]) -> int:

@@ -1,4 +1,4 @@
-"""Privacy settings of a run: `DPSGD` protects records against the server; `CentralNoise` protects whole shards."""
+"""Privacy settings of a run: `DPSGD` protects records against the server; the others protect whole shards."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from .._text import printable
 from ..errors import InvalidSetting
 from .accounting import ACCOUNTANTS, Spend, epsilon_of, noise_multiplier_for
 
-__all__ = ["DPSGD", "CentralNoise", "Privacy", "privacy_from_json", "privacy_to_json"]
+__all__ = ["DPSGD", "CentralNoise", "IntegerNoise", "Privacy", "privacy_from_json", "privacy_to_json"]
 
 _MODES = ("hooks", "ghost")
 _NOISES = ("shared", "independent")
+_SCOPES = ("shard", "sum")
 # Bounds of what a server may ask for. Gradients of networks have norms far inside those of `max_grad_norm`. Beyond, the
 # clipping factor or the noise is no number that single precision holds: at 1e-6 a factor times a gradient of the least
 # normal size is subnormal, and the noise of a step at both upper bounds, 1e10, is the largest next to which the sums
@@ -50,6 +51,8 @@ class DPSGD:
     """
 
     unit: ClassVar[str] = "record"
+    #: Whether clients add the noise, so that a release counts when it is asked for.
+    in_clients: ClassVar[bool] = True
 
     noise_multiplier: float
     max_grad_norm: float
@@ -149,6 +152,7 @@ class CentralNoise:
     """
 
     unit: ClassVar[str] = "shard"
+    in_clients: ClassVar[bool] = False
 
     noise_multiplier: float
     clipping_norm: float
@@ -172,7 +176,100 @@ class CentralNoise:
         return epsilon_of([self.spend(rounds)], self.delta, accountant=self.accountant)
 
 
-Privacy = DPSGD | CentralNoise
+@dataclass(frozen=True, kw_only=True)
+class IntegerNoise:
+    """Discrete Gaussian noise on each shard's integers, under masks: protects whole shards against the server.
+
+    It needs `secure=`, whose manifest pins noise, clipping norm and scope: `fl-gradcode secure make
+    --noise-multiplier`. The holders of a shard clip its update, round it to integers, and all add the same noise. Every
+    shard weighs the same, and nothing else of `train()` leaves: no metric, no count, and no failure.
+
+    Attributes:
+        noise_multiplier: Standard deviation of the noise, over the most that one shard can change in a sum (see
+            `fl_gradcode.secagg.sensitivity`).
+        clipping_norm: Bound of the norm of one shard's update.
+        scope: "shard": each shard has the whole noise, and is private whether masks hold or not. "sum": the shards that
+            no colluder holds have it together, so privacy rests on the masks.
+        delta: Probability that the bound on epsilon does not cover; below 1 over the number of shards.
+        max_epsilon: The run does not start if it would spend more.
+        honest_server: Whether the server is trusted to send the same to all holders of a shard. If not, a round counts
+            as a release by each of them.
+
+    References:
+        Canonne, Kamath, Steinke, "The discrete Gaussian for differential privacy", NeurIPS 2020.
+        Kairouz, Liu, Steinke, "The distributed discrete Gaussian mechanism", ICML 2021: sums of such noise.
+    """
+
+    unit: ClassVar[str] = "shard"
+    in_clients: ClassVar[bool] = True
+    #: Renyi divergences of the discrete Gaussian are at most those of the continuous one, which the RDP accountant
+    #: counts. For "prv", which follows the continuous law itself, nobody has shown that.
+    accountant: ClassVar[Literal["rdp"]] = "rdp"
+
+    noise_multiplier: float
+    clipping_norm: float
+    scope: Literal["shard", "sum"] = "shard"
+    delta: float = 1e-5
+    max_epsilon: float = math.inf
+    honest_server: bool = True
+
+    def __post_init__(self) -> None:
+        _positive("clipping_norm", self.clipping_norm)
+        _one_of("scope", self.scope, _SCOPES)
+        if not isinstance(self.honest_server, bool):
+            raise InvalidSetting(f"honest_server={self.honest_server!r} must be True or False.")
+        _check_common(self)
+
+    @classmethod
+    def for_epsilon(
+        cls,
+        epsilon: float,
+        *,
+        rounds: int,
+        clipping_norm: float,
+        holders: int = 1,
+        delta: float = 1e-5,
+        honest_server: bool = True,
+        **others: Any,
+    ) -> IntegerNoise:
+        """Returns the setting with the least noise that spends at most `epsilon` in `rounds` rounds.
+
+        Args:
+            epsilon: Bound for the whole run; it becomes `max_epsilon`.
+            rounds: Number of rounds.
+            clipping_norm: Bound of the norm of one shard's update.
+            holders: Number of workers that hold a shard; each counts if the server is not trusted.
+            delta, honest_server: See the attributes.
+            **others: Further attributes.
+        """
+        fields: dict[str, Any] = {
+            "clipping_norm": clipping_norm,
+            "delta": delta,
+            "honest_server": honest_server,
+            "max_epsilon": epsilon,
+            **others,
+        }
+        draft = cls(noise_multiplier=1.0, **fields)  # checks all else before the search
+        total = _whole("rounds", rounds) * draft.releases(holders)
+        found = noise_multiplier_for(epsilon, delta, sample_rate=1.0, steps=total, accountant=cls.accountant)
+        return cls(noise_multiplier=found, **fields)
+
+    def releases(self, holders: int) -> int:
+        """Returns how often one round releases a shard's update, if it has so many holders."""
+        return 1 if self.honest_server else max(1, holders)
+
+    def spend(self, rounds: int, *, holders: int = 1) -> Spend:
+        """Returns what so many rounds release of one shard: a Gaussian release for each that counts."""
+        return Spend(self.noise_multiplier, 1.0, rounds * self.releases(holders))
+
+    def epsilon(self, rounds: int, *, holders: int = 1) -> float:
+        """Returns epsilon, at `delta`, of one shard after so many rounds."""
+        return epsilon_of([self.spend(rounds, holders=holders)], self.delta, accountant=self.accountant)
+
+
+Privacy = DPSGD | CentralNoise | IntegerNoise
+
+_KINDS: dict[str, type[Privacy]] = {"dp-sgd": DPSGD, "central": CentralNoise, "integer": IntegerNoise}
 
 
 def privacy_to_json(privacy: Privacy, *, promise_only: bool = False) -> str:
@@ -182,7 +279,7 @@ def privacy_to_json(privacy: Privacy, *, promise_only: bool = False) -> str:
         privacy: The settings.
         promise_only: Leave out what does not change the noise: budget, accountant and folder.
     """
-    kind = "dp-sgd" if isinstance(privacy, DPSGD) else "central"
+    kind = next(kind for kind, cls in _KINDS.items() if isinstance(privacy, cls))
     values = {"kind": kind, **asdict(privacy)}
     if promise_only:
         values = {key: value for key, value in values.items() if key not in ("max_epsilon", "accountant", "folder")}
@@ -197,8 +294,7 @@ def privacy_from_json(text: str) -> Privacy:
     """
     try:
         values = json.loads(text)
-        kinds: dict[str, type[Privacy]] = {"dp-sgd": DPSGD, "central": CentralNoise}
-        return kinds[values.pop("kind")](**values)
+        return _KINDS[values.pop("kind")](**values)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InvalidSetting(
             f"Privacy settings that cannot be read ({printable(str(error))}): are both sides of one version?"
@@ -206,7 +302,7 @@ def privacy_from_json(text: str) -> Privacy:
 
 
 def _check_common(privacy: Privacy) -> None:
-    """Check what both kinds of settings have in common."""
+    """Check what all kinds of settings have in common."""
     _positive("noise_multiplier", privacy.noise_multiplier)
     _number("delta", privacy.delta)
     _number("max_epsilon", privacy.max_epsilon)

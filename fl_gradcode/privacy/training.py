@@ -21,7 +21,7 @@ from .._seeding import generators_restored, seed_with
 from ..errors import InvalidSetting, PrivacyRefused
 from ..protocol import PARTITION_ID
 from .attempts import Session, current_attempts
-from .budget_ledger import BudgetLedger, Charge, Request
+from .budget_ledger import SPENT, BudgetLedger, Charge, Request, refuse_other_unit
 from .key_derivation import SECRET_BYTES, KeyContext, PRFStream, derived_seed, folder_of, key_context, needed
 from .keys import read_keys
 from .record_losses import mark_drawn
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from .dp_optimizer import KeyedDPOptimizer, KeyedNoise, PrivateModel
 
 __all__ = ["PrivateTraining", "private_training"]
-
-_SPENT = "spent"  # the ledger's folder, in the node's
 
 
 def private_training(
@@ -367,7 +365,10 @@ class PrivateTraining:
                     f"{epsilon:.3g} (delta {self._privacy.delta:g}), above the budget of {self._privacy.max_epsilon:g}."
                 )
             return Charge(epsilon, epsilon, True)
-        ledger = BudgetLedger(needed(folder, "a ledger of what it spends") / _SPENT)
+        folder = needed(folder, "a ledger of what it spends")
+        if budget < float("inf"):
+            refuse_other_unit(folder, SPENT, self._asked.shard)
+        ledger = BudgetLedger(folder / SPENT)
         request = Request(
             self._asked.shard,
             self._asked.run,

@@ -212,9 +212,9 @@ class PrivacyLine(_Line):
 
     Attributes:
         unit: What is protected, "record" or "shard".
-        noise: "shared", "independent" or "central".
+        noise: "shared", "independent", "central", or "integer" and "integer-sum" for integer noise.
         noise_multiplier, clipping_norm, delta, accountant: As set.
-        sample_rate, steps: As set for DP-SGD; None with noise after decoding.
+        sample_rate, steps: As set for DP-SGD; None with other noise.
         epsilon: Epsilon spent so far in this run. None if it was not finite.
         epsilon_told, epsilon_told_all_runs: Largest epsilon that a client reported, of this run and of all its runs;
             None if no client reported any.
@@ -243,7 +243,7 @@ class SecureLine(_Line):
         manifest: Digest of the manifest, as hexadecimal.
         request: Digest of the request whose replies were added up, as the nodes computed it; None if no sum was used.
         clipped: Number of clipped entries in all shards, or of clipped updates if their norm is limited; None if no sum
-            was used.
+            was used, and with noise on whole shards.
         simulated: Whether a node said that its keys are on the server's machine, where masks protect nothing.
         setup: Who made the keys: "dealer", or the nodes themselves through the server, with identities by an
             "allow-list" or by "first-use".

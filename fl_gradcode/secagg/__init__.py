@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .graph import ClassGraph
     from .keys import agreement_tag
     from .manifest import ClassKeys, Manifest, ManifestBody, class_keys, make_body, read_body
+    from .noise import counted_shards, sensitivity
     from .request import Entry, Received, content_digest, given_digest, layout_digest, request_digest
     from .settings import SecureAggregation
 
@@ -60,6 +61,7 @@ __all__ = [
     "class_keys",
     "classes_for",
     "content_digest",
+    "counted_shards",
     "deal",
     "decode",
     "discrete_gaussian",
@@ -75,6 +77,7 @@ __all__ = [
     "read_manifest",
     "request_digest",
     "seeds_of",
+    "sensitivity",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -140,6 +143,10 @@ __getattr__, __dir__ = lazy_names(
             "class_keys",
             "make_body",
             "read_body",
+        ],
+        "noise": [
+            "counted_shards",
+            "sensitivity",
         ],
         "request": [
             "Entry",

@@ -28,9 +28,10 @@ class DecodedSum:
         shards: The shards, ascending.
         integers: Sum of the shards' integers, int32, shape (d,); empty for an evaluation.
         unit: What an integer stands for: sum of omega times update = integers * unit.
-        weight: Sum of the shards' weights.
+        weight: Sum of the shards' weights; with integer noise their number, which is public.
         largest_weight: Weight by which updates were divided before rounding.
-        clipped: Number of clipped entries, or of clipped updates if their norm is limited.
+        clipped: Number of clipped entries, or of clipped updates if their norm is limited; None with integer noise,
+            under which it is not counted.
         metrics: Sums of the shards' metrics, float64; NaN where a shard's was not finite.
     """
 
@@ -39,7 +40,7 @@ class DecodedSum:
     unit: float
     weight: float
     largest_weight: float
-    clipped: int
+    clipped: int | None
     metrics: NDArray[np.float64]
 
     def mean(self) -> NDArray[np.float64]:
@@ -102,14 +103,15 @@ def _decoded(manifest: Manifest, replies: Sequence[MaskedReply], cohort: tuple[i
     limit = body.quantiser.limit(len(shards))
     if integers.size and not -limit <= int(integers.min()) <= int(integers.max()) <= limit:
         raise OutOfRange(f"An entry of the sum exceeds {limit}, the most that {len(shards)} shards can add up to.")
+    noisy = body.quantiser.noise > 0
     weight, clipped, *metrics = restored(signed("metrics", ENTRY_WORDS * (2 + result.numbers))).tolist()
     return DecodedSum(
         shards,
         integers,
         2.0**-body.quantiser.fraction_bits,
-        weight,
+        float(len(shards)) if noisy else weight,
         body.quantiser.largest_weight,
-        round(clipped),
+        None if noisy else round(clipped),
         np.array(metrics, np.float64),
     )
 

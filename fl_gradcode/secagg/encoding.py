@@ -107,7 +107,8 @@ class ClassIntegers:
     """The integers of a class, to which the results of its shards are added one by one, in any order.
 
     If a shard failed, everything but the count in "status" is poisoned, so that nobody can tell which class it was.
-    With integer noise, a shard that failed counts as a zero update with noise.
+    With integer noise, a shard that failed counts as a zero update with noise, which is another noise than that of the
+    update on a holder where it did not fail.
 
     Args:
         body: The manifest's body.
@@ -165,13 +166,15 @@ class ClassIntegers:
     def _add_noisy(self, shard: int, result: ShardResult | None) -> None:
         """Add a noisy update of weight 1 without metrics: no number leaves that noise does not cover."""
         quantiser, size = self._body.quantiser, self._body.size
+        integers = np.zeros(size, np.int32)
         if result is not None and self._fits(result):
             alone = RoundedSum(quantiser, size)
             if alone.add(result.update, 1.0):
-                integers, _, failed = alone.finish(dither_key(self._seed, self._request, shard))
+                found, _, failed = alone.finish(dither_key(self._seed, self._request, shard))
                 if not failed:
-                    self._noisy += integers
-        key = noise_key(self._seed, self._request, shard)
+                    integers = found
+        key = noise_key(self._seed, self._request, shard, integers)
+        self._noisy += integers
         self._noisy += discrete_gaussian(key, quantiser.noise, size).astype(np.int32)
         digits = digits_of([1.0, 0.0, *[0.0] * self._layout.numbers])
         assert digits is not None

@@ -93,9 +93,20 @@ def dither_key(seed: bytes, request: bytes, shard: int) -> bytes:
     return derive(seed, "dither", request, shard)
 
 
-def noise_key(seed: bytes, request: bytes, shard: int) -> bytes:
-    """Returns the key of a shard's integer noise, 32 bytes."""
-    return derive(seed, "noise", request, shard)
+def noise_key(seed: bytes, request: bytes, shard: int, integers: NDArray[np.int32]) -> bytes:
+    """Returns the key of a shard's integer noise, 32 bytes.
+
+    It is bound to what the noise is added to. Holders with the same integers draw the same noise. If they differ, or
+    training fails on one of them alone, each has noise of its own: the same noise would cancel in the difference of
+    their replies, which have the same mask.
+
+    Args:
+        seed: The class's seed.
+        request: Digest R of the request.
+        shard: The shard.
+        integers: Its integers without noise, shape (d,).
+    """
+    return derive(seed, "noise", request, shard, hashlib.sha256(integers.astype("<i4").tobytes()).digest())
 
 
 def agreement_tag(seed: bytes, request: bytes, worker: int, integers: NDArray[np.uint32]) -> bytes:

@@ -19,10 +19,12 @@ import numpy as np
 from ..codes import GradientCode, P
 from ..errors import FlGradcodeError, InvalidSetting, SecureRefused
 from ..masking import CHECK_WORDS, ENTRY_WORDS, KEY_BYTES, Quantiser, hash_of, ring_named
+from ..privacy import IntegerNoise, Privacy
 from .certificate import Certificate, certify, choose_graph
 from .classes import Sending, ShardClasses, classes_for, classes_in
 from .graph import ClassGraph, split_into_cohorts, vertex_order
 from .keys import edge_key, private_key, public_key
+from .noise import check_noise, noisy_quantiser, promised, why_not_private
 from .request import layout_digest
 
 __all__ = [
@@ -133,6 +135,7 @@ class ManifestBody:
         app: Digest of the app, empty if it is not pinned.
         versions: Name and version of what the bits of an update depend on.
         environment: Further words that must be equal on all nodes: kind of device, instruction set, threads.
+        scope: With integer noise, "shard" or "sum", see `IntegerNoise`; else empty.
         text: The body as distributed.
     """
 
@@ -150,6 +153,7 @@ class ManifestBody:
     app: str
     versions: tuple[tuple[str, str], ...]
     environment: tuple[str, ...]
+    scope: str
     text: bytes = field(repr=False)
 
     @cached_property
@@ -196,6 +200,27 @@ class ManifestBody:
         }
         m = self.classes.m
         return {part: -(-length // m) * m for part, length in plain.items()}
+
+    def noise(self, *, colluders: int = 0) -> IntegerNoise | None:
+        """Returns the integer noise that shards have, as a privacy setting; None if they have none.
+
+        Args:
+            colluders: The owner's number of colluders, where it is more than the body's.
+        """
+        most = max(colluders, self.colluders)
+        return promised(self.quantiser, self.classes, self.size, self.scope, most)
+
+    def why_not_private(self, privacy: Privacy | None) -> str:
+        """Returns why the body does not go with a privacy setting, as the end of a sentence; empty if it does."""
+        return why_not_private(
+            privacy,
+            self.noise(),
+            self.quantiser,
+            self.classes,
+            arrays=(name for name, _, _ in self.arrays),
+            metrics=bool(self.metrics),
+            evaluation=bool(self.evaluation),
+        )
 
     def certificate(self, *, colluders: int | None = None, min_classes: int | None = None) -> Certificate:
         """Returns the certificate of the graph, computed by this node for its own requirements.
@@ -248,7 +273,7 @@ def make_body(
     clip: str = "entries",
     headroom: int = 4,
     largest_weight: float = 1.0,
-    noise: float = 0.0,
+    privacy: IntegerNoise | None = None,
     weight_key: str = "num-examples",
     identities: Sequence[str] = (),
     app: str = "",
@@ -269,7 +294,8 @@ def make_body(
         cohorts: Number of separate sums.
         sending: One coded vector a worker, or one shard a message.
         holders: For each shard, the workers that have its secret, if they are more than those that compute it.
-        bound, clip, headroom, largest_weight, noise: See `Quantiser`.
+        bound, clip, headroom, largest_weight: See `Quantiser`.
+        privacy: Integer noise of each shard, which decides bound, clip and largest weight; None: none.
         weight_key, identities, app, versions, environment: See `ManifestBody`.
 
     Raises:
@@ -279,7 +305,11 @@ def make_body(
     """
     classes = classes_for(code, sending, holders=holders)
     graph, _ = choose_graph(classes, colluders=colluders, cohorts=cohorts, min_classes=min_classes)
-    quantiser = Quantiser(classes.ring, classes.k, bound, clip, headroom, largest_weight, noise)  # type: ignore[arg-type]
+    if privacy is None:
+        quantiser = Quantiser(classes.ring, classes.k, bound, clip, headroom, largest_weight)  # type: ignore[arg-type]
+    else:
+        size = sum(math.prod(shape) for _, _, shape in arrays)
+        quantiser = noisy_quantiser(privacy, classes, size, headroom=headroom, colluders=colluders)
     rows = [[[c, *classes.matrix[worker, c].tolist()] for c in classes.sent_by(worker)] for worker in range(classes.n)]
     text = canonical(
         {
@@ -308,6 +338,7 @@ def make_body(
             "app": app,
             "versions": [[name, version] for name, version in sorted((versions or {}).items())],
             "environment": list(environment),
+            **({} if privacy is None else {_SCOPE: privacy.scope}),
         }
     )
     return ManifestBody.from_bytes(text)
@@ -320,9 +351,13 @@ _KEYS = {
 }
 
 
+#: Key of a body with integer noise alone.
+_SCOPE = "noise-scope"
+
+
 def _body_of(values: dict[str, Any], text: bytes) -> ManifestBody:
-    if set(values) != _KEYS:
-        odd = sorted(set(values) ^ _KEYS)[0]
+    if set(values) - {_SCOPE} != _KEYS:
+        odd = sorted((set(values) - {_SCOPE}) ^ _KEYS)[0]
         raise InvalidSetting(f"its entry {odd!r} is {'not known' if odd in values else 'missing'}.")
     if values["protocol"] != _PROTOCOL or values["check-words"] != CHECK_WORDS:
         raise InvalidSetting(f"it is of protocol {values['protocol']!r}; this version speaks {_PROTOCOL!r}.")
@@ -362,8 +397,21 @@ def _body_of(values: dict[str, Any], text: bytes) -> ManifestBody:
     metrics, evaluation = (
         tuple((_text(name), _whole(length, -1)) for name, length in values[kind]) for kind in ("metrics", "evaluation")
     )
-    if quantiser.noise and evaluation:
-        raise InvalidSetting("with integer noise no metric leaves a node, so no evaluation does.")
+    scope, rehearsal = values.get(_SCOPE, ""), _whole(values["rehearsal"]) == 1
+    identities = tuple(map(_text, values["identities"]))
+    if scope not in (("shard", "sum") if quantiser.noise else ("",)):
+        raise InvalidSetting(f"its {_SCOPE} is {scope!r}: with integer noise it is 'shard' or 'sum', else not there.")
+    if quantiser.noise:
+        told = bool(metrics or evaluation)
+        check_noise(
+            quantiser,
+            classes,
+            scope,
+            metrics=told,
+            identities=bool(identities),
+            rehearsal=rehearsal,
+            cohorts=len(cohorts),
+        )
     return ManifestBody(
         classes,
         graph,
@@ -374,11 +422,12 @@ def _body_of(values: dict[str, Any], text: bytes) -> ManifestBody:
         arrays,
         metrics,
         evaluation,
-        _whole(values["rehearsal"]) == 1,
-        tuple(map(_text, values["identities"])),
+        rehearsal,
+        identities,
         _text(values["app"]),
         tuple((_text(name), _text(version)) for name, version in values["versions"]),
         tuple(map(_text, values["environment"])),
+        scope,
         text,
     )
 

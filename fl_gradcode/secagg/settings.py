@@ -69,6 +69,11 @@ class SecureAggregation:
         """What `GradientCoding(send=)` must be for this manifest, "coded" or "shards"."""
         return "coded" if self.body.classes.sending == "coded" else "shards"
 
+    @property
+    def rounding(self) -> float:
+        """By how much rounding to integers can change an entry of the sum of weighted updates for one shard more."""
+        return 2.0**-self.body.quantiser.fraction_bits * self.body.quantiser.largest_weight
+
     def check_code(self, code: GradientCode) -> None:
         """Refuse a code that is not the manifest's.
 
@@ -98,8 +103,6 @@ def _not_built(body: ManifestBody) -> str:
     """Returns what a run cannot use of a manifest, or an empty string."""
     if len(body.graph.cohorts) != 1:
         return f"it has {len(body.graph.cohorts)} cohorts, and a round has one sum"
-    if body.quantiser.noise:
-        return "it has integer noise, which no run accounts for yet"
     if body.app:
         return "it pins the digest of the app, which a node cannot look up"
     counters = [name for name, dtype, _ in body.arrays if dtype != "bfloat16" and np.dtype(dtype).kind != "f"]

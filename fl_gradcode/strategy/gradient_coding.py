@@ -92,8 +92,8 @@ class GradientCoding(Strategy):
         run: Name of the run, used in plans, keys and the ledger; generated at each start if None.
         manifest: Manifest of the shards that `fl-gradcode place` wrote, as a path or value. Nodes refuse to train on
             data that differ from it.
-        privacy: The privacy promise of the run, a `DPSGD` or a `CentralNoise` (`fl_gradcode.privacy`,
-            docs/privacy.md).
+        privacy: The privacy promise of the run, a `DPSGD`, a `CentralNoise`, or under masks an `IntegerNoise`
+            (`fl_gradcode.privacy`, docs/privacy.md).
         average: Share of the newest model in an exponential average of the run's models, such as 0.25; None for no
             average. The average is what is evaluated, by the clients and by `evaluate_fn`, and what `Result.arrays`
             holds. Training goes on from the raw model, which `arrays` has, and which `on_round_end` gets.

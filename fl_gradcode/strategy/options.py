@@ -11,7 +11,7 @@ from ..averaging import ModelAverage
 from ..codes import GradientCode, PrimeField, locates_wrong_replies
 from ..errors import InvalidSetting
 from ..planning.job_times import LEARNED
-from ..privacy import DPSGD, CentralNoise, Privacy
+from ..privacy import DPSGD, CentralNoise, IntegerNoise, Privacy
 from ..staleness import FLOAT16, StalenessRule
 
 if TYPE_CHECKING:
@@ -213,8 +213,15 @@ class Options:
                 else "send='adaptive' may send one copy"
             )
             raise InvalidSetting(f"votes={self.votes} counts equal copies, and {what}. Choose one.")
-        if self.privacy is not None and not isinstance(self.privacy, DPSGD | CentralNoise):
-            raise InvalidSetting(f"privacy={self.privacy!r}: pass a DPSGD(...) or a CentralNoise(...).")
+        if self.privacy is not None and not isinstance(self.privacy, DPSGD | CentralNoise | IntegerNoise):
+            raise InvalidSetting(
+                f"privacy={self.privacy!r}: pass a DPSGD(...), CentralNoise(...) or IntegerNoise(...)."
+            )
+        if isinstance(self.privacy, IntegerNoise) and self.secure is None:
+            raise InvalidSetting(
+                "privacy=IntegerNoise(...) is added under masks: pass secure=SecureAggregation(...) too, or take "
+                "DPSGD(...)."
+            )
         if self.average is not None:
             ModelAverage(self.average)  # checks it
         if self.secure is not None and (wrong := self._not_masked()):
@@ -249,8 +256,8 @@ class Options:
             return "decodes the exact sum or nothing: choose on_undecodable='skip' or 'raise'"
         if isinstance(send, Coded) and (send.give_up_after is not None or send.kappa_max != float("inf")):
             return "sends whole classes without rounding noise: leave give_up_after= and kappa_max= out"
-        if self.privacy is not None:
-            return "does not combine with privacy= yet: choose one"
+        if wrong := self.secure.body.why_not_private(self.privacy):
+            return wrong
         if self.votes:
             return "does not combine with votes= yet: choose one"
         if self.on_disagreement != "warn":

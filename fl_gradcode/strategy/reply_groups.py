@@ -80,12 +80,12 @@ class MaskedSum:
 
     Attributes:
         request: Digest of the request that was answered, as hexadecimal.
-        clipped: Number of clipped entries, or of clipped updates if their norm is limited.
+        clipped: Number of clipped entries, or of clipped updates if their norm is limited; None if it is not told.
         error: Largest error of an entry of the mean from rounding to integers; for an evaluation, of a mean metric.
     """
 
     request: str
-    clipped: int
+    clipped: int | None
     error: float
 
 
@@ -324,7 +324,7 @@ class MaskedReplies(HeldReplies["MaskedReply"]):
         """
         from ..secagg import decode  # a plain server loads no cryptography
 
-        assert not stale and noise is None
+        assert not stale
         if self.differing is not None:
             return "workers {} and {} hold the same shards and sent different integers".format(*self.differing)
         used = [int(i) for i in np.flatnonzero(vector.reshape(code.n, -1).any(axis=1))]
@@ -341,15 +341,19 @@ class MaskedReplies(HeldReplies["MaskedReply"]):
         _, record = rebuild_metrics(layout, np.array([total.weight, *total.metrics]), whole=whole)
         arrays, error_of_mean = None, body.classes.k * 2.0**-31 / total.weight  # of metrics
         if before is not None:
-            scale = total.unit * total.largest_weight
+            scale, weight = total.unit * total.largest_weight, total.weight
             starts = range(0, total.integers.size, _PIECE)
-            pieces = (total.integers[i : i + _PIECE].astype(np.float64) * scale for i in starts)
+            pieces: Iterable[NDArray[Any]] = (total.integers[i : i + _PIECE].astype(np.float64) * scale for i in starts)
+            if noise is not None:
+                pieces, weight = [noise.add_to(total.integers * np.float64(scale), [])], noise.weight
             try:
-                arrays = rebuild_arrays(result.arrays, before, pieces, total.weight)
+                arrays = rebuild_arrays(result.arrays, before, pieces, weight)
             except OverflowError as error:
                 return str(error)
-            error_of_mean = (len(body.classes) + body.classes.k * 2.0**-17) * scale / total.weight
-        masks = MaskedSum(self.copies[used[0]].request.hex(), total.clipped, error_of_mean)
+            rounded = body.classes.k if body.quantiser.noise else len(body.classes) + body.classes.k * 2.0**-17
+            error_of_mean = rounded * scale / weight
+        clipped = total.clipped if noise is None else None
+        masks = MaskedSum(self.copies[used[0]].request.hex(), clipped, error_of_mean)
         workers = tuple(sorted({self.senders[row][1] for row in used}))
         return Decoded(arrays, record, result.arrays, self._names, vector, workers, (), masks)
 

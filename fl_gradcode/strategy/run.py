@@ -93,7 +93,10 @@ class Run:
         self.name = name or uuid.uuid4().hex
         self.done = 0
         self.registry = registry or WorkerRegistry()  # not shared between runs, which may have other nodes and clients
-        self.account = RunAccount(options.privacy, code, self.name, send=str(options.send)) if options.privacy else None
+        self.account: RunAccount | None = None
+        if options.privacy is not None:
+            rounding = None if options.secure is None else options.secure.rounding
+            self.account = RunAccount(options.privacy, code, self.name, send=str(options.send), rounding=rounding)
         self.modes = self._mode_chooser(code)
         self.mode: RoundMode | None = None
         self.row: RoundRow | None = None
@@ -152,7 +155,7 @@ class Run:
             InvalidSetting: A run of this name was begun before, and its checkpoint is lost.
         """
         if self.account is not None and self.keeper.keeps:
-            self.account.request = request
+            self.account.request = self._masks.same_request(request, self.account.privacy)
             self.account.begin_anew(self.keeper.load_account(self.name))
             self.keeper.save_account(self.name, self.account.state)
         self.keep(arrays, 0)
@@ -179,7 +182,7 @@ class Run:
                 self._comparisons.resume([] if row.train is None else [row.train])
                 self._ever_decoded |= row.train is not None and row.train.outcome in ("exact", "approximate", "stale")
         if self.account is not None:
-            self.account.request = request
+            self.account.request = self._masks.same_request(request, self.account.privacy)
             latest = self.keeper.load_account(self.name)
             self.done = self.account.resume(saved.privacy, latest, saved.round, rows)
             self.keeper.save_account(self.name, self.account.state)
@@ -314,6 +317,7 @@ class Run:
         )
         before = content[arrays_key] if arrays_key else None
         assert before is None or isinstance(before, ArrayRecord)
+        self._masks.check_model(before)
         ttl = time_to_live(self.timeout, self._slowest)
         factory = MessageFactory(plan, content, message_type=drafts[0].metadata.message_type, ttl=ttl)
         scrutiny = Scrutiny(self._comparisons, compares, self._agreed, options.votes, self._masks.manifest)

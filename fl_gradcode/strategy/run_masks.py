@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
 from ..errors import InvalidSetting
+from ..privacy import IntegerNoise, Privacy
 from ..protocol import Rejection
 from ..roster import WorkerRegistry, rehearse
 from ..runlog import PhaseRow
@@ -75,6 +77,33 @@ class RunMasks:
         """
         if self._secure is not None and self.manifest is None:
             raise InvalidSetting("secure= with a body sets up keys first: run the strategy by its start().")
+
+    def same_request(self, request: str, privacy: Privacy | None) -> str:
+        """Returns the digest of what a run asks, or "" if a resumed run may ask the same round otherwise.
+
+        Keys that nodes draw may be others after a restart, and integer noise with them, which is a further release.
+        """
+        drawn = self._secure is not None and self._secure.manifest is None
+        return "" if drawn and isinstance(privacy, IntegerNoise) else request
+
+    def check_model(self, model: ArrayRecord | None) -> None:
+        """Check that the model has the arrays that the manifest says train() returns.
+
+        Otherwise all shards would fail, and with integer noise nobody would learn of it.
+
+        Raises:
+            InvalidSetting: An array is missing or has another shape.
+        """
+        if self._secure is None or model is None:
+            return
+        for name, _, shape in self._secure.body.arrays:
+            there = model.get(name)
+            if there is None or tuple(there.shape) != shape:
+                has = "no such array" if there is None else f"one that has shape {tuple(there.shape)}"
+                raise InvalidSetting(
+                    f"The manifest says that train() returns an array {name!r} of shape {shape}, and the model has "
+                    f"{has}. Make a manifest with the layout of this model."
+                )
 
     @property
     def evaluates(self) -> bool:

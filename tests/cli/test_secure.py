@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from fl_gradcode.cli.app import app
 from fl_gradcode.codes import fractional_repetition, reed_solomon
+from fl_gradcode.privacy import IntegerNoise
 from fl_gradcode.secagg import MANIFEST_FILE, SecureAggregation, read_manifest
 from tests.secagg.rounds import start
 
@@ -69,11 +70,12 @@ def test_a_manifest_for_single_shards_and_evaluation(tmp_path: Path, layout: Pat
 
 def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "secure-aggregation.md").read_text()
-    (layout,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
-    commands, _ = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)  # test_enrolment.py runs the second block
+    layout, updates = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    commands, noise, _ = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)  # test_enrolment.py runs the last block
     monkeypatch.chdir(tmp_path)
     Path("layout.json").write_text(layout)
-    for line in commands.splitlines():
+    Path("updates.json").write_text(updates)
+    for line in [*commands.splitlines(), *noise.splitlines()]:
         program, *arguments = shlex.split(line)
         code, _, error = call(*arguments)
         assert program == "fl-gradcode" and code == 0, error
@@ -108,3 +110,44 @@ def test_what_cannot_be_made_is_refused_with_one_sentence(tmp_path: Path, layout
     (node / "secagg-digest").write_text("00" * 32 + "\n")
     code, _, error = call("secure", "check", node)
     assert code != 0 and "another one than this node has pinned" in " ".join(error.split())
+
+
+def test_a_manifest_with_integer_noise_and_the_line_for_the_server(tmp_path: Path, layout: Path) -> None:
+    keys = tmp_path / "keys"
+    layout.write_text(json.dumps({"arrays": json.loads(layout.read_text())["arrays"]}))
+    make = ("secure", "make", keys, "--layout", layout, "-n", 8, "-s", 1)
+    code, out, error = call(*make, "--noise-multiplier", 4, "--clipping-norm", 2)
+    assert code == 0, error
+    assert "privacy=IntegerNoise(noise_multiplier=4, clipping_norm=2)" in out
+    assert "4 times what a shard changes, by each shard alone" in out and "(norm)" in out
+    noise = IntegerNoise(noise_multiplier=4, clipping_norm=2)
+    start(fractional_repetition(8, 1), keys, privacy=noise)
+    told = [call("secure", "check", keys / f"node-{worker}")[1] for worker in range(8)]
+    assert sum(f"epsilon {noise.epsilon(1):.3g} at most, delta 1e-05, of a shard" in one for one in told) >= 4
+    for options, wrong in (
+        (("--noise-multiplier", 4), "--noise-multiplier needs --clipping-norm"),
+        (("--clipping-norm", 4), "say --noise-multiplier too"),
+        (
+            ("--noise-multiplier", 4, "--clipping-norm", 2, "--bound", 1),
+            "leave --bound, --clip and --largest-weight out",
+        ),
+        (("--noise-multiplier", 4, "--clipping-norm", 2, "--scope", "sum"), "needs an allow-list and a rehearsal"),
+        (("--noise-multiplier", 4, "--clipping-norm", 2, "--scope", "all"), "scope='all'"),
+        ((), "--largest-weight is missing"),
+    ):
+        code, _, error = call(*make, *options)
+        assert code == 2 and wrong in error.replace("\n", " "), options
+    layout.write_text(json.dumps({**json.loads(layout.read_text()), "metrics": {"loss": -1}}))
+    code, _, error = call(*make, "--noise-multiplier", 4, "--clipping-norm", 2)
+    assert code == 2 and "no metric leaves a node" in error
+
+
+def test_privacy_tells_what_integer_noise_costs() -> None:
+    code, out, error = call("privacy", "--integer", "--rounds", 10, "--noise-multiplier", 4, "--json")
+    assert code == 0, error
+    (found,) = json.loads(out)["modes"]
+    assert found["noise"] == "integer"
+    assert found["epsilon"] == pytest.approx(IntegerNoise(noise_multiplier=4, clipping_norm=1).epsilon(10))
+    code, out, _ = call("privacy", "--integer", "--rounds", 10, "--epsilon", 2)
+    assert code == 0 and "privacy=IntegerNoise(noise_multiplier=" in out and "a whole shard" in out
+    assert "say one" in call("privacy", "--integer", "--central", "--rounds", 10, "--epsilon", 2)[2]

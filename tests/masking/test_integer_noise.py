@@ -11,6 +11,7 @@ import pytest
 
 from fl_gradcode.codes import fractional_repetition
 from fl_gradcode.masking import integer_noise
+from fl_gradcode.privacy import IntegerNoise
 from fl_gradcode.secagg import ShardResult, decode, discrete_gaussian
 from fl_gradcode.secagg.keys import noise_key
 from tests.secagg.samples import REQUEST, body_of, class_integers, replies_of, results_for, sealed, seed_of
@@ -68,29 +69,39 @@ def test_comparisons_draw_as_many_bits_as_they_need() -> None:
 
 def test_holders_draw_the_same_and_keys_are_bound_to_the_request() -> None:
     assert (discrete_gaussian(KEY, 5.0, 50) == discrete_gaussian(KEY, 5.0, 50)).all()
-    keys = {noise_key(seed_of(0), REQUEST, 0), noise_key(seed_of(0), bytes(32), 0), noise_key(seed_of(0), REQUEST, 1)}
-    assert len(keys) == 3
+    zeros, ones = (np.full(3, value, np.int32) for value in (0, 1))
+    bound = [
+        (REQUEST, 0, zeros),
+        (bytes(32), 0, zeros),
+        (REQUEST, 1, zeros),
+        (REQUEST, 0, ones),
+        (REQUEST, 0, zeros[:2]),
+    ]
+    assert len({noise_key(seed_of(0), *one) for one in bound}) == 5
     with pytest.raises(ValueError, match="sigma"):
         discrete_gaussian(KEY, 0.0, 3)
 
 
 def test_the_noise_of_a_sum_is_that_of_all_its_shards() -> None:
-    code, sigma = fractional_repetition(8, 1), 1000.0
-    body = body_of(code, size=20_000, metrics=0, noise=sigma, clip="norm")
-    zeros = {j: ShardResult(np.zeros(20_000, np.float32), 5.0, np.zeros(0)) for j in range(8)}
+    code = fractional_repetition(8, 1)
+    body = body_of(code, size=20_000, metrics=0, privacy=IntegerNoise(noise_multiplier=0.1, clipping_norm=1.0))
+    sigma = body.quantiser.noise
+    still = {j: ShardResult(np.zeros(20_000, np.float32), 5.0, np.zeros(0)) for j in range(8)}
     manifest = sealed(body)
-    replies = replies_of(manifest, zeros)
+    replies = replies_of(manifest, still)
     assert replies[0].payload() == replies[4].payload()
     (found,) = decode(manifest, replies[:4])
     variance = 8 * sigma**2
     assert abs(float(found.integers.astype(np.float64).var()) - variance) < 3 * variance * math.sqrt(2 / 20_000)
-    expected = sum(discrete_gaussian(noise_key(seed_of(j % 4), REQUEST, j), sigma, 20_000) for j in range(8))
+    zeros = np.zeros(20_000, np.int32)
+    expected = sum(discrete_gaussian(noise_key(seed_of(j % 4), REQUEST, j, zeros), sigma, 20_000) for j in range(8))
     assert (found.integers == expected).all()
 
 
 def test_with_noise_nothing_leaves_that_noise_does_not_cover() -> None:
     """No weight, no metric, no count of clipped entries, and no count of shards that failed."""
-    body = body_of(fractional_repetition(8, 1), metrics=2, noise=50.0, bound=0.1)
+    noise = IntegerNoise(noise_multiplier=1.0, clipping_norm=0.1)
+    body = body_of(fractional_repetition(8, 1), metrics=0, privacy=noise)
     results = dict[int, ShardResult | None](results_for(body, weight=0.5))
     plain = [class_integers(body, c, results) for c in range(4)]
     results[5] = None
@@ -98,4 +109,4 @@ def test_with_noise_nothing_leaves_that_noise_does_not_cover() -> None:
     for part in ("metrics", "check", "status"):
         assert all((one[part] == other[part]).all() for one, other in zip(plain, failed, strict=True))
     (found,) = decode(sealed(body), replies_of(sealed(body), results))
-    assert (found.weight, found.clipped, found.metrics.tolist()) == (8.0, 0, [0.0, 0.0])
+    assert (found.weight, found.clipped, found.metrics.tolist()) == (8.0, None, [])

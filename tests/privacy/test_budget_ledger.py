@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -54,6 +55,16 @@ def test_each_round_is_charged_once_and_a_repeated_request_is_free(ledger: Budge
     assert ledger.epsilon(0, DELTA, accountant="rdp") == cost(3)
     assert ask(ledger, 2).new is False  # of an earlier round too: it gets the answer that it got
     assert [one.round for one in ledger.entries(0)] == [1, 2, 3] and ledger.shards == [0]
+
+
+def test_without_limits_epsilons_need_not_be_computed_and_charges_are_the_same(ledger: BudgetLedger) -> None:
+    for number in (1, 2, 2):
+        told = ask(ledger, number, wanted=False)
+        assert math.isnan(told.run_epsilon) and math.isnan(told.total_epsilon)
+    assert not told.new and ledger.epsilon(0, DELTA, accountant="rdp") == cost(2)
+    with pytest.raises(PrivacyRefused, match="answered before"):
+        ask(ledger, 2, "other weights", wanted=False)
+    assert ask(ledger, 3, budget=100.0, wanted=False).total_epsilon == cost(3)
 
 
 def test_another_request_for_an_answered_round_is_refused(ledger: BudgetLedger) -> None:

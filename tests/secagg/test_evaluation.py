@@ -15,9 +15,10 @@ from fl_gradcode import GradientCode, GradientCoding, fractional_repetition
 from fl_gradcode.codes import reed_solomon
 from fl_gradcode.errors import InvalidSetting, SecureRefused
 from fl_gradcode.latency import Latency, lognormal
+from fl_gradcode.privacy import IntegerNoise
 from fl_gradcode.protocol import Plan
 from fl_gradcode.secagg import SecureAggregation, decode, make_body
-from tests.secagg.rounds import ARRAYS, METRICS, ask, dealt, known_app, start
+from tests.secagg.rounds import ARRAYS, ask, dealt, known_app, start
 from tests.secagg.samples import body_of, replies_of, results_for, sealed
 
 FRC = fractional_repetition(8, 1)
@@ -147,5 +148,6 @@ def test_sampling_of_evaluations_and_noise_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidSetting, match=r"fraction_evaluate=0\.5"):
         GradientCoding(FedAvg(fraction_evaluate=0.5), FRC, secure=secure)
     GradientCoding(FedAvg(fraction_evaluate=0.0), FRC, secure=secure)
-    with pytest.raises(InvalidSetting, match="no evaluation does"):
-        make_body(FRC, arrays=ARRAYS, metrics=METRICS, evaluation=EVALUATION, noise=4.0)
+    noise = IntegerNoise(noise_multiplier=1.0, clipping_norm=1.0)
+    with pytest.raises(InvalidSetting, match="no metric leaves a node"):
+        make_body(FRC, arrays=ARRAYS, evaluation=EVALUATION, privacy=noise)

@@ -18,12 +18,13 @@ from fl_gradcode.cli.app import app as command_line
 from fl_gradcode.codes import reed_solomon
 from fl_gradcode.errors import FlGradcodeError, InvalidCode, InvalidSetting, NotCertified, PrivacyRefused, SecureRefused
 from fl_gradcode.placement import Manifest as DataManifest
-from fl_gradcode.privacy import DPSGD, CentralNoise
+from fl_gradcode.privacy import DPSGD, CentralNoise, IntegerNoise, privacy_to_json
 from fl_gradcode.protocol import Plan, Reply, probe_content
 from fl_gradcode.secagg import MANIFEST_FILE, SecureAggregation, deal, make_body
 from tests.secagg.rounds import ARRAYS, METRICS, ask, copy_of, dealt, known_app, start
 
 FRC = fractional_repetition(8, 1)
+INTEGER = IntegerNoise(noise_multiplier=2.0, clipping_norm=1.0)
 W = 2  # the worker that is asked, who holds a class of two shards with worker 6
 
 
@@ -114,7 +115,7 @@ def test_a_probe_is_told_the_worker_s_number_alone(node: Path) -> None:
         ({"figures": True}, "does not combine"),
         ({"open": True}, "does not combine"),
         ({"as_returned": True}, "does not combine"),
-        ({"privacy": '{"kind": "x"}'}, "does not combine"),
+        ({"privacy": privacy_to_json(INTEGER)}, "without integer noise"),
         ({"rows": {}}, "whole classes"),
         ({"round": "1"}, "whole numbers"),
         ({"seed": 0.5}, "whole numbers"),
@@ -317,9 +318,10 @@ def secure_of(folder: Path, code: Any = FRC, **settings: Any) -> SecureAggregati
         ({"on_disagreement": "skip"}, "leave on_disagreement= out"),
         (
             {"privacy": DPSGD(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.1, steps=1, noise="independent")},
-            "privacy=",
+            "difference would show noise in clear",
         ),
-        ({"privacy": CentralNoise(noise_multiplier=1.0, clipping_norm=1.0)}, "privacy="),
+        ({"privacy": CentralNoise(noise_multiplier=1.0, clipping_norm=1.0)}, "metrics of training"),
+        ({"privacy": INTEGER}, "make one with .*--noise-multiplier 2 --clipping-norm 1"),
     ],
     ids=str,
 )
@@ -348,7 +350,6 @@ def test_other_codes_and_sampling_are_refused(tmp_path: Path) -> None:
 def test_manifests_that_no_run_can_use_are_refused(tmp_path: Path) -> None:
     for name, settings, match in (
         ("cohorts", {"cohorts": 2, "min_classes": 2}, "2 cohorts"),
-        ("noise", {"noise": 4.0, "largest_weight": 1.0}, "integer noise"),
         ("counter", {"arrays": [("steps", "int64", ())]}, "clipped counters"),
         ("order", {"metrics": [("b", -1), ("a", -1)]}, "sorted by name"),
         ("evaluation", {"evaluation": [("b", -1), ("a", -1)]}, "sorted by name"),

@@ -15,6 +15,7 @@ from fl_gradcode import GradientCode, GradientCoding, fractional_repetition
 from fl_gradcode.codes import reed_solomon
 from fl_gradcode.latency import Latency, constant, lognormal, scaled
 from fl_gradcode.masking import streams as masking_streams
+from fl_gradcode.privacy import IntegerNoise
 from fl_gradcode.secagg import SecureAggregation, encoding
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import flat, initial_arrays
@@ -108,18 +109,25 @@ def transcript(replies: list[tuple[int, Message]]) -> list[tuple[Any, ...]]:
     return found
 
 
-@pytest.mark.parametrize("code", CODES, ids=str)
+@pytest.mark.parametrize(
+    ("code", "noise"),
+    [*((code, None) for code in CODES), (FRC, IntegerNoise(noise_multiplier=2.0, clipping_norm=4.0))],
+    ids=str,
+)
 def test_the_transcript_of_a_round_is_the_same_for_inputs_with_equal_sums_and_transported_keys(
-    tmp_path: Path, code: GradientCode, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, code: GradientCode, noise: IntegerNoise | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second run has other data on every shard, and streams that carry the differences along the graph's edges."""
     folder = tmp_path / "first"
-    dealt(folder, code)
+    settings: dict[str, Any] = {} if noise is None else {"privacy": noise, "metrics": []}
+    dealt(folder, code, **settings)
     other = copy_of(folder, tmp_path / "second")
     first: dict[int, dict[str, np.ndarray]] = {}
     moved: dict[int, dict[str, np.ndarray]] = {}
     mask = encoding.mask
     modulus = 2**32 if code is FRC else 2**31 - 1
+    # Noise depends on what it is added to; whatever it is, the masks cover it.
+    monkeypatch.setattr(encoding, "discrete_gaussian", lambda key, sigma, size: np.arange(size) * 1000)
 
     def recording(keys: Any, integers: Any, request: bytes) -> None:
         first.update({c: {part: one.copy() for part, one in parts.items()} for c, parts in integers.items()})
@@ -151,7 +159,7 @@ def test_the_transcript_of_a_round_is_the_same_for_inputs_with_equal_sums_and_tr
             return reply
 
         monkeypatch.setattr(encoding, "mask", transported if reverse else recording)
-        _, models, _ = start(code, other if reverse else folder, app, tamper=keep)
+        _, models, _ = start(code, other if reverse else folder, app, tamper=keep, privacy=noise)
         return transcript(replies), models[1]
 
     one, model = seen(reverse=False)

@@ -64,8 +64,8 @@ def test_vectors_of_the_present_forms() -> None:
     assert stream(update.key, 4, INTEGERS).tolist() == [1683995769, 1292273909, 2541066902, 725914367]
     dither = stream(dither_key(seed_of(0), request, 0), 4, INTEGERS)
     assert dither.tolist() == [1049636980, 1148224485, 3908140192, 1113511790]
-    noise = noise_key(seed_of(0), request, 0)
-    assert noise.hex() == "d19d9c08d2abed76020b4d48b2e6b14f7e86c699caef06516129adee9ed682d9"
+    noise = noise_key(seed_of(0), request, 0, np.array([1, -2], np.int32))
+    assert noise.hex() == "6429f97b8f22498e8aa49b5fa5cd8bb694a6cb1bcca82c380f43d12c8091b814"
     tag = agreement_tag(seed_of(0), request, 5, np.array([1, 2], np.uint32))
     assert tag.hex() == "c36135165d66dadf61fe4663fd58c00d2b621e8c211f49507568b8f410466230"
 

@@ -13,6 +13,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from fl_gradcode import GradientCoding, fractional_repetition
 from fl_gradcode.codes import reed_solomon
+from fl_gradcode.privacy import IntegerNoise
 from fl_gradcode.secagg import SecureAggregation
 
 app = ServerApp()
@@ -24,9 +25,11 @@ def main(grid: Grid, context: Context) -> None:
     config = context.run_config
     folder, nodes, rounds = Path(str(config["folder"])), int(config["nodes"]), int(config["rounds"])
     code = reed_solomon(nodes, 1) if config["code"] == "reed-solomon" else fractional_repetition(nodes, 1)
+    noise = float(config["noise-multiplier"])
     strategy = GradientCoding(
         FedAvg(),
         code,
+        privacy=IntegerNoise(noise_multiplier=noise, clipping_norm=2.0) if noise else None,
         secure=SecureAggregation(folder / "keys" / "secagg-manifest.json"),
         ledger=folder / "ledger.jsonl",
         checkpoint=folder / "run.ckpt",
