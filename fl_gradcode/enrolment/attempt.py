@@ -80,6 +80,8 @@ class Attempt:
         unfit: Workers that lead a class and gave no key of it.
         why: Why the attempt failed, as sentences; empty if it did not.
         shown: Whether nodes were shown the keys, and may have left the epoch before.
+        heard: Nodes that have confirmed some keys, these or others.
+        unheard: Worker -> the third message, which it has not answered.
     """
 
     def __init__(
@@ -103,6 +105,8 @@ class Attempt:
         self.unfit: set[int] = set()
         self.why: list[str] = []
         self.shown = False
+        self.heard: set[int] = set()
+        self.unheard: dict[int, Request] = {}
 
     @property
     def nodes(self) -> set[int]:
@@ -181,7 +185,7 @@ class Attempt:
                 return f"node {node} answers as another worker"
             for key in answer.classes:
                 own = key.leader == worker == leaders.get(key.number)
-                if own and key.is_genuine(self.setup, self._digest, identities[worker]):
+                if own and key.gives_secret and key.is_genuine(self.setup, self._digest, identities[worker]):
                     keys[key.number] = key
             for (number, to), box in answer.wraps.items():
                 if leaders.get(number) == worker and to in boxes:
@@ -217,6 +221,7 @@ class Attempt:
                 return f"node {node} answers as another worker"
             genuine = one.worker == worker and one.is_genuine(self.setup, self._digest, identities[worker])
             (good if genuine and one.manifest == manifest else other).append(worker)
+            self.heard.add(node)
             return ""
 
         confirm = {
@@ -225,6 +230,9 @@ class Attempt:
         }
         asked = Asked(take, self.setup.label_of_phase, confirm, self._least)
         asked.run(self._grid, self._timeout)
+        self.unheard = {
+            worker: confirm[node] for worker in identities if (node := self._node_of[worker]) not in self.heard
+        }
         for text in asked.wrong[:3]:
             _log.warning("A node does not take part in %s: %s.", self.setup, text.rstrip("."))
         if other:
