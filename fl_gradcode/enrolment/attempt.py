@@ -230,9 +230,8 @@ class Attempt:
         }
         asked = Asked(take, self.setup.label_of_phase, confirm, self._least)
         asked.run(self._grid, self._timeout)
-        self.unheard = {
-            worker: confirm[node] for worker in identities if (node := self._node_of[worker]) not in self.heard
-        }
+        silent = [worker for worker in identities if self._node_of[worker] not in self.heard]
+        self.unheard = {worker: confirm[self._node_of[worker]] for worker in silent}
         for text in asked.wrong[:3]:
             _log.warning("A node does not take part in %s: %s.", self.setup, text.rstrip("."))
         if other:

@@ -122,8 +122,8 @@ class EnrolledNode:
             raise SecureRefused(f"Epoch {setup.epoch} of this run is over: this node has said hello in epoch {latest}.")
         if run not in state.last and len(state.last) >= _RUNS:
             raise SecureRefused(
-                f"This node has taken part in {_RUNS} runs, and remembers no more. Its owner may begin again in another "
-                "folder, with a new identity."
+                f"This node has taken part in {_RUNS} runs, and remembers no more. Its owner may begin again in "
+                "another folder, with a new identity."
             )
         if not self.body.identities:
             _log.warning(

@@ -474,7 +474,7 @@ def test_no_run_is_ever_forgotten_so_that_its_first_epoch_begins_again(
 ) -> None:
     server.say_hello([1])
     file = StateFile(server.folder / "node-1")
-    many = {name_of_run(f"run {number}"): 1 for number in range(1500)}
+    many = {name_of_run(replace(server.setup, run=f"run {number}")): 1 for number in range(1500)}
     file.write(replace(file.read(), last={**file.read().last, **many}, pending=None))
     refused(server, 1, Request(server.setup, "hello"), "Epoch 1 of this run is over")
     Server(server.folder, server.body, "another").say_hello([1])
@@ -488,7 +488,7 @@ def test_a_run_s_own_name_in_an_earlier_version_s_file_counts(server: Server) ->
     server.say_hello([1])
     path = server.folder / "node-1" / "secagg-setup.json"
     values = json.loads(path.read_text())
-    assert [*values["last"]] == [name_of_run("run-1")]
+    assert [*values["last"]] == [name_of_run(server.setup)]
     path.write_text(json.dumps({**values, "last": {"run-1": 1}, "pending": None}))
     refused(server, 1, Request(server.setup, "hello"), "Epoch 1 of this run is over")
 
@@ -511,7 +511,7 @@ def test_all_files_of_an_agreement_are_written_under_one_lock(server: Server, mo
             assert isinstance(lock(file), BlockingIOError)
         write(path, *content, **how)
 
-    write = agreement.replace_file
+    write: Any = vars(agreement)["replace_file"]
     monkeypatch.setattr(agreement, "replace_file", look)
     agree(server.folder / "node-1", server.body.text, server.body.identities)
     assert replaced == ["secagg-body.json", "secagg-body-digest"]
