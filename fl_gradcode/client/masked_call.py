@@ -46,6 +46,7 @@ from ..secagg import (
     check_data,
     class_keys,
     content_digest,
+    exact_text,
     given_digest,
     masked_reply,
     read_manifest,
@@ -352,7 +353,9 @@ def _entry(key: str, value: Any) -> Entry:
 
 
 def _text(value: Any) -> str:
-    return value.hex() if isinstance(value, float | bytes) else str(value)
+    if isinstance(value, float):
+        return exact_text(value)
+    return value.hex() if isinstance(value, bytes) else str(value)
 
 
 # Training and evaluation

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .graph import ClassGraph
     from .keys import agreement_tag
     from .manifest import ClassKeys, Manifest, ManifestBody, class_keys, make_body, read_body
-    from .request import Entry, Received, content_digest, given_digest, layout_digest, request_digest
+    from .request import Entry, Received, content_digest, exact_text, given_digest, layout_digest, request_digest
     from .settings import SecureAggregation
 
 __all__ = [
@@ -64,6 +64,7 @@ __all__ = [
     "decode",
     "discrete_gaussian",
     "encode",
+    "exact_text",
     "given_digest",
     "holders_in",
     "layout_digest",
@@ -145,6 +146,7 @@ __getattr__, __dir__ = lazy_names(
             "Entry",
             "Received",
             "content_digest",
+            "exact_text",
             "given_digest",
             "layout_digest",
             "request_digest",
