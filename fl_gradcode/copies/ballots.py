@@ -66,6 +66,10 @@ class Ballots(Generic[T]):
         candidate = self._winner[unit]
         return candidate.votes[0], candidate.copy
 
+    def votes_for(self, unit: int) -> list[Vote]:
+        """Returns who sent the copy of a decided unit, in order of arrival."""
+        return [*self._winner[unit].votes]
+
     def most_equal(self, unit: int) -> int:
         """Returns the largest number of equal copies of a unit so far."""
         return max((len(candidate.votes) for candidate in self._candidates.get(unit, ())), default=0)

@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from .manifest import ClassKeys, Manifest, ManifestBody, class_keys, make_body, read_body
     from .request import Entry, Received, content_digest, exact_text, given_digest, layout_digest, request_digest
     from .settings import SecureAggregation
+    from .tags import TAG_BYTES, shown_tag, tags_by_place, tags_in
 
 __all__ = [
     "DIGEST_FILE",
     "FIELD",
     "INTEGERS",
     "MANIFEST_FILE",
+    "TAG_BYTES",
     "Answered",
     "AnsweredRequests",
     "Certificate",
@@ -76,6 +78,9 @@ __all__ = [
     "read_manifest",
     "request_digest",
     "seeds_of",
+    "shown_tag",
+    "tags_by_place",
+    "tags_in",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -153,6 +158,12 @@ __getattr__, __dir__ = lazy_names(
         ],
         "settings": [
             "SecureAggregation",
+        ],
+        "tags": [
+            "TAG_BYTES",
+            "shown_tag",
+            "tags_by_place",
+            "tags_in",
         ],
     },
 )

@@ -248,8 +248,6 @@ class Options:
             return "sends whole classes without rounding noise: leave give_up_after= and kappa_max= out"
         if self.privacy is not None:
             return "does not combine with privacy= yet: choose one"
-        if self.votes:
-            return "does not combine with votes= yet: choose one"
         if self.on_disagreement != "warn":
             return "never uses copies that differ: leave on_disagreement= out"
         if self.digests is not None:

@@ -25,7 +25,16 @@ from .layouts import AgreedLayouts
 from .options import Approximation
 from .plan_messages import MessageFactory
 from .replies import Group, Rejected, ReplyCollector
-from .reply_groups import Decoded, Noise, ReplyGroup, Returned, ReturnedReplies, StaleUpdate, StaleUpdates
+from .reply_groups import (
+    Decoded,
+    MaskedReplies,
+    Noise,
+    ReplyGroup,
+    Returned,
+    ReturnedReplies,
+    StaleUpdate,
+    StaleUpdates,
+)
 
 if TYPE_CHECKING:
     from ..secagg import Manifest
@@ -335,7 +344,7 @@ class Phase(StopRule):
         if best.ballots is not None:
             self.replies.leave_out({worker for worker, _ in best.ballots.wrong().values()}, _ALONE)
             return
-        if not isinstance(best, ReplyGroup) or not best.decoder.decodable:
+        if isinstance(best, ReturnedReplies) or not best.decoder.decodable:
             return
         missing = len(self.code.active) - len(best.decoder.survivors)
         if missing > self.tolerance:
@@ -353,13 +362,13 @@ class Phase(StopRule):
         self.copies.compared |= {j for j in self.shards if self._holders_among(j, there) > 1}
         self.copies.apart = 0.0 if self.copies.compared else None
 
-    def _locate(self, group: ReplyGroup) -> tuple[int, ...] | None:
+    def _locate(self, group: ReplyGroup | MaskedReplies) -> tuple[int, ...] | None:
         """Returns the workers whose replies are wrong, or None if that cannot be known."""
         there = sorted(group.decoder.survivors)
         random = np.random.default_rng()  # drawn once all replies are fixed
         return locate_wrong_replies(
             self.code,
-            [group.copies[i] for i in there],
+            group.vectors_of(there),
             there,
             self.liars_left,
             lambda size: random.integers(0, P, size),
@@ -382,7 +391,7 @@ class Phase(StopRule):
     def liars_left(self) -> int:
         """Number of wrong replies that may still be among the holders of a shard, besides those that are known."""
         known = sum(bool(self.plan.rows[worker].shards) for worker in self.registry.silenced & self.plan.rows.keys())
-        return max(0, self.votes - known)
+        return max(0, self.votes - known - len(self.replies.astray))
 
     def decode(
         self,

@@ -412,13 +412,15 @@ class ShardPhase(Phase):
 
     def _lacks_votes(self, able: Sequence[int], strangers: int) -> bool:
         """Returns whether some shard cannot get enough equal copies any more."""
-        best = self.replies.best
-        ballots = None if best is None else best.ballots
         left = Counter(shard for node in able for shard in self._shards_of(node) - self._sent.get(node, set()))
         left.update(self._unread.values())
-        return any(
-            (0 if ballots is None else ballots.most_equal(row)) + left[shard] + strangers <= self.votes
-            for shard, row in self._row.items()
+        all_ballots = [group.ballots for group in self.replies.groups.values()] or [None]
+        return all(  # a wrong reply may have opened a group of its own, and been the first
+            any(
+                (0 if ballots is None else ballots.most_equal(row)) + left[shard] + strangers <= self.votes
+                for shard, row in self._row.items()
+            )
+            for ballots in all_ballots
         )
 
 
