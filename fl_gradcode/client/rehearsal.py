@@ -16,12 +16,13 @@ import hashlib
 import hmac
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .._files import MEGABYTE, lock, parse_json, read_file, replace_file
 from ..errors import InvalidSetting, SecureRefused
@@ -182,33 +183,49 @@ class ComparedHolders:
 
     # Tags
 
-    def _expected(self, request: bytes, integers: Mapping[int, Parts]) -> dict[str, dict[str, str]]:
-        """Returns class -> worker -> the tag that this holder must have."""
+    def _expected(self, request: bytes, integers: Mapping[int, Parts]) -> dict[str, dict[str, list[str]]]:
+        """Returns class -> worker -> the tag that this holder must have, and the one if its training has failed.
+
+        A class that has failed is poisoned by a stream that nobody else knows, so it differs from all others and shows
+        nothing. Holders of which one has failed, for want of memory perhaps, are not known to compute other integers.
+        """
+        failed = _words(hashlib.sha256(b"failed"))
         expected = {}
         for c, parts in integers.items():
-            digest = hashlib.sha256()
-            for part in sorted(parts):
-                digest.update(parts[part].astype("<u4", copy=False).data)
-            content = np.frombuffer(digest.digest(), "<u4")
-            seed = self._keys.seeds[c]
-            expected[str(c)] = {str(w): agreement_tag(seed, request, w, content).hex() for w in self._holders(c)}
+            content = failed
+            if not parts["status"].any():
+                digest = hashlib.sha256()
+                for part in sorted(parts):
+                    digest.update(parts[part].astype("<u4", copy=False).data)
+                content = _words(digest)
+            expected[str(c)] = {
+                str(w): [agreement_tag(self._keys.seeds[c], request, w, one).hex() for one in (content, failed)]
+                for w in self._holders(c)
+            }
         return expected
 
-    def _own(self, expected: Mapping[str, Mapping[str, str]]) -> bytes:
+    def _own(self, expected: Mapping[str, Mapping[str, Sequence[str]]]) -> bytes:
         me = str(self._keys.worker)
-        return b"".join(bytes.fromhex(tags[me]) for _, tags in sorted(expected.items(), key=lambda one: int(one[0])))
+        return b"".join(bytes.fromhex(tags[me][0]) for _, tags in sorted(expected.items(), key=lambda one: int(one[0])))
 
-    def _shown(self, number: int, expected: Mapping[str, str], tags: Mapping[int, str]) -> tuple[set[int], set[int]]:
-        """Returns the holders of a class that show the tag they must, this node included, and those that do not."""
+    def _shown(
+        self, number: int, expected: Mapping[str, Sequence[str]], tags: Mapping[int, str]
+    ) -> tuple[set[int], set[int]]:
+        """Returns the holders of a class that show the tag they must, this node included, and those that do not.
+
+        Those that show none, or of which one has failed, are in neither set.
+        """
         agree: set[int] = {self._keys.worker}
         differ: set[int] = set()
-        for worker, theirs in ((int(one), tag) for one, tag in expected.items()):
+        for worker, (theirs, failed) in ((int(one), pair) for one, pair in expected.items()):
             if worker == self._keys.worker or worker not in tags:
                 continue
             place = self._keys.manifest.body.classes.sent_by(worker).index(number)
             shown = shown_tag(tags[worker], place)
-            if shown:
-                (agree if hmac.compare_digest(shown.encode(), theirs.encode()) else differ).add(worker)
+            if shown and hmac.compare_digest(shown.encode(), theirs.encode()):
+                agree.add(worker)
+            elif shown and theirs != failed and not hmac.compare_digest(shown.encode(), failed.encode()):
+                differ.add(worker)
         return agree, differ
 
     def _holders(self, number: int) -> list[int]:
@@ -268,6 +285,10 @@ class ComparedHolders:
                 "again after the next rehearsal."
             ) from None
         return {"runs": runs, "answers": answers, "unconfirmed": unconfirmed}
+
+
+def _words(digest: Any) -> NDArray[np.uint32]:
+    return np.frombuffer(digest.digest(), "<u4")
 
 
 assert hashlib.sha256().digest_size == TAG_BYTES

@@ -169,17 +169,19 @@ def test_a_slow_node_is_waited_for_no_longer_than_the_others_took_twice(tmp_path
 # ---- after the rehearsal ----
 
 
-def answered(node: Path, told: tuple[Path, list[tuple[int, Any]]], worker: int, **owner: Any) -> tuple[Any, Any, Any]:
+def answered(
+    node: Path, told: tuple[Path, list[tuple[int, Any]]], worker: int, app: Any = None, **owner: Any
+) -> tuple[Any, Any, Any]:
     """A node that has passed the rehearsal and answered round 1: its next plan, the other records, and its fellows."""
-    app, (_, train) = known_app(), of_kind(told[1], "train")
+    _, train = of_kind(told[1], "train")
     for kind in ("rehearse", "compare"):
-        ask(app, node, worker, of_kind(told[1], kind, worker)[1], node_config=owner)
+        ask(known_app(), node, worker, of_kind(told[1], kind, worker)[1], node_config=owner)
     plan = Plan.find_in(train)
     assert plan is not None
     rest = Plan.remove_from(train)
     rows = {w: Row(FRC.shards_of(w), ()) for w in range(6)}
     plan = replace(plan, rows=rows)
-    ask(app, node, worker, plan.add_to(rest), node_config=owner)
+    ask(app or known_app(), node, worker, plan.add_to(rest), node_config=owner)
     fellows = [w for w in next(one for one in FRC.groups or () if worker in one) if w != worker]
     return plan, rest, fellows
 
@@ -282,3 +284,24 @@ def test_what_is_kept_of_rehearsals_does_not_grow(tmp_path: Path) -> None:
     states = [json.loads((tmp_path / f"node-{worker}" / "comparisons.json").read_text()) for worker in range(6)]
     assert names == [] and {len(state["runs"]) for state in states} == {4}
     assert max(len(state["answers"]) for state in states) == 4  # of a holder that was the first
+
+
+def test_a_holder_whose_training_fails_once_differs_from_nobody(
+    tmp_path: Path, told: tuple[Path, list[tuple[int, Any]]]
+) -> None:
+    """What failed is poisoned, so that the difference shows nothing: holders go on after the lost round."""
+
+    def before(shard: int, message: Message, context: Any) -> None:
+        raise MemoryError
+
+    folder = copy_of(told[0], tmp_path / "nodes")
+    plan, rest, (one, two) = answered(folder, told, 0, app=known_app(before=before))
+    for worker in (one, two):
+        answered(folder, told, worker)
+    tags = {worker: told_by(folder, worker, plan, rest) for worker in (0, one, two)}
+    after = replace(plan, round=2, tagged=f"train 1 {tags[0].request}")
+    for worker, fellow in ((0, one), (one, 0)):
+        where = copy_of(folder, tmp_path / str(worker))
+        told_by(where, worker, replace(after, tags={fellow: tags[fellow].tags}), rest)
+    with pytest.raises(SecureRefused, match="different integers"):
+        told_by(tmp_path / str(one), one, replace(after, round=3, tags={two: "00" * 32}), rest)

@@ -235,6 +235,34 @@ def test_a_shard_that_a_liar_was_right_about_still_counts(tmp_path: Path, secure
     assert [one["worker"] for one in row["rejected"]] == [0]
 
 
+@pytest.mark.parametrize("secure", [True, False])
+def test_a_liar_has_one_vote_on_a_shard(tmp_path: Path, secure: bool) -> None:
+    """Whatever it is asked for, it answers with the same lie about one shard."""
+    code = fractional_repetition(6, 2)
+    target = code.shards_of(0)[0]
+
+    def lie(worker: int, message: Message, reply: Message) -> Message:
+        if worker == 0 and reply.has_content():
+            told: Any = reply.content["fl-gradcode.reply"]
+            values = {**json.loads(str(told["json"])), "shards": [target]}
+            reply.content["fl-gradcode.reply"] = ConfigRecord({**told, "json": json.dumps(values)})
+            for record in reply.content.array_records.values():
+                for key in record:
+                    record[key] = Array(np.full_like(record[key].numpy(), 7))
+        return reply
+
+    if secure:
+        dealt(tmp_path, code, sending="shardwise", min_classes=2)
+        strategy, _, _ = start(code, tmp_path, votes=1, verify=0, tamper=lie, latency=first((0,), ()))
+    else:
+        strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), code, send="shards", votes=1, verify=0)
+        with InProcessGrid(toy_app(), code.n, tamper=lie) as grid:
+            strategy.start(VirtualGrid(grid, first((0,), ())), initial_arrays(), num_rounds=1)
+    (row,) = [row["train"] for row in strategy.ledger.rows]
+    assert row["outcome"] == "exact" and 0 not in row["used"]
+    assert {one["worker"] for one in row["rejected"]} == {0}
+
+
 def test_more_liars_than_votes_are_said_and_nothing_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     code = reed_solomon(9, 4)
     dealt(tmp_path, code, min_classes=2)
