@@ -45,8 +45,8 @@ class ComparedHolders:
         folder: The node's folder.
         keys: Its keys.
         run: Name of the run.
-        most: Most answers in succession, in all runs, of which no majority of the holders has shown that they agree;
-            None for no limit.
+        most: Most answers, in all runs, of which no majority of the holders has shown that they agree; None for no
+            limit. A confirmed answer takes nothing from those that are not: the server chooses what it asks between.
     """
 
     def __init__(self, folder: Path, keys: ClassKeys, run: str, most: int | None = None) -> None:
@@ -141,7 +141,7 @@ class ComparedHolders:
                     self._tell(differ)
                 if all(2 * len(agree) > len(answer["tags"][c]) for c, (agree, _) in found.items()):
                     state["answers"].remove(answer)
-                    state["unconfirmed"] = 0
+                    state["unconfirmed"] -= 1
             if refusal:
                 state["runs"][self._run]["passed"] = False
             elif self._most is not None and state["unconfirmed"] >= self._most:
@@ -244,8 +244,8 @@ class ComparedHolders:
 
     def _too_many(self) -> str:
         return (
-            f"No majority of the holders has shown that it agrees with the last {self._most} answers of this node, as "
-            "many as its owner allows."
+            f"No majority of the holders has shown that it agrees with {self._most} answers of this node, as many as "
+            "its owner allows."
         )
 
     # The file

@@ -234,6 +234,11 @@ class Attempt:
         self.unheard = {worker: confirm[self._node_of[worker]] for worker in silent}
         for text in asked.wrong[:3]:
             _log.warning("A node does not take part in %s: %s.", self.setup, text.rstrip("."))
+        self.unfit = self._blamed({*asked.answered} - self.heard, keys)
+        if self.unfit:
+            who = numbered("worker", sorted(self.unfit), 11)
+            self.why = [f"Most holders refuse the keys of {who} in {self.setup}.", *asked.wrong[:3]]
+            return False
         if other:
             who = numbered("worker", sorted(other), 11).capitalize()
             if len(identities) - len(other) < self._least:
@@ -245,3 +250,17 @@ class Attempt:
                 *asked.wrong[:3],
             ]
         return len(good) >= self._least
+
+    def _blamed(self, refusing: set[int], keys: tuple[ClassKey, ...]) -> set[int]:
+        """Returns the lead holders of which several other holders of a class, and most of them, refuse the key.
+
+        One that refuses may be the liar itself.
+        """
+        blamed = set()
+        for key in keys:
+            others = [one.worker for one in self._hellos if one.worker in self.body.classes.holders[key.number]]
+            others.remove(key.leader)
+            refuse = [worker for worker in others if self._node_of[worker] in refusing]
+            if len(refuse) > 1 and 2 * len(refuse) > len(others):
+                blamed.add(key.leader)
+        return blamed

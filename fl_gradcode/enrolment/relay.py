@@ -192,7 +192,7 @@ class Relay:
         """Returns what is wrong with an answer to the first message, or an empty string."""
         hello, worker = answer.hello, answer.worker
         if worker in unfit:
-            return f"worker {worker} is left out, since it gave no key of a class that it led"
+            return f"worker {worker} is left out, since it gave no key that others take of a class that it led"
         if answer.step != "hello" or hello is None or hello.worker != worker or not 0 <= worker < self.body.classes.n:
             return f"node {node} said no hello as a worker of the code"
         known = {one.worker: one.identity for one in self.enrolment.hellos} if self.enrolment is not None else {}

@@ -523,3 +523,21 @@ def test_a_key_of_small_order_is_refused_alone_and_named(
     assert_near([row], FRC, models)
     assert 1 not in row["train"]["used"] and row["train"]["secure"]["epoch"] == (1 if what == "hello" else 2)
     assert all(manifest_of(folder, worker) for worker in range(8) if worker != 1)
+
+
+def test_a_leader_whose_wraps_most_others_refuse_is_left_out(tmp_path: Path) -> None:
+    """The class would have no holder but it otherwise, with a vote on its own update alone."""
+    folder = tmp_path / "nodes"
+    enrolled(folder, FRC_OF_THREE, min_classes=2)
+
+    def lies(worker: int, message: Message, reply: Message) -> Message:
+        if worker == 1 and is_setup(message.content) and not reply.has_error():
+            answer = Answer.find_in(reply.content)
+            return changed(reply, replace(answer, wraps={at: bytes(48) for at in answer.wraps}))
+        return reply
+
+    strategy, models, _ = start(FRC_OF_THREE, folder, tamper=lies)
+    (row,) = strategy.ledger.rows
+    assert_near([row], FRC_OF_THREE, models)
+    assert row["train"]["secure"]["epoch"] == 2 and 1 not in row["train"]["used"]
+    assert all(manifest_of(folder, worker) for worker in (0, 2, 3, 4, 5))
