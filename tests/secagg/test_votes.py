@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
 from fl_gradcode import GradientCoding, VirtualGrid, fractional_repetition
-from fl_gradcode.codes import GradientCode, P, PrimeField, locate_wrong_replies, reed_solomon
+from fl_gradcode.codes import GradientCode, P, PrimeField, for_assignment, locate_wrong_replies, reed_solomon
 from fl_gradcode.copies import Ballots
 from fl_gradcode.errors import InvalidSetting, SecureRefused
 from fl_gradcode.latency import Latency, Law, constant, scaled
@@ -205,6 +205,24 @@ def test_a_liar_of_another_request_or_form_costs_no_more_than_another_one(
     assert row["outcome"] == "exact" and {0, 1} == {one["worker"] for one in row["rejected"]}
     expected = mean_of_integers(tmp_path, code, models[0], 1, row["secure"]["request"])
     assert (flat(models[1]).astype(np.float32) == expected).all()
+
+
+def test_a_group_of_one_liar_that_was_the_first_makes_no_round_hopeless(tmp_path: Path) -> None:
+    """It answers once and then fails; one honest holder has answered all, and the last one nothing yet."""
+    code = for_assignment(np.ones((3, 3), bool), s=1, rng=np.random.default_rng(0))
+    dealt(tmp_path, code, sending="shardwise", min_classes=2)
+
+    times: list[int] = []
+
+    def tamper(worker: int, message: Message, reply: Message) -> Message:
+        times.extend([0] * (worker == 0))
+        if worker == 0 and len(times) > 1:
+            return Message(Error(2, "gone"), reply_to=message)
+        return asked_another_request(worker, message, reply) if worker == 0 else reply
+
+    slow = Latency(compute=scaled(constant(1.0), {0: 0.01, 1: 1.0, 2: 100.0}))
+    strategy, _, _ = start(code, tmp_path, votes=1, verify=0, tamper=tamper, latency=slow)
+    assert strategy.ledger.rows[0]["train"]["outcome"] == "exact"
 
 
 @pytest.mark.parametrize("secure", [True, False])
