@@ -180,7 +180,8 @@ class Relay:
                 self.enrolment = found
                 self._met = attempt.heard | ({*attempt.answered} - attempt.nodes)
                 self._unheard = attempt.unheard
-                self._silent.clear()
+                for node in attempt.answered:
+                    self._silent.pop(node, None)
                 _log.info("Keys are set up for %d of %d workers (%s).", len(found.hellos), self.body.classes.n, setup)
                 return found.manifest
             if len(unfit | attempt.unfit) <= self.body.classes.s:  # of more, the epoch may be the reason

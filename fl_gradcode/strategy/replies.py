@@ -289,7 +289,7 @@ class ReplyCollector:
 
     @property
     def astray(self) -> set[int]:
-        """Workers whose masked replies are wrong at first sight: to another request than most, or of another form."""
+        """Workers whose masked replies are of no use at first sight: to another request than most, or malformed."""
         best = self.best
         if not isinstance(best, MaskedReplies):
             return set()

@@ -207,6 +207,27 @@ def test_a_liar_of_another_request_or_form_costs_no_more_than_another_one(
     assert (flat(models[1]).astype(np.float32) == expected).all()
 
 
+@pytest.mark.parametrize("useless", [asked_another_request, sent_too_little])
+def test_a_node_of_no_use_may_be_honest_and_leaves_room_for_all_liars(
+    tmp_path: Path, useless: Callable[..., Message]
+) -> None:
+    """Of a node that counts as the one liar instead, the round would be decided before the real one is noticed."""
+    code = reed_solomon(7, 3)  # one liar, and one that is missing
+    dealt(tmp_path, code, min_classes=2)
+    lie = lying((1,), LIES["one entry"])
+
+    def tamper(worker: int, message: Message, reply: Message) -> Message:
+        if worker == 0 and not reply.has_error():
+            return useless(worker, message, reply)
+        return lie(worker, message, reply)
+
+    strategy, models, _ = start(code, tmp_path, votes=1, verify=0, tamper=tamper, latency=first((0, 1), ()))
+    (row,) = [row["train"] for row in strategy.ledger.rows]
+    assert row["outcome"] == "exact" and {0, 1} == {one["worker"] for one in row["rejected"]}
+    expected = mean_of_integers(tmp_path, code, models[0], 1, row["secure"]["request"])
+    assert (flat(models[1]).astype(np.float32) == expected).all()
+
+
 def test_a_group_of_one_liar_that_was_the_first_makes_no_round_hopeless(tmp_path: Path) -> None:
     """It answers once and then fails; one honest holder has answered all, and the last one nothing yet."""
     code = for_assignment(np.ones((3, 3), bool), s=1, rng=np.random.default_rng(0))
