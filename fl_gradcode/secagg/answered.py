@@ -25,7 +25,7 @@ _LEDGER = "answered.jsonl"
 # Runs whose last replies are kept.
 _RUNS = 4
 _HASHED = 4096  # bytes of the ledger: some rows
-_LARGEST_HEAD = 1000
+_HEAD_BYTES = 100
 
 
 def _digest_of(content: bytes) -> str:
@@ -111,6 +111,19 @@ class AnsweredRequests:
     def _head(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}-head.json")
 
+    def _write_head(self, size: int, digest: str) -> None:
+        """Note how far the ledger goes, after its row: a ledger may be ahead of its head, as a kill leaves it.
+
+        It is written in one piece and not synced, which would take as long as all the rest: a power cut may take it
+        back.
+        """
+        text = json.dumps([size, digest]).ljust(_HEAD_BYTES).encode()
+        file = os.open(self._head, os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        try:
+            os.write(file, text)
+        finally:
+            os.close(file)
+
     def _check_head(self, content: bytes, end: int) -> None:
         """Refuse a ledger that lacks what it had before.
 
@@ -119,7 +132,10 @@ class AnsweredRequests:
         """
         try:
             check_own(self._head)
-            size, digest = parse_json(read_file(self._head, _LARGEST_HEAD))
+            content_of_head = read_file(self._head, 10 * _HEAD_BYTES)
+            if not content_of_head.strip(b"\0"):  # a power cut took it
+                return
+            size, digest = parse_json(content_of_head)
             known = type(size) is int and size <= end and _digest_of(content[:size]) == digest
         except FileNotFoundError:  # the first request, or the first one since this file is written
             return
@@ -213,8 +229,7 @@ class AnsweredRequests:
             tail = file.read()
         if first:
             sync_folder(self.folder)
-        # After the row: a ledger that is ahead of its head is what a kill between the two leaves.
-        replace_file(self._head, json.dumps([end + len(line), _digest_of(tail)]), mode=0o600)
+        self._write_head(end + len(line), _digest_of(tail))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -64,7 +64,7 @@ def first(workers: tuple[int, ...], gone: tuple[int, ...]) -> Latency:
 
 CODES: dict[str, tuple[Callable[[int], GradientCode], str]] = {
     "groups": (lambda e: fractional_repetition(2 * (2 * e + 2), 2 * e + 1), "coded"),
-    "shards": (lambda e: fractional_repetition(2 * (2 * e + 2), 2 * e + 1), "shardwise"),
+    "shards": (lambda e: fractional_repetition(2 * e + 2, 2 * e + 1), "shardwise"),  # everybody holds all
     "field": (lambda e: reed_solomon(2 * e + 5, 2 * e + 1), "coded"),
     "field, m=2": (lambda e: reed_solomon(2 * e + 6, 2 * e + 1, m=2), "coded"),
 }
