@@ -32,7 +32,7 @@ Lie = Callable[[NDArray[np.uint32], int], NDArray[np.uint32]]
 
 
 def _changed(words: NDArray[np.uint32], by: Any) -> NDArray[np.uint32]:
-    changed: NDArray[np.uint32] = np.where(by, (words.astype(np.int64) + by) % P, words).astype(np.uint32)
+    changed: NDArray[np.uint32] = ((words.astype(np.int64) + by) % P).astype(np.uint32)
     return changed
 
 
@@ -40,8 +40,8 @@ def _changed(words: NDArray[np.uint32], by: Any) -> NDArray[np.uint32]:
 LIES: dict[str, Lie] = {
     "random": lambda x, who: np.random.default_rng(who).integers(0, P, x.size).astype(np.uint32),
     "one common error": lambda x, who: _changed(x, 7 + np.arange(x.size)),
-    "one entry": lambda x, who: _changed(x, np.arange(x.size) == 3),
-    "check words": lambda x, who: _changed(x, np.arange(x.size) == x.size - 2),
+    "one entry": lambda x, who: x ^ (np.arange(x.size) == 3).astype(np.uint32),
+    "check words": lambda x, who: x ^ (np.arange(x.size) == x.size - 2).astype(np.uint32),
 }
 
 
