@@ -371,6 +371,8 @@ class Phase(StopRule):
         """
         there = sorted(group.decoder.survivors)
         missing = {*self.code.active} - {*there}
+        if len(missing) > self.code.s:
+            return None
         astray = len(self.replies.astray & missing)
         liars = max(0, astray - max(0, self.tolerance - (len(missing) - astray)))
         random = np.random.default_rng()  # drawn once all replies are fixed
