@@ -39,8 +39,8 @@ class Answered:
 
     Attributes:
         run: Name of the run.
-        kind: "train" or "evaluate".
-        round: Server round.
+        kind: "train", "evaluate" or "rehearse".
+        round: Server round, or the number of a rehearsal.
         request: Digest R of the request, as hexadecimal.
         number: The class that was answered for, with one shard a message; None for a coded vector.
     """
