@@ -109,8 +109,8 @@ MOST_WORKERS = 10_000
 #: Possible outcomes of a reply; see `Reply`.
 OUTCOMES = ("coded", "returned", "masked", "idle", "gave-up", "fixed-data")
 
-#: All that a masked reply says in clear, beside the versions of protocol and library. None of it depends on data, but for
-#: the tags, which nobody can tell from random bytes without the keys of the nodes.
+#: All that a masked reply says in clear, beside the versions of protocol and library. None of it depends on data,
+#: but for the tags, which nobody can tell from random bytes without the keys of the nodes.
 IN_CLEAR = ("run", "round", "kind", "worker", "outcome", "shards", "manifest", "request", "simulated", "tags")
 
 #: Flower's own keys of `Context.node_config`. The first one is set to the shard number when `train()` is called.
