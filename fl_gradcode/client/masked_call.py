@@ -46,6 +46,7 @@ from ..secagg import (
     check_data,
     class_keys,
     content_digest,
+    exact_text,
     given_digest,
     masked_reply,
     read_manifest,
@@ -56,18 +57,19 @@ from .environment import environment_words, versions_of
 from .held_shards import SECAGG_DIR, SHARDS, SHARDS_DIR, held_by
 from .masked_privacy import MaskedPrivacy
 from .recording_config import RecordingConfig
-from .rehearsal import Rehearsal
+from .rehearsal import ComparedHolders
 from .trained_shard import read_reply
 
 __all__ = ["allowed_by", "check_body", "masked_answer", "refusing"]
 
 #: Keys of the node config: the owner's own requirements.
 COLLUDERS, MIN_CLASSES, MAX_REQUESTS = "secagg-colluders", "secagg-min-classes", "secagg-max-requests"
+MAX_UNCONFIRMED = "secagg-max-unconfirmed"
 #: Key of the node config: further keys of it that the app may read, with commas between.
 APP_CONFIG = "secagg-app-config"
 
 #: Fields of a plan that are not bound: they are taken from the manifest, or ignored.
-_NOT_BOUND = ("rows", "digests", "releases", "give_up_after", "tags")
+_NOT_BOUND = ("rows", "digests", "releases", "give_up_after", "tags", "tagged")
 _ANSWERED, _CERTIFIED = "answered", "secagg-certified"
 _OURS = "fl-gradcode."
 _LONGEST_RUN = 1000  # letters of a run's name
@@ -114,15 +116,15 @@ def masked_answer(
     body = keys.manifest.body
     if plan.secure != keys.manifest.digest.hex():
         raise SecureRefused("The server has another manifest than this node has pinned.")
-    rehearsal = Rehearsal(folder, keys, plan.run)
+    holders = ComparedHolders(folder, keys, plan.run, _number(owner, MAX_UNCONFIRMED))
     if plan.kind == "compare":
-        rehearsal.compare(plan.tags)
+        holders.compare(plan.tags)
         told = Reply(run=plan.run, round=plan.round, kind=plan.kind, worker=worker, outcome="idle")
         return Message(told.content(), reply_to=message)
     pairs = _asked(plan, body, worker, message.metadata.message_type)
     private = MaskedPrivacy(plan, body, message, context, _number(owner, COLLUDERS))
     if plan.kind != "rehearse":
-        rehearsal.check()
+        holders.check(plan.tags, plan.tagged)
     number = pairs[0][0] if body.classes.sending == "shardwise" and plan.kind != "rehearse" else None
     _check_shards(keys, pairs, owner)
     content = _in_order(Plan.remove_from(message.content))
@@ -138,7 +140,8 @@ def masked_answer(
         layout=body.result(plan.kind).digest,
     )
     answered = AnsweredRequests(folder / _ANSWERED, most=_number(owner, MAX_REQUESTS))
-    payload = answered.reply_to(plan.run, plan.kind, plan.round, request, number)
+    counted = plan.number if plan.kind == "rehearse" else plan.round  # a rehearsal may be repeated in a round
+    payload = answered.reply_to(plan.run, plan.kind, counted, request, number)
     if payload is None:
         numbers = body.classes.sent_by(worker) if number is None else (number,)
         integers = {c: ClassIntegers(body, c, keys.seeds[c], request, plan.kind) for c in numbers}
@@ -154,10 +157,14 @@ def masked_answer(
         with np.errstate(all="ignore"):
             parts = {c: one.parts() for c, one in integers.items()}
         if plan.kind == "rehearse":
-            payload = rehearsal.tags(request, parts)
+            payload = holders.rehearsed(request, parts)
         else:
-            payload = masked_reply(keys, request, parts, plan.kind).payload()
-        payload = answered.keep(plan.run, plan.kind, plan.round, request, payload, number)
+            tags = holders.note(plan.label, request, parts)
+            payload = masked_reply(keys, request, parts, plan.kind).payload() + tags
+        payload = answered.keep(plan.run, plan.kind, counted, request, payload, number)
+    size = len(payload)
+    if plan.kind != "rehearse":  # the tags of the reply are kept behind its words
+        size = 4 * sum(length // body.classes.m for length in body.lengths(plan.kind).values())
     reply = Reply(
         run=plan.run,
         round=plan.round,
@@ -168,8 +175,9 @@ def masked_answer(
         manifest=keys.manifest.digest.hex(),
         request=request.hex(),
         simulated=simulated,
+        tags=payload[size:].hex(),
     )
-    words = as_array(np.frombuffer(payload, "<u4"))
+    words = as_array(np.frombuffer(payload, "<u4", size // 4))
     return Message(reply.content(**{UPDATE: ArrayRecord({MASKED: words})}), reply_to=message)
 
 
@@ -292,6 +300,8 @@ def _asked(plan: Plan, body: ManifestBody, worker: int, message_type: str) -> li
     body.result(plan.kind)
     if plan.kind == "rehearse" and not body.rehearsal:
         raise SecureRefused("The manifest has no rehearsal.")
+    if type(plan.number) is not int or (plan.number > 0) != (plan.kind == "rehearse"):
+        raise SecureRefused("A rehearsal has a number, a whole one from 1 on, and nothing else has.")
     type_of = {"train": "train", "rehearse": "train", "evaluate": "evaluate"}
     if message_type.split(".")[0] != type_of[plan.kind] or (plan.kind != "evaluate") != bool(plan.arrays_key):
         raise SecureRefused(f"The plan says {plan.kind!r}, and the message does not.")
@@ -358,7 +368,9 @@ def _entry(key: str, value: Any) -> Entry:
 
 
 def _text(value: Any) -> str:
-    return value.hex() if isinstance(value, float | bytes) else str(value)
+    if isinstance(value, float):
+        return exact_text(value)
+    return value.hex() if isinstance(value, bytes) else str(value)
 
 
 # Training and evaluation

@@ -1,10 +1,13 @@
-"""A node's part in a rehearsal: before a vector leaves in a run, the holders of a class compare tags of their integers.
+"""How the holders of a class compare what they compute: before a vector leaves in a run, and after each round.
 
-Two holders that compute different integers would show the server their difference. So a node answers nothing in a run
-until more than half of the holders of each of its classes have shown that they compute what it does. Two majorities
-have a holder in common, which has one answer to a rehearsal: so all nodes that answer have computed the same there.
-This finds honest mistakes. A server that rehearses another model than it trains learns nothing of them here, and may
-see the difference of two holders later.
+Two holders that compute different integers show the server their difference. So a node answers nothing in a run until
+more than half of the holders of each of its classes have shown, by keyed tags, that they compute what it does: the
+rehearsal. Two majorities have a holder in common, which has one answer to a rehearsal: so all nodes that pass it have
+computed the same there. The tags of a round travel with its replies, and are shown to the holders with the next plan:
+a node that differs then sends no further vector until it has passed another rehearsal.
+
+A server can show no tags, or fewer, and cannot make any. So this finds honest mistakes, and what it bounds of a server
+that deviates is what a node's owner sets: how many vectors leave that a majority has not confirmed.
 """
 
 from __future__ import annotations
@@ -12,110 +15,280 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .._files import replace_file
-from ..errors import SecureRefused
+from .._files import MEGABYTE, lock, parse_json, read_file, replace_file
+from ..errors import InvalidSetting, SecureRefused
 from ..privacy import check_own
-from ..secagg import ClassKeys, Parts, agreement_tag
+from ..secagg import TAG_BYTES, ClassKeys, Parts, agreement_tag, shown_tag
 
-__all__ = ["Rehearsal"]
+__all__ = ["ComparedHolders"]
 
-_BYTES = 32
+_STATE = "comparisons.json"
+_LARGEST = 64 * MEGABYTE
+_RUNS, _ANSWERS = 4, 4  # that are remembered: a run that is not has to be rehearsed again
+_NOT_COMPARED = "The holders of this node's classes have not compared what they compute in this run."
+_log = logging.getLogger(__name__)
 
 
-class Rehearsal:
-    """What a node keeps of the rehearsal of one run, in two files of its folder.
+class ComparedHolders:
+    """What a node knows of the other holders of its classes, in one file of its folder.
 
     Args:
         folder: The node's folder.
         keys: Its keys.
         run: Name of the run.
+        most: Most answers, in all runs, of which no majority of the holders has shown that they agree; None for no
+            limit. A confirmed answer takes nothing from those that are not: the server chooses what it asks between.
     """
 
-    def __init__(self, folder: Path, keys: ClassKeys, run: str) -> None:
-        self._keys = keys
-        name = hashlib.sha256(keys.manifest.digest + run.encode()).hexdigest()[:32]
-        self._expected = folder / f"rehearsal-{name}.json"
-        self._passed = folder / f"rehearsed-{name}"
+    def __init__(self, folder: Path, keys: ClassKeys, run: str, most: int | None = None) -> None:
+        self._keys, self._most = keys, most
+        self._path = folder / _STATE
+        self._run = hashlib.sha256(keys.manifest.digest + run.encode()).hexdigest()[:32]
 
-    def check(self) -> None:
-        """Refuse to answer if the manifest has a rehearsal and this run's has not been passed.
+    @property
+    def needed(self) -> bool:
+        """Whether the manifest says that holders are compared."""
+        return self._keys.manifest.body.rehearsal
 
-        Raises:
-            SecureRefused: Its holders have not been compared.
-        """
-        if not self._keys.manifest.body.rehearsal:
-            return
-        try:
-            check_own(self._passed)
-            found = self._passed.exists()
-        except FileNotFoundError:
-            found = False
-        if not found:
-            raise SecureRefused("The holders of this node's classes have not compared what they compute in this run.")
+    # The rehearsal
 
-    def tags(self, request: bytes, integers: Mapping[int, Parts]) -> bytes:
-        """Returns this node's tags of its classes, 32 bytes each, after writing down those that its fellows must have.
+    def rehearsed(self, request: bytes, integers: Mapping[int, Parts]) -> bytes:
+        """Returns this node's tags of a rehearsal, 32 bytes a class, after writing down what its fellows' must be.
 
         Args:
             request: Digest R of the rehearsal.
             integers: The integers of each class that the node sends, before masking.
         """
-        keys, classes = self._keys, self._keys.manifest.body.classes
-        expected: dict[str, dict[str, str]] = {}
-        mine = b""
-        for c, parts in integers.items():
-            content = np.concatenate([parts[part] for part in sorted(parts)])
-            tag = {w: agreement_tag(keys.seeds[c], request, w, content) for w in self._holders(c)}
-            expected[str(c)] = {str(worker): one.hex() for worker, one in tag.items()}
-            mine += tag[keys.worker]
-        assert tuple(integers) == classes.sent_by(keys.worker)
-        self._passed.unlink(missing_ok=True)  # a new rehearsal has to be passed anew
-        replace_file(self._expected, json.dumps(expected), mode=0o600)
-        return mine
+        expected = self._expected(request, integers)
+        for path in (*self._path.parent.glob("rehearsal-*.json"), *self._path.parent.glob("rehearsed-*")):
+            path.unlink(missing_ok=True)  # of an earlier version
+        with self._changing() as state:
+            runs = state["runs"]
+            runs.pop(self._run, None)
+            runs[self._run] = {"tags": expected, "passed": False}  # a new rehearsal has to be passed anew
+            state["runs"] = dict([*runs.items()][-_RUNS:])
+        return self._own(expected)
 
     def compare(self, tags: Mapping[int, str]) -> None:
-        """Check the tags of the other holders, and note that the rehearsal is passed.
+        """Check the tags of the other holders in a rehearsal, and note that it is passed.
 
         Args:
             tags: Worker -> its tags in the order of its classes, as hexadecimal.
 
         Raises:
-            SecureRefused: A holder has other integers, or too few holders are there. The text names workers alone.
+            SecureRefused: Not more than half of the holders have the same integers. The text names workers alone.
         """
-        try:
-            check_own(self._expected)
-            expected = json.loads(self._expected.read_text())
-            self._passed.unlink(missing_ok=True)
-        except FileNotFoundError:
-            raise SecureRefused("This node has not rehearsed this run.") from None
-        for c in self._keys.manifest.body.classes.sent_by(self._keys.worker):
-            holders = self._holders(c)
-            agree = {self._keys.worker}
-            for worker in holders:
-                if worker == self._keys.worker or worker not in tags:
-                    continue
-                if not hmac.compare_digest(self._tag_of(tags[worker], worker, c), expected[str(c)][str(worker)]):
-                    raise SecureRefused(
-                        f"Workers {self._keys.worker} and {worker} compute different integers from the same data: they "
-                        "need the same kind of processor, libraries and threads."
-                    )
+        with self._changing() as state:
+            run = state["runs"].get(self._run)
+            if run is None:
+                raise SecureRefused("This node has not rehearsed this run.")
+            run["passed"] = False
+        for c, expected in sorted(run["tags"].items(), key=lambda one: int(one[0])):
+            agree, differ = self._shown(int(c), expected, tags)
+            if 2 * len(agree) > len(expected):
+                self._tell(differ)
+                continue
+            if differ:
+                raise SecureRefused(self._different(differ))
+            raise SecureRefused(
+                f"{len(agree)} of the {len(expected)} holders of a class of worker {self._keys.worker} have "
+                "rehearsed; more than half are needed."
+            )
+        with self._changing() as state:
+            if state["runs"].get(self._run, {}).get("tags") != run["tags"]:
+                raise SecureRefused("This node has rehearsed again meanwhile.")
+            state["runs"][self._run]["passed"] = True
+
+    # Rounds
+
+    def check(self, tags: Mapping[int, str], tagged: str) -> None:
+        """Look at the tags of an earlier answer, and refuse to go on unless this run's holders are known to agree.
+
+        Args:
+            tags: Worker -> its tags in the order of its classes, as hexadecimal, with dots for a class it did not tag.
+            tagged: What they are the tags of: kind, round and request, as `note` writes it.
+
+        Raises:
+            SecureRefused: There was no rehearsal in this run, holders have been seen to differ since, or too many
+                answers were not confirmed. The text names workers alone.
+        """
+        if not self.needed:
+            return
+        refusal = ""
+        with self._changing() as state:
+            self._may_answer(state)
+            label, _, request = tagged.rpartition(" ")
+            mine = [one for one in state["answers"] if one["run"] == self._run and one["label"] == label]
+            for answer in mine if tags else ():
+                if answer["request"] != request:
+                    refusal = f"The server has sent other holders another request of {label} than this node."
+                    break
+                found = {c: self._shown(int(c), expected, tags) for c, expected in answer["tags"].items()}
+                apart = [differ for agree, differ in found.values() if differ and len(agree) <= len(differ)]
+                if apart:
+                    refusal = self._different(apart[0])
+                    break
+                for _, differ in found.values():
+                    self._tell(differ)
+                if all(2 * len(agree) > len(answer["tags"][c]) for c, (agree, _) in found.items()):
+                    state["answers"].remove(answer)
+                    state["unconfirmed"] -= 1
+            if refusal:
+                state["runs"][self._run]["passed"] = False
+            elif self._most is not None and state["unconfirmed"] >= self._most:
+                raise SecureRefused(self._too_many())
+        if refusal:
+            raise SecureRefused(refusal)
+
+    def note(self, label: str, request: bytes, integers: Mapping[int, Parts]) -> bytes:
+        """Returns this node's tags of an answer, 32 bytes a class, after writing down what its fellows' must be.
+
+        Args:
+            label: Kind and round, such as "train 3".
+            request: Digest R of the request.
+            integers: The integers of the classes that are answered for, before masking.
+
+        Raises:
+            SecureRefused: The holders differ, or too many answers were not confirmed; see `check`.
+        """
+        if not self.needed:
+            return b""
+        expected = self._expected(request, integers)
+        with self._changing() as state:
+            self._may_answer(state)  # another process may have learnt more meanwhile
+            answers = state["answers"]
+            key = {"run": self._run, "label": label, "request": request.hex()}
+            known = next((one for one in answers if {**one, **key} == one), None)
+            if known is not None:  # a further shard, or a process that was killed
+                known["tags"] |= expected
+                return self._own(expected)
+            if self._most is not None and state["unconfirmed"] >= self._most:
+                raise SecureRefused(self._too_many())
+            state["unconfirmed"] += 1
+            state["answers"] = [*answers, {**key, "tags": expected}][-_ANSWERS:]
+        return self._own(expected)
+
+    def _may_answer(self, state: Mapping[str, Any]) -> None:
+        if not state["runs"].get(self._run, {}).get("passed"):
+            raise SecureRefused(_NOT_COMPARED)
+
+    # Tags
+
+    def _expected(self, request: bytes, integers: Mapping[int, Parts]) -> dict[str, dict[str, list[str]]]:
+        """Returns class -> worker -> the tag that this holder must have, and the one if its training has failed.
+
+        A class that has failed is poisoned by a stream that nobody else knows, so it differs from all others and shows
+        nothing. Holders of which one has failed, for want of memory perhaps, are not known to compute other integers.
+        """
+        failed = _words(hashlib.sha256(b"failed"))
+        expected = {}
+        for c, parts in integers.items():
+            content = failed
+            if not parts["status"].any():
+                digest = hashlib.sha256()
+                for part in sorted(parts):
+                    digest.update(parts[part].astype("<u4", copy=False).data)
+                content = _words(digest)
+            expected[str(c)] = {
+                str(w): [agreement_tag(self._keys.seeds[c], request, w, one).hex() for one in (content, failed)]
+                for w in self._holders(c)
+            }
+        return expected
+
+    def _own(self, expected: Mapping[str, Mapping[str, Sequence[str]]]) -> bytes:
+        me = str(self._keys.worker)
+        return b"".join(bytes.fromhex(tags[me][0]) for _, tags in sorted(expected.items(), key=lambda one: int(one[0])))
+
+    def _shown(
+        self, number: int, expected: Mapping[str, Sequence[str]], tags: Mapping[int, str]
+    ) -> tuple[set[int], set[int]]:
+        """Returns the holders of a class that show the tag they must, this node included, and those that do not.
+
+        Those that show none, or of which one has failed, are in neither set.
+        """
+        agree: set[int] = {self._keys.worker}
+        differ: set[int] = set()
+        for worker, (theirs, failed) in ((int(one), pair) for one, pair in expected.items()):
+            if worker == self._keys.worker or worker not in tags:
+                continue
+            place = self._keys.manifest.body.classes.sent_by(worker).index(number)
+            shown = shown_tag(tags[worker], place)
+            if shown and hmac.compare_digest(shown.encode(), theirs.encode()):
                 agree.add(worker)
-            if 2 * len(agree) <= len(holders):
-                raise SecureRefused(
-                    f"{len(agree)} of the {len(holders)} holders of a class of worker {self._keys.worker} have "
-                    "rehearsed; more than half are needed."
-                )
-        replace_file(self._passed, "", mode=0o600)
+            elif shown and theirs != failed and not hmac.compare_digest(shown.encode(), failed.encode()):
+                differ.add(worker)
+        return agree, differ
 
     def _holders(self, number: int) -> list[int]:
         classes = self._keys.manifest.body.classes
         return [worker for worker in range(classes.n) if number in classes.sent_by(worker)]
 
-    def _tag_of(self, tags: str, worker: int, number: int) -> str:
-        place = self._keys.manifest.body.classes.sent_by(worker).index(number)
-        return tags[2 * _BYTES * place : 2 * _BYTES * (place + 1)]
+    def _different(self, others: Iterable[int]) -> str:
+        return (
+            f"Workers {self._keys.worker} and {min(others)} compute different integers from the same data: they need "
+            "the same kind of processor, libraries and threads."
+        )
+
+    def _tell(self, others: Iterable[int]) -> None:
+        for worker in sorted(others):
+            _log.warning("Worker %d computes other integers than this node and most holders of its shards.", worker)
+
+    def _too_many(self) -> str:
+        return (
+            f"No majority of the holders has shown that it agrees with {self._most} answers of this node, as many as "
+            "its owner allows."
+        )
+
+    # The file
+
+    @contextmanager
+    def _changing(self) -> Iterator[dict[str, Any]]:
+        """The state, which is written if no error is raised; one process at a time has it."""
+        try:
+            file = open(self._path.with_name(f".{_STATE}.lock"), "ab")  # noqa: SIM115 # closed below
+        except OSError as error:
+            raise InvalidSetting(f"The folder {self._path.parent} cannot be written: {error.strerror}.") from None
+        with file:
+            if (problem := lock(file, wait=True)) is not None:
+                raise InvalidSetting(
+                    f"The folder {self._path.parent} cannot be locked ({problem.strerror}): it must be on a file "
+                    "system with locks, such as a local disk."
+                )
+            state = self._read()
+            before = json.dumps(state)
+            yield state
+            after = json.dumps(state)
+            if after != before:
+                replace_file(self._path, after, mode=0o600)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            check_own(self._path)
+            values = parse_json(read_file(self._path, _LARGEST))
+            runs, answers, unconfirmed = values["runs"], values["answers"], values["unconfirmed"]
+            if type(unconfirmed) is not int or not isinstance(runs, dict) or not isinstance(answers, list):
+                raise ValueError
+        except FileNotFoundError:
+            return {"runs": {}, "answers": [], "unconfirmed": 0}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InvalidSetting(
+                f"The file {self._path} cannot be read ({type(error).__name__}). Remove it: this node then takes part "
+                "again after the next rehearsal."
+            ) from None
+        return {"runs": runs, "answers": answers, "unconfirmed": unconfirmed}
+
+
+def _words(digest: Any) -> NDArray[np.uint32]:
+    return np.frombuffer(digest.digest(), "<u4")
+
+
+assert hashlib.sha256().digest_size == TAG_BYTES

@@ -38,6 +38,7 @@ class Ballots(Generic[T]):
         self._enough, self._agree = enough, agree
         self._candidates: dict[int, list[_Candidate[T]]] = {}
         self._winner: dict[int, _Candidate[T]] = {}
+        self._voted: set[tuple[int, int]] = set()  # unit, worker
 
     def add(self, unit: int, row: int, sender: tuple[int, int], copy: T) -> bool:
         """Count a copy; returns whether it has decided the unit.
@@ -45,9 +46,13 @@ class Ballots(Generic[T]):
         Args:
             unit: Number of the group or shard.
             row: Row of the code for which it was sent.
-            sender: Node and worker that sent it, which must not have sent a copy of this unit before.
+            sender: Node and worker that sent it. Only the worker's first copy of a unit counts: a liar may answer
+                with this one whatever it is asked for.
             copy: The copy; only the first of equal ones is kept.
         """
+        if (unit, sender[1]) in self._voted:
+            return False
+        self._voted.add((unit, sender[1]))
         candidates = self._candidates.setdefault(unit, [])
         for candidate in candidates:
             if self._agree(candidate.copy, copy):
@@ -65,6 +70,10 @@ class Ballots(Generic[T]):
         """Returns the copy of a unit that is decided, with the first of its senders."""
         candidate = self._winner[unit]
         return candidate.votes[0], candidate.copy
+
+    def votes_for(self, unit: int) -> list[Vote]:
+        """Returns who sent the copy of a decided unit, in order of arrival."""
+        return [*self._winner[unit].votes]
 
     def most_equal(self, unit: int) -> int:
         """Returns the largest number of equal copies of a unit so far."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .._files import MEGABYTE, read_file, replace_file
@@ -12,9 +13,9 @@ from ..errors import InvalidSetting
 from ..privacy import check_own
 from ..secagg import ManifestBody
 from .identities import IDENTITY_FILE, check_distinct, is_key, read_identity
-from .node_state import NodeState, StateFile
+from .node_state import StateFile
 
-__all__ = ["BODY_FILE", "agree", "agreed_body", "check_identities", "is_enrolled"]
+__all__ = ["BODY_FILE", "agree", "agreed_body", "check_identities", "is_agreed", "is_enrolled"]
 
 #: Name of the body in a node's folder.
 BODY_FILE = "secagg-body.json"
@@ -76,10 +77,18 @@ def agree(folder: str | os.PathLike[str], text: bytes, allowed: Sequence[str] | 
     file = StateFile(root)
     with file.locked():
         if os.path.lexists(root / _DIGEST) and _digest_in(root) != body.digest:
-            file.write(NodeState())  # erases the keys of the body before
-    replace_file(root / BODY_FILE, text)
-    replace_file(root / _DIGEST, body.digest.hex() + "\n", mode=0o600)
+            # Erases the keys of the body before. What was trusted on first use stays: a server could take the place of
+            # all other workers otherwise, after each new body.
+            file.write(replace(file.read(), pending=None, sealed=None))
+        # Under the lock still: a message that is being answered meanwhile would draw keys for the body before.
+        replace_file(root / BODY_FILE, text)
+        replace_file(root / _DIGEST, body.digest.hex() + "\n", mode=0o600)
     return body
+
+
+def is_agreed(folder: str | os.PathLike[str], body: ManifestBody) -> bool:
+    """Returns whether a body is still the one that the owner has agreed to."""
+    return _digest_in(Path(folder)) == body.digest
 
 
 def agreed_body(folder: str | os.PathLike[str]) -> ManifestBody:

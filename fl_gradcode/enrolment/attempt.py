@@ -80,6 +80,8 @@ class Attempt:
         unfit: Workers that lead a class and gave no key of it.
         why: Why the attempt failed, as sentences; empty if it did not.
         shown: Whether nodes were shown the keys, and may have left the epoch before.
+        heard: Nodes that have confirmed some keys, these or others.
+        unheard: Worker -> the third message, which it has not answered.
     """
 
     def __init__(
@@ -103,6 +105,8 @@ class Attempt:
         self.unfit: set[int] = set()
         self.why: list[str] = []
         self.shown = False
+        self.heard: set[int] = set()
+        self.unheard: dict[int, Request] = {}
 
     @property
     def nodes(self) -> set[int]:
@@ -181,7 +185,7 @@ class Attempt:
                 return f"node {node} answers as another worker"
             for key in answer.classes:
                 own = key.leader == worker == leaders.get(key.number)
-                if own and key.is_genuine(self.setup, self._digest, identities[worker]):
+                if own and key.gives_secret and key.is_genuine(self.setup, self._digest, identities[worker]):
                     keys[key.number] = key
             for (number, to), box in answer.wraps.items():
                 if leaders.get(number) == worker and to in boxes:
@@ -217,6 +221,7 @@ class Attempt:
                 return f"node {node} answers as another worker"
             genuine = one.worker == worker and one.is_genuine(self.setup, self._digest, identities[worker])
             (good if genuine and one.manifest == manifest else other).append(worker)
+            self.heard.add(node)
             return ""
 
         confirm = {
@@ -225,8 +230,15 @@ class Attempt:
         }
         asked = Asked(take, self.setup.label_of_phase, confirm, self._least)
         asked.run(self._grid, self._timeout)
+        silent = [worker for worker in identities if self._node_of[worker] not in self.heard]
+        self.unheard = {worker: confirm[self._node_of[worker]] for worker in silent}
         for text in asked.wrong[:3]:
             _log.warning("A node does not take part in %s: %s.", self.setup, text.rstrip("."))
+        self.unfit = self._blamed({*asked.answered} - self.heard, keys)
+        if self.unfit:
+            who = numbered("worker", sorted(self.unfit), 11)
+            self.why = [f"Most holders refuse the keys of {who} in {self.setup}.", *asked.wrong[:3]]
+            return False
         if other:
             who = numbered("worker", sorted(other), 11).capitalize()
             if len(identities) - len(other) < self._least:
@@ -238,3 +250,17 @@ class Attempt:
                 *asked.wrong[:3],
             ]
         return len(good) >= self._least
+
+    def _blamed(self, refusing: set[int], keys: tuple[ClassKey, ...]) -> set[int]:
+        """Returns the lead holders of which several other holders of a class, and most of them, refuse the key.
+
+        One that refuses may be the liar itself.
+        """
+        blamed = set()
+        for key in keys:
+            others = [one.worker for one in self._hellos if one.worker in self.body.classes.holders[key.number]]
+            others.remove(key.leader)
+            refuse = [worker for worker in others if self._node_of[worker] in refusing]
+            if len(refuse) > 1 and 2 * len(refuse) > len(others):
+                blamed.add(key.leader)
+        return blamed

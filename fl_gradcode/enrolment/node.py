@@ -16,18 +16,18 @@ from pathlib import Path
 from ..errors import InvalidSetting, SecureRefused
 from ..masking import KEY_BYTES, hash_of
 from ..secagg import Manifest, check_data, class_keys, manifest_entry
-from .agreement import agreed_body, check_identities
+from .agreement import agreed_body, check_identities, is_agreed
 from .exchange import Answer, Request
 from .identities import read_identity
-from .node_state import NodeState, Pending, Sealed, StateFile
+from .node_state import NodeState, Pending, Sealed, StateFile, name_of_run
 from .statements import ClassKey, Confirmation, Hello, Setup, check_class_keys, check_hellos, digest_of, leader_of
 from .wraps import ephemeral_key, unwrap, wrap
 
 __all__ = ["EnrolledNode"]
 
 _log = logging.getLogger(__name__)
-# Runs whose last epochs are remembered.
-_RUNS = 1000
+# Runs whose last epochs are remembered. None is ever forgotten: its first epoch would begin again with other keys.
+_RUNS = 100_000
 
 
 class EnrolledNode:
@@ -86,6 +86,8 @@ class EnrolledNode:
         if request.setup.body != self.body.digest.hex():
             raise SecureRefused("The server sets up keys for another body than this node's owner agreed to.")
         with self._file.locked():
+            if not is_agreed(self._file.folder, self.body):
+                raise SecureRefused("The owner of this node has just agreed to another body.")
             state = self._file.read()
             if request.step == "hello":
                 return self._hello(request.setup, state)
@@ -114,9 +116,15 @@ class EnrolledNode:
             return replace(Answer.from_json(sealed.hello), confirmation=Answer.from_json(sealed.confirmed).confirmation)
         if pending is not None and pending.setup == setup:
             return Answer.from_json(pending.hello)
-        latest = state.last.get(setup.run, 0)
+        run = name_of_run(setup)
+        latest = max(state.last.get(run, 0), state.last.get(setup.run, 0))
         if setup.epoch <= latest:
             raise SecureRefused(f"Epoch {setup.epoch} of this run is over: this node has said hello in epoch {latest}.")
+        if run not in state.last and len(state.last) >= _RUNS:
+            raise SecureRefused(
+                f"This node has taken part in {_RUNS} runs, and remembers no more. Its owner may begin again in "
+                "another folder, with a new identity."
+            )
         if not self.body.identities:
             _log.warning(
                 "There is no allow-list: this node trusts the identities that the server shows it first. A server that "
@@ -125,8 +133,7 @@ class EnrolledNode:
         private, public = ephemeral_key()
         hello = Answer(self.worker, "hello", Hello.signed(setup, self._identity, public))
         pending = Pending(setup, private.hex(), hello.to_json())
-        last = {**{run: epoch for run, epoch in state.last.items() if run != setup.run}, setup.run: setup.epoch}
-        last = dict([*last.items()][-_RUNS:])  # the server chooses the names of runs
+        last = {**state.last, run: setup.epoch}
         self._file.write(replace(state, last=last, pending=pending))
         return hello
 
@@ -209,7 +216,10 @@ class EnrolledNode:
             return dict(state.known)
         for hello in request.hellos:
             if state.known.get(str(hello.worker), hello.identity) != hello.identity:
-                raise SecureRefused(f"Worker {hello.worker} has another identity than in the first set-up.")
+                raise SecureRefused(
+                    f"Worker {hello.worker} has another identity than in the first set-up. If its owner has made a new "
+                    "one, agree on a body with an allow-list."
+                )
         return {**state.known, **{str(hello.worker): hello.identity for hello in request.hellos}}
 
     def _seeds_in(self, request: Request, pending: Pending, digest: bytes) -> dict[int, bytes]:

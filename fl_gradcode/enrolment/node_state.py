@@ -11,14 +11,20 @@ from typing import Any
 
 from .._files import MEGABYTE, lock, parse_json, read_file, replacing
 from ..errors import InvalidSetting
+from ..masking import hash_of
 from ..privacy import check_own
 from .statements import Setup
 
-__all__ = ["NodeState", "Pending", "Sealed", "StateFile"]
+__all__ = ["NodeState", "Pending", "Sealed", "StateFile", "name_of_run"]
 
 _FORMAT = "fl-gradcode set-up 1"
 _STATE = "secagg-setup.json"
 _LARGEST = 256 * MEGABYTE
+
+
+def name_of_run(setup: Setup) -> str:
+    """Returns the short name by which a node remembers the run of a body: the server may choose long names."""
+    return "#" + hash_of("run", setup.run, setup.body).hex()[:32]
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,8 @@ class NodeState:
     """All that a node keeps.
 
     Attributes:
-        last: Run -> the last epoch of it in which the node has said hello.
+        last: Run of a body, as `name_of_run` has it -> the last epoch of it in which the node has said hello. Files of
+            earlier versions have the runs' own names.
         known: Worker -> the identity under which it first took part, where no allow-list says it.
         pending: The set-up that has begun; None if there is none.
         sealed: The set-up whose keys the node has; None if there is none.

@@ -24,7 +24,7 @@ from ..secagg import Manifest, ManifestBody
 from .asking import Asked
 from .attempt import Attempt, Enrolment
 from .exchange import Answer, Request
-from .statements import Setup
+from .statements import Setup, digest_of
 
 __all__ = ["Relay"]
 
@@ -70,7 +70,8 @@ class Relay:
         self._claim, self._save = claim, save
         self.enrolment = None if saved is None else Enrolment.from_json(run, saved)
         self._epoch = 0 if self.enrolment is None else self.enrolment.setup.epoch
-        self._met: set[int] = set()  # nodes that take part in this epoch, or cannot
+        self._met: set[int] = set()  # nodes that have confirmed their keys in this epoch, or cannot
+        self._unheard: dict[int, Request] = {}  # worker -> the third message of this epoch, which it has not answered
         self._silent: Counter[int] = Counter()  # node -> how often it did not say in time who it is
         if self.trusts_first_use:
             _log.warning("%s", _FIRST_USE)
@@ -103,17 +104,21 @@ class Relay:
         # The hello of this epoch: who has its keys says the same again, and only a new worker says a new one.
         setup, there = self.enrolment.setup, {*self.enrolment.hellos}
         new: list[int] = []
+        lacking: dict[int, int] = {}  # node that said hello in this epoch, and has no keys yet -> its worker
 
         def take(node: int, answer: Answer) -> str:
             wrong = self._hello_of(setup, server_round, (), node, answer)
-            if not wrong and (answer.hello not in there or answer.confirmation is None):
+            if not wrong and answer.hello in there and answer.confirmation is None and answer.worker in self._unheard:
+                lacking[node] = answer.worker
+            elif not wrong and (answer.hello not in there or answer.confirmation is None):
                 new.append(answer.worker)
             return wrong
 
         ask = Asked(take, setup.label_of_phase, {node: Request(setup, "hello") for node in strangers})
         ask.run(grid, timeout)
-        self._met |= {*ask.answered}
+        self._met |= {*ask.answered} - lacking.keys()
         self._silent.update({*strangers} - {*ask.answered})
+        self._show_again(grid, lacking, timeout)
         if not new:
             return self.enrolment.manifest
         _log.info("%s without keys: they are set up again.", numbered("worker", sorted(new), 11).capitalize())
@@ -124,6 +129,32 @@ class Relay:
                 raise
             _log.warning("The set-up for new workers failed, and the run goes on without them: %s", error)
             return self.enrolment.manifest
+
+    def _show_again(self, grid: EarlyStopGrid, lacking: Mapping[int, int], timeout: float) -> None:
+        """Ask workers once more to confirm the keys of this epoch, which keeps the keys of all others."""
+        enrolment = self.enrolment
+        assert enrolment is not None
+        if not lacking:
+            return
+        digest, identities = digest_of(enrolment.hellos), {one.worker: one.identity for one in enrolment.hellos}
+
+        def take(node: int, answer: Answer) -> str:
+            worker, one = answer.worker, answer.confirmation
+            if one is None or not worker == one.worker == lacking[node]:
+                return f"node {node} answers as another worker"
+            self._met.add(node)
+            genuine = one.is_genuine(enrolment.setup, digest, identities[worker])
+            if not genuine or one.manifest != enrolment.manifest.digest.hex():
+                return f"worker {worker} confirmed other keys in {enrolment.setup} than the server has"
+            del self._unheard[worker]
+            return ""
+
+        requests = {node: self._unheard[worker] for node, worker in lacking.items()}
+        ask = Asked(take, enrolment.setup.label_of_phase, requests)
+        ask.run(grid, timeout)
+        self._silent.update(lacking.keys() - self._met)  # asked a second time, and then no more in this epoch
+        for text in ask.wrong[:3]:
+            _log.warning("A node does not take part in %s: %s.", enrolment.setup, text.rstrip("."))
 
     def marked(self, entry: PhaseRow) -> PhaseRow:
         """Returns a ledger row with the origin of the keys that its replies are masked by."""
@@ -147,7 +178,10 @@ class Relay:
                     self.enrolment = None  # nodes may have erased the keys of the epoch before
             if found is not None:
                 self.enrolment = found
-                self._met = attempt.nodes | {*attempt.answered}
+                self._met = attempt.heard | ({*attempt.answered} - attempt.nodes)
+                self._unheard = attempt.unheard
+                for node in attempt.answered:
+                    self._silent.pop(node, None)
                 _log.info("Keys are set up for %d of %d workers (%s).", len(found.hellos), self.body.classes.n, setup)
                 return found.manifest
             if len(unfit | attempt.unfit) <= self.body.classes.s:  # of more, the epoch may be the reason
@@ -159,12 +193,14 @@ class Relay:
         """Returns what is wrong with an answer to the first message, or an empty string."""
         hello, worker = answer.hello, answer.worker
         if worker in unfit:
-            return f"worker {worker} is left out, since it gave no key of a class that it led"
+            return f"worker {worker} is left out, since it gave no key that others take of a class that it led"
         if answer.step != "hello" or hello is None or hello.worker != worker or not 0 <= worker < self.body.classes.n:
             return f"node {node} said no hello as a worker of the code"
         known = {one.worker: one.identity for one in self.enrolment.hellos} if self.enrolment is not None else {}
         expected = self.body.identities[worker] if self.body.identities else known.get(worker, hello.identity)
         if hello.identity != expected or not hello.is_genuine(setup):
             return f"node {node} is not worker {worker}: its hello is not signed by that worker's identity"
+        if not hello.gives_secret:  # the nodes would refuse all hellos because of this one
+            return f"worker {worker} (node {node}) said hello with an ephemeral key that gives no secret"
         refused = self._claim(node, worker, server_round)
         return "" if refused is None else f"node {node}: {refused.reason}"

@@ -17,6 +17,7 @@ from ..masking import Field, fields, hash_of
 from ..protocol import MOST_WORKERS
 from ..secagg import ManifestBody
 from .identities import Identity, is_key, is_signed
+from .wraps import gives_secret
 
 __all__ = ["ClassKey", "Confirmation", "Hello", "Setup", "check_class_keys", "check_hellos", "leader_of"]
 
@@ -93,6 +94,11 @@ class Hello:
         """Returns whether its identity signed it for this set-up."""
         return is_signed(self.identity, self.signature, self._content(setup))
 
+    @property
+    def gives_secret(self) -> bool:
+        """Whether its ephemeral key shares a secret with others'."""
+        return gives_secret(bytes.fromhex(self.ephemeral))
+
     def to_list(self) -> list[Any]:
         """Returns the hello as it is sent."""
         return [self.worker, self.identity, self.ephemeral, self.signature]
@@ -142,6 +148,11 @@ class ClassKey:
     def is_genuine(self, setup: Setup, hellos: bytes, identity: str) -> bool:
         """Returns whether an identity signed it for this set-up and these hellos."""
         return is_signed(identity, self.signature, self._content(setup, hellos))
+
+    @property
+    def gives_secret(self) -> bool:
+        """Whether the public key shares a secret with other classes'."""
+        return gives_secret(bytes.fromhex(self.public))
 
     def to_list(self) -> list[Any]:
         """Returns the class key as it is sent."""
@@ -227,6 +238,8 @@ def check_hellos(setup: Setup, body: ManifestBody, hellos: Sequence[Hello]) -> b
             raise SecureRefused(f"The hello of worker {hello.worker} has another identity than the allow-list.")
         if not hello.is_genuine(setup):
             raise SecureRefused(f"The hello of worker {hello.worker} is not its own for {setup}.")
+        if not hello.gives_secret:
+            raise SecureRefused(f"The hello of worker {hello.worker} has an ephemeral key that gives no secret.")
     if len(present) < least:
         raise SecureRefused(f"Hellos of {len(present)} workers are too few: the code needs at least n - s = {least}.")
     lost = [c for c in range(len(body.classes)) if leader_of(body, c, present) is None]

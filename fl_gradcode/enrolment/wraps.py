@@ -14,17 +14,30 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from ..errors import SecureRefused
 from ..masking import Field, derive, fields
 
-__all__ = ["WRAP_BYTES", "ephemeral_key", "unwrap", "wrap"]
+__all__ = ["WRAP_BYTES", "ephemeral_key", "gives_secret", "unwrap", "wrap"]
 
 #: Length of a wrap: a seed of 32 bytes and the tag.
 WRAP_BYTES = 48
 _NONCE = bytes(12)  # a key encrypts one seed
+_ANY = X25519PrivateKey.from_private_bytes(bytes(32))
 
 
 def ephemeral_key() -> tuple[bytes, bytes]:
     """Returns a new X25519 key: the private and the public half, 32 bytes each."""
     private = X25519PrivateKey.generate()
     return private.private_bytes_raw(), private.public_key().public_bytes_raw()
+
+
+def gives_secret(public: bytes) -> bool:
+    """Returns whether an X25519 public key shares a secret: a point of small order gives everybody the same zeros.
+
+    Private keys are multiples of 8 by construction, and so is the order of such a point: any private key tells.
+    """
+    try:
+        _ANY.exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:
+        return False
+    return True
 
 
 def wrap(seed: bytes, ours: bytes, theirs: bytes, *label: Field) -> bytes:

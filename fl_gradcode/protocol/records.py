@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 #: Version of the records' format. It changes with every change of a plan or a reply that the other side would misread.
-PROTOCOL = 5
+PROTOCOL = 6
 _MOST_OF_A_NAME = 100  # letters
 _MOST_OF_A_VERSION = 40
 _MOST_OF_A_DIGEST = 64
@@ -109,8 +109,9 @@ MOST_WORKERS = 10_000
 #: Possible outcomes of a reply; see `Reply`.
 OUTCOMES = ("coded", "returned", "masked", "idle", "gave-up", "fixed-data")
 
-#: All that a masked reply says in clear, beside the versions of protocol and library. None of it depends on data.
-IN_CLEAR = ("run", "round", "kind", "worker", "outcome", "shards", "manifest", "request", "simulated")
+#: All that a masked reply says in clear, beside the versions of protocol and library. None of it depends on data,
+#: but for the tags, which nobody can tell from random bytes without the keys of the nodes.
+IN_CLEAR = ("run", "round", "kind", "worker", "outcome", "shards", "manifest", "request", "simulated", "tags")
 
 #: Flower's own keys of `Context.node_config`. The first one is set to the shard number when `train()` is called.
 PARTITION_ID, NUM_PARTITIONS = "partition-id", "num-partitions"
@@ -152,8 +153,10 @@ class Plan:
         figures: Whether a coded reply describes the update of each shard by a few numbers, because the code mixes
             shards and the server cannot compare their holders otherwise.
         secure: Digest of the manifest under which replies are masked, as hexadecimal; empty for plain replies.
-        tags: Under masks, worker -> the tags of the integers that it computed in a rehearsal, as hexadecimal; only in
-            plans of kind "compare".
+        number: Under masks, number of a rehearsal, which rises in a run; 0 in other plans.
+        tags: Under masks, worker -> the tags of the integers that it computed, as hexadecimal: in a rehearsal in a plan
+            of kind "compare", and otherwise in an earlier round.
+        tagged: Kind, round and request digest of that round, such as "train 3 9f86..."; empty in a comparison.
     """
 
     run: str
@@ -175,7 +178,9 @@ class Plan:
     as_returned: bool = False
     figures: bool = False
     secure: str = ""
+    number: int = 0
     tags: dict[int, str] = field(default_factory=dict)
+    tagged: str = ""
 
     @property
     def label(self) -> str:
@@ -337,6 +342,7 @@ class Reply:
         manifest: With masks, digest of the manifest that the node has pinned, as hexadecimal.
         request: With masks, digest of the request that the node has received, as hexadecimal.
         simulated: With masks, whether the keys are on the server's machine, where they protect nothing.
+        tags: With masks whose holders are compared, the node's tags of its integers, as hexadecimal.
     """
 
     run: str
@@ -360,6 +366,7 @@ class Reply:
     manifest: str = ""
     request: str = ""
     simulated: bool = False
+    tags: str = ""
 
     def to_record(self) -> ConfigRecord:
         """Returns this reply as a ConfigRecord, which has the fields `IN_CLEAR` alone if it is masked."""
@@ -434,7 +441,7 @@ def _parse_reply(text: str) -> Reply:
     v["arrays_name"], v["metrics_name"] = str(v["arrays_name"]), str(v["metrics_name"])
     for name in ("manifest", "request"):
         v[name] = printable(str(v[name]), _MOST_OF_A_DIGEST)
-    v["simulated"] = bool(v["simulated"])
+    v["simulated"], v["tags"] = bool(v["simulated"]), str(v["tags"])
     if v["outcome"] not in OUTCOMES:
         raise ValueError(f"outcome {v['outcome']!r}")
     if not all(figures and all(map(math.isfinite, figures)) for figures in v["figures"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -11,12 +12,13 @@ from flwr.serverapp import Grid
 
 from ..errors import InvalidSetting, RoundFailed
 from ..grid import Arrival, EarlyStopGrid, StopRule, Wait
-from ..protocol import MASKED, UPDATE, Plan, Reply, rejection_of, view
+from ..protocol import MASKED, UPDATE, Plan, Rejection, Reply, rejection_of, view
 from ..secagg import ShardClasses
 from .worker_registry import WorkerRegistry
 
 __all__ = ["rehearse"]
 
+_log = logging.getLogger(__name__)
 _GRACE = 5.0  # seconds to wait on once enough workers have answered
 
 
@@ -27,6 +29,8 @@ def rehearse(
     registry: WorkerRegistry,
     grid: Grid,
     timeout: float | None,
+    *,
+    votes: int = 0,
 ) -> None:
     """Let the holders of each class compare what they compute, before any of them sends a vector.
 
@@ -37,6 +41,7 @@ def rehearse(
         registry: Which node is which worker.
         grid: The grid, an `EarlyStopGrid`.
         timeout: Seconds to wait for the answers to one message; None for no limit.
+        votes: Number of holders of each class that may differ from the others, who are then left alone.
 
     Raises:
         RoundFailed: They differ, or too few of them answer. The message names them.
@@ -51,9 +56,13 @@ def rehearse(
         rule = RehearsalRule(asked, senders, registry, grid)
         grid.expect(rule)
         grid.send_and_receive(messages(asked, kind == "rehearse"), timeout=timeout)
-        if not rule.enough:
+        # Who has not rehearsed refuses too, and differs from nobody.
+        differing = rule.differing & tags.keys() if kind == "compare" else set()
+        if not rule.enough or any(len(differing & {*one}) > votes for one in senders):
             reasons = "; ".join(sorted({*rule.refused.values()})[:3]) or "too few answered"
             raise RoundFailed(f"The rehearsal of round {plan.round} failed, and no vector was sent: {reasons}.")
+        for worker in sorted(differing):
+            _log.warning("%s The other holders of its shards go on without it.", rule.refused[worker])
         tags = rule.tags
 
 
@@ -69,6 +78,7 @@ class RehearsalRule(StopRule):
     Attributes:
         tags: Worker -> its tags, as hexadecimal; in a comparison, an empty text.
         refused: Workers that refuse, and why.
+        differing: Those of them whose own rules made them refuse.
     """
 
     def __init__(
@@ -80,6 +90,7 @@ class RehearsalRule(StopRule):
         self._workers = frozenset().union(*self._classes)
         self.tags: dict[int, str] = {}
         self.refused: dict[int | None, str] = {}
+        self.differing: set[int] = set()
         self._asked = 0
 
     @property
@@ -103,7 +114,10 @@ class RehearsalRule(StopRule):
         """Take the tags of a reply."""
         worker = self._registry.worker_of(arrival.node)
         if reply is None or reply.has_error():
-            self.refused[worker] = arrival.failure if reply is None else rejection_of(reply).reason
+            rejection = Rejection("no-reply", arrival.failure) if reply is None else rejection_of(reply)
+            self.refused[worker] = rejection.reason
+            if rejection.kind == "secure-refused" and worker is not None:
+                self.differing.add(worker)
             return
         try:
             told = Reply.find_in(reply.content)

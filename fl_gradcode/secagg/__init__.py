@@ -26,14 +26,16 @@ if TYPE_CHECKING:
     from .keys import agreement_tag
     from .manifest import ClassKeys, Manifest, ManifestBody, class_keys, make_body, read_body
     from .noise import counted_shards, sensitivity
-    from .request import Entry, Received, content_digest, given_digest, layout_digest, request_digest
+    from .request import Entry, Received, content_digest, exact_text, given_digest, layout_digest, request_digest
     from .settings import SecureAggregation
+    from .tags import TAG_BYTES, shown_tag, tags_by_place, tags_in
 
 __all__ = [
     "DIGEST_FILE",
     "FIELD",
     "INTEGERS",
     "MANIFEST_FILE",
+    "TAG_BYTES",
     "Answered",
     "AnsweredRequests",
     "Certificate",
@@ -66,6 +68,7 @@ __all__ = [
     "decode",
     "discrete_gaussian",
     "encode",
+    "exact_text",
     "given_digest",
     "holders_in",
     "layout_digest",
@@ -78,6 +81,9 @@ __all__ = [
     "request_digest",
     "seeds_of",
     "sensitivity",
+    "shown_tag",
+    "tags_by_place",
+    "tags_in",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -152,12 +158,19 @@ __getattr__, __dir__ = lazy_names(
             "Entry",
             "Received",
             "content_digest",
+            "exact_text",
             "given_digest",
             "layout_digest",
             "request_digest",
         ],
         "settings": [
             "SecureAggregation",
+        ],
+        "tags": [
+            "TAG_BYTES",
+            "shown_tag",
+            "tags_by_place",
+            "tags_in",
         ],
     },
 )

@@ -7,6 +7,7 @@ under the same mask.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .._files import lock, make_folder, replace_file, sync_folder
+from .._files import lock, make_folder, parse_json, read_file, replace_file, sync_folder
 from ..errors import InvalidSetting, SecureRefused
 from ..privacy import check_own
 
@@ -23,6 +24,13 @@ __all__ = ["Answered", "AnsweredRequests"]
 _LEDGER = "answered.jsonl"
 # Runs whose last replies are kept.
 _RUNS = 4
+_HASHED = 4096  # bytes of the ledger: some rows
+_HEAD_BYTES = 100
+
+
+def _digest_of(content: bytes) -> str:
+    """Returns the digest of the last rows, which tells ledgers of the same length apart."""
+    return hashlib.sha256(content[-_HASHED:]).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -31,8 +39,8 @@ class Answered:
 
     Attributes:
         run: Name of the run.
-        kind: "train" or "evaluate".
-        round: Server round.
+        kind: "train", "evaluate" or "rehearse".
+        round: Server round, or the number of a rehearsal.
         request: Digest R of the request, as hexadecimal.
         number: The class that was answered for, with one shard a message; None for a coded vector.
     """
@@ -52,10 +60,12 @@ class Answered:
 class AnsweredRequests:
     """A node's ledger of answered requests with the replies of the last rounds.
 
-    Who deletes the folder allows a server to ask each round a second time.
+    Beside the folder there is a small file that tells how far the ledger went, so that a ledger which was lost, or
+    came back from an old backup, is noticed. Who deletes both allows a server to ask each round a second time.
 
     Args:
-        folder: Folder of the files; made if it is missing. Only the owner can read it.
+        folder: Folder of the files; made if it is missing. Only the owner can read it. The name of the file beside it
+            ends in "-head.json".
         most: Most requests that this node ever answers, in all runs; None: no limit. The server chooses the names of
             runs, so only this bounds how many sums it can ask for. All single shards of a round are one request.
     """
@@ -96,6 +106,49 @@ class AnsweredRequests:
                 raise InvalidSetting(f"The folder {self.folder} cannot be written: {error.strerror}.") from None
             self._drop([*rows, new])
         return reply
+
+    @property
+    def _head(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}-head.json")
+
+    def _write_head(self, size: int, digest: str) -> None:
+        """Note how far the ledger goes, after its row: a ledger may be ahead of its head, as a kill leaves it.
+
+        It is written in one piece and not synced, which would take as long as all the rest: a power cut may take it
+        back.
+        """
+        text = json.dumps([size, digest]).ljust(_HEAD_BYTES).encode()
+        file = os.open(self._head, os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        try:
+            os.write(file, text)
+        finally:
+            os.close(file)
+
+    def _check_head(self, content: bytes, end: int) -> None:
+        """Refuse a ledger that lacks what it had before.
+
+        Raises:
+            InvalidSetting: It is shorter than it was, or another one.
+        """
+        try:
+            check_own(self._head)
+            content_of_head = read_file(self._head, 10 * _HEAD_BYTES)
+            if not content_of_head.strip(b"\0"):  # a power cut took it
+                return
+            size, digest = parse_json(content_of_head)
+            known = type(size) is int and size <= end and _digest_of(content[:size]) == digest
+        except FileNotFoundError:  # the first request, or the first one since this file is written
+            return
+        except (OSError, ValueError, TypeError) as error:
+            raise InvalidSetting(
+                f"The file {self._head} cannot be read ({type(error).__name__}). Restore it."
+            ) from None
+        if not known:
+            raise InvalidSetting(
+                f"The ledger {self.folder / _LEDGER} lacks requests that this node has answered. Restore the file: "
+                "without it a round could be answered twice. If it is lost, the keys beside it must not be used again: "
+                "make new ones in another folder."
+            )
 
     def rows(self) -> list[Answered]:
         """Returns all answers, oldest first."""
@@ -138,7 +191,7 @@ class AnsweredRequests:
             check_own(path)
             content = path.read_bytes()
         except FileNotFoundError:
-            return [], 0
+            content = b""
         except OSError as error:
             raise InvalidSetting(f"The ledger {path} cannot be read: {error.strerror}.") from None
         *lines, rest = content.split(b"\n")  # a rest without newline was being written: its reply had not left
@@ -157,7 +210,9 @@ class AnsweredRequests:
                     "answered twice."
                 ) from None
             rows.append(row)
-        return rows, len(content) - len(rest)
+        end = len(content) - len(rest)
+        self._check_head(content, end)
+        return rows, end
 
     def _append(self, row: Answered, end: int) -> None:
         path = self.folder / _LEDGER
@@ -170,8 +225,11 @@ class AnsweredRequests:
             file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
+            file.seek(max(0, end + len(line) - _HASHED))
+            tail = file.read()
         if first:
             sync_folder(self.folder)
+        self._write_head(end + len(line), _digest_of(tail))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

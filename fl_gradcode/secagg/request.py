@@ -7,13 +7,15 @@ differ in anything gets replies under unrelated masks, which tell it nothing tog
 from __future__ import annotations
 
 import hashlib
+import math
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import SecureRefused
 from ..masking import Field, fields, hash_of
 
-__all__ = ["Entry", "Received", "content_digest", "given_digest", "layout_digest", "request_digest"]
+__all__ = ["Entry", "Received", "content_digest", "exact_text", "given_digest", "layout_digest", "request_digest"]
 
 _LABEL = "fl-gradcode/secagg/request/v1"
 #: A value of a run config.
@@ -82,11 +84,16 @@ def given_digest(*, seed: int, run_config: Mapping[str, Value], k: int) -> bytes
     config: list[Field] = []
     for key, value in sorted(run_config.items()):
         if isinstance(value, float):
-            content: Field = value.hex()
+            content: Field = exact_text(value)
         else:
             content = value if isinstance(value, bytes | str) else int(value)
         config += [key, type(value).__name__, content]
     return hash_of(seed, k, len(run_config), *config)
+
+
+def exact_text(value: float) -> str:
+    """Returns a text that is different for any two floats that a program can tell apart; NaN has 2^53 - 2 of them."""
+    return f"nan {struct.pack('>d', value).hex()}" if math.isnan(value) else value.hex()
 
 
 def layout_digest(arrays: Iterable[tuple[str, str, Sequence[int]]], metrics: Iterable[tuple[str, int]]) -> bytes:

@@ -25,7 +25,16 @@ from .layouts import AgreedLayouts
 from .options import Approximation
 from .plan_messages import MessageFactory
 from .replies import Group, Rejected, ReplyCollector
-from .reply_groups import Decoded, Noise, ReplyGroup, Returned, ReturnedReplies, StaleUpdate, StaleUpdates
+from .reply_groups import (
+    Decoded,
+    MaskedReplies,
+    Noise,
+    ReplyGroup,
+    Returned,
+    ReturnedReplies,
+    StaleUpdate,
+    StaleUpdates,
+)
 
 if TYPE_CHECKING:
     from ..secagg import Manifest
@@ -335,16 +344,17 @@ class Phase(StopRule):
         if best.ballots is not None:
             self.replies.leave_out({worker for worker, _ in best.ballots.wrong().values()}, _ALONE)
             return
-        if not isinstance(best, ReplyGroup) or not best.decoder.decodable:
+        if isinstance(best, ReturnedReplies) or not best.decoder.decodable:
             return
-        missing = len(self.code.active) - len(best.decoder.survivors)
+        astray = self.replies.astray & {*self.code.active}
+        missing = len(self.code.active) - len(best.decoder.survivors) - len(astray)
         if missing > self.tolerance:
             self.failure = (
                 f"{missing} of {len(self.code.active)} replies are missing, and votes={self.votes} leaves room for "
                 f"{self.tolerance}"
             )
             return
-        located = self._locate(best)
+        located = self.located_in(best)
         if located is None:
             self.failure = f"more than votes={self.votes} replies are wrong, so it cannot be known which are right"
             return
@@ -353,15 +363,24 @@ class Phase(StopRule):
         self.copies.compared |= {j for j in self.shards if self._holders_among(j, there) > 1}
         self.copies.apart = 0.0 if self.copies.compared else None
 
-    def _locate(self, group: ReplyGroup) -> tuple[int, ...] | None:
-        """Returns the workers whose replies are wrong, or None if that cannot be known."""
+    def located_in(self, group: ReplyGroup | MaskedReplies) -> tuple[int, ...] | None:
+        """Returns the workers of a group whose replies are wrong, or None if that cannot be known.
+
+        Replies that are of no use at first sight come from liars, or from nodes that might as well be missing. Of the
+        latter there are no more than may be missing, so the rest were liars, and so many fewer are left.
+        """
         there = sorted(group.decoder.survivors)
+        missing = {*self.code.active} - {*there}
+        if len(missing) > self.code.s:
+            return None
+        astray = len(self.replies.astray & missing)
+        liars = max(0, astray - max(0, self.tolerance - (len(missing) - astray)))
         random = np.random.default_rng()  # drawn once all replies are fixed
         return locate_wrong_replies(
             self.code,
-            [group.copies[i] for i in there],
+            group.vectors_of(there),
             there,
-            self.liars_left,
+            max(0, self.liars_left - liars),
             lambda size: random.integers(0, P, size),
         )
 

@@ -43,7 +43,7 @@ from ..protocol import (
 )
 from ..roster import WorkerRegistry
 from .layouts import AgreedLayouts, check_layout, check_records, unlike_plain, unlike_sent
-from .reply_groups import MaskedReplies, ReplyGroup, ReturnedReplies
+from .reply_groups import MaskedReplies, ReplyGroup, ReturnedReplies, same_words
 
 if TYPE_CHECKING:
     from ..secagg import Manifest
@@ -243,7 +243,12 @@ class ReplyCollector:
         groups = self.groups.values()
         if len(groups) < 2:
             return next(iter(groups), None)
-        return max(groups, key=lambda b: (b.decoder.decodable and not self.distrusts(b), len(b.decoder.survivors)))
+
+        def counts(group: Group) -> tuple[bool, int, int]:
+            decodes = group.decoder.decodable and not self.distrusts(group)
+            return decodes, len(group.decoder.survivors), len(group.workers)
+
+        return max(groups, key=counts)
 
     def distrusts(self, group: Group) -> str:
         """Returns why the layout of these replies does not count yet, or an empty string if it does."""
@@ -281,6 +286,16 @@ class ReplyCollector:
             if best is not None and group is not best
             for sender in group.senders.values()
         ]
+
+    @property
+    def astray(self) -> set[int]:
+        """Workers whose masked replies are of no use at first sight: to another request than most, or malformed."""
+        best = self.best
+        if not isinstance(best, MaskedReplies):
+            return set()
+        malformed = {one.worker for one in self.rejected if one.rejection.kind == "layout" and one.worker is not None}
+        others = {worker for group in self.groups.values() for worker in group.workers}
+        return (others | malformed) - best.workers
 
     def sender_of(self, row: int) -> tuple[int, int] | None:
         """Returns the (node, worker) that sent a reply for this row, or None."""
@@ -420,8 +435,11 @@ class ReplyCollector:
         group = self.groups.get(masked.request.hex())
         if group is None:
             names = (self.plan.arrays_key, "metrics" if self.plan.arrays_key != "metrics" else "numbers")
-            group = self.groups[masked.request.hex()] = MaskedReplies(self.code, masked.request.hex(), manifest, names)
+            ballots = Ballots(self._votes + 1, same_words) if self._by_unit else None
+            group = MaskedReplies(self.code, masked.request.hex(), manifest, names, ballots)
+            self.groups[masked.request.hex()] = group
         assert isinstance(group, MaskedReplies)
+        group.note_tags(masked, reply.tags)
         if not group.add(row, (node, reply.worker), masked):
             self.spare_from.add(reply.worker)
         return None

@@ -187,7 +187,13 @@ class HeldReplies(Generic[T]):
             others = [other for other in self._others.get(row, ()) if other[0][1] not in workers]
             if others:
                 self.senders[row], self.copies[row] = others[0]
-        self.decoder.update([row for row in rows if row in self.copies])
+            elif self.ballots is not None:  # what a wrong sender said first of this unit, others have said too
+                (unit,) = self._code.order_of([row])
+                votes = [vote for vote in self.ballots.votes_for(unit) if vote[1][1] not in workers]
+                if votes:
+                    (its, self.senders[votes[0][0]]), (_, copy) = votes[0], self.ballots.winner(unit)
+                    self.copies[its] = copy
+        self.decoder.update([row for row in dict.fromkeys([*rows, *self.copies]) if row in self.copies])
 
     def _vote(self, ballots: Ballots[T], row: int, sender: tuple[int, int], copy: T) -> bool:
         (unit,) = self._code.order_of([row])  # its group, if the code has groups
@@ -229,6 +235,10 @@ class ReplyGroup(HeldReplies[tuple[NDArray[Any], NDArray[Any]]]):
         super().__init__(code, key, ballots)
         self.reply, self.encoding = reply, encoding
         self.whole = True
+
+    def vectors_of(self, rows: Sequence[int]) -> list[tuple[NDArray[Any], ...]]:
+        """Returns all vectors that were sent for some rows."""
+        return [self.copies[row] for row in rows]
 
     def decode(
         self,
@@ -283,6 +293,11 @@ class ReplyGroup(HeldReplies[tuple[NDArray[Any], NDArray[Any]]]):
         return Decoded(arrays, record, self.reply.layout, names, vector, workers, tuple(stale))
 
 
+def same_words(one: MaskedReply, other: MaskedReply) -> bool:
+    """Returns whether two masked replies of one class are equal, which they are exactly if the integers are."""
+    return all(np.array_equal(words, other.parts[part]) for part, words in one.parts.items())
+
+
 class MaskedReplies(HeldReplies["MaskedReply"]):
     """Masked replies to one request.
 
@@ -291,22 +306,46 @@ class MaskedReplies(HeldReplies["MaskedReply"]):
         key: Digest of the request.
         manifest: The manifest by which they are masked.
         names: The names of the ArrayRecord and the MetricRecord for the wrapped strategy.
+        ballots: Counts equal copies of each class; None to take the first.
 
     Attributes:
         differing: Two workers whose copies of one class differ; None if there are none.
+        tags: Worker -> place of a class among those that it sends -> its tag of this class, as hexadecimal.
     """
 
-    def __init__(self, code: GradientCode, key: object, manifest: Manifest, names: tuple[str, str]) -> None:
-        super().__init__(code, key)
+    def __init__(
+        self,
+        code: GradientCode,
+        key: object,
+        manifest: Manifest,
+        names: tuple[str, str],
+        ballots: Ballots[MaskedReply] | None = None,
+    ) -> None:
+        super().__init__(code, key, ballots)
         self._manifest, self._names = manifest, names
         self.differing: tuple[int, int] | None = None
+        self.tags: dict[int, dict[int, str]] = {}
         self._first_of: dict[int, int] = {}  # group -> the row whose copy came first
+
+    def vectors_of(self, rows: Sequence[int]) -> list[tuple[NDArray[Any], ...]]:
+        """Returns all vectors that were sent for some rows; each part is coded alike, so each has the code's checks."""
+        return [tuple(self.copies[row].parts.values()) for row in rows]
+
+    def note_tags(self, copy: MaskedReply, tags: str) -> None:
+        """Keep the tags that came with a reply, for the other holders; whatever is none is left out."""
+        from ..secagg import tags_in
+
+        sent = self._manifest.body.classes.sent_by(copy.worker)
+        places = range(len(sent)) if copy.number is None else [sent.index(copy.number)]
+        self.tags.setdefault(copy.worker, {}).update(zip(places, tags_in(tags, len(places)), strict=False))
 
     def add(self, row: int, sender: tuple[int, int], copy: MaskedReply, *, unlike: bool = False) -> bool:
         """Add a reply; returns whether it may be used, or is only a further copy."""
-        if self._code.groups is not None:  # with one shard a message, each shard is a group, with a row for all copies
+        if (
+            self._code.groups is not None and self.ballots is None
+        ):  # with one shard a message, each shard is a group, with a row for all copies
             first = self._first_of.setdefault(self._code.order_of([row])[0], row)
-            if first in self.copies and self.copies[first].payload() != copy.payload():
+            if first in self.copies and not same_words(self.copies[first], copy):
                 self.differing = self.differing or (self.senders[first][1], sender[1])
         return super().add(row, sender, copy, unlike=unlike)
 

@@ -315,6 +315,7 @@ class Run:
             figures=mixes and compares and (bool(arrays_key) or isinstance(code.numbers, PrimeField)),
             secure=self._masks.digest,
         )
+        plan = self._masks.with_tags(plan)
         before = content[arrays_key] if arrays_key else None
         assert before is None or isinstance(before, ArrayRecord)
         self._masks.check_model(before)
@@ -405,6 +406,7 @@ class Run:
         self._tell_quarantined()
         self._verified(phase)
         phase.copies.close(used=decoded is not None)
+        self._masks.learn_from(phase, decoded=decoded is not None)
         if decoded is None:
             self._undecodable(phase, entry, apart or report.why_undecodable(phase, entry))
             return None, MetricRecord(report.figures(entry))

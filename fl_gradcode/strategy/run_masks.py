@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,11 +13,12 @@ from flwr.serverapp import Grid
 
 from ..errors import InvalidSetting
 from ..privacy import IntegerNoise, Privacy
-from ..protocol import Rejection
+from ..protocol import Plan, Rejection
 from ..roster import WorkerRegistry, rehearse
 from ..runlog import PhaseRow
 from .options import Options
 from .phase import Phase
+from .reply_groups import MaskedReplies
 from .resume import RunKeeper
 
 if TYPE_CHECKING:
@@ -34,17 +37,22 @@ class RunMasks:
         options: Settings of the run.
         keeper: Saves the set-up of keys, if the run has a checkpoint.
         run: Name of the run.
+        clock: Returns the time in nanoseconds, by which rehearsals are numbered: they rise from one start to the next.
 
     Attributes:
         manifest: The manifest of this round; None without secure aggregation, and before keys are set up.
     """
 
-    def __init__(self, options: Options, keeper: RunKeeper, run: str) -> None:
+    def __init__(self, options: Options, keeper: RunKeeper, run: str, clock: Callable[[], int] = time.time_ns) -> None:
         self._secure, self._keeper, self._run = options.secure, keeper, run
         self._patience = options.node_timeout
         self.manifest: Manifest | None = None if options.secure is None else options.secure.manifest
         self._relay: Relay | None = None  # sets up keys, if no dealer has made them
+        self._votes = options.votes
         self._rehearsed = b""  # digest of the manifest whose holders have compared what they compute
+        self._clock = clock
+        self._tags: dict[int, str] = {}  # worker -> its tags in the last phase that was decoded
+        self._tagged = ""  # which phase that was
 
     @property
     def digest(self) -> str:
@@ -123,14 +131,33 @@ class RunMasks:
             return
         factory = phase.factory
         rehearse(
-            phase.plan,
+            replace(phase.plan, number=self._clock() // 1000, tags={}, tagged=""),
             manifest.body.classes,
             lambda plan, arrays: factory.for_plan(plan, with_arrays=arrays).messages(nodes, registry, plan.rows),
             registry,
             grid,
             timeout,
+            votes=self._votes,
         )
         self._rehearsed = manifest.digest
+
+    def with_tags(self, plan: Plan) -> Plan:
+        """Returns a plan that shows the holders of each class the tags of the last phase."""
+        return replace(plan, tags=self._tags, tagged=self._tagged) if self._tags else plan
+
+    def learn_from(self, phase: Phase, *, decoded: bool) -> None:
+        """Keep the tags of a phase, which the next plan shows to the holders.
+
+        With votes, those of a phase that was not decoded are left out: a wrong reply and a right one may be all there
+        is of a class, and both senders would stop.
+        """
+        best = phase.replies.best
+        compared = self.manifest is not None and self.manifest.body.rehearsal and (decoded or not self._votes)
+        if compared and isinstance(best, MaskedReplies):
+            from ..secagg import tags_by_place
+
+            self._tags = {worker: tags_by_place(mine) for worker, mine in best.tags.items() if mine}
+            self._tagged = f"{phase.plan.label} {best.key}"
 
     def marked(self, entry: PhaseRow) -> PhaseRow:
         """Returns a phase's row with how the keys were set up."""

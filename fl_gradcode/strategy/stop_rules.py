@@ -22,6 +22,7 @@ from ..protocol import Plan, Rejection, Reply, Row
 from ..roster import WorkerRegistry
 from .phase import Phase, Scrutiny
 from .plan_messages import MessageFactory, whole_shard
+from .reply_groups import MaskedReplies
 from .round_mode import RoundMode
 
 __all__ = ["CodedPhase", "ShardPhase", "known_of", "open_phase", "shard_row"]
@@ -103,6 +104,7 @@ class CodedPhase(Phase):
         self._by_unit = self.votes > 0 and code.groups is not None
         self._trial: IncrementalDecoder | None = None
         self._came: list[int] = []  # workers whose reply has arrived, in order
+        self._located: tuple[object, bool] = (None, False)  # as of when, and whether wrong replies could be told
         self._strange = False  # whether a reply has arrived from a node whose worker is not known
         self._group_of: dict[int, int] = {}
         if code.groups is not None and code.m == 1 and code.exact and kappa_max == float("inf"):
@@ -116,12 +118,27 @@ class CodedPhase(Phase):
         """
         if decoder.decodable:
             if self.votes and not self._by_unit:
-                return len(self._participants) - len(decoder.survivors) <= self.tolerance
+                return self._leaves_room(decoder)
             if self._kappa_max == float("inf"):
                 return True
             vector = decoder.vector()
             return vector is not None and self.code.kappa_of(vector) <= self._kappa_max
         return not self.code.exact and len(decoder.survivors) >= len(self._participants) - self.code.s
+
+    def _leaves_room(self, decoder: IncrementalDecoder) -> bool:
+        """Returns whether so few replies are missing that wrong ones are located."""
+        missing = self._participants - {*decoder.survivors}
+        astray = self.replies.astray & missing
+        if len(missing) <= self.tolerance or len(missing) - len(astray) > self.tolerance:
+            return len(missing) <= self.tolerance
+        # Their senders are liars if the rest agree about it; otherwise more replies have to tell.
+        best = self.replies.best
+        if not isinstance(best, MaskedReplies) or decoder is not best.decoder:
+            return True
+        as_of = (id(best), len(decoder.survivors), len(astray))
+        if self._located[0] != as_of:
+            self._located = as_of, self.located_in(best) is not None
+        return self._located[1]
 
     def arrived(self, arrival: Arrival) -> None:
         """Note whose reply it is, so that `choose` need not look at all of them again."""
@@ -186,7 +203,8 @@ class CodedPhase(Phase):
         decoders = [group.decoder for group in replies.groups.values()] or [self.code.incremental()]
         for decoder in decoders:
             silent = len(self._participants - known - set(decoder.survivors)) - min(strangers, len(missing))
-            if silent <= self.tolerance:
+            elsewhere = len((answered | self.replies.astray) - set(decoder.survivors) - known)
+            if silent - (elsewhere if elsewhere <= self.liars_left and not self._by_unit else 0) <= self.tolerance:
                 return False  # the code guarantees to decode
         if not self.code.exact:
             return True
@@ -417,13 +435,15 @@ class ShardPhase(Phase):
 
     def _lacks_votes(self, able: Sequence[int], strangers: int) -> bool:
         """Returns whether some shard cannot get enough equal copies any more."""
-        best = self.replies.best
-        ballots = None if best is None else best.ballots
         left = Counter(shard for node in able for shard in self._shards_of(node) - self._sent.get(node, set()))
         left.update(self._unread.values())
-        return any(
-            (0 if ballots is None else ballots.most_equal(row)) + left[shard] + strangers <= self.votes
-            for shard, row in self._row.items()
+        all_ballots = [group.ballots for group in self.replies.groups.values()] or [None]
+        return all(  # a wrong reply may have opened a group of its own, and been the first
+            any(
+                (0 if ballots is None else ballots.most_equal(row)) + left[shard] + strangers <= self.votes
+                for shard, row in self._row.items()
+            )
+            for ballots in all_ballots
         )
 
 

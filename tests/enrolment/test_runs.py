@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from fl_gradcode import GradientCode, GradientCoding, fractional_repetition
 from fl_gradcode.codes import reed_solomon
-from fl_gradcode.enrolment import Answer, EnrolledNode, make_identity
-from fl_gradcode.errors import InvalidSetting, RoundFailed
+from fl_gradcode.enrolment import Answer, ClassKey, EnrolledNode, Hello, Setup, make_identity, read_identity
+from fl_gradcode.enrolment.statements import digest_of
+from fl_gradcode.errors import InvalidSetting, RoundFailed, SecureRefused
 from fl_gradcode.latency import Latency, constant, lognormal, scaled
 from fl_gradcode.protocol import Plan, Reply, is_setup
 from fl_gradcode.secagg import ClassIntegers, SecureAggregation, ShardResult
@@ -177,7 +178,8 @@ def test_a_new_epoch_rehearses_again(tmp_path: Path) -> None:
     assert [row["train"]["outcome"] for row in rows] == ["exact"] * 3
     assert [row["train"]["secure"]["epoch"] for row in rows] == [1, 2, 2]
     for worker in range(1, 6):
-        assert len([*(tmp_path / "nodes" / f"node-{worker}").glob("rehearsed-*")]) == 2
+        known = json.loads((tmp_path / "nodes" / f"node-{worker}" / "comparisons.json").read_text())
+        assert [one["passed"] for one in known["runs"].values()] == [True, True]
 
 
 def test_a_request_of_an_old_epoch_is_refused_after_a_new_one(tmp_path: Path) -> None:
@@ -445,3 +447,97 @@ def test_a_checkpoint_is_of_one_body(tmp_path: Path) -> None:
     enrolled(other, FRC, bound=2.0)
     with pytest.raises(InvalidSetting, match="another secure manifest"):
         start(FRC, other, rounds=2, checkpoint=tmp_path / "run.ckpt")
+
+
+def test_a_node_that_missed_its_confirmation_gets_the_keys_of_the_same_epoch(tmp_path: Path) -> None:
+    enrolled(tmp_path / "nodes", FRC)
+    asked = 0
+
+    def lose(worker: int, message: Message, reply: Message) -> Message:
+        nonlocal asked
+        if worker != 2 or not is_setup(message.content):
+            return reply
+        step = json.loads(str(message.content["fl-gradcode.setup"]["json"]))["step"]
+        asked += step == "confirm"
+        return Message(Error(2, "gone"), reply_to=message) if step == "confirm" and asked == 1 else reply
+
+    def node_is_killed(node: EnrolledNode, request: Any, data: Any) -> Any:
+        if node.worker == 2 and request.step == "confirm" and not asked:
+            raise SecureRefused("killed")
+        return answer(node, request, data)
+
+    answer = EnrolledNode.answer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EnrolledNode, "answer", node_is_killed)
+        strategy, models, _ = start(FRC, tmp_path / "nodes", rounds=3, tamper=lose)
+    assert_near(strategy.ledger.rows, FRC, models)
+    assert [row["train"]["secure"]["epoch"] for row in strategy.ledger.rows] == [1] * 3
+    last = strategy.ledger.rows[-1]["train"]
+    assert manifest_of(tmp_path / "nodes", 2).digest.hex() == last["secure"]["manifest"] and 2 in last["asked"]
+
+
+def test_a_node_that_never_confirms_costs_nobody_else_an_epoch(tmp_path: Path) -> None:
+    enrolled(tmp_path / "nodes", FRC)
+    asked = 0
+
+    def lose(worker: int, message: Message, reply: Message) -> Message:
+        nonlocal asked
+        if worker != 6 or not is_setup(message.content):
+            return reply
+        step = json.loads(str(message.content["fl-gradcode.setup"]["json"]))["step"]
+        asked += step == "confirm"
+        if step == "hello":  # it never tells that it has keys
+            return changed(reply, replace(Answer.find_in(reply.content), confirmation=None))
+        return Message(Error(2, "no"), reply_to=message)
+
+    strategy, models, _ = start(FRC, tmp_path / "nodes", rounds=4, tamper=lose)
+    assert_near(strategy.ledger.rows, FRC, models)
+    assert [row["train"]["secure"]["epoch"] for row in strategy.ledger.rows] == [1] * 4 and asked == 3
+
+
+@pytest.mark.parametrize("what", ["hello", "class"])
+def test_a_key_of_small_order_is_refused_alone_and_named(
+    tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such a key gives everybody the same secret of zeros, so that nodes refuse the set-up that it is part of."""
+    folder = tmp_path / "nodes"
+    enrolled(folder, FRC)
+
+    def lies(worker: int, message: Message, reply: Message) -> Message:
+        if worker != 1 or not is_setup(message.content) or reply.has_error():
+            return reply
+        answer, mine = Answer.find_in(reply.content), read_identity(folder / "node-1")
+        values = json.loads(str(message.content["fl-gradcode.setup"]["json"]))
+        setup = Setup(values["run"], values["epoch"], values["body"])
+        if what == "hello" and answer.hello is not None:
+            return changed(reply, replace(answer, hello=Hello.signed(setup, mine, bytes([1]) + bytes(31))))
+        if what == "class" and answer.classes:
+            digest = digest_of([*map(Hello.from_list, values["hellos"])])
+            (key,) = answer.classes
+            forged = ClassKey.signed(setup, digest, mine, key.number, bytes(32), bytes.fromhex(key.commitment))
+            return changed(reply, replace(answer, classes=(forged,)))
+        return reply
+
+    strategy, models, _ = start(FRC, folder, tamper=lies)
+    (row,) = strategy.ledger.rows
+    assert_near([row], FRC, models)
+    assert 1 not in row["train"]["used"] and row["train"]["secure"]["epoch"] == (1 if what == "hello" else 2)
+    assert all(manifest_of(folder, worker) for worker in range(8) if worker != 1)
+
+
+def test_a_leader_whose_wraps_most_others_refuse_is_left_out(tmp_path: Path) -> None:
+    """The class would have no holder but it otherwise, with a vote on its own update alone."""
+    folder = tmp_path / "nodes"
+    enrolled(folder, FRC_OF_THREE, min_classes=2)
+
+    def lies(worker: int, message: Message, reply: Message) -> Message:
+        if worker == 1 and is_setup(message.content) and not reply.has_error():
+            answer = Answer.find_in(reply.content)
+            return changed(reply, replace(answer, wraps={at: bytes(48) for at in answer.wraps}))
+        return reply
+
+    strategy, models, _ = start(FRC_OF_THREE, folder, tamper=lies)
+    (row,) = strategy.ledger.rows
+    assert_near([row], FRC_OF_THREE, models)
+    assert row["train"]["secure"]["epoch"] == 2 and 1 not in row["train"]["used"]
+    assert all(manifest_of(folder, worker) for worker in (0, 2, 3, 4, 5))

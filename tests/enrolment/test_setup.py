@@ -17,8 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fl_gradcode import fractional_repetition
+from fl_gradcode._files import lock
 from fl_gradcode.codes import reed_solomon
-from fl_gradcode.enrolment import ClassKey, EnrolledNode, Hello, Request, Setup, agree, read_identity
+from fl_gradcode.enrolment import ClassKey, EnrolledNode, Hello, Request, Setup, agree, agreement, node, read_identity
+from fl_gradcode.enrolment.node_state import StateFile, name_of_run
 from fl_gradcode.errors import FlGradcodeError, InvalidSetting, SecureRefused
 from fl_gradcode.secagg import ManifestBody, make_body
 from tests.enrolment.fleet import Server, enrolled, manifest_of
@@ -447,6 +449,72 @@ def test_without_an_allow_list_the_first_identities_are_trusted_and_no_others_la
     refused(
         second, 3, Request(Setup("run-1", 2, second.setup.body), "confirm", (*twice, *second.shown[2:])), "other keys"
     )
+
+
+def test_first_identities_stay_trusted_under_the_next_body(tmp_path: Path) -> None:
+    body = enrolled(tmp_path / "nodes", FRC, first_use=True)
+    server = Server(tmp_path / "nodes", body).run()
+    named: dict[str, Any] = {"arrays": [("w", "float32", (3,))], "colluders": 0}
+    other = make_body(FRC, **named)
+    for worker in ALL:
+        agree(server.folder / f"node-{worker}", other.text, None)
+    enrolled(tmp_path / "strangers", FRC, first_use=True)
+    second = Server(server.folder, other)
+    second.say_hello(ALL)
+    stranger = read_identity(tmp_path / "strangers" / "node-4")
+    forged = Hello.signed(second.setup, stranger, bytes(31) + b"\x09")
+    shown = tuple(forged if hello.worker == 4 else hello for hello in second.shown)
+    refused(second, 1, Request(second.setup, "lead", shown), "Worker 4 has another identity than in the first set-up")
+    second.lead()
+    assert len({second.confirm(worker) for worker in ALL}) == 1
+
+
+def test_no_run_is_ever_forgotten_so_that_its_first_epoch_begins_again(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.say_hello([1])
+    file = StateFile(server.folder / "node-1")
+    many = {name_of_run(replace(server.setup, run=f"run {number}")): 1 for number in range(1500)}
+    file.write(replace(file.read(), last={**file.read().last, **many}, pending=None))
+    refused(server, 1, Request(server.setup, "hello"), "Epoch 1 of this run is over")
+    Server(server.folder, server.body, "another").say_hello([1])
+    refused(server, 1, Request(server.setup, "hello"), "Epoch 1 of this run is over")
+    monkeypatch.setattr(node, "_RUNS", 1502)
+    refused(server, 1, Request(Setup("one more", 1, server.setup.body), "hello"), "has taken part in 1502 runs")
+    Server(server.folder, server.body, "another", epoch=2).say_hello([1])  # a run that it knows goes on
+
+
+def test_a_run_s_own_name_in_an_earlier_version_s_file_counts(server: Server) -> None:
+    server.say_hello([1])
+    path = server.folder / "node-1" / "secagg-setup.json"
+    values = json.loads(path.read_text())
+    assert [*values["last"]] == [name_of_run(server.setup)]
+    path.write_text(json.dumps({**values, "last": {"run-1": 1}, "pending": None}))
+    refused(server, 1, Request(server.setup, "hello"), "Epoch 1 of this run is over")
+
+
+def test_a_message_that_is_answered_while_the_owner_agrees_draws_no_keys_of_the_body_before(server: Server) -> None:
+    node = server.node(1)  # it has read the body, and then waits for the lock
+    named: dict[str, Any] = {"arrays": [("w", "float32", (3,))], "identities": server.body.identities, "colluders": 0}
+    agree(server.folder / "node-1", make_body(FRC, **named).text, server.body.identities)
+    with pytest.raises(SecureRefused, match="has just agreed to another body"):
+        node.answer(Request(server.setup, "hello"), {})
+    assert state_of(server.folder, 1)["pending"] is None
+
+
+def test_all_files_of_an_agreement_are_written_under_one_lock(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced: list[str] = []
+
+    def look(path: Path, *content: Any, **how: Any) -> None:
+        replaced.append(path.name)
+        with open(path.parent / ".secagg-setup.json.lock", "ab") as file:
+            assert isinstance(lock(file), BlockingIOError)
+        write(path, *content, **how)
+
+    write: Any = vars(agreement)["replace_file"]
+    monkeypatch.setattr(agreement, "replace_file", look)
+    agree(server.folder / "node-1", server.body.text, server.body.identities)
+    assert replaced == ["secagg-body.json", "secagg-body-digest"]
 
 
 def test_without_an_allow_list_two_workers_with_one_identity_are_refused(tmp_path: Path) -> None:

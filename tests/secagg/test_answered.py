@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -156,3 +157,47 @@ def test_two_processes_that_answer_at_once_send_one_reply(tmp_path: Path) -> Non
         if one.stdout is not None:
             one.stdout.close()
     assert len(sent) == 1 and sent <= {"a", "b"}
+
+
+def test_a_ledger_that_was_lost_or_came_back_from_a_backup_is_noticed(tmp_path: Path) -> None:
+    folder = tmp_path / "node" / "answered"
+    node = AnsweredRequests(folder)
+    node.keep("run", "train", 1, R[1], b"1")
+    backup = shutil.copytree(folder, tmp_path / "backup")
+    for number in range(2, 60):
+        node.keep("run", "train", number, R[number % 20], b"2")
+    now = shutil.copytree(folder, tmp_path / "now")
+    other = AnsweredRequests(tmp_path / "other" / "answered")
+    for number in range(1, 61):
+        other.keep("ran", "train", number, R[number % 20], b"2")
+    for instead in (None, backup, tmp_path / "other" / "answered"):
+        shutil.rmtree(folder)
+        if instead is not None:
+            shutil.copytree(instead, folder)
+        for ask in (
+            lambda: node.reply_to("run", "train", 61, R[1]),
+            lambda: node.keep("run", "train", 61, R[1], b"x"),
+            lambda: node.rows(),
+        ):
+            with pytest.raises(InvalidSetting, match="lacks requests that this node has answered"):
+                ask()
+    shutil.rmtree(folder)
+    shutil.copytree(now, folder)
+    assert node.reply_to("run", "train", 60, R[3]) is None
+    node._head.write_text("[")
+    with pytest.raises(InvalidSetting, match="cannot be read"):
+        node.reply_to("run", "train", 60, R[3])
+
+
+def test_a_ledger_that_is_ahead_of_its_head_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = AnsweredRequests(tmp_path / "answered")
+    node.keep("run", "train", 1, R[1], b"1")
+    head = node._head.read_bytes()
+    node.keep("run", "train", 2, R[2], b"2")
+    node._head.write_bytes(head)  # as a power cut between the two leaves it
+    assert node.reply_to("run", "train", 2, R[2]) == b"2"
+    with pytest.raises(SecureRefused, match="Another request"):
+        node.reply_to("run", "train", 2, R[3])
+    node._head.unlink()  # as an earlier version leaves it
+    node.keep("run", "train", 3, R[3], b"3")
+    assert node._head.exists()

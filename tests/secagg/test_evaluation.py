@@ -72,7 +72,7 @@ def test_a_reply_to_an_evaluation_has_no_number_in_clear(tmp_path: Path) -> None
 
     start(FRC, tmp_path, known_app(evaluated=evaluated), tamper=keep)
     assert told and all(
-        {*one} == {*("run", "round", "kind", "worker", "outcome", "shards", "manifest", "request", "simulated")}
+        {*one} == {*("run", "round", "kind", "worker", "outcome", "shards", "manifest", "request", "simulated", "tags")}
         for one in told
     )
     assert sizes == {6 * (2 + 3) + 4 + 1}

@@ -314,7 +314,6 @@ def secure_of(folder: Path, code: Any = FRC, **settings: Any) -> SecureAggregati
         ({"send": "shards"}, "has a manifest for send='coded'.*--send shards"),
         ({"send": "adaptive"}, "choose send='coded'"),
         ({"on_undecodable": "approximate"}, "exact sum or nothing"),
-        ({"votes": 1}, "votes="),
         ({"on_disagreement": "skip"}, "leave on_disagreement= out"),
         (
             {"privacy": DPSGD(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.1, steps=1, noise="independent")},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from fl_gradcode import fractional_repetition
 from fl_gradcode.codes import reed_solomon
 from fl_gradcode.errors import RoundFailed, SecureRefused
 from fl_gradcode.latency import Latency, constant, lognormal, scaled
-from fl_gradcode.protocol import Plan
+from fl_gradcode.protocol import Plan, Reply, Row
 from tests.conftest import flat
 from tests.secagg.rounds import ask, copy_of, dealt, known_app, start, update_for
 
@@ -133,7 +135,7 @@ def test_a_node_that_has_not_compared_sends_nothing(tmp_path: Path, told: tuple[
         ask(app, folder, worker, with_tags({worker: own}))
     with pytest.raises(SecureRefused, match="different integers"):  # its own tag shown back to it as a fellow's
         ask(app, folder, worker, with_tags(dict.fromkeys(fellows, own)))
-    wrong = {fellows[0]: plan.tags[fellows[0]], fellows[1]: "00" * 32}
+    wrong = {fellows[0]: "11" * 32, fellows[1]: "00" * 32}
     with pytest.raises(SecureRefused, match="different integers"):
         ask(app, folder, worker, with_tags(wrong))
     with pytest.raises(SecureRefused, match="have not compared"):
@@ -162,3 +164,145 @@ def test_a_slow_node_is_waited_for_no_longer_than_the_others_took_twice(tmp_path
     slow = Latency(compute=scaled(constant(1.0), {0: 1e6}))
     strategy, _, _ = start(FRC, tmp_path, latency=slow)
     assert strategy.ledger.rows[0]["train"]["outcome"] == "exact"
+
+
+# ---- after the rehearsal ----
+
+
+def answered(
+    node: Path, told: tuple[Path, list[tuple[int, Any]]], worker: int, app: Any = None, **owner: Any
+) -> tuple[Any, Any, Any]:
+    """A node that has passed the rehearsal and answered round 1: its next plan, the other records, and its fellows."""
+    _, train = of_kind(told[1], "train")
+    for kind in ("rehearse", "compare"):
+        ask(known_app(), node, worker, of_kind(told[1], kind, worker)[1], node_config=owner)
+    plan = Plan.find_in(train)
+    assert plan is not None
+    rest = Plan.remove_from(train)
+    rows = {w: Row(FRC.shards_of(w), ()) for w in range(6)}
+    plan = replace(plan, rows=rows)
+    ask(app or known_app(), node, worker, plan.add_to(rest), node_config=owner)
+    fellows = [w for w in next(one for one in FRC.groups or () if worker in one) if w != worker]
+    return plan, rest, fellows
+
+
+def told_by(node: Path, worker: int, plan: Any, rest: Any) -> Reply:
+    reply = Reply.find_in(ask(known_app(), node, worker, plan.add_to(rest)).content)
+    assert reply is not None
+    return reply
+
+
+def test_the_tags_of_a_round_are_checked_before_the_next_vector(
+    tmp_path: Path, told: tuple[Path, list[tuple[int, Any]]]
+) -> None:
+    def node(name: str) -> Path:
+        return copy_of(told[0], tmp_path / name)
+
+    app = known_app()
+    plan, rest, (one, two) = answered(folder := node("first"), told, 0)
+    others = {}
+    for worker in (one, two):
+        answered(folder, told, worker)
+        others[worker] = told_by(folder, worker, plan, rest).tags
+    mine = told_by(folder, 0, plan, rest)
+    assert len(mine.tags) == 64 and len({mine.tags, *others.values()}) == 3
+    tagged = f"train 1 {mine.request}"
+    after = replace(plan, round=2, tags=others, tagged=tagged)
+    copy_of(folder, tmp_path / "kept")
+    cases: list[dict[str, Any]] = [{}, {"tags": {one: others[one]}}, {"tags": {}, "tagged": ""}]
+    replies = [
+        told_by(copy_of(tmp_path / "kept", tmp_path / str(number)), 0, replace(after, **changed), rest)
+        for number, changed in enumerate(cases)
+    ]
+    assert len({(reply.request, reply.tags) for reply in replies}) == 1  # tags are no part of the request
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"tags": {one: others[one], two: "00" * 32}}, ""),  # most agree: the other one has to stop
+        ({"tags": {one: "00" * 32}}, "Workers 0 and 2 compute different integers"),
+        ({"tags": {one: mine.tags, two: mine.tags}}, "compute different integers"),  # its own, shown back
+        ({"tags": {one: others[two], two: others[one]}}, "compute different integers"),
+        ({"tagged": f"train 1 {'ab' * 32}"}, "another request of train 1 than this node"),
+    ]
+    again: dict[str, Any]
+    for number, (changed, match) in enumerate(wrong):
+        where = copy_of(tmp_path / "kept", tmp_path / f"wrong-{number}")
+        if not match:
+            ask(app, where, 0, replace(after, **changed).add_to(rest))
+            continue
+        with pytest.raises(SecureRefused, match=match):
+            ask(app, where, 0, replace(after, **changed).add_to(rest))
+        for again in ({}, {"tags": {}, "tagged": ""}, {"round": 3}):  # whatever the server shows from then on
+            with pytest.raises(SecureRefused, match="have not compared"):
+                ask(app, where, 0, replace(after, **again).add_to(rest))
+        with pytest.raises(SecureRefused, match="have not compared"):
+            ask(app, where, 0, plan.add_to(rest))
+
+
+def test_the_owner_bounds_how_many_vectors_leave_unconfirmed(
+    tmp_path: Path, told: tuple[Path, list[tuple[int, Any]]]
+) -> None:
+    owner = {"secagg-max-unconfirmed": 2}
+    folder = copy_of(told[0], tmp_path / "nodes")
+    plan, rest, (one, two) = answered(folder, told, 0, **owner)
+    answered(folder, told, one)
+    other, mine = told_by(folder, one, plan, rest).tags, told_by(folder, 0, plan, rest)
+    app = known_app()
+    ask(app, folder, 0, replace(plan, round=2).add_to(rest), node_config=owner)
+    for asked in (
+        replace(plan, round=3),
+        replace(plan, round=3, tags={two: "." * 64}, tagged=f"train 1 {mine.request}"),
+    ):
+        with pytest.raises(SecureRefused, match="No majority of the holders .* with 2 answers"):
+            ask(app, folder, 0, asked.add_to(rest), node_config=owner)
+    # Of three holders, two are more than half.
+    shown = replace(plan, round=3, tags={one: other}, tagged=f"train 1 {mine.request}")
+    ask(app, folder, 0, shown.add_to(rest), node_config=owner)
+    with pytest.raises(
+        SecureRefused, match="No majority"
+    ):  # that of round 2 still counts, and round 1 is confirmed once
+        ask(app, folder, 0, replace(shown, round=4).add_to(rest), node_config=owner)
+
+
+def test_a_rehearsal_is_repeated_in_the_same_round_under_another_model(tmp_path: Path) -> None:
+    dealt(tmp_path, FRC, **TRIPLES)
+
+    def fails(worker: int, message: Message, reply: Message) -> Message:
+        plan = Plan.find_in(message.content)
+        return Message(Error(2, "gone"), reply_to=message) if plan and plan.kind == "compare" else reply
+
+    with pytest.raises(RoundFailed, match="no vector was sent"):
+        start(FRC, tmp_path, tamper=fails)
+    changed = known_app(lambda server_round, shard: 2 * update_for(server_round, shard))
+    strategy, _, _ = start(FRC, tmp_path, changed, seed=5)  # the seed is in the request
+    assert strategy.ledger.rows[0]["train"]["outcome"] == "exact"
+
+
+def test_what_is_kept_of_rehearsals_does_not_grow(tmp_path: Path) -> None:
+    dealt(tmp_path, FRC, **TRIPLES)
+    (tmp_path / "node-0" / f"rehearsed-{'ab' * 16}").touch()  # of an earlier version
+    for number in range(6):
+        start(FRC, tmp_path, run=f"run-{number}")
+    names = sorted(path.name for path in (tmp_path / "node-0").iterdir() if "rehears" in path.name)
+    states = [json.loads((tmp_path / f"node-{worker}" / "comparisons.json").read_text()) for worker in range(6)]
+    assert names == [] and {len(state["runs"]) for state in states} == {4}
+    assert max(len(state["answers"]) for state in states) == 4  # of a holder that was the first
+
+
+def test_a_holder_whose_training_fails_once_differs_from_nobody(
+    tmp_path: Path, told: tuple[Path, list[tuple[int, Any]]]
+) -> None:
+    """What failed is poisoned, so that the difference shows nothing: holders go on after the lost round."""
+
+    def before(shard: int, message: Message, context: Any) -> None:
+        raise MemoryError
+
+    folder = copy_of(told[0], tmp_path / "nodes")
+    plan, rest, (one, two) = answered(folder, told, 0, app=known_app(before=before))
+    for worker in (one, two):
+        answered(folder, told, worker)
+    tags = {worker: told_by(folder, worker, plan, rest) for worker in (0, one, two)}
+    after = replace(plan, round=2, tagged=f"train 1 {tags[0].request}")
+    for worker, fellow in ((0, one), (one, 0)):
+        where = copy_of(folder, tmp_path / str(worker))
+        told_by(where, worker, replace(after, tags={fellow: tags[fellow].tags}), rest)
+    with pytest.raises(SecureRefused, match="different integers"):
+        told_by(tmp_path / str(one), one, replace(after, round=3, tags={two: "00" * 32}), rest)

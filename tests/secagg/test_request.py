@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
+import numpy as np
 import pytest
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
+from fl_gradcode.client.masked_call import _entry
 from fl_gradcode.secagg import Entry, Received, content_digest, given_digest, layout_digest, request_digest
 from tests.secagg import second
 
@@ -142,3 +146,17 @@ def test_the_digest_is_that_of_length_prefixed_fields() -> None:
     assert request_digest(**GIVEN) == hashlib.sha256(expected).digest()
     # A byte that moves from one field to the next makes another digest.
     assert request_digest(**{**GIVEN, "run": "run-1t", "kind": "rain"}) != request_digest(**GIVEN)
+
+
+def test_two_values_that_are_no_numbers_are_two_values() -> None:
+    """A program can read which bits a NaN has, so two holders could be sent two of them."""
+    several = [struct.unpack(">d", bytes.fromhex(bits))[0] for bits in ("7ff8000000000000", "7ff8000000000001")]
+    assert all(value != value for value in several)
+    assert len({given_digest(seed=1, run_config={"x": value}, k=4) for value in [*several, 0.0, -0.0]}) == 4
+    for other in (lambda x: x, lambda x: [x, 1.0]):
+        records = [RecordDict({"c": ConfigRecord({"x": other(value)})}) for value in [*several, 0.0, -0.0]]
+        entries = [[_entry("x", value) for value in one["c"].values()] for one in records]
+        assert len({content_digest([Received("ConfigRecord", "c", one)]) for one in entries}) == 4
+    models = [np.array([bits], np.uint32).view(np.float32) for bits in (0x7FC00000, 0x7FC00001)]
+    arrays = [ArrayRecord([model])["0"] for model in models]
+    assert len({content_digest([Received("ArrayRecord", "a", [_entry("0", one)])]) for one in arrays}) == 2

@@ -187,8 +187,9 @@ def test_a_masked_reply_says_in_clear_what_is_listed_and_no_more(tmp_path: Path)
         assert isinstance(told, ConfigRecord) and isinstance(update, ArrayRecord)
         assert {*told} == {"json", "protocol", "version"} and {*update} == {"masked"}
         assert {*json.loads(str(told["json"]))} == {
-            *("run", "round", "kind", "worker", "outcome", "shards", "manifest", "request", "simulated"),
+            *("run", "round", "kind", "worker", "outcome", "shards", "manifest", "request", "simulated", "tags"),
         }
+        assert json.loads(str(told["json"]))["tags"] == ""  # the manifest has no rehearsal
 
 
 def test_train_is_handed_the_hashed_records_and_constants(tmp_path: Path) -> None:
