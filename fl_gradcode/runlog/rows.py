@@ -101,9 +101,9 @@ class ModeLine(_Line):
 
     Attributes:
         send: "coded" or "shards".
-        patience: Patience before a second copy is handed out, with "shards"; None for coded vectors and learned times.
+        patience: Patience before a second copy is handed out, with "shards"; else None.
         load: Largest number of shards in one message.
-        learned: Whether second copies are handed out by learned times.
+        learned: Whether the patience is learned.
     """
 
     send: Literal["coded", "shards"]
@@ -216,8 +216,7 @@ class PrivacyLine(_Line):
         noise_multiplier, clipping_norm, delta, accountant: As set.
         sample_rate, steps: As set for DP-SGD; None with other noise.
         epsilon: Epsilon spent so far in this run. None if it was not finite.
-        epsilon_told, epsilon_told_all_runs: Largest epsilon that a client reported, of this run and of all its runs;
-            None if no client reported any.
+        epsilon_told, epsilon_told_all_runs: Largest epsilon that a client reported, of this run and of all; or None.
         other_requests: Shard -> two of its holders whose noise was derived from different requests.
     """
 

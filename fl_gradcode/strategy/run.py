@@ -325,16 +325,7 @@ class Run:
         registry, late_updates = self.registry.copy(), self.late_updates
         if late_updates is not None and kind == "train":
             self._tell_memory(late_updates.memory, before)
-            return StalePhase(
-                factory,
-                shards,
-                before,
-                registry,
-                scrutiny,
-                patience=mode.patience,
-                times=mode.times_of(kind),
-                late_updates=late_updates,
-            )
+            return StalePhase(factory, shards, before, registry, scrutiny, mode=mode, late_updates=late_updates)
         kappa_max = options.send.kappa_max if isinstance(options.send, Coded) else float("inf")
         phase = open_phase(mode, factory, code, shards, before, registry, scrutiny, kappa_max=kappa_max)
         phase.late_updates = late_updates

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, Message
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from ..codes import IncrementalDecoder, may_cover, uncoded
 from ..copies import Copies
 from ..grid import Arrival, Late, Wait
-from ..planning import JobTimes
 from ..protocol import Plan, Rejection
 from ..roster import WorkerRegistry
 from ..staleness import UNKNOWN, StalenessRule, UpdateMemory
@@ -22,6 +21,7 @@ from .phase import Scrutiny
 from .plan_messages import MessageFactory
 from .replies import Group, ReplyCollector
 from .reply_groups import ReplyGroup, StaleUpdate, StaleUpdates
+from .round_mode import RoundMode
 from .stop_rules import ShardPhase, known_of, shard_row
 
 __all__ = ["LateUpdates", "StalePhase"]
@@ -88,7 +88,7 @@ class StalePhase(ShardPhase):
         before: The arrays that were sent.
         registry: Which node is which worker.
         scrutiny: What the replies are held against.
-        patience, times: As of `ShardPhase`.
+        mode: The mode of the round.
         late_updates: Has the last updates.
     """
 
@@ -100,13 +100,13 @@ class StalePhase(ShardPhase):
         registry: WorkerRegistry,
         scrutiny: Scrutiny,
         *,
-        patience: float | Literal["learned"],
-        times: JobTimes | None,
+        mode: RoundMode,
         late_updates: LateUpdates,
     ) -> None:
         self._memory, self._rule = late_updates.memory, late_updates.rule
+        times, newest = mode.times_of(factory.plan.kind), self._memory.newest
         super().__init__(
-            factory, shards, before, registry, scrutiny, patience=patience, times=times, newest=self._memory.newest
+            factory, shards, before, registry, scrutiny, patience=mode.patience, times=times, newest=newest
         )
         late_updates.open(self.plan, before, shards, self.replies)
         self._memory.forget_those_of(registry.silenced)
