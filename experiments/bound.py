@@ -8,6 +8,7 @@ of plain rounds: it may not be above 1.02 where coding does not pay.
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -45,6 +46,7 @@ def bound(rounds: int = 60, runs: int = 6, adaptive: bool = True) -> Table:
         runs: Simulated runs of each cell.
         adaptive: Whether to run `adaptive` too, which takes most of the time.
     """
+    logging.disable(logging.WARNING)
     first = rounds // 6
     heads = ["law", "holders", "bound / plain", "learned / bound", "patience 2 / bound", "at once / bound"]
     table = Table(*heads, *(["adaptive / plain"] if adaptive else []), title=f"n = k = {N}")
