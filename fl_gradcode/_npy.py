@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ._files import open_file
 
-__all__ = ["array_of", "read_npz"]
+__all__ = ["array_of", "loaded", "read_npz"]
 
 _USUAL = 128  # bytes of a header of plain arrays
 _LONGEST_HEADER = 4096  # bytes; those of plain arrays have less than 200
@@ -39,6 +39,18 @@ def array_of(data: bytes) -> NDArray[np.generic]:
         raise ValueError("an array's bytes do not fit its shape")
     values: NDArray[np.generic] = np.frombuffer(data, dtype, size, offset)
     return values if len(shape) == 1 else values.reshape(shape, order=order)
+
+
+def loaded(data: bytes) -> NDArray[Any]:
+    """Returns what `numpy.load` reads from the bytes of a .npy file, which may be written to.
+
+    Raises:
+        ValueError: They are no array in NumPy's format, or one of Python objects.
+    """
+    try:
+        return array_of(data).copy(order="K")
+    except ValueError:  # NumPy says what is wrong with them
+        return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
 
 
 _Form = tuple[int, tuple[int, ...], Literal["C", "F"], np.dtype[np.generic]]

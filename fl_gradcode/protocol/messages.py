@@ -97,10 +97,10 @@ def content_bytes(content: RecordDict, shared: dict[int, tuple[object, int]] | N
 def _record_bytes(record: Any) -> int:
     if isinstance(record, ArrayRecord):
         return sum([len(array.data) for array in record.values()])
-    return sum([len(key) + _value_bytes(value) for key, value in record.items()])
-
-
-def _value_bytes(value: Any) -> int:
-    if isinstance(value, (str, bytes)):
-        return len(value)
-    return 8 * len(value) if isinstance(value, list) else 8
+    total = 0
+    for key, value in record.items():
+        if isinstance(value, (str, bytes)):
+            total += len(key) + len(value)
+        else:
+            total += len(key) + 8 * (len(value) if isinstance(value, list) else 1)
+    return total

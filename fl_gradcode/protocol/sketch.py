@@ -145,7 +145,7 @@ class Sketcher:
                 continue
             if not isinstance(record, ArrayRecord):
                 continue
-            for key in sorted(record):
+            for key in sorted(record.keys()):
                 values: NDArray[Any] = np.asarray(view(record[key]))
                 form.append((key, record[key].dtype, values.shape))
                 if values.dtype.kind != "f":
