@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
 
 from .packing import all_finite, view
 
@@ -41,7 +43,7 @@ class NotFiniteRecord(ValueError):
 
 def _check_array(name: str, array: Array) -> None:
     try:
-        values = view(array)
+        values: NDArray[Any] = view(array)
     except Exception as error:  # a reply is untrusted input
         raise ValueError(f"its array {name} cannot be read ({error})") from error
     if values.dtype.kind == "f" and not all_finite(values.ravel()):

@@ -140,7 +140,7 @@ def _columns(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             digits -= 1
         values = [job[key] for job in in_order]
         if digits:
-            texts = [_UNKNOWN if value is None else f"{value:.{digits}g}" for value in values]
+            texts = [_short_number(value, digits) for value in values]
             same = texts.count(texts[0]) == len(texts)
             columns[key] = _rounded(values[0], digits) if same else ",".join(texts)
         elif values.count(values[0]) == len(values):
@@ -185,6 +185,16 @@ def _rounded(value: Any, digits: int) -> Any:
     if not isinstance(value, float) or value == 0:
         return value
     return round(value, digits - 1 - math.floor(math.log10(abs(value))))
+
+
+def _short_number(value: float | None, digits: int) -> str:
+    """Returns a number of seconds in as few letters as keep its digits: ".123" and "12300"."""
+    if value is None:
+        return _UNKNOWN
+    text = f"{value:.{digits}g}"
+    if "e+" in text:
+        text = f"{float(text):g}"
+    return text[1:] if text.startswith("0.") else text
 
 
 def _text(numbers: Sequence[int | None]) -> str:
