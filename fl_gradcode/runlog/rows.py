@@ -464,18 +464,14 @@ def _items(line: _Line) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-_AS_THEY_ARE = {int, bool, str, type(None)}
-
-
 def _encoded(value: Any) -> Any:
     """Returns a field's value as JSON can hold it."""
-    if value is None or isinstance(value, (str, int)):
+    if value is None or isinstance(value, str | int):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, tuple):
-        plain = {*map(type, value)} <= _AS_THEY_ARE
-        return [*value] if plain else [_encoded(one) for one in value]
+        return [_encoded(one) for one in value]
     if isinstance(value, _Line):
         return value.to_json()
     if isinstance(value, Mapping):
