@@ -12,8 +12,7 @@ import itertools
 import logging
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,28 +70,38 @@ class _Clock(VirtualGrid):
 
     seconds, depth = 0.0, 0
 
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        began, self.depth = time.process_time(), self.depth + 1
-        yield
+    def _begin(self) -> float:
+        self.depth += 1
+        return time.process_time()
+
+    def _end(self, began: float) -> None:
         self.depth -= 1
-        self.seconds += 0.0 if self.depth else time.process_time() - began
+        if not self.depth:
+            self.seconds += time.process_time() - began
 
     def push(self, messages: Sequence[Message]) -> list[str | None]:
-        with self._counted():
-            return super().push(messages)
+        began = self._begin()
+        tokens = super().push(messages)
+        self._end(began)
+        return tokens
 
     def next_arrival(self, deadline: float | None) -> Arrival | None:
-        with self._counted():
-            return super().next_arrival(deadline)
+        began = self._begin()
+        arrival = super().next_arrival(deadline)
+        self._end(began)
+        return arrival
 
     def fetch(self, arrivals: Sequence[Arrival]) -> list[Message | None]:
-        with self._counted():
-            return super().fetch(arrivals)
+        began = self._begin()
+        replies = super().fetch(arrivals)
+        self._end(began)
+        return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        with self._counted():
-            return super().send_and_receive(messages, timeout=timeout)
+        began = self._begin()
+        replies = super().send_and_receive(messages, timeout=timeout)
+        self._end(began)
+        return replies
 
 
 def _app(*, coded: bool) -> ClientApp:

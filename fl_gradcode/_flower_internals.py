@@ -1,4 +1,4 @@
-"""Everything that reaches past public interfaces, each with its reason: eleven reaches into Flower, one into imports.
+"""Everything that reaches past public interfaces, each with its reason: fourteen reaches into Flower, one into imports.
 
 They rely on details that Flower does not promise. All were checked with Flower 1.41.0 and 1.42.0, and
 `tests/test_flower_internals.py` looks for each detail in the installed version. When a new version turns that test red,
@@ -14,6 +14,8 @@ this is the file to change.
 | `inside_a_run` | Flower builds a `Message` only in a process that it started itself |
 | `message_of_nobody` | private training must not see who asks, and a `Message` has no public way to say nothing |
 | `number_message` | a grid gives each message its id, and Flower's own grids write it past the public interface too |
+| `message_like`, `reply_in_process` | Flower checks each of a round's messages, of which it has thousands |
+| `with_entry` | as above: the dictionaries of a message check each entry, which takes longer than making the entry |
 | `in_a_simulation` | a node is not told whether it has a machine of its own, or is one of many on the server's |
 | `WhenImported` | torch must be seeded the moment an app imports it, and importing it here would cost a second |
 """
@@ -24,13 +26,14 @@ import importlib.util
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import CodeType, FrameType, ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.app import Message, Metadata, RecordDict
 
@@ -45,10 +48,13 @@ __all__ = [
     "inside_a_run",
     "is_legacy_server",
     "isolate_flower_random",
+    "message_like",
     "message_of_nobody",
     "mods_around",
     "mods_of",
     "number_message",
+    "reply_in_process",
+    "with_entry",
 ]
 
 # ---- Who is around us: stack walks ----
@@ -292,6 +298,64 @@ def _pretend(identity: tuple[Any, ...]) -> None:
 
     for name, value in zip(_IDENTITY, identity, strict=True):
         setattr(TaskIdentity, name, value)
+
+
+# ---- Many messages that are alike ----
+
+Typed = TypeVar("Typed", bound=MutableMapping[str, Any])
+
+
+def message_like(first: Message, content: RecordDict, node: int) -> Message:
+    """Returns a message of now to another node, with the metadata of a message that was made by Flower's constructor.
+
+    Args:
+        first: A message that has not been sent.
+        content: The new message's records.
+        node: The node that it is for.
+    """
+    return _made(content, vars(first.metadata), _dst_node_id=node, _created_at=time.time())
+
+
+def reply_in_process(content: RecordDict, draft: Message) -> Message:
+    """Returns `Message(content, reply_to=draft)`, for a draft that was never sent.
+
+    Args:
+        content: The reply's records.
+        draft: The message that it answers.
+    """
+    asked, now = vars(draft.metadata), time.time()
+    return _made(
+        content,
+        asked,
+        _message_id="",
+        _src_node_id=asked["_dst_node_id"],
+        _dst_node_id=asked["_src_node_id"],
+        _src_task_id=asked["_dst_task_id"],
+        _dst_task_id=asked["_src_task_id"],
+        _reply_to_message_id=asked["_message_id"],
+        _created_at=now,
+        _ttl=asked["_ttl"] - (now - asked["_created_at"]),
+    )
+
+
+def _made(content: RecordDict, metadata: dict[str, Any], **other: Any) -> Message:
+    its, message = Metadata.__new__(Metadata), Message.__new__(Message)
+    vars(its).update(metadata, **other)
+    vars(message).update(_metadata=its, _content=content, _error=None)
+    return message
+
+
+def with_entry(typed: Typed, key: str, value: Any) -> Typed:
+    """Returns a copy of a RecordDict or ConfigRecord with one more entry, whose type is right.
+
+    Args:
+        typed: It is not changed.
+        key: Name of the entry.
+        value: The entry.
+    """
+    other: Any = typed.copy()  # type: ignore[attr-defined]
+    vars(other)["_data"][key] = value
+    return other  # type: ignore[no-any-return]
 
 
 # ---- Python's imports ----

@@ -13,15 +13,16 @@ import warnings
 import zipfile
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ._files import open_file
 
-__all__ = ["array_of", "read_npz"]
+__all__ = ["array_of", "loaded", "read_npz"]
 
+_USUAL = 128  # bytes of a header of plain arrays
 _LONGEST_HEADER = 4096  # bytes; those of plain arrays have less than 200
 
 
@@ -32,6 +33,38 @@ def array_of(data: bytes) -> NDArray[np.generic]:
         ValueError: They are no array in NumPy's format (version 1 or 2), or one of Python objects, or do not fit its
             shape.
     """
+    offset, shape, order, dtype = _usual_form(data[:_USUAL]) or _form(data)
+    size = math.prod(shape)
+    if not dtype.itemsize or len(data) - offset != dtype.itemsize * size:
+        raise ValueError("an array's bytes do not fit its shape")
+    values: NDArray[np.generic] = np.frombuffer(data, dtype, size, offset)
+    return values if len(shape) == 1 else values.reshape(shape, order=order)
+
+
+def loaded(data: bytes) -> NDArray[Any]:
+    """Returns what `numpy.load` reads from the bytes of a .npy file, which may be written to.
+
+    Raises:
+        ValueError: They are no array in NumPy's format, or one of Python objects.
+    """
+    try:
+        return array_of(data).copy(order="K")
+    except ValueError:  # NumPy says what is wrong with them
+        return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
+
+
+_Form = tuple[int, tuple[int, ...], Literal["C", "F"], np.dtype[np.generic]]
+
+
+@lru_cache(maxsize=1024)
+def _usual_form(start: bytes) -> _Form | None:
+    """Returns the form of arrays that begin so, or None if a header is shorter or longer than this."""
+    length = 10 + int.from_bytes(start[8:10], "little")
+    return _form(start) if start[6:8] == b"\x01\x00" and length == len(start) == _USUAL else None
+
+
+def _form(data: bytes) -> _Form:
+    """Returns the number of bytes before the values, their shape and order, and their dtype."""
     if data[:6] != b"\x93NUMPY" or data[6:8] not in (b"\x01\x00", b"\x02\x00"):
         raise ValueError("an array is not in NumPy's format")
     digits = 2 if data[6] == 1 else 4
@@ -40,10 +73,7 @@ def array_of(data: bytes) -> NDArray[np.generic]:
         raise ValueError(f"an array's header has {length} bytes")
     offset = 8 + digits + length
     shape, fortran_order, dtype = _header(data[:offset])
-    size = math.prod(shape)
-    if not dtype.itemsize or len(data) - offset != dtype.itemsize * size:
-        raise ValueError("an array's bytes do not fit its shape")
-    return np.frombuffer(data, dtype, size, offset).reshape(shape, order="F" if fortran_order else "C")
+    return offset, shape, "F" if fortran_order else "C", dtype
 
 
 @lru_cache(maxsize=1024)

@@ -16,7 +16,7 @@ import flwr
 import flwr.clientapp.mod
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.serverapp import strategy as flower
@@ -32,9 +32,12 @@ from fl_gradcode._flower_internals import (
     inside_a_run,
     is_legacy_server,
     isolate_flower_random,
+    message_like,
     mods_around,
     mods_of,
     number_message,
+    reply_in_process,
+    with_entry,
 )
 from fl_gradcode.strategy.wrapped import PRIVACY_WRAPPERS
 
@@ -264,3 +267,42 @@ def test_flower_s_simulation_calls_apps_from_the_module_that_is_known() -> None:
     frame = {"__name__": SIMULATING_MODULES[0], "asked": in_a_simulation}
     exec("found = (lambda: asked())()", frame)
     assert frame["found"] is True
+
+
+# Many messages that are alike
+
+
+def _told(message: Message) -> dict[str, Any]:
+    """What a message's metadata say, but for moments, which no two messages share."""
+    assert {*vars(message)} == {"_metadata", "_content", "_error"}
+    return {name: value for name, value in vars(message.metadata).items() if name not in ("_created_at", "_ttl")}
+
+
+def test_a_message_like_another_is_what_flower_would_have_made() -> None:
+    with inside_a_run(7):
+        content = RecordDict({"config": ConfigRecord({"lr": 0.1})})
+        first = Message(RecordDict(), dst_node_id=3, message_type="train", ttl=60.0, group_id="2")
+        wanted = Message(content, dst_node_id=5, message_type="train", ttl=60.0, group_id="2")
+        made = message_like(first, content, 5)
+        assert _told(made) == _told(wanted) and made.metadata.ttl == 60.0 and made.content is content
+        assert made.metadata.created_at == pytest.approx(wanted.metadata.created_at, abs=60.0)
+        assert first.metadata.dst_node_id == 3 and not made.has_error()
+        number_message(made, "1")
+        assert first.metadata.message_id == ""
+
+
+def test_a_reply_to_a_draft_is_what_flower_would_have_made() -> None:
+    with inside_a_run(7):
+        draft = Message(RecordDict(), dst_node_id=3, message_type="train.name", ttl=600.0, group_id="2", dst_task_id=9)
+        number_message(draft, "draft 1")
+        content = RecordDict({"metrics": MetricRecord({"num-examples": 1})})
+        made, wanted = reply_in_process(content, draft), Message(content, reply_to=draft)
+        assert _told(made) == _told(wanted) and made.content is content
+        assert made.metadata.ttl == pytest.approx(wanted.metadata.ttl, abs=60.0) and made.metadata.ttl <= 600.0
+
+
+def test_an_entry_is_added_to_a_copy() -> None:
+    record, content = ConfigRecord({"a": 1}), RecordDict({"old": ConfigRecord()})
+    assert with_entry(record, "b", "two") == ConfigRecord({"a": 1, "b": "two"})
+    assert with_entry(content, "new", record)["new"] is record
+    assert [*record] == ["a"] and [*content] == ["old"]

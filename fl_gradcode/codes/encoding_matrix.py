@@ -49,8 +49,9 @@ class EncodingMatrix:
         check_tolerance(self.s, B.shape[0])
         B.setflags(write=False)
         object.__setattr__(self, "B", B)
-        pattern: NDArray[np.bool_] = np.asarray(self.blocks.any(axis=2))
-        holders = tuple(tuple(np.flatnonzero(pattern[:, j]).tolist()) for j in range(B.shape[1]))
+        workers, shards = np.nonzero(B if B.ndim == 2 else B.any(axis=2))
+        ends = np.cumsum(np.bincount(shards, minlength=B.shape[1]))[:-1]
+        holders = tuple(tuple(mine.tolist()) for mine in np.split(workers[np.argsort(shards, kind="stable")], ends))
         object.__setattr__(self, "_holders", holders)
         # The converse (Tandon et al. 2017, theorem 1; with m, Jahani-Nezhad and Maddah-Ali 2021).
         check_holders(holders, self.s if self.exact else 0, self.m)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 from math import comb
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from ..errors import InvalidCode
 from ._linalg import condition
 from ._validation import check_count, check_tolerance
 from .gradient_code import GradientCode
+from .reals import Diagonals
 
 __all__ = ["fractional_repetition", "uncoded"]
 
@@ -23,7 +25,7 @@ _SUBSETS = 500
 def uncoded(n: int) -> GradientCode:
     """Returns the trivial code in which worker i holds shard i and a round waits for all (B is the identity, s = 0)."""
     n = check_count(n, "n")
-    return GradientCode(np.eye(n), 0, "uncoded", tuple((i,) for i in range(n)))
+    return GradientCode(_diagonals(n, n, n), 0, "uncoded", tuple((i,) for i in range(n)))
 
 
 def fractional_repetition(
@@ -75,6 +77,8 @@ def fractional_repetition(
     group_of[dealt] = np.arange(n) % g
     block_of = group_of if shards == n else np.arange(shards) % g
     groups = tuple(tuple(np.flatnonzero(group_of == q).tolist()) for q in range(g))
+    if m == 1 and dealt == list(range(n)):
+        return GradientCode(_diagonals(n, shards, g), s, "fractional repetition", groups)
     B = (group_of[:, None] == block_of).astype(np.float64)[:, :, None]
     if m > 1:
         sizes = {len(group) for group in groups}
@@ -83,6 +87,11 @@ def fractional_repetition(
         for group in groups:
             B[list(group)] *= inside[len(group)][:, None, :]
     return GradientCode(B, s, "fractional repetition", groups)
+
+
+def _diagonals(n: int, k: int, g: int) -> Any:
+    """Returns the matrix that has 1 where worker and shard have the same remainder by g, and 0 elsewhere."""
+    return Diagonals((np.arange(1 - n, k) % g == 0).astype(np.float64), n)
 
 
 def _well_conditioned(size: int, m: int, rng: np.random.Generator) -> NDArray[np.float64]:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import InvalidCode
 from ._blas import Scaled
 from ._validation import as_float
 
-__all__ = ["REALS", "Reals", "blocks_of", "combine"]
+__all__ = ["REALS", "Diagonals", "Reals", "blocks_of", "combine"]
 
 # Number of entries for which a block of the running sum stays in a core's cache while all replies are added to it. With
 # smaller blocks, the overhead of calls would exceed the gain.
@@ -23,6 +24,23 @@ _BLOCK = 1 << 18
 # Number of additions from which a second thread pays off. NumPy releases the interpreter lock during them.
 _WORTH_THREADS = 1 << 23
 _MAX_THREADS = 4
+
+
+class Diagonals:
+    """A matrix that is constant along its diagonals, which takes the memory of n + k numbers instead of n k.
+
+    Args:
+        values: The value of each diagonal, from the last row's first entry to the first row's last; shape (n + k - 1,).
+        n: Number of rows.
+    """
+
+    def __init__(self, values: NDArray[np.float64], n: int) -> None:
+        self._values, self._n = np.array(values, np.float64), n
+        self._values.setflags(write=False)
+
+    def matrix(self) -> NDArray[np.float64]:
+        """Returns the matrix, shape (n, k), as a view that is read-only."""
+        return sliding_window_view(self._values, self._values.size - self._n + 1)[::-1]
 
 
 def combine(
@@ -100,12 +118,14 @@ class Reals:
         """Name of the numbers, for logs and tables."""
         return "reals"
 
-    def matrix(self, B: ArrayLike) -> NDArray[np.float64]:
+    def matrix(self, B: ArrayLike | Diagonals) -> NDArray[np.float64]:
         """Returns a user's encoding matrix as float64.
 
         Raises:
             InvalidCode: An entry is not finite.
         """
+        if isinstance(B, Diagonals):
+            return B.matrix()
         matrix = np.array(B, dtype=np.float64)
         if not np.isfinite(matrix).all():
             raise InvalidCode("The encoding matrix has entries that are not finite.")

@@ -28,12 +28,12 @@ _MOST_BLAMED = 3  # workers that are told apart by what others sent
 _MOST_ROUNDING = 1e-2  # relative to the norm: what a client may claim that rounding changes
 
 
-@dataclass
+@dataclass(slots=True)
 class _Kind:
     """Copies of the same shards that agree: the sketch of the first, and who sent them."""
 
     sketch: Sketch
-    workers: list[int]
+    workers: tuple[int, ...]
 
 
 class Copies:
@@ -171,9 +171,9 @@ class Copies:
             return None
         mine = next((kind for kind in kinds if kind.sketch.apart(sketch) <= DISAGREEMENT), None)
         if mine is None:
-            kinds.append(_Kind(sketch, [worker]))
+            kinds.append(_Kind(sketch, (worker,)))
         else:
-            mine.workers.append(worker)
+            mine.workers += (worker,)
         first = kinds[0]
         if first.workers[0] == worker:
             return None

@@ -8,6 +8,7 @@ message for it is held back until the late reply arrives, and then sent at once 
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -174,13 +175,16 @@ class Waiting:
 
     def _next_deadline(self) -> float | None:
         lingering = None if self.lingered else self.rule.linger_until
-        known = [self.deadline, self._wake(), lingering, self.next_look, self._next_lapse()]
-        moments = [t for t in known if t is not None and t != float("inf")]
-        return min(moments) if moments else None
+        soonest = math.inf
+        for moment in (self.deadline, self._wake(), lingering, self.next_look, self._next_lapse()):
+            if moment is not None and moment < soonest:
+                soonest = moment
+        return None if soonest == math.inf else soonest
 
     def _wake(self) -> float | None:
         """Returns the time at which the rule wants to be asked again, or None if it has been asked since."""
-        return None if self.rule.wake_at == self.woken else self.rule.wake_at
+        wake_at = self.rule.wake_at
+        return None if wake_at == self.woken else wake_at
 
     def _look(self) -> None:
         """Give work to nodes that have connected since the phase began, and to nodes that were restarted.

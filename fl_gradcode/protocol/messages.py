@@ -8,7 +8,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
 from ..errors import VersionMismatch
-from .records import Plan, Reply, is_probe
+from .records import PLAN, Plan, Reply, is_probe
 
 __all__ = [
     "computing_seconds",
@@ -78,24 +78,29 @@ def content_bytes(content: RecordDict, shared: dict[int, tuple[object, int]] | N
 
     Args:
         content: The payload.
-        shared: Sizes of ArrayRecords that several contents have in common, by their identity. It is extended, and keeps
+        shared: Sizes of records that several contents have in common, by their identity. It is extended, and keeps
             these records alive.
     """
+    if shared is None:
+        return sum(map(_record_bytes, content.values()))
     total = 0
-    for record in content.values():
-        if not isinstance(record, ArrayRecord):
-            for key, value in record.items():
-                total += len(key) + _value_bytes(value)
-        elif shared is None:
-            total += sum(len(array.data) for array in record.values())
-        else:
-            if id(record) not in shared:
-                shared[id(record)] = record, sum(len(array.data) for array in record.values())
-            total += shared[id(record)][1]
+    for name, record in content.items():
+        known = shared.get(id(record))
+        if known is None:
+            known = record, _record_bytes(record)
+            if name != PLAN:  # of which each message has its own
+                shared[id(record)] = known
+        total += known[1]
     return total
 
 
-def _value_bytes(value: Any) -> int:
-    if isinstance(value, str | bytes):
-        return len(value)
-    return 8 * len(value) if isinstance(value, list) else 8
+def _record_bytes(record: Any) -> int:
+    if isinstance(record, ArrayRecord):
+        return sum([len(array.data) for array in record.values()])
+    total = 0
+    for key, value in record.items():
+        if isinstance(value, (str, bytes)):
+            total += len(key) + len(value)
+        else:
+            total += len(key) + 8 * (len(value) if isinstance(value, list) else 1)
+    return total

@@ -48,6 +48,7 @@ _BFLOAT16 = "bfloat16"
 _LEAST_WEIGHT = 1e-30
 # Number of entries that fit a core's cache.
 _CACHED = 1 << 17
+_FEW = 256  # entries that are looked at sooner than NumPy's warnings are switched off and on
 
 
 def view(array: Array) -> NDArray[np.generic]:
@@ -69,7 +70,7 @@ def all_finite(values: NDArray[np.floating]) -> bool:
     """Returns whether no entry is NaN or infinite."""
     # A finite sum of squares proves it, and takes half the time of checking each entry. A sum that overflows proves
     # nothing, so then the entries are checked.
-    if values.dtype.itemsize < 4:  # NumPy multiplies float16 slowly
+    if values.dtype.itemsize < 4 or values.size <= _FEW:  # NumPy multiplies float16 slowly
         return bool(np.isfinite(values).all())
     return math.isfinite(sum_of_squares(values)) or bool(np.isfinite(values).all())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ __all__ = [
     "MOST_WORKERS",
     "NUM_PARTITIONS",
     "PARTITION_ID",
+    "PLAN",
     "PROTOCOL",
     "SETUP",
     "UPDATE",
@@ -88,7 +89,8 @@ def _advice(server: str) -> str:
 
 T = TypeVar("T")
 
-_PLAN = "fl-gradcode.plan"
+#: Name of the record that holds the plan.
+PLAN = "fl-gradcode.plan"
 #: Attribute of a record that this process has written: its text, a plan of its phase, and the rows that it has.
 _WRITTEN = "_fl_gradcode_plan"
 _REPLY = "fl-gradcode.reply"
@@ -206,7 +208,7 @@ class Plan:
         Raises:
             VersionMismatch: The plan has another protocol version.
         """
-        record = content.get(_PLAN)
+        record = content.get(PLAN)
         if not isinstance(record, ConfigRecord):
             return None
         text = read_json(record, "server")
@@ -220,7 +222,7 @@ class Plan:
         Raises:
             VersionMismatch: The plan has another protocol version.
         """
-        record = content.get(_PLAN)
+        record = content.get(PLAN)
         if not isinstance(record, ConfigRecord):
             return None
         written, _, rows = _known(record)
@@ -233,7 +235,7 @@ class Plan:
     @staticmethod
     def remove_from(content: RecordDict) -> RecordDict:
         """Returns a new RecordDict with all records except the plan."""
-        return RecordDict({key: value for key, value in content.items() if key != _PLAN})
+        return RecordDict({key: value for key, value in content.items() if key != PLAN})
 
 
 class _Written(tuple[str, Any, Any]):
@@ -260,12 +262,13 @@ class PlanWriter:
 
     Args:
         plan: One of them.
+        put: Returns a copy of a RecordDict or ConfigRecord with one more entry; Flower's own checks each by default.
     """
 
     _OWN = ("rows", "releases", "digests")
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    def __init__(self, plan: Plan, put: Callable[[Any, str, Any], Any] | None = None) -> None:
+        self._plan, self._put = plan, put or _put
         values = {**vars(plan), **{name: f"\0{name}" for name in self._OWN}}
         rest = json.dumps(values)
         self._parts = []
@@ -292,18 +295,26 @@ class PlanWriter:
         plan = self._plan
         releases = _about(plan.releases, rows) if releases is None else releases
         digests = _about(plan.digests, rows) if digests is None else digests
-        own = ({i: [row.shards, row.coefficients] for i, row in rows.items()}, releases, digests)
-        first, *others = self._parts
-        text = first + "".join(
-            [(json.dumps(one) if one else "{}") + part for one, part in zip(own, others, strict=True)]
-        )
-        record = self._record.copy()
-        record[_JSON] = text
+        first, second, third, last = self._parts
+        own = "{" + ", ".join([f'"{i}": {_row_text(row)}' for i, row in rows.items()]) + "}"
+        more = json.dumps(releases) if releases else "{}", json.dumps(digests) if digests else "{}"
+        text = f"{first}{own}{second}{more[0]}{third}{more[1]}{last}"
+        record = self._put(self._record, _JSON, text)
         if len(rows) == 1:  # the process that has written it, and may run the node too, need not read it again
             vars(record)[_WRITTEN] = _Written((text, plan, rows))
-        result = content.copy()
-        result[_PLAN] = record
+        result: RecordDict = self._put(content, PLAN, record)
         return result
+
+
+def _put(typed: Any, key: str, value: Any) -> Any:
+    other = typed.copy()
+    other[key] = value
+    return other
+
+
+@lru_cache(maxsize=MOST_WORKERS)  # rows are the same in each round
+def _row_text(row: Row) -> str:
+    return json.dumps([row.shards, row.coefficients])
 
 
 def _about(known: Mapping[int, T], rows: Mapping[int, Row]) -> dict[int, T]:
@@ -419,6 +430,34 @@ def _parse_plan(text: str) -> Plan:
     return Plan(**values)
 
 
+def _short(most: int) -> Callable[[Any], str]:
+    return lambda text: printable(str(text), most)
+
+
+#: What most replies leave empty, and how it is read where they do not.
+_READ: dict[str, Callable[[Any], Any]] = {
+    "layout": lambda arrays: tuple((str(a), str(d), tuple(int(x) for x in s)) for a, d, s in arrays),
+    "metrics_layout": lambda metrics: tuple((str(a), int(x), bool(w)) for a, x, w in metrics),
+    "figures": lambda shards: tuple(tuple(float(x) for x in figures) for figures in shards),
+    "shards": lambda shards: tuple(int(x) for x in shards),
+    "seconds": lambda seconds: tuple(float(x) for x in seconds),
+    "spent": lambda spent: tuple((int(j), str(c), float(e), float(t)) for j, c, e, t in spent),
+    "holds": lambda held: tuple((int(j), printable(str(digest), _MOST_OF_A_DIGEST)) for j, digest in held),
+    "arrays_name": str,
+    "metrics_name": str,
+    "tags": str,
+    "kept_file": _short(_MOST_OF_A_NAME),
+    "environment": _short(_MOST_OF_A_NAME),
+    "manifest": _short(_MOST_OF_A_DIGEST),
+    "request": _short(_MOST_OF_A_DIGEST),
+    "stateful": bool,
+    "fixed_data": bool,
+    "simulated": bool,
+}
+_FIELDS = vars(Reply("", 0, "", 0, "")).keys()
+_EMPTY = {name: vars(Reply("", 0, "", 0, ""))[name] for name in _READ}
+
+
 @lru_cache(maxsize=64)  # a reply is parsed on arrival, for its times, and again a moment later when it is read
 def _parse_reply(text: str) -> Reply:
     v = json.loads(text)
@@ -426,31 +465,23 @@ def _parse_reply(text: str) -> Reply:
         if set(v) != {*IN_CLEAR}:
             raise ValueError("a masked reply with other fields than it has")
         v = {**vars(Reply("", 0, "", 0, "")), **v}
-    v["layout"] = tuple((str(a), str(d), tuple(int(x) for x in s)) for a, d, s in v["layout"])
-    v["metrics_layout"] = tuple((str(a), int(x), bool(w)) for a, x, w in v["metrics_layout"])
-    v["figures"] = tuple(tuple(float(x) for x in figures) for figures in v["figures"])
-    v["shards"] = tuple(int(x) for x in v["shards"])
-    v["seconds"] = tuple(float(x) for x in v["seconds"])
+    for name, read in _READ.items():
+        v[name] = read(v[name]) if v[name] else _EMPTY[name]
     v["worker"], v["round"] = int(v["worker"]), int(v["round"])
-    v["stateful"], v["fixed_data"] = bool(v["stateful"]), bool(v["fixed_data"])
-    v["spent"] = tuple((int(j), str(c), float(e), float(t)) for j, c, e, t in v["spent"])
-    v["holds"] = tuple((int(j), printable(str(digest), _MOST_OF_A_DIGEST)) for j, digest in v["holds"])
-    for name in ("kept_file", "environment"):
-        v[name] = printable(str(v[name]), _MOST_OF_A_NAME)
     v["run"], v["kind"] = str(v["run"]), str(v["kind"])
-    v["arrays_name"], v["metrics_name"] = str(v["arrays_name"]), str(v["metrics_name"])
-    for name in ("manifest", "request"):
-        v[name] = printable(str(v[name]), _MOST_OF_A_DIGEST)
-    v["simulated"], v["tags"] = bool(v["simulated"]), str(v["tags"])
     if v["outcome"] not in OUTCOMES:
         raise ValueError(f"outcome {v['outcome']!r}")
-    if not all(figures and all(map(math.isfinite, figures)) for figures in v["figures"]):
+    if v["figures"] and not all(figures and all(map(math.isfinite, figures)) for figures in v["figures"]):
         raise ValueError("figures that are not finite numbers")
-    if not all(0 <= number < math.inf for spent in v["spent"] for number in spent[2:]):
+    if v["spent"] and not all(0 <= number < math.inf for spent in v["spent"] for number in spent[2:]):
         raise ValueError("an epsilon that is not a number of at least 0")
     if not 0 <= v["worker"] < MOST_WORKERS:
         raise ValueError(f"worker {v['worker']}")
-    return Reply(**v)
+    if v.keys() != _FIELDS:
+        raise ValueError("a reply with other fields than it has")
+    reply = Reply.__new__(Reply)
+    vars(reply).update(v)  # the constructor of a frozen dataclass takes longer than all of the above
+    return reply
 
 
 def report_key(name: str) -> str:
@@ -482,5 +513,5 @@ def is_probe(content: RecordDict) -> bool:
 
 def plan_bytes(content: RecordDict) -> int:
     """Returns the size of the plan in bytes, or 0 without a plan."""
-    record = content.get(_PLAN)
+    record = content.get(PLAN)
     return sum(len(key) + len(str(value)) for key, value in record.items()) if isinstance(record, ConfigRecord) else 0

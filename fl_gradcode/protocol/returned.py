@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
 
 from .packing import all_finite, view
 
@@ -29,9 +30,9 @@ def names_of(content: RecordDict, weight_key: str) -> object:
             weight = record.get(weight_key)
             if isinstance(weight, float) and not math.isfinite(weight):
                 raise NotFiniteRecord(f"its {weight_key!r} is not finite (NaN or infinity)")
-            if isinstance(weight, int | float) and weight < 0:
+            if isinstance(weight, (int, float)) and weight < 0:
                 raise ValueError(f"its {weight_key!r} is {weight:g}, below zero")
-        keys = () if isinstance(record, ConfigRecord) else tuple(sorted(record))
+        keys = () if isinstance(record, ConfigRecord) else tuple(sorted(record.keys()))
         names.append((name, type(record).__name__, keys))
     return tuple(names)
 
@@ -42,8 +43,8 @@ class NotFiniteRecord(ValueError):
 
 def _check_array(name: str, array: Array) -> None:
     try:
-        values = view(array)
+        values: NDArray[Any] = view(array)
     except Exception as error:  # a reply is untrusted input
         raise ValueError(f"its array {name} cannot be read ({error})") from error
-    if values.dtype.kind == "f" and not all_finite(np.asarray(values).ravel()):
+    if values.dtype.kind == "f" and not all_finite(values.ravel()):
         raise NotFiniteRecord(f"its array {name} is not finite (NaN or infinity)")

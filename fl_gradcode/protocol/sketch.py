@@ -27,6 +27,7 @@ __all__ = ["SUMS", "Sketch", "Sketcher", "add_up", "figures_of", "folded_sums", 
 #: Number of signed sums.
 SUMS = 3
 _FOLD = 1024  # entries after which the public signs repeat
+_FEW = 256  # entries that are scanned with fewer calls of NumPy
 _CACHED = 1 << 16  # entries that fit a core's cache, a multiple of _FOLD
 _WHOLE = 16  # pieces of _CACHED entries up to which all enter the signed sums
 _ONE_IN = 32  # of more pieces, one in so many does, but never fewer than _FEWEST
@@ -90,6 +91,7 @@ class Sketcher:
         self._key = secrets.randbits(63) if key is None else key
         self._signs = np.random.Generator(np.random.Philox(key=self._key)).choice([-1.0, 1.0], size=(SUMS, _FOLD))
         self._drawn: dict[tuple[int, int], dict[int, NDArray[np.float32]]] = {}
+        self._drawn_small: dict[tuple[int, int], NDArray[np.float64]] = {}
         self._before: dict[str, NDArray[Any]] | None = None
         self._sums: dict[str, NDArray[np.float64]] = {}  # array -> signed sums of what training started from
         self._looked_at_records = False
@@ -137,11 +139,13 @@ class Sketcher:
         form: list[object] = []
         for name, record in sorted(content.items()):
             form.append((name, type(record).__name__))
-            if isinstance(record, MetricRecord) and isinstance(record.get(weight_key), int | float):
-                weight = float(record[weight_key])  # type: ignore[arg-type]
+            if isinstance(record, MetricRecord):
+                given = record.get(weight_key)
+                weight = float(given) if isinstance(given, (int, float)) else weight
+                continue
             if not isinstance(record, ArrayRecord):
                 continue
-            for key in sorted(record):
+            for key in sorted(record.keys()):
                 values: NDArray[Any] = np.asarray(view(record[key]))
                 form.append((key, record[key].dtype, values.shape))
                 if values.dtype.kind != "f":
@@ -165,6 +169,10 @@ class Sketcher:
         self, values: NDArray[Any], salt: int, less: NDArray[Any] | None, *, norm: bool = True
     ) -> tuple[float, NDArray[np.float64]]:
         """Returns the sum of squares, or 0 without `norm`, and the signed sums of `values - less`."""
+        if 0 < values.size <= _FEW and values.dtype == np.float32 and (less is None or less.dtype == np.float32):
+            total, sums = self._scan_few(values, salt, less)
+            if math.isfinite(total):
+                return total, sums
         if (values.size, salt) not in self._drawn:
             self._drawn[values.size, salt] = self._draw(values.size, salt)
         turns = self._drawn[values.size, salt]
@@ -188,6 +196,25 @@ class Sketcher:
                     folded[: rest.size] += turns[number][-1] * rest
             return total, self._signs @ folded
 
+    def _scan_few(
+        self, values: NDArray[Any], salt: int, less: NDArray[Any] | None
+    ) -> tuple[float, NDArray[np.float64]]:
+        """Returns what `_scan` returns, or an infinite sum of squares if a number is not finite.
+
+        As float64, finite float32 numbers never overflow, so that NumPy's warnings need not be switched off.
+        """
+        signs = self._drawn_small.get((values.size, salt))
+        if signs is None:
+            signs = self._drawn_small[values.size, salt] = (
+                self._signs[:, : values.size] * self._draw(values.size, salt)[0]
+            )
+        wide = values.astype(np.float64)
+        total = float(np.dot(wide, wide))
+        if less is not None and math.isfinite(total):
+            wide -= less
+            total = float(np.dot(wide, wide))
+        return (total, np.dot(signs, wide)) if math.isfinite(total) else (math.inf, wide)
+
     def _draw(self, size: int, salt: int) -> dict[int, NDArray[np.float32]]:
         """Returns, for each piece that enters the signed sums, the signs of its rows."""
         random = np.random.Generator(np.random.Philox(key=[self._key, salt]))
@@ -199,6 +226,7 @@ class Sketcher:
         return dict(zip(chosen.tolist(), turns, strict=True))
 
 
+@lru_cache(maxsize=1024)
 def _salt_of(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 

@@ -138,15 +138,17 @@ def _columns(jobs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         digits = _DIGITS.get(key)
         if digits and key == "computing" and len(jobs) > _MANY_JOBS:
             digits -= 1
-        values = [_rounded(job[key], digits) for job in in_order]
-        if all(value == values[0] for value in values):
+        values = [job[key] for job in in_order]
+        if digits:
+            texts = [_short_number(value, digits) for value in values]
+            same = texts.count(texts[0]) == len(texts)
+            columns[key] = _rounded(values[0], digits) if same else ",".join(texts)
+        elif values.count(values[0]) == len(values):
             columns[key] = values[0]
         elif key == "worker":
             columns[key] = _text(values)
-        elif digits:
-            columns[key] = ",".join(_UNKNOWN if value is None else f"{value:.{digits}g}" for value in values)
         else:
-            columns[key] = [[value, len([*same])] for value, same in itertools.groupby(values)]
+            columns[key] = [[value, len([*equal])] for value, equal in itertools.groupby(values)]
     return columns
 
 
@@ -179,10 +181,20 @@ def _jobs(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{key: values[at] for key, values in lists.items()} for at in range(count)]
 
 
-def _rounded(value: Any, digits: int | None) -> Any:
-    if digits is None or not isinstance(value, float) or value == 0:
+def _rounded(value: Any, digits: int) -> Any:
+    if not isinstance(value, float) or value == 0:
         return value
     return round(value, digits - 1 - math.floor(math.log10(abs(value))))
+
+
+def _short_number(value: float | None, digits: int) -> str:
+    """Returns a number of seconds in as few letters as keep its digits: ".123" and "12300"."""
+    if value is None:
+        return _UNKNOWN
+    text = f"{value:.{digits}g}"
+    if "e+" in text:
+        text = f"{float(text):g}"
+    return text[1:] if text.startswith("0.") else text
 
 
 def _text(numbers: Sequence[int | None]) -> str:

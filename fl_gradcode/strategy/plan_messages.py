@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
+from .._flower_internals import message_like, with_entry
 from ..codes import GradientCode, PrimeField
 from ..privacy import Releases
 from ..protocol import Plan, PlanWriter, Row, without_arrays
@@ -93,7 +94,8 @@ class MessageFactory:
 
     def __init__(self, plan: Plan, content: RecordDict, *, message_type: str, ttl: float | None) -> None:
         self.plan, self._type, self._ttl = plan, message_type, ttl
-        self._writer = PlanWriter(plan)
+        self._writer = PlanWriter(plan, with_entry)
+        self._first: Message | None = None  # the one that Flower checks
         # Flower's loop writes the next round into the same config, and an in-memory message is computed later.
         self._content = RecordDict(
             {
@@ -136,8 +138,12 @@ class MessageFactory:
         return self._message(self._writer.add_to(content, {worker: row}), node)
 
     def _message(self, content: RecordDict, node: int) -> Message:
-        group = str(self.plan.round)
-        return Message(content, dst_node_id=node, message_type=self._type, ttl=self._ttl, group_id=group)
+        if self._first is None:
+            group = str(self.plan.round)
+            self._first = Message(
+                RecordDict(), dst_node_id=node, message_type=self._type, ttl=self._ttl, group_id=group
+            )
+        return message_like(self._first, content, node)
 
 
 def time_to_live(timeout: float | None, slowest: float | None) -> float | None:

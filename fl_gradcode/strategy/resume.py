@@ -47,10 +47,10 @@ def fingerprint_of(strategy: Strategy, code: GradientCode | None, k: int, option
 
 def _sketch(code: GradientCode) -> list[Any]:
     """Returns a description of a code that differs between codes, but not by more than rounding between processors."""
-    B = code.B.reshape(len(code.B), -1).astype(np.float64)
+    B = code.B.reshape(len(code.B), -1).astype(np.float64, copy=False)
     support = hashlib.sha256(np.packbits(B != 0).tobytes()).hexdigest()
     columns = np.cos(np.outer(np.arange(1, B.shape[1] + 1), [0.7, 1.9, 3.1]))
-    scale = float(np.abs(B).max(initial=0.0)) or 1.0
+    scale = max(float(B.max(initial=0.0)), -float(B.min(initial=0.0))) or 1.0
     return [[*code.B.shape], code.s, code.B.dtype.str, support, B @ columns / scale]
 
 

@@ -32,6 +32,7 @@ _TRIED = 200
 #: Part of the time that a node took for its last shard, within which it must be able to return a second copy. Less than
 #: all of it, since in an engine the time until a message is sent counts too.
 _LIKELY = 0.8
+_NONE: frozenset[int] = frozenset()
 
 
 def open_phase(
@@ -315,7 +316,7 @@ class ShardPhase(Phase):
         if node in self._failed or worker not in self._turns:
             return None
         # A copy whose layout differs from the other replies' does not count, and a second one would not count either.
-        mine = self._sent.get(node, set())
+        mine = self._sent.get(node, _NONE)
         unread: Collection[int] = () if self.votes else self._waiting
         closed: Container[int] = _AnyOf(self._done(), unread, mine)
         if self.verifies_until is not None:
@@ -448,13 +449,15 @@ class ShardPhase(Phase):
 
 
 class _AnyOf(Container[int]):
-    """The union of some sets, which is not made."""
+    """The union of three sets, which is not made."""
 
-    def __init__(self, *sets: Container[int]) -> None:
-        self._sets = sets
+    __slots__ = ("_one", "_other", "_third")
+
+    def __init__(self, one: Container[int], other: Container[int], third: Container[int]) -> None:
+        self._one, self._other, self._third = one, other, third
 
     def __contains__(self, item: object) -> bool:
-        return any(item in one for one in self._sets)
+        return item in self._one or item in self._other or item in self._third
 
 
 class _AllBut(Container[int]):

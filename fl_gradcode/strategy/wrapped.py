@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
 
+from .._flower_internals import reply_in_process
 from ..errors import IncompatibleStrategy, InvalidSetting
 from ..grid import ForwardingGrid
 from ..protocol import restore_types
@@ -310,7 +311,7 @@ def aggregate(
     """
     if isinstance(decoded, Returned):
         replies = [
-            Message(decoded.contents[draft.metadata.dst_node_id], reply_to=draft)
+            reply_in_process(decoded.contents[draft.metadata.dst_node_id], draft)
             for draft in {draft.metadata.dst_node_id: draft for draft in drafts}.values()
         ]
         if kind == "evaluate":

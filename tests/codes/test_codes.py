@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import combinations, permutations, product
 
@@ -489,3 +490,18 @@ def test_the_first_arrivals_decide_even_when_all_are_asked_at_once() -> None:
         first = {next(i for i in arrivals if i % 2 == q) for q in (0, 1)}
         assert set(np.flatnonzero(code.decoding_vector(arrivals))) == first
         assert np.array_equal(code.least_squares_vector(arrivals), code.decoding_vector(arrivals))
+
+
+@pytest.mark.parametrize("make", [uncoded, lambda n: fractional_repetition(n, 2)], ids=["uncoded", "repetition"])
+def test_repetition_takes_memory_for_its_workers_alone(make: Callable[[int], GradientCode]) -> None:
+    n = 2000
+    tracemalloc.start()
+    try:
+        code = make(n)
+        code.error_of(code.decoding_vector(range(n)))
+        kept, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 8 * n * n / 10 and most < 8 * n * n / 3  # n n numbers of 8 bytes are the whole of B
+    wanted = np.arange(n)[:, None] % len(code.groups or ()) == np.arange(n) % len(code.groups or ())
+    assert (wanted == code.B).all() and code.B.dtype == np.float64 and not code.B.flags.writeable

@@ -18,13 +18,15 @@ from fl_gradcode.codes import GradientCode
 from fl_gradcode.errors import InvalidSetting
 from fl_gradcode.latency import Latency, lognormal
 from fl_gradcode.runlog import CodeLine, JobLine, Late, Ledger, PhaseRow, PhaseSeconds, Rejected, RoundRow
-from fl_gradcode.runlog.compact import _numbers, _text, expanded, shortened
+from fl_gradcode.runlog.compact import _numbers, _short_number, _text, expanded, shortened
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import initial_arrays, toy_app
 
 
-def rows_of(code: GradientCode, rounds: int = 3, tamper: Any = None, **options: Any) -> tuple[list[RoundRow], Any]:
-    strategy = GradientCoding(FedAvg(), code, **options)
+def rows_of(
+    code: GradientCode, rounds: int = 3, tamper: Any = None, *, trains_only: bool = False, **options: Any
+) -> tuple[list[RoundRow], Any]:
+    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0 if trains_only else 1.0), code, **options)
     with InProcessGrid(toy_app(), code.n, tamper=tamper) as grid:
         strategy.start(VirtualGrid(grid, Latency(compute=lognormal(sigma=0.6))), initial_arrays(), num_rounds=rounds)
     return strategy.ledger.rounds, strategy
@@ -96,6 +98,21 @@ def test_rows_of_a_run_of_many_workers_are_short_and_read_back() -> None:
         assert again.train.answered == row.train.answered and len(again.train.timings) == len(row.train.timings)
         assert len(json.dumps(row.to_json())) < 16_000
     assert strategy.ledger.rows[0]["schema"] == 2
+
+
+def test_numbers_of_seconds_are_short_and_read_back() -> None:
+    values = [0.0, 0.1234, 1.235, 12.35, 1234.0, 98765.0, 1.5e-7, None]
+    texts = [_short_number(value, 3) for value in values]
+    assert texts == ["0", ".123", "1.24", "12.3", "1230", "98800", "1.5e-07", "?"]
+    for text, value in zip(texts[:-1], values[:-1], strict=True):
+        assert float(text) == pytest.approx(value, rel=5e-3)
+
+
+def test_the_first_row_of_a_run_of_a_thousand_workers_takes_at_most_40_kB() -> None:
+    # The longest row: nearly every shard is computed twice, so that its copies are compared.
+    (row,), _ = rows_of(fractional_repetition(1000, 2), rounds=1, send="shards", trains_only=True)
+    assert row.train is not None and len(row.train.timings) > 1500
+    assert len(json.dumps({**row.to_json(), "holders": None})) <= 40_000
 
 
 def test_small_rows_stay_as_they_were() -> None:

@@ -61,13 +61,12 @@ def _app() -> ClientApp:
     return app
 
 
-def _lines(code: GradientCode, send: Any, *, immediate: bool) -> int:
-    """Returns how many lines three rounds execute, with replies that come at once or are read when they suffice."""
+def _lines(code: GradientCode, send: Any) -> int:
+    """Returns how many lines three rounds execute in virtual time, where replies are read when they suffice."""
     strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), code, send=send)
     lines = _Lines()
     with InProcessGrid(_app(), code.n) as inner:
-        grid: Any = inner if immediate else VirtualGrid(inner, Latency(compute=lognormal(sigma=0.6)))
-        inner.immediate = False
+        grid = VirtualGrid(inner, Latency(compute=lognormal(sigma=0.6)))
         before = sys.gettrace()
         sys.settrace(lines)
         try:
@@ -92,5 +91,5 @@ def _cyclic(n: int) -> GradientCode:
     ids=["coded vectors", "one shard a message", "cyclic"],
 )
 def test_four_times_the_clients_are_at_most_five_times_the_work(make: Callable[[int], GradientCode], send: str) -> None:
-    few, many = (_lines(make(n), send, immediate=False) for n in (24, 96))
+    few, many = (_lines(make(n), send) for n in (24, 96))
     assert many <= 5 * few
