@@ -1,6 +1,6 @@
 """`python -m experiments.sooner`: what brings plain rounds to the target sooner, as tables of the suite "sooner".
 
-    python -m experiments.compare --suite sooner --data-dir DIR --rows out/compare/sooner.jsonl   # an hour, resumes
+    python -m experiments.compare --suite sooner --data-dir DIR --rows out/compare/sooner.jsonl   # hours, resumes
     python -m experiments.sooner --rows out/compare/sooner.jsonl
 
 Each time is over that of plain FedAvg that waits for all, seed by seed. The target is what waiting for all ends with,

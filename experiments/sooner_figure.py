@@ -17,6 +17,7 @@ __all__ = ["PANELS", "learned_labels"]
 
 #: What each panel shows, and its title.
 PANELS = {"accuracy": "All labels", "owned": "Labels that slow clients alone have"}
+_FIRST = 0.005  # where the time axis begins
 _LOOKS = {
     "waiting for all": look("wait"),
     "exact, r = 8 + FedAdam": look("partial"),
@@ -38,19 +39,22 @@ def learned_labels(curves: Mapping[str, Collection[Points]]) -> Figure:
         for way, runs in curves.items():
             _draw(panel, runs, what, whole, _LOOKS[way], way)
         panel.set_title(title)
-        panel.set_xlabel("time (1: waiting for all, 60 rounds)")
+        panel.set_xlabel("time, where 1 is 60 rounds of waiting for all (logarithmic)")
         panel.set_ylabel("accuracy (%)")
-        panel.set_xlim(0, 1)
+        panel.set_xscale("log")
+        panel.set_xlim(_FIRST, 1)
+        panel.xaxis.set_major_formatter("{x:g}")
         panel.set_ylim(0, 100)
         panel.grid(True)
     panels[0].legend(loc="lower right")
+    figure.suptitle("3 of 30 clients are 10 times slower, and only they have two of the ten labels")
     return figure
 
 
 def _draw(panel: Axes, runs: Collection[Points], what: str, whole: float, style: Look, label: str) -> None:
     if not runs:
         return
-    grid = np.linspace(0.0, min(1.0, min(float(one.seconds[-1]) for one in runs) / whole), 200)
+    grid = np.geomspace(_FIRST, min(1.0, min(float(one.seconds[-1]) for one in runs) / whole), 200)
     values: NDArray[np.float64] = np.array(
         [100 * np.interp(grid, one.seconds / whole, one.values("averaged", what)) for one in runs]
     )

@@ -153,7 +153,7 @@ def sooner_of(
 
 
 def _sooner() -> list[Task]:
-    """What brings plain rounds to the target sooner, compared fairly: an hour on two cores."""
+    """What brings plain rounds to the target sooner, compared fairly: some three hours on two cores."""
     main = sooner_of("slow-owners", LAWS, SOONER_SEEDS, 60, ("drop-owners", "over-selection", "fedprox", "semi"))
     others = [
         *sooner_of("dirichlet-0.1", ("shifted-exponential", "phones", "slow-owners"), SOONER_SEEDS, 60, ()),
