@@ -195,7 +195,7 @@ def test_a_name_is_not_begun_anew_without_its_checkpoint(tmp_path: Path) -> None
     with pytest.raises(Killed):
         start(kept(code, tmp_path, 3), clients(code, tmp_path), ROUNDS)
     (tmp_path / "run.ckpt").unlink()
-    with pytest.raises(InvalidSetting, match="Run 'r' was asked for rounds up to 3 already"):
+    with pytest.raises(InvalidSetting, match="Run 'r' has already asked for rounds up to 3"):
         start(kept(code, tmp_path), clients(code, tmp_path), ROUNDS)
     strategy = kept(code, tmp_path, run="another")
     start(strategy, clients(code, tmp_path), ROUNDS)
