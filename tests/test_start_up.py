@@ -21,7 +21,8 @@ def test_a_coded_server_starts_without_the_planner_and_its_statistics() -> None:
     assert "fl_gradcode.strategy.run" in modules
     assert "scipy.stats" not in modules and "torch" not in modules
     planning = {name for name in modules if name.startswith("fl_gradcode.planning.")}
-    assert planning == {"fl_gradcode.planning.work_queue"}  # the hand-out rule
+    hand_out_rule = {"fl_gradcode.planning.work_queue", "fl_gradcode.planning.job_times"}
+    assert planning == hand_out_rule
 
 
 def test_a_client_loads_no_folder_of_the_server() -> None:

@@ -7,7 +7,7 @@ from .._lazy import lazy_names
 if TYPE_CHECKING:
     from .clairvoyant import clairvoyant_rounds
     from .closed_forms import best_fraction, coded_matvec_seconds, exponential_seconds, harmonic, idle_mean
-    from .job_times import JobTimes
+    from .job_times import LEARNED, JobTimes
     from .planner import GAIN, Line, RoundPlan, candidates, make_plan
     from .product_planner import ProductLine, ProductPlan, plan_products
     from .schemes import Scheme, any_code, partial_work, repetition, wait_for_all
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GAIN",
+    "LEARNED",
     "JobTimes",
     "Line",
     "ProductLine",
@@ -56,6 +57,7 @@ __getattr__, __dir__ = lazy_names(
         ],
         "job_times": [
             "JobTimes",
+            "LEARNED",
         ],
         "planner": [
             "GAIN",

@@ -9,8 +9,7 @@ from typing import Any
 from .._text import numbered
 from ..errors import FlGradcodeError
 from ..latency import Law, scaled
-from ..planning import Scheme, make_plan, partial_work
-from ..planning.job_times import LEARNED
+from ..planning import LEARNED, Scheme, make_plan, partial_work
 from .history import History
 from .rows import RoundRow
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from ..averaging import ModelAverage
 from ..codes import GradientCode, PrimeField, locates_wrong_replies
 from ..errors import InvalidSetting
-from ..planning.job_times import LEARNED
+from ..planning import LEARNED
 from ..privacy import DPSGD, CentralNoise, IntegerNoise, Privacy
 from ..staleness import FLOAT16, StalenessRule
 

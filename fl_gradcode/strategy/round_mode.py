@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..codes import GradientCode
-from ..planning import JobTimes
-from ..planning.job_times import LEARNED
+from ..planning import LEARNED, JobTimes
 from ..runlog import ModeLine, RoundRow
 
 __all__ = ["FixedMode", "LearnedTimes", "ModeChooser", "RoundMode"]

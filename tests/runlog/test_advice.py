@@ -12,7 +12,7 @@ import pytest
 from flwr.app import Error, Message
 from flwr.serverapp.strategy import FedAvg
 
-from fl_gradcode import GradientCoding, VirtualGrid, cyclic_repetition, fractional_repetition
+from fl_gradcode import GradientCoding, Shards, VirtualGrid, cyclic_repetition, fractional_repetition
 from fl_gradcode.cli.plan_source import read_source
 from fl_gradcode.codes import bernoulli
 from fl_gradcode.latency import Latency, lognormal, scaled
@@ -25,12 +25,12 @@ from tests.conftest import initial_arrays, toy_app
 from tests.runlog.ledger_rows import CODE, notices, read, row, typed, worker
 
 
-def ledger_of(path: Path, rounds: int, *, send: str = "coded", s: int = 2, slow: float = 10.0, **options: Any) -> Path:
+def ledger_of(path: Path, rounds: int, *, send: Any = "coded", s: int = 2, slow: float = 10.0, **options: Any) -> Path:
     latency = Latency(fixed=0.2, compute=0.8, slowdown=scaled(lognormal(1.0, 0.3), {0: slow, 1: slow}))
     with InProcessGrid(toy_app(), 9, tamper=options.pop("tamper", None)) as inner:
         code = options.pop("code", fractional_repetition(9, s))
         options = {"give_up_rounds": None, **options}
-        strategy = GradientCoding(FedAvg(), code, send=send, ledger=path, **options)  # type: ignore[arg-type]
+        strategy = GradientCoding(FedAvg(), code, send=send, ledger=path, **options)
         strategy.start(VirtualGrid(inner, latency, seed=5), initial_arrays(), rounds, timeout=1e6)
     return path
 
@@ -49,9 +49,11 @@ def test_advice_is_what_plan_says_of_the_same_ledger(tmp_path: Path) -> None:
 
 
 def test_a_run_that_does_what_is_recommended_is_told_so(tmp_path: Path) -> None:
-    first = advise(run_of(ledger_of(tmp_path / "first.jsonl", 30, send="shards", s=3)).recent)
+    first = advise(run_of(ledger_of(tmp_path / "first.jsonl", 30, send=Shards(patience="learned"), s=3)).recent)
     assert first.own is True, first
     assert first.own_seconds is not None and f"takes {first.own_seconds:.3g} s" in first.verdict
+    patient = advise(run_of(ledger_of(tmp_path / "patient.jsonl", 30, send="shards", s=3)).recent)
+    assert patient.own is False and patient.own_seconds is not None  # the planner knows it, and something faster
 
 
 def test_too_few_rounds_say_how_many_are_needed() -> None:

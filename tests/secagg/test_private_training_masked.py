@@ -88,7 +88,7 @@ def test_masks_change_nothing_of_the_private_update_but_its_rounding(tmp_path: P
         told: Any = reply.content["fl-gradcode.reply"]
         assert {*reply.content} == {"fl-gradcode.reply", "fl-gradcode.update"}
         assert {*json.loads(told["json"])} == {
-            *("run", "round", "kind", "worker", "outcome", "shards", "manifest", "request", "simulated"),
+            *("run", "round", "kind", "worker", "outcome", "shards", "manifest", "request", "simulated", "tags"),
         }
 
 
@@ -122,7 +122,8 @@ def test_a_retry_is_charged_once_and_holders_send_the_same(asked: tuple[Path, in
     first = ask(app, folder, worker, content, node_config=node_of(folder, worker))
     again = ask(app, folder, worker, content, node_config=node_of(folder, worker))
     assert transcript([(0, first)]) == transcript([(0, again)])
-    for path in (folder / f"node-{worker}" / "answered").iterdir():  # the node died between its charge and its answer
+    answered = folder / f"node-{worker}" / "answered"  # the node died between its charge and its answer
+    for path in (*answered.iterdir(), answered.with_name("answered-head.json")):
         path.unlink()
     third = ask(app, folder, worker, content, node_config=node_of(folder, worker))
     assert transcript([(0, first)]) == transcript([(0, third)])

@@ -305,8 +305,8 @@ def test_two_nodes_that_claim_one_worker_are_named_where_its_shards_lack_holders
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: Shards(patience=-1.0), "patience=-1.0 must be a number of at least 0."),
-        (lambda: Shards(patience=float("inf")), "patience=inf must be a number of at least 0."),
+        (lambda: Shards(patience=-1.0), "patience=-1.0 must be a number of at least 0, or 'learned'."),
+        (lambda: Shards(patience=float("inf")), "patience=inf must be a number of at least 0, or 'learned'."),
         (lambda: Coded(kappa_max=0.0), "kappa_max=0.0 must be greater than 0."),
         (lambda: Coded(give_up_after=-1.0), "give_up_after=-1.0 must be a number of seconds greater than 0."),
     ],
