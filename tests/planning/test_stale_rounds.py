@@ -25,7 +25,15 @@ LAWS = {
 }
 
 
-@pytest.mark.parametrize("send", [Shards(staleness=3), Shards(staleness=1, fresh=0.4, grace=0.2), Shards(1.0, 2, 1.0)])
+@pytest.mark.parametrize(
+    "send",
+    [
+        Shards(staleness=3),
+        Shards(staleness=1, fresh=0.4, grace=0.2),
+        Shards(1.0, 2, 1.0),
+        Shards("learned", 3),
+    ],
+)
 @pytest.mark.parametrize("law", LAWS)
 def test_times_and_ages_are_those_of_a_run(law: str, send: Shards) -> None:
     n, s, rounds = 8, 3, 40
