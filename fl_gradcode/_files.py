@@ -27,6 +27,7 @@ __all__ = [
     "absolute_path",
     "followed",
     "lock",
+    "locked",
     "make_folder",
     "open_file",
     "parse_json",
@@ -150,6 +151,33 @@ def lock(file: IO[Any] | int, *, wait: bool = False, seconds: float | None = Non
         else:
             break
     return None
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, mode: int | None = None) -> Iterator[None]:
+    """Hold a lock, for which one process at a time is let through; others wait.
+
+    Args:
+        path: The file that is locked, in the folder whose files are changed.
+        mode: Permissions of the folder if it is not there yet; None if it has to be.
+
+    Raises:
+        InvalidSetting: The folder cannot be written, or is on a file system without locks.
+    """
+    folder = path.parent
+    try:
+        if mode is not None:
+            make_folder(folder, mode=mode)
+        file = open(path, "ab")  # noqa: SIM115 # closed below
+    except OSError as error:
+        raise InvalidSetting(f"The folder {folder} cannot be written: {error.strerror}.") from None
+    with file:
+        if (problem := lock(file, wait=True)) is not None:
+            raise InvalidSetting(
+                f"The folder {folder} cannot be locked ({problem.strerror}): it must be on a file system with locks, "
+                "such as a local disk."
+            )
+        yield
 
 
 def replace_file(path: Path, content: str | bytes, *, mode: int | None = None) -> None:

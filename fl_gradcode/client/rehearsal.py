@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .._files import MEGABYTE, lock, parse_json, read_file, replace_file
+from .._files import MEGABYTE, locked, parse_json, read_file, replace_file
 from ..errors import InvalidSetting, SecureRefused
 from ..privacy import check_own
 from ..secagg import TAG_BYTES, ClassKeys, Parts, agreement_tag, shown_tag
@@ -253,16 +253,7 @@ class ComparedHolders:
     @contextmanager
     def _changing(self) -> Iterator[dict[str, Any]]:
         """The state, which is written if no error is raised; one process at a time has it."""
-        try:
-            file = open(self._path.with_name(f".{_STATE}.lock"), "ab")  # noqa: SIM115 # closed below
-        except OSError as error:
-            raise InvalidSetting(f"The folder {self._path.parent} cannot be written: {error.strerror}.") from None
-        with file:
-            if (problem := lock(file, wait=True)) is not None:
-                raise InvalidSetting(
-                    f"The folder {self._path.parent} cannot be locked ({problem.strerror}): it must be on a file "
-                    "system with locks, such as a local disk."
-                )
+        with locked(self._path.with_name(f".{_STATE}.lock")):
             state = self._read()
             before = json.dumps(state)
             yield state

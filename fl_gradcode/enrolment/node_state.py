@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .._files import MEGABYTE, lock, parse_json, read_file, replacing
+from .._files import MEGABYTE, locked, parse_json, read_file, replacing
 from ..errors import InvalidSetting
 from ..masking import hash_of
 from ..privacy import check_own
@@ -104,16 +104,7 @@ class StateFile:
         Raises:
             InvalidSetting: The folder cannot be written.
         """
-        try:
-            file = open(self.folder / f".{_STATE}.lock", "ab")  # noqa: SIM115 # closed below
-        except OSError as error:
-            raise InvalidSetting(f"The folder {self.folder} cannot be written: {error.strerror}.") from None
-        with file:
-            if (problem := lock(file, wait=True)) is not None:
-                raise InvalidSetting(
-                    f"The folder {self.folder} cannot be locked ({problem.strerror}): it must be on a file system with "
-                    "locks, such as a local disk."
-                )
+        with locked(self.folder / f".{_STATE}.lock"):
             yield
 
     def read(self) -> NodeState:

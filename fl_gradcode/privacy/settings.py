@@ -73,8 +73,7 @@ class DPSGD:
         _within("noise_multiplier", self.noise_multiplier, _MULTIPLIERS)
         _one_of("noise", self.noise, _NOISES)
         _one_of("grad_sample_mode", self.grad_sample_mode, _MODES)
-        if not isinstance(self.honest_server, bool):
-            raise InvalidSetting(f"honest_server={self.honest_server!r} must be True or False.")
+        _truth("honest_server", self.honest_server)
         _check_common(self)
 
     @classmethod
@@ -216,8 +215,7 @@ class IntegerNoise:
     def __post_init__(self) -> None:
         _positive("clipping_norm", self.clipping_norm)
         _one_of("scope", self.scope, _SCOPES)
-        if not isinstance(self.honest_server, bool):
-            raise InvalidSetting(f"honest_server={self.honest_server!r} must be True or False.")
+        _truth("honest_server", self.honest_server)
         _check_common(self)
 
     @classmethod
@@ -311,6 +309,11 @@ def _check_common(privacy: Privacy) -> None:
     if not privacy.max_epsilon > 0:
         raise InvalidSetting(f"max_epsilon={privacy.max_epsilon} must be greater than 0.")
     _one_of("accountant", privacy.accountant, ACCOUNTANTS)
+
+
+def _truth(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise InvalidSetting(f"{name}={value!r} must be True or False.")
 
 
 def _number(name: str, value: object) -> None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .._files import lock, make_folder, parse_json, read_file, replace_file, sync_folder
+from .._files import locked, parse_json, read_file, replace_file, sync_folder
 from ..errors import InvalidSetting, SecureRefused
 from ..privacy import check_own
 
@@ -234,15 +234,5 @@ class AnsweredRequests:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Let one process at a time answer: two could give two answers to one round."""
-        try:
-            make_folder(self.folder, mode=0o700)
-            file = open(self.folder / ".lock", "ab")  # noqa: SIM115 # closed below
-        except OSError as error:
-            raise InvalidSetting(f"The folder {self.folder} cannot be written: {error.strerror}.") from None
-        with file:
-            if (problem := lock(file, wait=True)) is not None:
-                raise InvalidSetting(
-                    f"The folder {self.folder} cannot be locked ({problem.strerror}): it must be on a file system with "
-                    "locks, such as a local disk."
-                )
+        with locked(self.folder / ".lock", mode=0o700):
             yield

@@ -88,6 +88,11 @@ def test_in_virtual_time_rounds_end_early_and_are_exact(tmp_path: Path, code: Gr
     assert all(len(row["train"]["used"]) < code.n for row in strategy.ledger.rows)
 
 
+def step_of(message: Message) -> str:
+    """The step of the set-up that a message asks for."""
+    return str(json.loads(str(message.content["fl-gradcode.setup"]["json"]))["step"])
+
+
 def test_one_shard_a_message_works_without_a_dealer_too(tmp_path: Path) -> None:
     enrolled(tmp_path / "nodes", FRC, sending="shardwise")
     latency = Latency(compute=lognormal(1.0, 0.8))
@@ -457,7 +462,7 @@ def test_a_node_that_missed_its_confirmation_gets_the_keys_of_the_same_epoch(tmp
         nonlocal asked
         if worker != 2 or not is_setup(message.content):
             return reply
-        step = json.loads(str(message.content["fl-gradcode.setup"]["json"]))["step"]
+        step = step_of(message)
         asked += step == "confirm"
         return Message(Error(2, "gone"), reply_to=message) if step == "confirm" and asked == 1 else reply
 
@@ -484,7 +489,7 @@ def test_a_node_that_never_confirms_costs_nobody_else_an_epoch(tmp_path: Path) -
         nonlocal asked
         if worker != 6 or not is_setup(message.content):
             return reply
-        step = json.loads(str(message.content["fl-gradcode.setup"]["json"]))["step"]
+        step = step_of(message)
         asked += step == "confirm"
         if step == "hello":  # it never tells that it has keys
             return changed(reply, replace(Answer.find_in(reply.content), confirmation=None))

@@ -60,6 +60,15 @@ def refused(server: Server, worker: int, request: Request, match: str) -> None:
     assert state_of(server.folder, worker) == before
 
 
+def refuses_a_stranger(server: Server, strangers: Path) -> None:
+    """Everybody says hello, and worker 1 notices that another node has taken worker 4's place."""
+    enrolled(strangers, FRC, first_use=True)
+    server.say_hello(ALL)
+    forged = Hello.signed(server.setup, read_identity(strangers / "node-4"), bytes(31) + b"\x09")
+    shown = tuple(forged if hello.worker == 4 else hello for hello in server.shown)
+    refused(server, 1, Request(server.setup, "lead", shown), "Worker 4 has another identity than in the first set-up")
+
+
 def to_confirm(server: Server, workers: Any = ALL) -> Server:
     server.say_hello(workers)
     server.lead()
@@ -436,13 +445,8 @@ def test_without_an_allow_list_the_first_identities_are_trusted_and_no_others_la
     body = enrolled(tmp_path / "nodes", FRC, first_use=True)
     first = Server(tmp_path / "nodes", body).run(range(1, 8))
     assert "trusts the identities that the server shows it first" in caplog.text
-    enrolled(tmp_path / "strangers", FRC, first_use=True)
     second = Server(first.folder, body, epoch=2)
-    second.say_hello(ALL)
-    stranger = read_identity(tmp_path / "strangers" / "node-4")
-    forged = Hello.signed(second.setup, stranger, bytes(31) + b"\x09")
-    shown = tuple(forged if hello.worker == 4 else hello for hello in second.shown)
-    refused(second, 1, Request(second.setup, "lead", shown), "Worker 4 has another identity than in the first set-up")
+    refuses_a_stranger(second, tmp_path / "strangers")
     second.lead()
     assert len({second.confirm(worker) for worker in ALL}) == 1  # worker 0 is new, and welcome
     twice = tuple(replace(hello, identity=second.shown[0].identity) for hello in second.shown[:2])
@@ -458,13 +462,8 @@ def test_first_identities_stay_trusted_under_the_next_body(tmp_path: Path) -> No
     other = make_body(FRC, **named)
     for worker in ALL:
         agree(server.folder / f"node-{worker}", other.text, None)
-    enrolled(tmp_path / "strangers", FRC, first_use=True)
     second = Server(server.folder, other)
-    second.say_hello(ALL)
-    stranger = read_identity(tmp_path / "strangers" / "node-4")
-    forged = Hello.signed(second.setup, stranger, bytes(31) + b"\x09")
-    shown = tuple(forged if hello.worker == 4 else hello for hello in second.shown)
-    refused(second, 1, Request(second.setup, "lead", shown), "Worker 4 has another identity than in the first set-up")
+    refuses_a_stranger(second, tmp_path / "strangers")
     second.lead()
     assert len({second.confirm(worker) for worker in ALL}) == 1
 

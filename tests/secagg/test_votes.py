@@ -246,6 +246,19 @@ def test_a_group_of_one_liar_that_was_the_first_makes_no_round_hopeless(tmp_path
     assert strategy.ledger.rows[0]["train"]["outcome"] == "exact"
 
 
+def voted_round(folder: Path, code: GradientCode, lie: Any, *, secure: bool) -> Any:
+    """A round of training with one shard per message and votes=1, in which worker 0 is the first to answer."""
+    if secure:
+        dealt(folder, code, sending="shardwise", min_classes=2)
+        strategy, _, _ = start(code, folder, votes=1, verify=0, tamper=lie, latency=first((0,), ()))
+    else:
+        strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), code, send="shards", votes=1, verify=0)
+        with InProcessGrid(toy_app(), code.n, tamper=lie) as grid:
+            strategy.start(VirtualGrid(grid, first((0,), ())), initial_arrays(), num_rounds=1)
+    (row,) = [row["train"] for row in strategy.ledger.rows]
+    return row
+
+
 @pytest.mark.parametrize("secure", [True, False])
 def test_a_shard_that_a_liar_was_right_about_still_counts(tmp_path: Path, secure: bool) -> None:
     """It lies about one shard alone, and is the first to answer all."""
@@ -262,14 +275,7 @@ def test_a_shard_that_a_liar_was_right_about_still_counts(tmp_path: Path, secure
                 record[key] = Array(LIES["one common error"](values, 0) if secure else values + np.float32(1))
         return reply
 
-    if secure:
-        dealt(tmp_path, code, sending="shardwise", min_classes=2)
-        strategy, _, _ = start(code, tmp_path, votes=1, verify=0, tamper=lie, latency=first((0,), ()))
-    else:
-        strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), code, send="shards", votes=1, verify=0)
-        with InProcessGrid(toy_app(), code.n, tamper=lie) as grid:
-            strategy.start(VirtualGrid(grid, first((0,), ())), initial_arrays(), num_rounds=1)
-    (row,) = [row["train"] for row in strategy.ledger.rows]
+    row = voted_round(tmp_path, code, lie, secure=secure)
     assert row["outcome"] == "exact" and 0 not in row["used"]
     assert [one["worker"] for one in row["rejected"]] == [0]
 
@@ -290,14 +296,7 @@ def test_a_liar_has_one_vote_on_a_shard(tmp_path: Path, secure: bool) -> None:
                     record[key] = Array(np.full_like(record[key].numpy(), 7))
         return reply
 
-    if secure:
-        dealt(tmp_path, code, sending="shardwise", min_classes=2)
-        strategy, _, _ = start(code, tmp_path, votes=1, verify=0, tamper=lie, latency=first((0,), ()))
-    else:
-        strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), code, send="shards", votes=1, verify=0)
-        with InProcessGrid(toy_app(), code.n, tamper=lie) as grid:
-            strategy.start(VirtualGrid(grid, first((0,), ())), initial_arrays(), num_rounds=1)
-    (row,) = [row["train"] for row in strategy.ledger.rows]
+    row = voted_round(tmp_path, code, lie, secure=secure)
     assert row["outcome"] == "exact" and 0 not in row["used"]
     assert {one["worker"] for one in row["rejected"]} == {0}
 
