@@ -220,7 +220,7 @@ def _shares(
         gains = there[place].steady <= (1 - GAIN) * there[0].steady
         close = bool(exact) and there[place].steady <= (1 + GAIN) * min(exact)
         holds.append(best is there[place] or (place > 0 and gains and close))
-        instead.append("do not code" if best is there[0] else f"code: {best.scheme.name}")
+        instead.append("do not code" if best is there[0] else f"code: {best.scheme.phrase}")
     return range_of(share, holds, instead)
 
 

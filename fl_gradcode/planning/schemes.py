@@ -57,6 +57,12 @@ class Scheme:
     python: str = ""
 
     @property
+    def phrase(self) -> str:
+        """The name as a sentence takes it, such as "partial work (s = 3, at once)"."""
+        scheme, comma, details = self.name.partition(", ")
+        return f"{scheme} ({details})" if comma else scheme
+
+    @property
     def n(self) -> int:
         """Number of workers."""
         return len(self.blocks)

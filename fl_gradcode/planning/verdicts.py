@@ -80,7 +80,7 @@ def recommend(lines: Sequence[Line]) -> tuple[Line, str]:
         else "and waiting for all never ends, because some workers never answer"
     )
     return best, (
-        f"code: {best.scheme.name} takes {seconds_text(best.steady)} a round, {gain}; each worker stores "
+        f"code: {best.scheme.phrase} takes {seconds_text(best.steady)} a round, {gain}; each worker stores "
         f"{best.storage} shards, and {best.computed:.2f} times as much is computed. {_others_data(best)}"
     )
 
@@ -134,7 +134,7 @@ def weigh(
             sure = high < _LIKELY
         if not sure:
             said = (
-                f"cannot tell: by {_rounds(rounds)}, {lines[other].scheme.name} is {between} as fast as waiting for "
+                f"cannot tell: by {_rounds(rounds)}, {lines[other].scheme.phrase} is {between} as fast as waiting for "
                 f"all. Measure more rounds. So far, {verdict}"
             )
         elif place:
@@ -205,7 +205,7 @@ def _other_advice(
     if not (finite[at] and finite[usual]):
         return None
     # A code that does not pay in this part costs little time, but storage: not coding is other advice there.
-    words = "do not code" if at == 0 else f"code: {own.scheme.name}"
+    words = "do not code" if at == 0 else f"code: {own.scheme.phrase}"
     length = max(block_length(part[at]), block_length(part[usual]))
     drawn = resampled_means(part[[usual, at, 0]], length, np.random.default_rng(0))
     blocks = part.shape[1] / length

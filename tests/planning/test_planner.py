@@ -60,7 +60,7 @@ def test_heavy_tails_are_coded(name: str) -> None:
     best = found.recommended
     assert found.codes and best.scheme.exact
     assert found.speedup(best) > 1 / (1 - GAIN)
-    assert found.verdict.startswith(f"code: {best.scheme.name} takes {seconds_text(best.steady)} a round, ")
+    assert found.verdict.startswith(f"code: {best.scheme.phrase} takes {seconds_text(best.steady)} a round, ")
     assert f"{found.speedup(best):.2f}x faster than waiting for all ({found.lines[0].steady:.3g} s)" in found.verdict
     assert f"each worker stores {best.storage} shards, and {best.computed:.2f} times as much is" in found.verdict
 
@@ -136,7 +136,7 @@ def test_infinite_rounds_are_told_from_finite_ones() -> None:
     lines = [line(wait_for_all(12), never), line(repetition(12, 1), never), line(repetition(12, 3), 7.0)]
     best, verdict = recommend(lines)
     assert best is lines[2]
-    assert verdict.startswith("code: repetition, s = 3 takes 7 s a round, and waiting for all never ends,")
+    assert verdict.startswith("code: repetition (s = 3) takes 7 s a round, and waiting for all never ends,")
     best, verdict = recommend(lines[:2])
     assert best is lines[0]
     assert verdict == "do not code: more workers never answer than any of the compared codes tolerates."
