@@ -212,9 +212,9 @@ def _readable(row: RoundRow, kind: PhaseKind) -> str:
         parts.append("late " + ", ".join(map(_late, phase.late)))
     parts += [f"worker {_name(one.worker)} rejected: {one.reason}" for one in phase.rejected]
     if phase.outcome == "stale":
-        parts.append(
-            f"{phase.ages[0]} of {sum(phase.ages)} shards are of this round, the oldest {len(phase.ages) - 1} before"
-        )
+        age = len(phase.ages) - 1
+        old = "1 round old" if age == 1 else f"{age} rounds old"
+        parts.append(f"updates of {phase.ages[0]} of {sum(phase.ages)} shards are of this round, the oldest is {old}")
     if phase.outcome == "approximate" and phase.decoding_error is not None:
         parts.append(f"decoding error {phase.decoding_error:.3g}")
     return "; ".join(parts)

@@ -111,7 +111,8 @@ class UpdateMemory:
             metrics: Its weight and weighted metrics, shape (numbers,).
             key: Layout of both, as nested tuples. Updates of another layout are forgotten.
             sender: Worker that sent it.
-            late: Whether it came after its round, in which case it is not kept if its layout is another one.
+            late: Whether it came after its round, or in a round without a model: then it is not kept if its layout is
+                another one.
         """
         if self._key and key != self._key:
             if late:

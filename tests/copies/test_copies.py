@@ -16,12 +16,20 @@ from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, FedMedian
 
-from fl_gradcode import GradientCoding, VirtualGrid, cyclic_repetition, fractional_repetition, gradient_coding_mod
+from fl_gradcode import (
+    GradientCoding,
+    Shards,
+    VirtualGrid,
+    cyclic_repetition,
+    fractional_repetition,
+    gradient_coding_mod,
+)
 from fl_gradcode.codes import GradientCode, for_assignment, reed_solomon, uncoded
 from fl_gradcode.errors import InvalidSetting, RoundFailed
 from fl_gradcode.latency import Latency, Law, constant, scaled
 from fl_gradcode.testing import InProcessGrid
-from tests.conftest import initial_arrays, toy_app
+from tests.conftest import flat, initial_arrays, toy_app, update_of
+from tests.strategy.test_shardwise import Watched
 
 CODES: dict[str, Callable[[], GradientCode]] = {
     "fractional": lambda: fractional_repetition(6, 2),
@@ -272,6 +280,39 @@ def test_a_late_reply_that_differs_is_told_and_in_the_ledger(code: str, caplog: 
     late = [one for row in strategy.ledger.rows for one in row["train"]["late"] if one["worker"] == 3]
     assert late and late[0]["replica-disagreement"] > 0.1
     assert any("has used one of the two" in text for text in warnings_of(caplog))
+
+
+def test_copies_of_a_worker_that_a_late_reply_blames_count_no_more_in_the_round_under_way() -> None:
+    """Two late copies of round 1 outvote worker 0, which has answered round 2 already: others train its shards."""
+
+    def seconds(seed: int, worker: int, tick: int) -> float:
+        return {0: 2.0 if tick <= 2 else 0.05, 2: 1.2, 4: 1.15}.get(worker, 2.0)
+
+    def lies(worker: int, message: Message, answer: Message) -> Message:
+        if worker == 0:
+            record: Any = answer.content["arrays"]
+            answer.content["arrays"] = ArrayRecord({name: Array(one.numpy() + 1) for name, one in record.items()})
+        return answer
+
+    code, after = fractional_repetition(6, 2), [flat(initial_arrays())]
+    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), code, send=Shards(patience=0.0), verify=0)
+    with InProcessGrid(toy_app(), 6, tamper=lies) as nodes:
+        grid = VirtualGrid(nodes, Latency(compute=Law("late blame", seconds)))
+        strategy.start(
+            Watched(grid, deployed=True),
+            initial_arrays(),
+            num_rounds=2,
+            evaluate_fn=lambda server_round, arrays: after.append(flat(arrays)) if server_round else None,
+        )
+    first, second = (row["train"] for row in strategy.ledger.rows)
+    assert 0 in first["used"]  # nothing was known yet
+    began = {i: [job.began for job in grid.jobs if job.worker == i and job.round == 2] for i in (0, 2, 4)}
+    assert len(began[0]) == 3  # worker 0 has answered for all shards of its group
+    assert began[2][0] == began[4][0] == pytest.approx(2.4)  # worker 4 had nothing to do before
+    assert {one["worker"] for one in second["late"]} == {2, 4}
+    assert second["outcome"] == "exact" and 0 not in second["used"]
+    mean = sum((j + 1) * update_of(2, j, 11) for j in range(6)) / 21
+    assert np.allclose(after[2] - after[1], mean, rtol=0, atol=2e-5)
 
 
 # What is no disagreement, and what must not go wrong with one

@@ -286,6 +286,24 @@ def test_shards_without_holders_are_used_until_they_are_too_old() -> None:
     assert all(row["train"]["ended"] == "hopeless" for row in rows[4:])
 
 
+def test_updates_of_a_round_without_a_model_are_remembered() -> None:
+    """Worker group {0, 2, 4} fails from round 2 to 4, and when it is back, the other group does."""
+
+    def breaks(worker: int, message: Message, reply: Message) -> Message:
+        now = int(cast("Any", message.content)["config"]["server-round"])
+        broken = (0, 2, 4) if 2 <= now <= 4 else (1, 3, 5) if now > 4 else ()
+        return Message(Error(2, "broken"), reply_to=message) if worker in broken else reply
+
+    code = fractional_repetition(6, 2)
+    send = Shards(staleness=2, fresh=0.5)
+    result, rows, _ = run(code, Latency(compute=1.0), send, rounds=7, tamper=breaks, give_up_rounds=None)
+    outcomes = [row["train"]["outcome"] for row in rows]
+    assert outcomes == ["exact", "stale", "stale", "skipped", "stale", "stale", "skipped"]
+    assert [(one["shards"], one["round"]) for one in rows[4]["train"]["filled-in"]] == [([j], 4) for j in (1, 3, 5)]
+    with_models = [row for row, outcome in zip(rows, outcomes, strict=True) if outcome != "skipped"]
+    assert np.allclose(flat(result.arrays), expected(with_models, code.k), rtol=0, atol=2e-5)
+
+
 def test_evaluation_is_of_all_shards_and_renews_updates_too() -> None:
     code = fractional_repetition(6, 2)
     result, rows, _ = run(code, LAWS["exponential"], inner=FedAvg(), rounds=10)
