@@ -22,7 +22,7 @@ from .plan_messages import MessageFactory
 from .replies import Group, ReplyCollector
 from .reply_groups import Decoded, Noise, ReplyGroup, Returned, StaleUpdate, StaleUpdates
 from .round_mode import RoundMode
-from .stop_rules import ShardPhase, known_of, shard_row
+from .stop_rules import ShardPhase, shard_row
 
 __all__ = ["LateUpdates", "StalePhase"]
 
@@ -166,12 +166,7 @@ class StalePhase(ShardPhase):
         """Returns whether the rule cannot be met even if all of `nodes` answer, nor every shard have a copy."""
         if not super().hopeless(nodes):
             return False
-        able = [node for node in nodes if node not in self._failed]
-        _, strangers = known_of(able, self.registry)
-        missing = [{*self._turns[i]} for i in self.registry.missing(self._turns)]
-        possible = {*self._covered()}
-        for node in able:
-            possible.update(self._shards_of(node) - self._sent.get(node, set()))
+        possible, missing, strangers = self._within_reach([node for node in nodes if node not in self._failed])
         lacking = ((shard, self._memory.newest(shard)) for shard in self._row.keys() - possible)
         too_old = {*self._rule.too_old(lacking, self.plan.round)}
         if too_old and not may_cover(too_old, missing, min(strangers, len(missing))):

@@ -368,14 +368,21 @@ class ShardPhase(Phase):
     def hopeless(self, nodes: Sequence[int]) -> bool:
         """Returns whether some shard has neither a copy nor a holder among `nodes`."""
         able = [node for node in nodes if node not in self._failed]
+        possible, missing, strangers = self._within_reach(able)
+        if self.votes:
+            return self._lacks_votes(able, strangers)
+        return not may_cover(self._row.keys() - possible, missing, min(strangers, len(missing)))
+
+    def _within_reach(self, able: Sequence[int]) -> tuple[set[int], list[set[int]], int]:
+        """Returns the shards that have a copy or may get one from nodes that have not failed.
+
+        Besides these, the shards of each worker that no node is known to be, and how many of the nodes may be one.
+        """
         _, strangers = known_of(able, self.registry)
         possible = {*self._covered()}
         for node in able:
             possible.update(self._shards_of(node) - self._sent.get(node, set()))
-        missing = [set(self._turns[i]) for i in self.registry.missing(self._turns)]
-        if self.votes:
-            return self._lacks_votes(able, strangers)
-        return not may_cover(set(self._row) - possible, missing, min(strangers, len(missing)))
+        return possible, [{*self._turns[i]} for i in self.registry.missing(self._turns)], strangers
 
     def longest_linger(self, seconds: float) -> float:
         """Returns the time that most nodes take for one shard, if that is less than the phase took."""
