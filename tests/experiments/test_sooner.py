@@ -71,8 +71,12 @@ def test_tables_have_a_line_for_each_way_and_a_ratio_of_one_for_waiting(
     assert sooner.main(["--suite", "sooner-smoke", "--rows", str(store.path)]) == 0
     told = capsys.readouterr().out
     assert "| waiting for all | 1.00 |" in told
-    for title in ("exact, r = 8 + FedAdam, 60 % of the steps", "semi-asynchronous + FedAdam", "bounded staleness"):
-        assert told.count(f"| {title} |") == 3
+    for title in (
+        "exact, r = 8 + FedAdam, 60 % of the steps",
+        "semi-asynchronous + FedAdam, 60 % of the steps",
+        "bounded staleness",
+    ):
+        assert told.count(f"| {title} |") == 4
     assert "owned, averaged" in told
 
 
@@ -82,4 +86,5 @@ def test_the_suite_has_new_seeds_and_treats_all_schemes_alike() -> None:
     main = [task for task in tasks if task.problem == "slow-owners" and task.law == "phones" and task.seed == 10]
     for scheme in ("drop-owners", "over-selection", "fedprox", "semi"):
         assert {dict(task.options).get("adam") for task in main if task.scheme == scheme} == {None, 0.03}
+        assert {dict(task.options).get("steps") for task in main if task.scheme == scheme} == {None, 0.6}
         assert all(AVERAGE in task.options for task in main if task.scheme == scheme)
