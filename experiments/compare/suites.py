@@ -161,6 +161,7 @@ def _sooner() -> list[Task]:
     others = [
         *sooner_of("dirichlet-0.1", ("shifted-exponential", "phones", "slow-owners"), SOONER_SEEDS, 60, ()),
         *sooner_of("adult", LAWS, SOONER_SEEDS, 30, ("fedprox", "semi")),
+        *sooner_of("shakespeare", ("serverless", "slow-owners"), SOONER_SEEDS, 60, ()),
     ]
     return [*main, *others]
 
