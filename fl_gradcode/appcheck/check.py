@@ -59,6 +59,11 @@ class AppReport:
             f"app = ClientApp(mods=[{_MOD}])",
         )
 
+    @property
+    def imports(self) -> str:
+        """The line that imports what the two lines use."""
+        return "from fl_gradcode import GradientCoding, fractional_repetition, gradient_coding_mod"
+
     def to_json(self) -> dict[str, Any]:
         """Returns the report as JSON can hold it."""
         return {

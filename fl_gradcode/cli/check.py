@@ -55,5 +55,6 @@ def check(
                       "train another model. Fix what fails, and check again.")  # fmt: skip
         if report.passed:
             console.print()
-            print_lines(console, report.lines)
+            print_lines(console, [report.imports, *report.lines])
+            console.print("n: how many nodes you have; s: how many may be slow, at most n - 1.")
     raise typer.Exit(0 if report.passed else 1)

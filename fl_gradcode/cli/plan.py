@@ -198,5 +198,6 @@ def _number_of_workers(given: int | None, read: Source) -> int:
     chosen = given if given is not None else read.n
     assert chosen is not None
     if chosen < 2:
-        raise InvalidSetting(f"--workers {chosen} leaves no one to share the work with: planning needs at least 2.")
+        found = f"--workers {chosen}" if given is not None else read.told
+        raise InvalidSetting(f"{found}: nobody is there to share the work with; planning needs at least 2 workers.")
     return chosen

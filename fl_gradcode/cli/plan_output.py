@@ -32,7 +32,8 @@ _GOOD = 0.05  # Kolmogorov-Smirnov distance of a law that is worth naming
 
 def plan_remarks(plan: RoundPlan, read: Source) -> list[str]:
     """Returns what to know beside the verdict, one sentence or two each."""
-    remarks = [f"Share of a job that grows with its shards: {read.split.told()}. {_of_shares(plan, read)}".rstrip()]
+    remarks = [meaning] if (meaning := plan.recommended.scheme.meaning) else []
+    remarks += [f"Share of a job that grows with its shards: {read.split.told()}. {_of_shares(plan, read)}".rstrip()]
     if plan.evidence is not None:
         remarks += plan.evidence.parts
         if plan.evidence.simulated < plan.evidence.rounds:
@@ -63,7 +64,7 @@ def _of_shares(plan: RoundPlan, read: Source) -> str:
     shares, unsure = plan.shares, read.split.origin == "assumed"
     adaptive = ' If you do not know the share, send="adaptive" decides during the run.' if unsure else ""
     if shares is None:
-        return "With this share for all workers another scheme would be right." + adaptive
+        return "With this share for all workers another scheme would be faster." + adaptive
     if (shares.low, shares.high) == (0.0, 1.0):
         return "The verdict holds for every share."
     others = [
@@ -220,7 +221,7 @@ def _new_figure() -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("A figure needs matplotlib: pip install 'fl-gradcode[figures]'.") from error
+        raise ImportError("A figure needs matplotlib: pip install 'matplotlib>=3.8'.") from error
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     return figure, figure.add_subplot()
 

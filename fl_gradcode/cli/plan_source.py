@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -31,7 +30,7 @@ from ..latency import (
     split_of,
     trace,
 )
-from ..runlog import History, Ledger, RoundRow
+from ..runlog import History, Ledger
 
 __all__ = ["UNITS", "Source", "read_source"]
 
@@ -124,7 +123,7 @@ def read_source(
         rows = Ledger.read_rounds(path)
         history = History.of_ledger(rows)
         told = f"{path.name}: {history.rounds} rounds of {history.n} workers"
-        return _of_jobs(told, history.jobs(), compute_share, a_megabyte, moved, notes=_of_coded_rounds(rows))
+        return _of_jobs(told, history.jobs(), compute_share, a_megabyte, moved, notes=history.notes)
     if path.suffix.lower() == ".npz":
         table = read_trace(path, key=key)
         if table.ndim == 1:
@@ -157,16 +156,6 @@ def _of_text(path: Path) -> str:
     return (
         " Flower's logs do not say how long each client took: run with GradientCoding(strategy, uncoded(n), "
         "ledger=path), which trains as before, and give that ledger. A table in a text file needs the ending .csv."
-    )
-
-
-def _of_coded_rounds(rows: Sequence[RoundRow]) -> tuple[str, ...]:
-    """Returns a note if rounds of a ledger ended before all replies were in."""
-    if all(row.code.name == "uncoded" for row in rows):
-        return ()
-    return (
-        "the rounds were coded: a worker that was busy in a round left no time for it, so slow periods count for less, "
-        "and waiting for all may take longer than shown",
     )
 
 
@@ -209,8 +198,7 @@ def _of_jobs(
     if tables.missing:
         notes = (
             *notes,
-            f"{tables.missing} of {fixed.size} pairs of a round and a worker have no time, and take the "
-            "worker's next one",
+            f"{tables.missing} of {fixed.size} times are missing, and the worker's next time is used instead",
         )
     for worker, last in tables.stopped:
         who = printable(names[worker], 40) if names else str(worker)

@@ -208,6 +208,8 @@ def _advice(advice: Advice | None) -> Iterator[str]:
         return
     yield "<h2>Recommended</h2>"
     yield f"<p>{_text(advice.verdict[0].upper() + advice.verdict[1:])}</p>"
+    for note in advice.notes:
+        yield f"<p>{_text(note)}</p>"
     if advice.own:
         yield "<p>This run already does that.</p>"
     elif advice.python:

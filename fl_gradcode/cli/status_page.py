@@ -211,6 +211,8 @@ def _advice(advice: Advice) -> Iterator[Text]:
     if advice.python:
         yield Text(f"Recommended by the times of the last {advice.rounds} rounds:")
     yield Text(_plain(advice.verdict[0].upper() + advice.verdict[1:]))
+    for note in advice.notes:
+        yield Text(note)
     if not advice.python:
         return
     if advice.own and "order=" not in advice.python:

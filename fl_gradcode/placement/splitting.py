@@ -218,7 +218,7 @@ def _dirichlet(labels: NDArray[Any], k: int, alpha: str, seed: int) -> list[NDAr
         from flwr_datasets.partitioner import DirichletPartitioner
     except ImportError:
         raise ImportError(
-            "The Dirichlet split needs flwr-datasets: pip install 'fl-gradcode[app]', or choose another --split."
+            "The Dirichlet split needs flwr-datasets: pip install 'flwr-datasets>=0.6', or choose another --split."
         ) from None
     split = DirichletPartitioner(
         k, "label", float(alpha), min_partition_size=1, self_balancing=False, shuffle=False, seed=seed

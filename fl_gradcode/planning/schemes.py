@@ -63,6 +63,24 @@ class Scheme:
         return f"{scheme} ({details})" if comma else scheme
 
     @property
+    def meaning(self) -> str:
+        """What the scheme does, in a sentence; empty for waiting for all."""
+        if not self.exact or not self.s:
+            return ""
+        kind = self.name.partition(", ")[0]
+        if self.shardwise:
+            when = "by the times that the run learns" if self.patience == LEARNED else "if the first one is late"
+            second = "at once" if self.patience == 0 else when
+            what = f"a message asks for one shard, and an idle worker begins a second copy of it {second}"
+        elif self.groups:
+            what = "the workers of a group store the same shards, and one of them has to answer"
+            if self.m > 1:
+                what = f"the workers of a group store the same shards, and {self.m} of them answer with a part each"
+        else:
+            what = f"each worker answers with one combination of its shards, and any {self.enough} answers decode"
+        return f"{kind[0].upper()}{kind[1:]}: {what}."
+
+    @property
     def n(self) -> int:
         """Number of workers."""
         return len(self.blocks)

@@ -21,6 +21,7 @@ _CLOSE = 0.04
 _LIKELY = 1.25  # times faster that a code may yet be, from which on measured rounds do not exclude that it pays
 _HALVES, _ENDS = 20, 100  # rounds from which on the halves, and the first and last tenth, are compared
 _WORSE, _SURELY = 1.1, 1.03  # times slower than a part's own best scheme that differ, and its interval's lower end
+_FEWEST = 5  # measured rounds without which there is no verdict
 _LEVEL = 1.25  # times longer that rounds of one half take, from which on that is said
 
 
@@ -61,15 +62,15 @@ def recommend(lines: Sequence[Line]) -> tuple[Line, str]:
     if np.isfinite(plain.steady) and fastest.steady > (1 - GAIN) * plain.steady:
         change = fastest.steady / plain.steady - 1
         how = (
-            f"{change:.0%} longer"
+            f"takes {change:.0%} longer"
             if change > 0.005
-            else f"only {-change:.0%} shorter"
+            else f"takes only {-change:.0%} less"
             if change < -0.005
-            else "as long"
+            else "is no faster"
         )
         return plain, (
-            f"do not code: waiting for all takes {seconds_text(plain.steady)} a round, and with the best code "
-            f"({fastest.scheme.name}) a round is {how}."
+            f"do not code: waiting for all takes {seconds_text(plain.steady)} a round, and the best code "
+            f"({fastest.scheme.name}) {how}."
         )
     longest = min((1 + _CLOSE) * fastest.steady, (1 - GAIN) * plain.steady)
     close = [line for line in coded if line.steady <= longest]
@@ -132,7 +133,12 @@ def weigh(
             sure = low > 1.0
         else:
             sure = high < _LIKELY
-        if not sure:
+        sure = sure and rounds >= _FEWEST
+        if rounds < _FEWEST:
+            said = (
+                f"cannot tell yet: {_rounds(rounds)} are too few for a verdict, {_FEWEST} are needed. So far, {verdict}"
+            )
+        elif not sure:
             said = (
                 f"cannot tell: by {_rounds(rounds)}, {lines[other].scheme.phrase} is {between} as fast as waiting for "
                 f"all. Measure more rounds. So far, {verdict}"

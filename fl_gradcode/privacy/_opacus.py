@@ -121,7 +121,7 @@ try:
         import opacus.optimizers
         import opacus.validators
 except ImportError as error:
-    raise ImportError("Privacy needs Opacus: pip install 'fl-gradcode[privacy]'.") from error
+    raise ImportError("Privacy needs Opacus: pip install 'opacus>=1.6,<2'.") from error
 
 check_relied_on(opacus)
 

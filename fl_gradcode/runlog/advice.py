@@ -32,6 +32,7 @@ class Advice:
         own: Whether the run already does what is recommended; None if the planner does not know its code.
         own_seconds: Expected seconds a round of the run's own scheme, by the same times; None if not known.
         rounds: Number of rounds whose times were used.
+        notes: What the recommended scheme does, and what to know of these times, in sentences.
     """
 
     verdict: str
@@ -39,6 +40,7 @@ class Advice:
     own: bool | None = None
     own_seconds: float | None = None
     rounds: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def advise(rows: Sequence[RoundRow], *, gone: Sequence[int] = (), holders: Sequence[Sequence[int]] = ()) -> Advice:
@@ -97,7 +99,13 @@ def advise(rows: Sequence[RoundRow], *, gone: Sequence[int] = (), holders: Seque
         None if own is None else _kind(plan.recommended.scheme) == own,
         None if line is None or not line.steady < float("inf") else line.steady,
         history.rounds,
+        _notes(plan.recommended.scheme.meaning, history),
     )
+
+
+def _notes(meaning: str, history: History) -> tuple[str, ...]:
+    """Returns what to know of a recommendation, in sentences."""
+    return (*([meaning] if meaning else []), *(f"Note: {note}." for note in history.notes))
 
 
 def _patient(row: RoundRow, n: int) -> list[Scheme]:

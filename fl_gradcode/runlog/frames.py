@@ -96,5 +96,5 @@ def _pandas() -> Any:
     try:
         import pandas
     except ImportError as error:
-        raise ImportError("A data frame needs pandas: pip install 'fl-gradcode[pandas]'.") from error
+        raise ImportError("A data frame needs pandas: pip install 'pandas>=2.2'.") from error
     return pandas

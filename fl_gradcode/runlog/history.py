@@ -12,11 +12,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from .._text import numbered
 from ..errors import InvalidSetting
 from ..latency import Jobs, Latency, Parts, job_tables, replay, split_of
 from .rows import RoundRow
 
 __all__ = ["History", "Timing"]
+
+_STARTING = 3.0  # times that a run's first jobs take longer than later ones, from which on the first round is a start
+_LATER = 3  # later rounds of a run without which that is not said
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,14 @@ class History:
     Args:
         n: Number of workers.
         window: Number of latest rounds that count; None counts all.
+
+    Attributes:
+        notes: What to know of the times of a ledger, in clauses: which rounds were left out, and what is missing.
     """
 
     def __init__(self, n: int, window: int | None = None) -> None:
         self.n, self.window = n, window
+        self.notes: tuple[str, ...] = ()
         self._timings: list[Timing] = []
 
     @classmethod
@@ -57,7 +65,8 @@ class History:
         """Returns the training times of a ledger.
 
         A shard is counted as what a worker owns, one n-th of the data. Runs that were appended to one file follow each
-        other.
+        other. The first round of a run is left out if at least half of all workers took three times as long in it as
+        in later rounds: then processes were starting, which happens once.
 
         Raises:
             InvalidSetting: There is no row, no time, or the rows are of codes for different numbers of workers.
@@ -71,15 +80,46 @@ class History:
             )
         history = cls(sizes.pop())
         before: RoundRow | None = None
-        first = 0
+        first, begun = 0, [rows[0].round]
         for row in rows:
             if before is not None and (row.run != before.run or row.round <= before.round):
                 first = max((one.round for one in history._timings), default=0)
+                begun.append(first + row.round)
             before = row
             history.add_row(row, first=first, size=history.n / row.code.k)
         if not history.rounds:
             raise InvalidSetting("The ledger has no training times: no reply to a training message has come in yet.")
+        history._leave_out_starts(begun)
+        if any(row.code.name != "uncoded" for row in rows):
+            history.notes += (
+                "the rounds were coded, and a worker that is busy in a round leaves no time for it, so waiting for all "
+                "may take longer than shown",
+            )
         return history
+
+    def _leave_out_starts(self, begun: Sequence[int]) -> None:
+        """Forget the first rounds of runs in which processes were still starting."""
+        by_round: dict[int, dict[int, list[float]]] = {}
+        for one in self._timings:
+            if not one.owing:
+                by_round.setdefault(one.round, {}).setdefault(one.worker, []).append(one.seconds / one.shards)
+        starts = []
+        for start, end in zip(begun, [*begun[1:], np.inf], strict=True):
+            later = [jobs for number, jobs in by_round.items() if start < number < end]
+            if len(later) < _LATER:
+                continue
+            slower = 0
+            for worker, seconds in by_round.get(start, {}).items():
+                usual = [one for jobs in later for one in jobs.get(worker, ())]
+                slower += int(bool(usual) and np.median(seconds) >= _STARTING * np.median(usual))
+            if 2 * slower >= self.n:
+                starts.append(start)
+        self._timings = [one for one in self._timings if one.round not in starts]
+        if starts:
+            self.notes += (
+                f"{numbered('round', starts)} left out: most workers took three times as long as later, as they do "
+                "while processes start",
+            )
 
     def add_row(self, row: RoundRow, *, first: int = 0, size: float = 1.0) -> None:
         """Adds the training times of a ledger row.

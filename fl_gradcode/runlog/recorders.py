@@ -40,7 +40,7 @@ def to_tensorboard(folder: str | os.PathLike[str], *, more: _More | None = None)
     try:
         from tensorboard.summary import Writer
     except ImportError as error:
-        raise ImportError("TensorBoard is not installed: pip install 'fl-gradcode[tensorboard]'.") from error
+        raise ImportError("TensorBoard is not installed: pip install 'tensorboard>=2.17'.") from error
     path = absolute_path(folder, "folder")
     opened: list[Writer] = []
 
@@ -74,7 +74,7 @@ def to_mlflow(*, more: _More | None = None) -> Recorder:
     try:
         import mlflow
     except ImportError as error:
-        raise ImportError("MLflow is not installed: pip install 'fl-gradcode[mlflow]'.") from error
+        raise ImportError("MLflow is not installed: pip install 'mlflow-skinny>=2.14'.") from error
 
     def record(server_round: int, arrays: ArrayRecord, row: dict[str, Any]) -> None:
         code = row["code"]

@@ -247,7 +247,7 @@ def test_the_assumed_split_is_said_with_the_range_for_which_the_verdict_holds(tm
 def test_missing_jobs_are_said_and_who_stopped_is_named(tmp_path: Path) -> None:
     lines = [f"{t},node-{i},1" for t in range(40) for i in range(8) if i != 7 or t == 0]
     notes = as_json(write(tmp_path / "t.csv", "\n".join(["round,worker,seconds", *lines])), "--s", "1")["notes"]
-    assert any(note.startswith("39 of 320 pairs of a round and a worker have no time") for note in notes)
+    assert any(note.startswith("39 of 320 times are missing") for note in notes)
     assert any(note.startswith("worker node-7 stopped answering after round 0") for note in notes)
 
 
@@ -256,8 +256,10 @@ def test_few_rounds_cannot_tell_and_many_can(tmp_path: Path) -> None:
     table[2, 3] = 9.0
     np.savetxt(tmp_path / "few.csv", table, delimiter=",", fmt="%.2f")
     np.savetxt(tmp_path / "many.csv", np.tile(table, (30, 1)), delimiter=",", fmt="%.2f")
-    few, many = (as_json(str(tmp_path / f"{name}.csv"), "--s", "1") for name in ("few", "many"))
-    assert not few["evidence"]["sure"] and few["verdict"].startswith("cannot tell: by 4 measured rounds, ")
+    np.savetxt(tmp_path / "some.csv", np.vstack([table, table[:2]]), delimiter=",", fmt="%.2f")
+    few, some, many = (as_json(str(tmp_path / f"{name}.csv"), "--s", "1") for name in ("few", "some", "many"))
+    assert not some["evidence"]["sure"] and some["verdict"].startswith("cannot tell: by 6 measured rounds, ")
+    assert not few["evidence"]["sure"] and few["verdict"].startswith("cannot tell yet: 4 measured rounds are too few")
     assert many["evidence"]["sure"] and "Over 120 measured rounds, it is between " in many["verdict"]
     low, high = many["evidence"]["times-faster"]
     assert low < many["schemes"][0]["seconds-over-a-run"] / many["recommended"]["seconds-over-a-run"] < high

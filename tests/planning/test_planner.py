@@ -80,7 +80,7 @@ def test_a_code_for_any_s_stragglers_loses_where_load_is_what_is_slow() -> None:
     schemes = [any_code(24, s) for s in (1, 3, 7)]
     found = make_plan(Latency(compute=exponential()), 24, schemes=schemes)
     assert not found.codes
-    assert re.search(r"with the best code \(any n - s \(cyclic\), s = 1\) a round is \d+% longer\.$", found.verdict)
+    assert re.search(r"the best code \(any n - s \(cyclic\), s = 1\) takes \d+% longer\.$", found.verdict)
     assert make_plan(Latency(fixed=exponential()), 24, schemes=schemes).codes
 
 
@@ -122,7 +122,7 @@ def test_less_storage_is_preferred_only_where_it_is_still_faster_than_no_code() 
     best, _ = recommend([plain, line(small, 84.0), line(large, 80.0)])
     assert best.scheme is large
     best, verdict = recommend([plain, line(small, 98.0), line(large, 96.0)])
-    assert best is plain and verdict.endswith("(repetition, s = 3) a round is only 4% shorter.")
+    assert best is plain and verdict.endswith("(repetition, s = 3) takes only 4% less.")
 
 
 def test_a_scheme_that_loses_data_is_never_recommended() -> None:
@@ -141,7 +141,7 @@ def test_infinite_rounds_are_told_from_finite_ones() -> None:
     assert best is lines[0]
     assert verdict == "do not code: more workers never answer than any of the compared codes tolerates."
     lines = [line(wait_for_all(12), 7.0), line(repetition(12, 1), never), line(any_code(12, 1), 6.9)]
-    assert recommend(lines)[1].endswith("(any n - s (cyclic), s = 1) a round is only 1% shorter.")
+    assert recommend(lines)[1].endswith("(any n - s (cyclic), s = 1) takes only 1% less.")
 
 
 @pytest.mark.parametrize("silent", [1, 3, 9, 11])

@@ -28,6 +28,7 @@ from fl_gradcode.runlog.history import History, Timing
 from fl_gradcode.runlog.ledger import Ledger
 from fl_gradcode.runlog.rows import JobLine, RoundRow
 from fl_gradcode.testing import InProcessGrid
+from tests.runlog.ledger_rows import row, typed
 
 N = 12
 
@@ -297,3 +298,34 @@ def test_a_plan_from_a_ledger_finds_what_the_law_would_have_said() -> None:
         rows = rows_of("patient", law)
         found = make_plan(History.of_ledger(rows).latency(), N, tolerances=(3,), populations=5)
         assert found.codes == pays
+
+
+def test_a_first_round_in_which_processes_start_is_left_out_and_told() -> None:
+    usual = [typed([row(t, seconds=(1.0, 1.2, 0.8, 1.0, 1.0, 9.0))])[0] for t in range(1, 8)]
+    slow = typed([row(1, seconds=(9.0, 8.0, 9.0, 4.0, 1.0, 9.0))])
+    history = History.of_ledger([*slow, *usual[1:]])
+    assert history.rounds == 6 and float(history.jobs().seconds.max()) == 9.0
+    assert history.notes[0].startswith("round 1 left out: ")
+    told = History.of_ledger(usual).notes
+    assert not any("left out" in note for note in told)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        (9.0, 8.0, 1.0, 1.0, 1.0, 9.0),  # two of six workers: they may be slow now and then
+        (2.9, 2.9, 2.9, 2.9, 2.9, 20.0),  # less than three times as long
+    ],
+)
+def test_a_first_round_with_some_slow_workers_counts(first: tuple[float, ...]) -> None:
+    usual = typed([row(t, seconds=(1.0, 1.0, 1.0, 1.0, 1.0, 9.0)) for t in range(2, 8)])
+    assert History.of_ledger([*typed([row(1, seconds=first)]), *usual]).rounds == 7
+
+
+def test_a_start_needs_later_rounds_and_is_found_in_each_run_of_a_file() -> None:
+    slow, usual = (9.0,) * 6, (1.0,) * 6
+    few = typed([row(1, seconds=slow), *(row(t, seconds=usual) for t in (2, 3))])
+    assert History.of_ledger(few).rounds == 3
+    runs = [row(t, run=run, seconds=slow if t == 1 else usual) for run in ("one", "two") for t in range(1, 6)]
+    history = History.of_ledger(typed(runs))
+    assert history.rounds == 8 and history.notes[0].startswith("rounds 1 and 6 left out: ")
