@@ -396,7 +396,7 @@ class Run:
                 self.registry.quarantine(node, "it computes with another device or version than most")
         self._tell_quarantined()
         self._verified(phase)
-        phase.copies.close(used=decoded is not None)
+        phase.copies.close(used=decoded is not None, owing=phase.owing)
         self._masks.learn_from(phase, decoded=decoded is not None)
         if decoded is None:
             self._undecodable(phase, entry, apart or report.why_undecodable(phase, entry))
