@@ -406,7 +406,7 @@ class Run:
             self._without_model = 0
         del phase  # its replies are large, and the wrapped strategy needs room
         began = time.perf_counter()
-        arrays, metrics = aggregate(self.strategy, kind, self._drafts, server_round, decoded)
+        arrays, metrics = aggregate(self.strategy, kind, self._drafts, server_round, decoded, sees=self.options.sees)
         seconds = replace(entry.seconds, aggregating=time.perf_counter() - began)
         self._note(kind, replace(entry, seconds=seconds, model=arrays is not None if kind == "train" else None))
         if kind == "train" and arrays is None:
