@@ -14,6 +14,7 @@ __all__ = ["FileWatch", "watching_files"]
 
 _MOST = 4096  # files to remember of one call; a data set may have millions
 _OTHER = ("/dev/", "/proc/", "/sys/")
+_EVENTS = frozenset({"open", "os.rename", "sqlite3.connect"})
 
 
 class FileWatch:
@@ -99,6 +100,8 @@ def _install() -> None:
 
 
 def _hear(event: str, args: tuple[Any, ...]) -> None:
+    if event not in _EVENTS:  # of which there are many: each header of an array is compiled
+        return
     watch = getattr(_here, "watch", None)
     if watch is not None:
         try:

@@ -52,6 +52,9 @@ class Copies:
         disagreements: Shards -> the first disagreement about them.
         alike: A worker that sent the same update for two shards; None if none did.
         noted: Number of copies so far.
+
+    Sketching takes as long as all else that is done with a shard's records. So the first copy of a shard is sketched
+    when there is something to compare it with: another copy of the shard, or another shard of the same worker.
     """
 
     def __init__(self, plan: Plan, before: ArrayRecord | None, *, compares: bool) -> None:
@@ -69,10 +72,25 @@ class Copies:
         self._kinds: dict[tuple[int, ...], list[_Kind]] = {}
         self._holders = Counter(shard for row in plan.rows.values() for shard in row.shards)
         self._by_worker: dict[int, dict[object, tuple[int, ...]]] = {}
+        #: Shard -> the worker and the records of its first copy, which is not sketched yet.
+        self._unsketched: dict[tuple[int, ...], tuple[int, RecordDict]] = {}
+        self._only: dict[int, tuple[int, ...]] = {}  # worker -> the first shard that it sent
+        self._dropped: frozenset[tuple[int, ...]] = frozenset()  # shards whose copy nobody can be compared with
 
-    def close(self, *, used: bool) -> None:
-        """Note whether the phase was decoded, and let go of the model that it started from."""
+    def close(self, *, used: bool, owing: Collection[int] = ()) -> None:
+        """Note whether the phase was decoded, and let go of the replies and of the model that it started from.
+
+        Args:
+            used: Whether the phase was decoded.
+            owing: Workers whose replies to this phase may still come. They are compared with what they hold.
+        """
         self.used = used
+        held = {shard for worker in owing for shard in self.plan.rows[worker].shards}
+        for shards, (worker, _) in [*self._unsketched.items()]:
+            if worker in owing or not held.isdisjoint(shards):
+                self._sketch(shards)
+        self._dropped = frozenset(self._unsketched)
+        self._unsketched.clear()
         if self._sketcher is not None:
             self._sketcher.close()
 
@@ -122,9 +140,25 @@ class Copies:
 
     def add_records(self, reply: Reply, content: RecordDict) -> float | None:
         """Compare the records of a shard with another holder's; returns the difference, or None without another."""
-        if self._sketcher is None or not self.plan.arrays_key:
+        if self._sketcher is None or not self.plan.arrays_key or reply.shards in self._dropped:
             return None
-        return self._note(reply.shards, reply.worker, self._sketcher.of_records(content, self.plan.weight_key))
+        shards, worker = reply.shards, reply.worker
+        first = self._only.setdefault(worker, shards)
+        self._sketch(first)
+        self._sketch(shards)
+        if first == shards and shards not in self._kinds:
+            self.noted += 1
+            self._unsketched[shards] = worker, content
+            return None
+        return self._note(shards, worker, self._sketcher.of_records(content, self.plan.weight_key))
+
+    def _sketch(self, shards: tuple[int, ...]) -> None:
+        """Sketch the first copy of these shards, if it was put off."""
+        if shards in self._unsketched:
+            worker, content = self._unsketched.pop(shards)
+            assert self._sketcher is not None
+            self.noted -= 1  # it was counted when it came
+            self._note(shards, worker, self._sketcher.of_records(content, self.plan.weight_key))
 
     def add_late(self, reply: Reply, message: Message) -> float | None:
         """Compare a reply that came after the phase had ended, which is untrusted and was not checked.

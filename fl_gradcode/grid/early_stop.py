@@ -108,10 +108,13 @@ class Waiting:
         self.wait.unread = [arrival.node for arrival in self.unread]
         for arrival in self.unread:
             self.source.forget(arrival.token)
-        mine = [debt for debt in self.debts.values() if debt.phase_mark is self.phase_mark]
+        mine, keeps = [self.debts[node] for node in self.mine], self.rule.keeps_late
         for debt in mine:
-            debt.kept = self.rule.keeps_late
-        self.source.abandon([debt.token for debt in mine if not debt.kept])
+            debt.kept = keeps
+        if keeps:
+            self.wait.kept = [*self.mine]
+        else:
+            self.source.abandon([debt.token for debt in mine])
         return self.wait
 
     def _loop(self) -> str:

@@ -83,6 +83,7 @@ class Wait:
         held_back: Nodes that still owed a reply when the phase began.
         never_sent: Nodes that were held back until the end.
         unread: Nodes whose reply had arrived but was not needed. In real engines, every arrived reply is read.
+        kept: Nodes that owe a reply to this phase which is wanted although it comes after the phase.
         late: Replies to earlier phases that arrived during the wait.
         lapsed: Nodes whose overdue reply was given up.
         joined: Nodes that connected and were asked during the phase.
@@ -99,6 +100,7 @@ class Wait:
     held_back: list[int] = field(default_factory=list)
     never_sent: list[int] = field(default_factory=list)
     unread: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
     late: list[Late] = field(default_factory=list)
     lapsed: list[int] = field(default_factory=list)
     joined: list[int] = field(default_factory=list)

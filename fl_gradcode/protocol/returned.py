@@ -28,7 +28,7 @@ def names_of(content: RecordDict, weight_key: str) -> object:
                 _check_array(f"{name}[{key!r}]", array)
         elif not isinstance(record, ConfigRecord):
             weight = record.get(weight_key)
-            if isinstance(weight, float) and not math.isfinite(weight):
+            if isinstance(weight, (int, float)) and not math.isfinite(weight):
                 raise NotFiniteRecord(f"its {weight_key!r} is not finite (NaN or infinity)")
             if isinstance(weight, (int, float)) and weight < 0:
                 raise ValueError(f"its {weight_key!r} is {weight:g}, below zero")

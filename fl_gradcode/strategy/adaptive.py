@@ -32,6 +32,9 @@ _BETTER = 0.95  # a new mode must shorten the rounds to at most this fraction
 _TRIAL = 8  # rounds of the present mode that are remembered to compare it with the next mode
 # A mode fails its trial if its mean round, or its last round, takes this many times as long as before.
 _WORSE, _FAR_WORSE = 1.2, 3.0
+_ALLOWED = 0.02  # of what plain rounds would have taken: what a run may lose by trying coded vectors
+_PAYS_BACK = 5  # rounds within which coded vectors are to save what their first round may lose
+_AT_ONCE = 1.5  # times a plain round: a round of coded vectors that takes longer is the last one
 
 
 class AdaptiveModes(ModeChooser):
@@ -43,9 +46,15 @@ class AdaptiveModes(ModeChooser):
     holders that compute a shard fail at once. These modes are therefore candidates only while all nodes are connected
     and every worker has answered recently. They are suspended for some rounds after a round that was not exact.
 
-    A replay is wrong where latency does not behave as the model assumes, for example where nodes share a machine. Each
-    change is therefore on trial. A mode whose rounds take longer than those of the previous mode is abandoned at once.
-    It is excluded for a number of rounds that doubles with each failure.
+    A replay is wrong where latency does not behave as the model assumes, for example where nodes share a machine or
+    the load of the machines changes. Each change is therefore on trial. A mode whose rounds take longer than those of
+    the previous mode is abandoned at once. It is excluded for a number of rounds that doubles with each failure.
+
+    Only coded vectors can lose much against plain FedAvg: if all of a job's time grows with its shards, a round with a
+    load of L takes L plain rounds. So the chooser estimates what plain rounds would have taken, and tries coded vectors
+    only if the run can afford that: with what it has saved so far, 2 % of the plain rounds, and what the replay says
+    that five rounds save. One round that takes more than 1.5 plain ones ends the trial. After that, only what has been
+    saved counts.
 
     Args:
         code: The code whose shards the workers store, with m = 1, over the reals.
@@ -65,17 +74,20 @@ class AdaptiveModes(ModeChooser):
         self._round = 0
         self._decided = 0
         self._took: deque[float] = deque(maxlen=_TRIAL)  # seconds that rounds in the present mode took
+        self._timed = 0  # the round of the last of them
         self._before: tuple[RoundMode, float] | None = None  # the previous mode and the mean seconds of its rounds
         self._banned: dict[str, tuple[int, int]] = {}  # kind of mode -> (excluded until round, length in rounds)
+        self._plain = _PlainRounds()
+        self._lost = 0.0  # seconds: the most that a round of coded vectors has lost
 
     def choose(self, *, complete: bool) -> RoundMode:
         """Returns the mode that would have been fastest, or the present mode unless another is clearly better."""
         if self._worse():
-            assert self._before is not None
+            before = self._safe if self._before is None else self._before[0]
             key, length = _kind(self.mode), self._banned.get(_kind(self.mode), (0, _WINDOW // 2))[1] * 2
             self._banned[key] = (self._round + length, length)
-            _log.info("From round %d on: %s again, which was faster.", self._round + 1, _name(self._before[0]))
-            self._change(self._before[0], on_trial=False)
+            _log.info("From round %d on: %s again, which was faster.", self._round + 1, _name(before))
+            self._change(before, on_trial=False)
             self._decided = self._round
         elif self._history.rounds >= _LEAST and (
             self._round >= self._decided + self.every or self._failed == self._round
@@ -92,6 +104,7 @@ class AdaptiveModes(ModeChooser):
             return
         self._round = row.round
         self._history.add_row(row)
+        self._plain.add(row)
         for phase in row.phases:
             for job in phase.timings:
                 if job.worker is not None:
@@ -100,10 +113,16 @@ class AdaptiveModes(ModeChooser):
             self._failed = self._round
         elif row.way == self.mode.line:  # false for a round that fell back to the safe mode because nodes were missing
             seconds = row.train.seconds
+            self._timed = self._round
             self._took.append((seconds.waiting or 0.0) - (seconds.verifying or 0.0))
 
     def _worse(self) -> bool:
-        """Returns whether the present mode is on trial and has failed it."""
+        """Returns whether the present mode has failed, by its last round or, if it is on trial, by its mean."""
+        if self.mode.send == "coded" and self._took and self._timed == self._round:
+            plain = self._plain.of(self._round)
+            if plain and self._took[-1] > _AT_ONCE * plain:
+                self._lost = max(self._lost, self._took[-1] - plain)
+                return True
         if self._before is None or not self._took:
             return False
         reference = self._before[1]
@@ -128,6 +147,18 @@ class AdaptiveModes(ModeChooser):
             seconds[name] = float(steady_rounds(_scheme(mode), parts).seconds[_SETTLE:].mean())
         self.predicted = seconds
         now = _name(self.mode)
+        shardwise = min((taken for name, taken in seconds.items() if modes[name].send == "shards"), default=0.0)
+        behind = self._plain.lead < _ALLOWED / 2 * self._plain.total
+        allowed = {
+            name: taken
+            for name, taken in seconds.items()
+            if (
+                self._affords(modes[name].load, shardwise - taken) or name == now
+                if modes[name].send == "coded"
+                else not behind or modes[name].patience == _PATIENCES[-1]  # the nearest to plain rounds
+            )
+        }
+        seconds = allowed or seconds
         best = min(seconds, key=lambda name: seconds[name])
         if now not in seconds or seconds[best] < _BETTER * seconds[now]:
             if best != now:
@@ -135,6 +166,16 @@ class AdaptiveModes(ModeChooser):
             self._change(modes[best], on_trial=now in seconds)
         else:
             self._change(modes[now], on_trial=True)  # the same mode, regrouped by the latest speeds
+
+    def _affords(self, load: int, saves: float) -> bool:
+        """Returns whether the run can afford that a first round of coded vectors takes as long as it may.
+
+        Args:
+            load: Number of shards of a message.
+            saves: Seconds that a round saves, by the replay.
+        """
+        risk = max(self._lost, (load - 1) * self._plain.mean)
+        return self._plain.lead + (0.0 if self._lost else _PAYS_BACK * max(0.0, saves)) >= risk
 
     def _modes(self, speeds: NDArray[np.float64]) -> dict[str, RoundMode]:
         modes = [RoundMode(self.code, "shards", patience) for patience in _PATIENCES]
@@ -148,6 +189,69 @@ class AdaptiveModes(ModeChooser):
             modes.append(stored)
         free = [mode for mode in modes if self._banned.get(_kind(mode), (0, 0))[0] <= self._round]
         return {_name(mode): mode for mode in free or [self._safe]}
+
+
+class _PlainRounds:
+    """What the rounds of a run took, and what they would have taken if the server had waited for each worker's shard.
+
+    The latter is an estimate. Of a job of several shards, the seconds that the client spent on computing are divided by
+    their number. A job that is not done counts with its time so far until it is.
+    """
+
+    def __init__(self) -> None:
+        self._took: dict[int, float] = {}  # round -> seconds
+        self._done: dict[int, dict[int, float]] = {}  # round -> worker -> seconds of one shard
+        self._owed: dict[int, dict[int, float]] = {}  # round -> worker -> seconds of one shard at least
+        self._shares: dict[int, list[float]] = {}  # round -> for jobs that are done: one shard's share of their time
+        self._sum_taken, self._sum_plain = 0.0, 0.0  # of rounds before the last ones
+
+    def add(self, row: RoundRow) -> None:
+        """Take in a row of the ledger, whose late jobs are of earlier rounds."""
+        if row.train is None or row.train.seconds.waiting is None:
+            return
+        self._took[row.round] = row.train.seconds.waiting - (row.train.seconds.verifying or 0.0)
+        for owed, job in [(False, job) for phase in row.phases for job in phase.timings] + [
+            (True, job) for phase in row.phases for job in phase.owing
+        ]:
+            if job.worker is None or job.kind != "train" or not job.shards or job.round not in self._took:
+                continue
+            if job.seconds is None:
+                continue
+            if owed:
+                shares = self._shares.get(job.round)
+                share = 1 / job.shards if not shares else float(np.median(shares)) if job.shards > 1 else 1.0
+                self._owed.setdefault(job.round, {})[job.worker] = share * job.seconds
+            else:
+                computing = job.seconds if job.computing is None else min(job.computing, job.seconds)
+                one = job.seconds - computing * (1 - 1 / job.shards)
+                if job.shards > 1 and job.seconds > 0:
+                    self._shares.setdefault(job.round, []).append(one / job.seconds)
+                self._done.setdefault(job.round, {}).setdefault(job.worker, one)
+        for old in [number for number in self._took if number <= row.round - _WINDOW]:
+            self._sum_plain += self.of(old)
+            self._sum_taken += self._took.pop(old)
+            for table in (self._done, self._owed, self._shares):
+                table.pop(old, None)
+
+    def of(self, server_round: int) -> float:
+        """Returns the seconds that a plain round would have taken, of the last rounds; 0 if nothing is known."""
+        owed, done = self._owed.get(server_round, {}), self._done.get(server_round, {})
+        return max({**owed, **done}.values(), default=0.0)
+
+    @property
+    def mean(self) -> float:
+        """Mean seconds of a plain round, of the last rounds."""
+        return sum(map(self.of, self._took)) / max(1, len(self._took))
+
+    @property
+    def total(self) -> float:
+        """Seconds that all rounds so far would have taken as plain ones."""
+        return self._sum_plain + sum(map(self.of, self._took))
+
+    @property
+    def lead(self) -> float:
+        """Seconds that the run is ahead of plain rounds, with what it may lose against them."""
+        return (1 + _ALLOWED) * self.total - self._sum_taken - sum(self._took.values())
 
 
 def regrouped(code: GradientCode, size: int, seconds: Sequence[float] | NDArray[np.float64]) -> GradientCode:

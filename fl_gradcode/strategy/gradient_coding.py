@@ -43,8 +43,8 @@ class GradientCoding(Strategy):
 
     Every shard of the training data is stored on several clients. Each client answers with one coded update over its
     shards. A round ends as soon as the received replies determine the update of *all* shards. The wrapped strategy
-    sees one reply, the exact weighted mean, as if every client had answered in time; with `send="shards"` it sees one
-    reply for each shard, as in plain Flower.
+    sees one reply, the exact weighted mean, as if every client had answered in time; with `send="shards"` a strategy
+    that does more than average sees one reply for each shard, as in plain Flower.
 
         strategy = GradientCoding(FedAvg(), fractional_repetition(n=12, s=2))
         result = strategy.start(grid, initial_arrays, num_rounds=10)
@@ -62,9 +62,10 @@ class GradientCoding(Strategy):
             is best if computing takes most of the time. `Adaptive()` or "adaptive" takes the mode that was faster over
             recent rounds.
         sees: What the wrapped strategy gets in a round with one shard a message: "replies", as in plain Flower, one for
-            each sampled shard (the default where possible), or "mean", one reply with their weighted mean. With coded
-            vectors it gets the mean. `sees="mean"` there says that a strategy with an aggregation of its own needs no
-            more than that, because it only saves, logs or schedules.
+            each sampled shard, or "mean", one reply with their decoded mean. By default a strategy of Flower that only
+            averages gets one reply of which it makes the same model, bit for bit, in less time, and any other gets the
+            replies where possible. With coded vectors it gets the mean. `sees="mean"` there says that a strategy with
+            an aggregation of its own needs no more than that, because it only saves, logs or schedules.
         on_undecodable: What to do if a round ends undecodable, at the timeout or as soon as it is hopeless. "skip"
             leaves the model as it is. "approximate" (or an `Approximation`) uses the least-squares estimate and reports
             its error and coverage. "raise" ends the run.

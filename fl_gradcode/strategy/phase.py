@@ -250,6 +250,12 @@ class Phase(StopRule):
         return bool(self.unverified)
 
     @property
+    def owing(self) -> Collection[int]:
+        """Workers whose replies to this phase are wanted even now; all of them if one that owes some is not known."""
+        workers = {self.registry.worker_of(node) for node in self.wait.kept}
+        return self.plan.rows if None in workers else [i for i in workers if i in self.plan.rows]
+
+    @property
     def verifying(self) -> float:
         """Seconds of waiting after the replies sufficed, for second copies."""
         return 0.0 if self._lingers is None or self.decided_after is None else self.wait.seconds - self.decided_after

@@ -396,7 +396,7 @@ class Run:
                 self.registry.quarantine(node, "it computes with another device or version than most")
         self._tell_quarantined()
         self._verified(phase)
-        phase.copies.close(used=decoded is not None)
+        phase.copies.close(used=decoded is not None, owing=phase.owing)
         self._masks.learn_from(phase, decoded=decoded is not None)
         if decoded is None:
             self._undecodable(phase, entry, apart or report.why_undecodable(phase, entry))
@@ -406,7 +406,7 @@ class Run:
             self._without_model = 0
         del phase  # its replies are large, and the wrapped strategy needs room
         began = time.perf_counter()
-        arrays, metrics = aggregate(self.strategy, kind, self._drafts, server_round, decoded)
+        arrays, metrics = aggregate(self.strategy, kind, self._drafts, server_round, decoded, sees=self.options.sees)
         seconds = replace(entry.seconds, aggregating=time.perf_counter() - began)
         self._note(kind, replace(entry, seconds=seconds, model=arrays is not None if kind == "train" else None))
         if kind == "train" and arrays is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from flwr.app import Error, Message
 from flwr.serverapp.strategy import FedAvg
 
 from experiments.rounds import Scheme, round_seconds
+from experiments.switching import SCENARIOS, over_plain
 from fl_gradcode import (
     EarlyStopGrid,
     GradientCode,
@@ -24,6 +26,7 @@ from fl_gradcode.latency import Latency, Law, constant, exponential, lognormal, 
 from fl_gradcode.latency.populations import named
 from fl_gradcode.planning.schemes import wait_for_all
 from fl_gradcode.planning.simulation import steady_rounds
+from fl_gradcode.runlog.rows import JobLine, PhaseSeconds
 from fl_gradcode.strategy.adaptive import AdaptiveModes, regrouped
 from fl_gradcode.strategy.options import Approximation
 from fl_gradcode.testing import InProcessGrid
@@ -65,12 +68,52 @@ def test_where_load_costs_nothing_it_sends_coded_vectors_and_where_it_does_shard
 @pytest.mark.parametrize(
     "law", ["none", "lognormal", "shifted-exponential", "serverless", "virtual-machines", "phones"]
 )
-def test_it_is_never_more_than_a_twentieth_slower_than_no_code(law: str) -> None:
+def test_it_is_never_more_than_two_percent_slower_than_no_code(law: str) -> None:
     latency, n, rounds, seed = named(law), 18, 40, 0
     way = Scheme(fractional_repetition(n, 2), "adaptive")
     ours = sum(round_seconds(way, latency, rounds=rounds, idle=False, seed=seed, n=n))
     plain = steady_rounds(wait_for_all(n), latency.parts(seed=seed, n=n, rounds=rounds)).seconds.sum()
-    assert ours <= 1.05 * plain
+    assert ours <= 1.02 * plain
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("sigma", [0.1, 0.2, 0.35])
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_nor_under_loads_that_change_or_that_no_replay_can_tell(scenario: str, sigma: float, seed: int) -> None:
+    assert over_plain(SCENARIOS[scenario], sigma, seed=seed) <= 1.02
+
+
+def test_it_still_tries_coded_vectors_where_they_save_what_they_may_lose() -> None:
+    """Half a run of strong noise that no load adds to, and then the opposite."""
+    before_compute = over_plain(SCENARIOS["noise, all compute after round 20"], 0.6)
+    before_noise = over_plain(SCENARIOS["all compute, noise after round 20"], 0.6)
+    assert before_compute < 0.85 and before_noise < 0.8
+
+
+def test_one_round_of_coded_vectors_that_takes_much_longer_than_a_plain_one_is_the_last_for_long() -> None:
+    ways = AdaptiveModes(fractional_repetition(6, 2))
+    modes = []
+    for number in range(1, 40):
+        mode = ways.choose(complete=True)
+        modes.append(mode.send)
+        # Noise in whatever does not depend on the load, until the sixth round of coded vectors.
+        thrashes = modes.count("coded") > 5
+        noise = np.random.default_rng(number).exponential(1.0, 6)
+        computing = 30.0 if thrashes and mode.send == "coded" else 0.0
+        jobs = [
+            JobLine(worker, "train", number, mode.load, float(noise[worker]) + computing, computing)
+            for worker in range(6)
+        ]
+        # Second copies save a third, and coded vectors more.
+        waiting = float(noise.max() / 1.5 if mode.send == "shards" else noise.reshape(2, 3).min(axis=1).max())
+        waiting += computing
+        row = round_row("r", number, outcome="exact")
+        assert row.train is not None
+        train = replace(row.train, timings=tuple(jobs), seconds=PhaseSeconds(waiting, 0.0))
+        ways.learn(replace(row, train=train, way=mode.line))
+    first = modes.index("coded")
+    assert modes[first : first + 6] == ["coded"] * 6
+    assert set(modes[first + 6 : first + 22]) == {"shards"}
 
 
 def test_a_worker_that_dies_takes_the_smaller_groups_with_it_but_not_the_run() -> None:
