@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -65,7 +66,7 @@ class SecureAggregation:
         return f"SecureAggregation(body {self.body.digest.hex()[:12]}...)"
 
     @property
-    def send(self) -> str:
+    def send(self) -> Literal["coded", "shards"]:
         """What `GradientCoding(send=)` must be for this manifest, "coded" or "shards"."""
         return "coded" if self.body.classes.sending == "coded" else "shards"
 
