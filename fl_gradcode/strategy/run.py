@@ -274,6 +274,7 @@ class Run:
             self.keeper.save_account(self.name, account.state)
         if kind == "train":
             self._masks.rehearse(phase, nodes, phase.registry, grid, self.timeout)
+        nodes = [*self._masks.compare_first(phase, nodes, grid, self.timeout)]
         if isinstance(grid, EarlyStopGrid):
             grid.expect(phase)
         elif self.mode.send == "shards":

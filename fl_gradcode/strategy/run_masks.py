@@ -14,10 +14,11 @@ from flwr.serverapp import Grid
 from ..errors import InvalidSetting
 from ..privacy import IntegerNoise, Privacy
 from ..protocol import Plan, Rejection
-from ..roster import WorkerRegistry, rehearse
+from ..roster import WorkerRegistry, collect_tags, rehearse
 from ..runlog import PhaseRow
 from .options import Options
 from .phase import Phase
+from .replies import Rejected
 from .reply_groups import MaskedReplies
 from .resume import RunKeeper
 
@@ -140,6 +141,26 @@ class RunMasks:
             votes=self._votes,
         )
         self._rehearsed = manifest.digest
+
+    def compare_first(self, phase: Phase, nodes: Sequence[int], grid: Grid, timeout: float | None) -> Sequence[int]:
+        """Collect the tags of what nodes compute, so that the phase's messages show them and ask for the vectors.
+
+        Nothing is done unless the manifest says agree="always". If too few tags come, the nodes refuse.
+
+        Returns:
+            The nodes to ask for vectors: all that have not refused to compute.
+        """
+        manifest = self.manifest
+        if manifest is None or not manifest.body.always:
+            return nodes
+        plan, factory, registry = phase.plan, phase.factory, phase.registry
+        messages = factory.messages(nodes, registry, plan.rows)
+        found = collect_tags(plan, manifest.body.classes, messages, registry, grid, timeout)
+        phase.replies.rejected += [Rejected(*one) for one in found.rejections]
+        shown = replace(plan, tags=found.tags, tagged=f"{plan.label} {found.request}")
+        phase.factory = factory.for_plan(shown, with_arrays=False)
+        refused = {node for node, _, _ in found.rejections}
+        return [node for node in nodes if node not in refused] or nodes
 
     def with_tags(self, plan: Plan) -> Plan:
         """Returns a plan that shows the holders of each class the tags of the last phase."""
