@@ -171,6 +171,7 @@ class Run:
         """
         self.done, self._resumed = saved.round, True
         self.restore_average(saved)
+        self._masks.resume(saved.tags)
         if self.late_updates is not None and saved.memory is not None:
             with self.keeper.reading("last updates"):
                 self.late_updates.memory.restore(saved.memory)
@@ -200,7 +201,8 @@ class Run:
         memory = None if self.late_updates is None else self.late_updates.memory.state()
         average = None if self.average is None else self.average.state()
         account = None if self.account is None else self.account.state
-        self.keeper.save(self.name, number, arrays, account, memory=memory, average=average)
+        tags = self._masks.state
+        self.keeper.save(self.name, number, arrays, account, memory=memory, average=average, tags=tags)
 
     def restore_average(self, saved: Saved) -> None:
         """Restore the average of the models, if the run keeps one.

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
@@ -161,6 +161,25 @@ class RunMasks:
         phase.factory = factory.for_plan(shown, with_arrays=False)
         refused = {node for node, _, _ in found.rejections}
         return [node for node in nodes if node not in refused] or nodes
+
+    @property
+    def state(self) -> dict[str, Any] | None:
+        """The tags of the last phase, for a checkpoint; None if there are none."""
+        return {"tagged": self._tagged, "tags": {str(w): one for w, one in self._tags.items()}} if self._tags else None
+
+    def resume(self, state: dict[str, Any] | None) -> None:
+        """Restore the tags of the last phase, which would otherwise be shown to nobody.
+
+        Raises:
+            InvalidSetting: They are damaged.
+        """
+        if state is None or self._secure is None:
+            return
+        with self._keeper.reading("tags of masks"):
+            tags = {int(worker): one for worker, one in state["tags"].items()}
+            if not all(isinstance(one, str) for one in (state["tagged"], *tags.values())):
+                raise TypeError("they are no texts")
+            self._tags, self._tagged = tags, state["tagged"]
 
     def with_tags(self, plan: Plan) -> Plan:
         """Returns a plan that shows the holders of each class the tags of the last phase."""
