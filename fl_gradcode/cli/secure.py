@@ -162,6 +162,8 @@ def make(
             versions=versions_of(name.strip() for name in pin.split(",") if name.strip()),
             environment=environment_words() if pin_machine else (),
         )
+        if relayed and body.first_use:
+            raise InvalidSetting(f"--first-use does not go with this body: {body.first_use}.")
         if relayed:
             write_body(folder, body)
             _show(body)

@@ -249,6 +249,8 @@ def check_body(folder: Path, body: ManifestBody, owner: Mapping[str, Any]) -> No
     Raises:
         SecureRefused: The body, its graph, or the versions and the environment that it pins are not what they must be.
     """
+    if is_enrolled(folder) and body.first_use:
+        raise SecureRefused(f"The manifest cannot be used without an allow-list: {body.first_use}.")
     if body.app or (body.identities and not is_enrolled(folder)):
         raise SecureRefused("The manifest asks for what this version cannot do: see fl_gradcode.secagg.")
     _certify(folder, body, body.digest, _number(owner, COLLUDERS), _number(owner, MIN_CLASSES))

@@ -213,6 +213,16 @@ class ManifestBody:
         most = max(colluders, self.colluders)
         return promised(self.quantiser, self.classes, self.size, self.scope, most)
 
+    @property
+    def first_use(self) -> str:
+        """Why identities that come first cannot be trusted under this body; empty if they can."""
+        if self.scope != "sum" or self.identities:
+            return ""
+        return (
+            "its noise covers the sum alone, and a server that takes the place of other workers would read single "
+            "classes: keys come from a dealer, or with an allow-list"
+        )
+
     def why_not_private(self, privacy: Privacy | None) -> str:
         """Returns why the body does not go with a privacy setting, as the end of a sentence; empty if it does."""
         return why_not_private(
@@ -422,15 +432,7 @@ def _body_of(values: dict[str, Any], text: bytes) -> ManifestBody:
         raise InvalidSetting(f"its {_SCOPE} is {scope!r}: with integer noise it is 'shard' or 'sum', else not there.")
     if quantiser.noise:
         told = bool(metrics or evaluation)
-        check_noise(
-            quantiser,
-            classes,
-            scope,
-            metrics=told,
-            identities=bool(identities),
-            rehearsal=compared > 0,
-            cohorts=len(cohorts),
-        )
+        check_noise(quantiser, classes, scope, metrics=told, rehearsal=compared > 0, cohorts=len(cohorts))
     return ManifestBody(
         classes,
         graph,

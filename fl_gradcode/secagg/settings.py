@@ -56,6 +56,8 @@ class SecureAggregation:
         wrong = _not_built(self.body)
         if self.manifest is not None and self.body.identities:
             wrong = "it names identities, which only a set-up through the server uses: pass its body"
+        elif self.manifest is None:
+            wrong = wrong or self.body.first_use
         if wrong:
             raise InvalidSetting(f"This version cannot run the manifest: {wrong}.")
         self.body.certificate(colluders=colluders, min_classes=min_classes)

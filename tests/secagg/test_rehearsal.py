@@ -309,6 +309,40 @@ def test_a_holder_whose_training_fails_once_differs_from_nobody(
         told_by(tmp_path / str(one), one, replace(after, round=3, tags={two: "00" * 32}), rest)
 
 
+# ---- another rehearsal within a run ----
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_holders_rehearse_again_after_a_round_that_was_lost(
+    tmp_path: Path, lost: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Worker 0 has not rehearsed, and its fellows are away from round 2 on, for so many rounds."""
+    dealt(tmp_path, FRC, **TRIPLES)
+    fellows = [worker for worker in next(one for one in FRC.groups or () if 0 in one) if worker]
+
+    def away(worker: int, plan: Plan) -> bool:
+        return worker in fellows and 1 < plan.round <= 1 + lost
+
+    kinds: list[tuple[int, str]] = []
+
+    def lose(worker: int, message: Message, reply: Message) -> Message:
+        plan = Plan.find_in(message.content)
+        assert plan is not None
+        kinds.append((plan.round, plan.kind))
+        return Message(Error(2, "gone"), reply_to=message) if away(worker, plan) else reply
+
+    def forget(server_round: int) -> None:
+        if server_round == 1:
+            (tmp_path / "node-0" / "comparisons.json").unlink()
+
+    strategy, _, _ = start(FRC, tmp_path, rounds=4, tamper=lose, kill=forget)
+    rows = [row["train"] for row in strategy.ledger.rows]
+    assert [row["outcome"] for row in rows] == ["exact", *["skipped"] * lost, *["exact"] * (3 - lost)]
+    assert {number for number, kind in kinds if kind == "rehearse"} == {1, *range(3, 3 + lost)}
+    assert ("The rehearsal of round 3 failed" in caplog.text) == (lost == 2)
+    assert not any(one["worker"] == 0 for one in rows[-1]["rejected"])
+
+
 # ---- after the server was killed ----
 
 
