@@ -114,6 +114,7 @@ class RehearsalRule(StopRule):
     Attributes:
         refused: Workers that refuse, and why.
         rejections: The same, as (node, worker, rejection).
+        wait: Record of the wait.
         differing: Those of them whose own rules made them refuse.
     """
 
@@ -121,7 +122,7 @@ class RehearsalRule(StopRule):
         self, plan: Plan, classes: Iterable[Iterable[int]], registry: WorkerRegistry, grid: EarlyStopGrid
     ) -> None:
         self._round = plan.kind not in ("rehearse", "compare")
-        self.label = f"tags {plan.round}" if self._round else plan.label  # the vectors of the round come after
+        self.label, self.wait = plan.label, Wait()
         self._plan, self._registry, self._source = plan, registry, grid.source
         self._classes = [frozenset(one) for one in classes]
         self._workers = frozenset().union(*self._classes)
@@ -205,4 +206,5 @@ class RehearsalRule(StopRule):
 
     def finish(self, wait: Wait) -> list[Message]:
         """Returns no messages, because `offer` has recorded everything."""
+        self.wait = wait
         return []

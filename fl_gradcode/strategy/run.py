@@ -386,7 +386,8 @@ class Run:
         entry = report.phase_row(phase, decoded, self.account, decoding=time.perf_counter() - began)
         entry = self._masks.marked(entry)
         self._note(kind, entry)  # noted before anything below can raise, so that the row tells what happened
-        taken = [self._slowest or 0.0, *(job.seconds for job in [*phase.wait.times, *phase.wait.owing])]
+        waits = [phase.wait] if phase.compared is None else [phase.compared, phase.wait]
+        taken = [self._slowest or 0.0, *(job.seconds for wait in waits for job in [*wait.times, *wait.owing])]
         self._slowest = max(taken) or None
         refuse_unsuitable(phase.replies, ever_decoded=self._ever_decoded)
         for key, text in broken_promises(phase.replies):

@@ -169,6 +169,7 @@ class RunMasks:
         messages = factory.messages(nodes, registry, plan.rows)
         found = collect_tags(plan, manifest.body.classes, messages, registry, grid, timeout)
         phase.replies.rejected += [Rejected(*one) for one in found.rejections]
+        phase.compared = found.wait
         shown = replace(plan, tags=found.tags, tagged=f"{plan.label} {found.request}")
         phase.factory = factory.for_plan(shown, with_arrays=False)
         refused = {node for node, _, _ in found.rejections}

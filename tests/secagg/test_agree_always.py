@@ -71,10 +71,14 @@ def test_holders_that_agree_go_on_as_without_and_train_once(tmp_path: Path, code
         return update_for(server_round, shard)
 
     strategy, models, _ = start(code, tmp_path / "nodes", known_app(update), rounds=3, latency=latency, tamper=seen)
-    _, others, _ = start(code, tmp_path / "plain", rounds=3, latency=latency)
+    plain, others, _ = start(code, tmp_path / "plain", rounds=3, latency=latency)
     assert [row["train"]["outcome"] for row in strategy.ledger.rows] == ["exact"] * 3
     assert np.abs(flat(models[3]) - flat(others[3])).max() < 1e-4  # other manifests have other dithers
     assert max(trained.values()) <= len(code.holders_of(0))
+    for row, other in zip(strategy.ledger.rows, plain.ledger.rows, strict=True):  # the ledger counts both exchanges
+        train, once = row["train"], other["train"]
+        assert train["bytes-down"] > once["bytes-down"] and train["bytes-up"] > once["bytes-up"]
+        assert train["seconds"]["waiting"] >= min(job["seconds"] for job in train["timings"]) > 0.5
     for worker, plan, vector, _ in seen.replies:
         assert vector <= bool(plan.tagged), worker  # no vector before the tags have been shown
     for content in itertools.chain.from_iterable(seen.messages.values()):
