@@ -322,6 +322,27 @@ def test_answers_that_differ_never_leave_together_whatever_tags_are_shown(tmp_pa
     assert left == ({i for i, letter in enumerate(pattern) if letter == most[0]} if most[1] > 1 else set())
 
 
+@pytest.mark.parametrize("place", range(3))
+def test_a_majority_is_needed_for_each_class_of_a_worker(tmp_path: Path, place: int) -> None:
+    """Worker 0 of a Reed-Solomon code computes one of its three classes otherwise than all others."""
+    code = reed_solomon(6, 2)
+    manifest = sealed(body_of(code, colluders=0, agree="always"))
+    results, own = results_for(manifest.body), manifest.body.classes.sent_by(0)
+    assert len(own) == 3
+    holders, tags = [], {}
+    for worker in range(code.n):
+        (folder := tmp_path / str(worker)).mkdir()
+        holders.append(ComparedHolders(folder, keys_of(manifest, worker), "run"))
+        parts = {c: integers_of(manifest.body, c, results) for c in manifest.body.classes.sent_by(worker)}
+        if worker == 0:
+            parts[own[place]]["update"][0] += np.uint32(1)
+        tags[worker] = holders[worker].note("train 1", REQUEST, parts).hex()
+    with pytest.raises(SecureRefused, match="Workers 0 and . compute different integers"):
+        holders[0].agreed("train 1", tags, f"train 1 {REQUEST.hex()}")
+    for holder in holders[1:]:
+        holder.agreed("train 1", tags, f"train 1 {REQUEST.hex()}")
+
+
 # ---- manifests ----
 
 
