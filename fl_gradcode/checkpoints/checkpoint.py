@@ -67,6 +67,7 @@ class Saved:
         privacy: State of the privacy account; None if the run promises no privacy.
         memory: Last updates of the shards; None without bounded staleness.
         average: State of the models' average; None without one.
+        tags: Tags of the last round that masked replies came with, which the next plan shows; None without.
     """
 
     run: str
@@ -79,6 +80,7 @@ class Saved:
     privacy: dict[str, Any] | None = None
     memory: dict[str, Any] | None = None
     average: dict[str, Any] | None = None
+    tags: dict[str, Any] | None = None
 
 
 class Checkpoint:
@@ -151,7 +153,12 @@ class Checkpoint:
                 if type(state["blobs"]) is not int or state["blobs"] != len(archive.infolist()) - 1:
                     raise ValueError("the number of its members")
                 blobs = [archive.read(str(number)) for number in range(state["blobs"])]
-            known = {"memory": None, "average": None, **state["saved"]}  # files of earlier versions lack it
+            known = {
+                "memory": None,
+                "average": None,
+                "tags": None,
+                **state["saved"],
+            }  # files of earlier versions lack it
             saved = Saved(**{entry.name: decode(known[entry.name], blobs) for entry in fields(Saved)})
             _check(saved)
         except InvalidSetting:
@@ -295,6 +302,7 @@ def _check(saved: Saved) -> None:
         saved.privacy or {},
         saved.memory or {},
         saved.average or {},
+        saved.tags or {},
     ]
     if not all(type(value) is dict and all(isinstance(key, str) for key in value) for value in kept):
         raise TypeError("what is kept is no dict of names")

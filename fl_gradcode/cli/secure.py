@@ -64,6 +64,13 @@ def make(
     rehearsal: Annotated[
         bool, typer.Option("--rehearsal", help="Holders compare tags of their integers before any vector is sent.")
     ] = False,
+    agree_always: Annotated[
+        bool,
+        typer.Option(
+            "--agree-always",
+            help="Holders compare tags before the vectors of each round: more than half of them have to answer.",
+        ),
+    ] = False,
     bound: Annotated[float | None, typer.Option(help="Clipping bound of an update, 1.0 by default.")] = None,
     clip: Annotated[
         str | None, typer.Option(help="entries or norm: what the bound limits, entries by default.")
@@ -141,6 +148,7 @@ def make(
             metrics=metrics,
             evaluation=evaluation,
             rehearsal=rehearsal,
+            agree="always" if agree_always else "",
             sending=_SENDING[send],
             colluders=colluders,
             min_classes=min_classes,
@@ -154,6 +162,8 @@ def make(
             versions=versions_of(name.strip() for name in pin.split(",") if name.strip()),
             environment=environment_words() if pin_machine else (),
         )
+        if relayed and body.first_use:
+            raise InvalidSetting(f"--first-use does not go with this body: {body.first_use}.")
         if relayed:
             write_body(folder, body)
             _show(body)
@@ -245,6 +255,9 @@ def _show(body: ManifestBody) -> None:
     covered = "training and evaluation" if body.evaluation else "training alone"
     typer.echo(f"  replies     {way}, for {covered}")
     typer.echo(f"  certified   for any {certificate.colluders} colluding workers ({certificate.method})")
+    if body.rehearsal or body.always:
+        when = "before the vectors of each round" if body.always else "before the first vectors and after each round"
+        typer.echo(f"  compared    {when}, by tags of more than half of the holders")
     typer.echo(
         f"  updates     clipped at {quantiser.bound:g} ({quantiser.clip}), {quantiser.fraction_bits} fraction bits: "
         f"sums are off by at most {error:.1e}"

@@ -122,6 +122,14 @@ def masked_answer(
         told = Reply(run=plan.run, round=plan.round, kind=plan.kind, worker=worker, outcome="idle")
         return Message(told.content(), reply_to=message)
     pairs = _asked(plan, body, worker, message.metadata.message_type)
+    size = 4 * sum(length // body.classes.m for length in body.lengths(plan.kind).values())
+    answered = AnsweredRequests(folder / _ANSWERED, most=_number(owner, MAX_REQUESTS))
+    if body.always and plan.tagged:  # the vector that was computed before, now that holders have shown their tags
+        request, tags = holders.agreed(plan.label, plan.tags, plan.tagged)
+        payload = answered.reply_to(plan.run, plan.kind, plan.round, request)
+        if payload is None or payload[size:] != tags:  # two processes may have computed it
+            raise SecureRefused(f"This node has no answer to {plan.label} of which it is shown the tags.")
+        return _masked(message, plan, keys, request, payload[:size], tags, simulated=simulated)
     private = MaskedPrivacy(plan, body, message, context, _number(owner, COLLUDERS))
     if plan.kind != "rehearse":
         holders.check(plan.tags, plan.tagged)
@@ -139,7 +147,6 @@ def masked_answer(
         quantiser=body.quantiser.digest,
         layout=body.result(plan.kind).digest,
     )
-    answered = AnsweredRequests(folder / _ANSWERED, most=_number(owner, MAX_REQUESTS))
     counted = plan.number if plan.kind == "rehearse" else plan.round  # a rehearsal may be repeated in a round
     payload = answered.reply_to(plan.run, plan.kind, counted, request, number)
     if payload is None:
@@ -162,22 +169,38 @@ def masked_answer(
             tags = holders.note(plan.label, request, parts)
             payload = masked_reply(keys, request, parts, plan.kind).payload() + tags
         payload = answered.keep(plan.run, plan.kind, counted, request, payload, number)
-    size = len(payload)
-    if plan.kind != "rehearse":  # the tags of the reply are kept behind its words
-        size = 4 * sum(length // body.classes.m for length in body.lengths(plan.kind).values())
+    if plan.kind == "rehearse":  # its tags are all that leaves
+        size = len(payload)
+    vector = None if body.always else payload[:size]  # the tags are kept behind the words
+    return _masked(message, plan, keys, request, vector, payload[size:], simulated=simulated)
+
+
+def _masked(
+    message: Message,
+    plan: Plan,
+    keys: ClassKeys,
+    request: bytes,
+    vector: bytes | None,
+    tags: bytes,
+    *,
+    simulated: bool,
+) -> Message:
+    """Returns a masked reply, with its words, or with tags alone if it is kept back until holders have compared."""
     reply = Reply(
         run=plan.run,
         round=plan.round,
         kind=plan.kind,
-        worker=worker,
+        worker=keys.worker,
         outcome="masked",
-        shards=plan.rows[worker].shards,
+        shards=plan.rows[keys.worker].shards,
         manifest=keys.manifest.digest.hex(),
         request=request.hex(),
         simulated=simulated,
-        tags=payload[size:].hex(),
+        tags=tags.hex(),
     )
-    words = as_array(np.frombuffer(payload, "<u4", size // 4))
+    if vector is None:
+        return Message(reply.content(), reply_to=message)
+    words = as_array(np.frombuffer(vector, "<u4"))
     return Message(reply.content(**{UPDATE: ArrayRecord({MASKED: words})}), reply_to=message)
 
 
@@ -226,6 +249,8 @@ def check_body(folder: Path, body: ManifestBody, owner: Mapping[str, Any]) -> No
     Raises:
         SecureRefused: The body, its graph, or the versions and the environment that it pins are not what they must be.
     """
+    if is_enrolled(folder) and body.first_use:
+        raise SecureRefused(f"The manifest cannot be used without an allow-list: {body.first_use}.")
     if body.app or (body.identities and not is_enrolled(folder)):
         raise SecureRefused("The manifest asks for what this version cannot do: see fl_gradcode.secagg.")
     _certify(folder, body, body.digest, _number(owner, COLLUDERS), _number(owner, MIN_CLASSES))

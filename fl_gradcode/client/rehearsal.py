@@ -8,6 +8,10 @@ a node that differs then sends no further vector until it has passed another reh
 
 A server can show no tags, or fewer, and cannot make any. So this finds honest mistakes, and what it bounds of a server
 that deviates is what a node's owner sets: how many vectors leave that a majority has not confirmed.
+
+Under a manifest with agree="always", each answer is kept back until a majority has shown the same integers for the same
+request. Of two majorities, one holder is in both, and it has one tag of a request. So whatever the server shows, no two
+answers leave that differ.
 """
 
 from __future__ import annotations
@@ -59,6 +63,11 @@ class ComparedHolders:
         """Whether the manifest says that holders are compared."""
         return self._keys.manifest.body.rehearsal
 
+    @property
+    def always(self) -> bool:
+        """Whether the manifest says that holders are compared before each answer."""
+        return self._keys.manifest.body.always
+
     # The rehearsal
 
     def rehearsed(self, request: bytes, integers: Mapping[int, Parts]) -> bytes:
@@ -92,23 +101,33 @@ class ComparedHolders:
             if run is None:
                 raise SecureRefused("This node has not rehearsed this run.")
             run["passed"] = False
-        for c, expected in sorted(run["tags"].items(), key=lambda one: int(one[0])):
-            agree, differ = self._shown(int(c), expected, tags)
-            if 2 * len(agree) > len(expected):
-                self._tell(differ)
-                continue
-            if differ:
-                raise SecureRefused(self._different(differ))
-            raise SecureRefused(
-                f"{len(agree)} of the {len(expected)} holders of a class of worker {self._keys.worker} have "
-                "rehearsed; more than half are needed."
-            )
+        self._refuse_minority(run["tags"], tags)
         with self._changing() as state:
             if state["runs"].get(self._run, {}).get("tags") != run["tags"]:
                 raise SecureRefused("This node has rehearsed again meanwhile.")
             state["runs"][self._run]["passed"] = True
 
     # Rounds
+
+    def agreed(self, label: str, tags: Mapping[int, str], tagged: str) -> tuple[bytes, bytes]:
+        """Returns the request whose answer may leave, and this node's tags of that answer.
+
+        Args:
+            label: Kind and round that are asked for, such as "train 3".
+            tags: Worker -> its tags in the order of its classes, as hexadecimal.
+            tagged: What they are the tags of: kind, round and request.
+
+        Raises:
+            SecureRefused: This node has computed nothing for the request, or not more than half of the holders have
+                shown the same integers. The text names workers alone.
+        """
+        shown, _, request = tagged.rpartition(" ")
+        with self._changing() as state:
+            found = [one for one in state["answers"] if (one["run"], one["label"]) == (self._run, label)]
+        if shown != label or not found or found[0]["request"] != request:
+            raise SecureRefused(f"This node has computed nothing for the request of {label} that it is shown tags of.")
+        self._refuse_minority(found[0]["tags"], tags)
+        return bytes.fromhex(request), self._own(found[0]["tags"])
 
     def check(self, tags: Mapping[int, str], tagged: str) -> None:
         """Look at the tags of an earlier answer, and refuse to go on unless this run's holders are known to agree.
@@ -160,20 +179,22 @@ class ComparedHolders:
         Raises:
             SecureRefused: The holders differ, or too many answers were not confirmed; see `check`.
         """
-        if not self.needed:
+        if not (self.needed or self.always):
             return b""
         expected = self._expected(request, integers)
         with self._changing() as state:
-            self._may_answer(state)  # another process may have learnt more meanwhile
+            if self.needed:
+                self._may_answer(state)  # another process may have learnt more meanwhile
             answers = state["answers"]
             key = {"run": self._run, "label": label, "request": request.hex()}
             known = next((one for one in answers if {**one, **key} == one), None)
             if known is not None:  # a further shard, or a process that was killed
                 known["tags"] |= expected
                 return self._own(expected)
-            if self._most is not None and state["unconfirmed"] >= self._most:
-                raise SecureRefused(self._too_many())
-            state["unconfirmed"] += 1
+            if self.needed:
+                if self._most is not None and state["unconfirmed"] >= self._most:
+                    raise SecureRefused(self._too_many())
+                state["unconfirmed"] += 1
             state["answers"] = [*answers, {**key, "tags": expected}][-_ANSWERS:]
         return self._own(expected)
 
@@ -207,6 +228,24 @@ class ComparedHolders:
     def _own(self, expected: Mapping[str, Mapping[str, Sequence[str]]]) -> bytes:
         me = str(self._keys.worker)
         return b"".join(bytes.fromhex(tags[me][0]) for _, tags in sorted(expected.items(), key=lambda one: int(one[0])))
+
+    def _refuse_minority(self, expected_of: Mapping[str, Mapping[str, Sequence[str]]], tags: Mapping[int, str]) -> None:
+        """Refuse to go on unless more than half of the holders of each class have shown the same integers.
+
+        Raises:
+            SecureRefused: They have not. The text names workers alone.
+        """
+        for c, expected in sorted(expected_of.items(), key=lambda one: int(one[0])):
+            agree, differ = self._shown(int(c), expected, tags)
+            if 2 * len(agree) > len(expected):
+                self._tell(differ)
+                continue
+            if differ:
+                raise SecureRefused(self._different(differ))
+            raise SecureRefused(
+                f"{len(agree)} of the {len(expected)} holders of a class of worker {self._keys.worker} have shown that "
+                "they compute the same; more than half are needed."
+            )
 
     def _shown(
         self, number: int, expected: Mapping[str, Sequence[str]], tags: Mapping[int, str]

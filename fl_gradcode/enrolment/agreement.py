@@ -67,6 +67,8 @@ def agree(folder: str | os.PathLike[str], text: bytes, allowed: Sequence[str] | 
     root, body = Path(folder), ManifestBody.from_bytes(text)
     identity = read_identity(root)
     check_identities(body, allowed)
+    if body.first_use:
+        raise InvalidSetting(f"The body cannot be agreed to without an allow-list: {body.first_use}.")
     if allowed is None and body.identities:
         raise InvalidSetting("The body names identities: compare them with an allow-list of your own.")
     if identity.worker >= body.classes.n:

@@ -7,13 +7,14 @@ from .._lazy import lazy_names
 if TYPE_CHECKING:
     from .discovery import discover
     from .holdings import Discovered, Holdings
-    from .rehearsal import rehearse
+    from .rehearsal import collect_tags, rehearse
     from .worker_registry import WorkerRegistry
 
 __all__ = [
     "Discovered",
     "Holdings",
     "WorkerRegistry",
+    "collect_tags",
     "discover",
     "rehearse",
 ]
@@ -29,6 +30,7 @@ __getattr__, __dir__ = lazy_names(
             "Holdings",
         ],
         "rehearsal": [
+            "collect_tags",
             "rehearse",
         ],
         "worker_registry": [

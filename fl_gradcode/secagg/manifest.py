@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -130,7 +130,9 @@ class ManifestBody:
         arrays: Name, dtype and shape of each array that `train()` returns.
         metrics: Name and length of each metric, -1 for a single number; without the weight.
         evaluation: The same for what `evaluate()` returns; empty if nodes answer no evaluation.
-        rehearsal: Whether the holders of each class compare tags of their integers before a vector leaves in a run.
+        rehearsal: Whether the holders of each class compare tags of their integers before a vector leaves in a run, and
+            after each round.
+        always: Whether they compare them before the vectors of each round leave, which needs no rehearsal.
         identities: Public identity keys of the workers, as hexadecimal; empty in dealer mode.
         app: Digest of the app, empty if it is not pinned.
         versions: Name and version of what the bits of an update depend on.
@@ -149,6 +151,7 @@ class ManifestBody:
     metrics: tuple[tuple[str, int], ...]
     evaluation: tuple[tuple[str, int], ...]
     rehearsal: bool
+    always: bool
     identities: tuple[str, ...]
     app: str
     versions: tuple[tuple[str, str], ...]
@@ -210,6 +213,16 @@ class ManifestBody:
         most = max(colluders, self.colluders)
         return promised(self.quantiser, self.classes, self.size, self.scope, most)
 
+    @property
+    def first_use(self) -> str:
+        """Why identities that come first cannot be trusted under this body; empty if they can."""
+        if self.scope != "sum" or self.identities:
+            return ""
+        return (
+            "its noise covers the sum alone, and a server that takes the place of other workers would read single "
+            "classes: keys come from a dealer, or with an allow-list"
+        )
+
     def why_not_private(self, privacy: Privacy | None) -> str:
         """Returns why the body does not go with a privacy setting, as the end of a sentence; empty if it does."""
         return why_not_private(
@@ -264,6 +277,7 @@ def make_body(
     metrics: Sequence[tuple[str, int]] = (),
     evaluation: Sequence[tuple[str, int]] = (),
     rehearsal: bool = False,
+    agree: Literal["", "always"] = "",
     colluders: int = 1,
     min_classes: int = 3,
     cohorts: int = 1,
@@ -289,6 +303,8 @@ def make_body(
         metrics: Name and length of each metric except the weight, -1 for a single number.
         evaluation: The same for what `evaluate()` returns; empty if nodes answer no evaluation.
         rehearsal: See `ManifestBody`.
+        agree: "always" for a comparison before the vectors of each round, in place of a rehearsal. More than half of
+            the holders of each class then have to answer in each round.
         colluders: Number T of workers that may collude with the server.
         min_classes: Fewest classes in a sum.
         cohorts: Number of separate sums.
@@ -333,7 +349,7 @@ def make_body(
             "arrays": [[name, dtype, [int(x) for x in shape]] for name, dtype, shape in arrays],
             "metrics": [[name, length] for name, length in metrics],
             "evaluation": [[name, length] for name, length in evaluation],
-            "rehearsal": int(rehearsal),
+            "rehearsal": _compared(rehearsal, agree),
             "identities": list(identities),
             "app": app,
             "versions": [[name, version] for name, version in sorted((versions or {}).items())],
@@ -351,8 +367,17 @@ _KEYS = {
 }
 
 
-#: Key of a body with integer noise alone.
-_SCOPE = "noise-scope"
+#: Key of a body with integer noise alone; and what "rehearsal" is if holders compare in each round.
+_SCOPE, _ALWAYS = "noise-scope", 2
+
+
+def _compared(rehearsal: bool, agree: str) -> int:
+    """Returns how holders are compared: 0 for not at all, 1 for a rehearsal, 2 for each round."""
+    if agree not in ("", "always"):
+        raise InvalidSetting(f"agree={agree!r} must be 'always', or '' for no comparison before each round.")
+    if agree and rehearsal:
+        raise InvalidSetting("agree='always' compares before each round, the first one too: leave rehearsal= out.")
+    return _ALWAYS if agree else int(rehearsal)
 
 
 def _body_of(values: dict[str, Any], text: bytes) -> ManifestBody:
@@ -397,21 +422,17 @@ def _body_of(values: dict[str, Any], text: bytes) -> ManifestBody:
     metrics, evaluation = (
         tuple((_text(name), _whole(length, -1)) for name, length in values[kind]) for kind in ("metrics", "evaluation")
     )
-    scope, rehearsal = values.get(_SCOPE, ""), _whole(values["rehearsal"]) == 1
+    scope, compared = values.get(_SCOPE, ""), _whole(values["rehearsal"])
+    if compared > _ALWAYS:
+        raise InvalidSetting(f"its rehearsal is {compared}: 0 is none, 1 is one, {_ALWAYS} is one in each round.")
+    if compared == _ALWAYS and classes.sending != "coded":
+        raise InvalidSetting("agree='always' needs coded vectors: with one shard a message, few compute each shard.")
     identities = tuple(map(_text, values["identities"]))
     if scope not in (("shard", "sum") if quantiser.noise else ("",)):
         raise InvalidSetting(f"its {_SCOPE} is {scope!r}: with integer noise it is 'shard' or 'sum', else not there.")
     if quantiser.noise:
         told = bool(metrics or evaluation)
-        check_noise(
-            quantiser,
-            classes,
-            scope,
-            metrics=told,
-            identities=bool(identities),
-            rehearsal=rehearsal,
-            cohorts=len(cohorts),
-        )
+        check_noise(quantiser, classes, scope, metrics=told, rehearsal=compared > 0, cohorts=len(cohorts))
     return ManifestBody(
         classes,
         graph,
@@ -422,7 +443,8 @@ def _body_of(values: dict[str, Any], text: bytes) -> ManifestBody:
         arrays,
         metrics,
         evaluation,
-        rehearsal,
+        compared == 1,
+        compared == _ALWAYS,
         identities,
         _text(values["app"]),
         tuple((_text(name), _text(version)) for name, version in values["versions"]),

@@ -117,7 +117,6 @@ def check_noise(
     scope: str,
     *,
     metrics: bool,
-    identities: bool,
     rehearsal: bool,
     cohorts: int,
 ) -> None:
@@ -128,7 +127,6 @@ def check_noise(
         classes: Its classes.
         scope: "shard" or "sum".
         metrics: Whether it has metrics of training or evaluation.
-        identities: Whether it has an allow-list.
         rehearsal: Whether holders compare what they compute.
         cohorts: Number of separate sums.
 
@@ -141,10 +139,10 @@ def check_noise(
         raise InvalidSetting("with integer noise no metric leaves a node, of training or evaluation: leave them out.")
     if not _is_repetition(classes):
         raise InvalidSetting("integer noise needs fractional repetition, where no copies of shards are mixed.")
-    if scope == "sum" and not (identities and rehearsal):
+    if scope == "sum" and not rehearsal:
         raise InvalidSetting(
-            "noise with scope='sum' rests on the masks, and needs an allow-list and a rehearsal: without them a server "
-            "may open masks, or holders that differ do."
+            "noise with scope='sum' rests on equal integers of all holders of a shard, and needs a rehearsal or "
+            "agree='always': holders that differ show their difference with a part of the noise alone."
         )
     if scope == "sum" and cohorts != 1:
         raise InvalidSetting(f"noise with scope='sum' is counted for one sum, and there are {cohorts} cohorts.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -55,6 +56,8 @@ class SecureAggregation:
         wrong = _not_built(self.body)
         if self.manifest is not None and self.body.identities:
             wrong = "it names identities, which only a set-up through the server uses: pass its body"
+        elif self.manifest is None:
+            wrong = wrong or self.body.first_use
         if wrong:
             raise InvalidSetting(f"This version cannot run the manifest: {wrong}.")
         self.body.certificate(colluders=colluders, min_classes=min_classes)
@@ -65,7 +68,7 @@ class SecureAggregation:
         return f"SecureAggregation(body {self.body.digest.hex()[:12]}...)"
 
     @property
-    def send(self) -> str:
+    def send(self) -> Literal["coded", "shards"]:
         """What `GradientCoding(send=)` must be for this manifest, "coded" or "shards"."""
         return "coded" if self.body.classes.sending == "coded" else "shards"
 

@@ -258,8 +258,6 @@ class Options:
             return "sends whole classes without rounding noise: leave give_up_after= and kappa_max= out"
         if wrong := self.secure.body.why_not_private(self.privacy):
             return wrong
-        if self.votes and self.privacy is not None:
-            return "does not combine with privacy= and votes= at once yet: choose one of the two"
         if self.on_disagreement != "warn":
             return "never uses copies that differ: leave on_disagreement= out"
         if self.digests is not None:

@@ -94,6 +94,7 @@ class Phase(StopRule):
         replies: The collected replies.
         collected: Whether the wait is over.
         wait: Record of the wait for replies.
+        compared: Record of the wait for tags, if holders compare what they compute before they send it; else None.
         asked: (node, worker) of each message, in the order of sending; the worker is None if it was not known then.
         failure: Reason why nothing could be decoded, or empty if there were simply too few replies.
         decodable_after: Number of good replies and seconds after which the phase was decodable; None if it never was.
@@ -143,6 +144,7 @@ class Phase(StopRule):
         )
         self.collected = False
         self.wait = Wait()
+        self.compared: Wait | None = None
         self.asked: list[tuple[int, int | None]] = []
         self.failure = ""
         self.decodable_after: tuple[int, float] | None = None

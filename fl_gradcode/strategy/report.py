@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 
 from .._text import numbered
 from ..codes import EXACT, GradientCode, PrimeField, rounding_bound
-from ..grid import JobTime
+from ..grid import JobTime, Wait
 from ..grid import Late as LateReply
 from ..privacy import RunAccount
 from ..protocol import report_key, wire_dtype
@@ -53,6 +53,8 @@ def phase_row(
     outcome: Outcome = "skipped" if decoded is None else "exact" if error <= EXACT else estimated
     after = phase.decodable_after
     stale = decoded.stale if isinstance(decoded, Decoded) else ()
+    first = phase.compared or Wait()  # nodes compute before they compare, and only send what they have kept after it
+    computing = phase.compared or wait
 
     return PhaseRow(
         outcome=outcome,
@@ -88,11 +90,11 @@ def phase_row(
         compared=tuple(sorted(phase.copies.compared)),
         privacy=account.line(replies.spent, replies.other_requests) if account and phase.plan.privacy else None,
         secure=_masked(phase, decoded) if phase.plan.secure else None,
-        timings=tuple(_timed(phase, job) for job in wait.times),
-        owing=tuple(_timed(phase, job) for job in wait.owing),
-        bytes_down=wait.bytes_down,
-        bytes_up=wait.bytes_up,
-        seconds=PhaseSeconds(waiting=wait.seconds, decoding=decoding, verifying=phase.verifying),
+        timings=tuple(_timed(phase, job) for job in computing.times),
+        owing=tuple(_timed(phase, job) for job in computing.owing),
+        bytes_down=first.bytes_down + wait.bytes_down,
+        bytes_up=first.bytes_up + wait.bytes_up,
+        seconds=PhaseSeconds(waiting=first.seconds + wait.seconds, decoding=decoding, verifying=phase.verifying),
     )
 
 

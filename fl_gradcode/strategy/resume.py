@@ -184,6 +184,7 @@ class RunKeeper:
         *,
         memory: dict[str, Any] | None = None,
         average: dict[str, Any] | None = None,
+        tags: dict[str, Any] | None = None,
     ) -> None:
         """Save the run as it is after a round.
 
@@ -194,12 +195,11 @@ class RunKeeper:
             account: State of the privacy account; None without a privacy promise.
             memory: Last updates of the shards; None without bounded staleness.
             average: State of the models' average; None without one.
+            tags: Tags of the last round, see `Saved`.
         """
         if self._checkpoint is not None:
-            state, metrics = self._state.changed(), self._metrics
-            self._checkpoint.save(
-                Saved(run, number, arrays, self._fingerprint, state, global_states(), metrics, account, memory, average)
-            )
+            kept = (self._fingerprint, self._state.changed(), global_states(), self._metrics)
+            self._checkpoint.save(Saved(run, number, arrays, *kept, account, memory, average, tags))
 
     def save_account(self, run: str, account: dict[str, Any]) -> None:
         """Write the state of the privacy account to disk; called during rounds as well as between them."""

@@ -171,6 +171,7 @@ class Run:
         """
         self.done, self._resumed = saved.round, True
         self.restore_average(saved)
+        self._masks.resume(saved.tags)
         if self.late_updates is not None and saved.memory is not None:
             with self.keeper.reading("last updates"):
                 self.late_updates.memory.restore(saved.memory)
@@ -200,7 +201,8 @@ class Run:
         memory = None if self.late_updates is None else self.late_updates.memory.state()
         average = None if self.average is None else self.average.state()
         account = None if self.account is None else self.account.state
-        self.keeper.save(self.name, number, arrays, account, memory=memory, average=average)
+        tags = self._masks.state
+        self.keeper.save(self.name, number, arrays, account, memory=memory, average=average, tags=tags)
 
     def restore_average(self, saved: Saved) -> None:
         """Restore the average of the models, if the run keeps one.
@@ -274,6 +276,7 @@ class Run:
             self.keeper.save_account(self.name, account.state)
         if kind == "train":
             self._masks.rehearse(phase, nodes, phase.registry, grid, self.timeout)
+        nodes = [*self._masks.compare_first(phase, nodes, grid, self.timeout)]
         if isinstance(grid, EarlyStopGrid):
             grid.expect(phase)
         elif self.mode.send == "shards":
@@ -383,7 +386,8 @@ class Run:
         entry = report.phase_row(phase, decoded, self.account, decoding=time.perf_counter() - began)
         entry = self._masks.marked(entry)
         self._note(kind, entry)  # noted before anything below can raise, so that the row tells what happened
-        taken = [self._slowest or 0.0, *(job.seconds for job in [*phase.wait.times, *phase.wait.owing])]
+        waits = [phase.wait] if phase.compared is None else [phase.compared, phase.wait]
+        taken = [self._slowest or 0.0, *(job.seconds for wait in waits for job in [*wait.times, *wait.owing])]
         self._slowest = max(taken) or None
         refuse_unsuitable(phase.replies, ever_decoded=self._ever_decoded)
         for key, text in broken_promises(phase.replies):

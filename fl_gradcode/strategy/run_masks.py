@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
-from ..errors import InvalidSetting
+from ..errors import InvalidSetting, RoundFailed
 from ..privacy import IntegerNoise, Privacy
 from ..protocol import Plan, Rejection
-from ..roster import WorkerRegistry, rehearse
+from ..roster import WorkerRegistry, collect_tags, rehearse
 from ..runlog import PhaseRow
 from .options import Options
 from .phase import Phase
+from .replies import Rejected
 from .reply_groups import MaskedReplies
 from .resume import RunKeeper
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SIMULATED", "RunMasks"]
 
+_log = logging.getLogger(__name__)
 SIMULATED = "Secure aggregation in a simulation protects nothing: all keys are on the server's machine."
 
 
@@ -50,6 +53,7 @@ class RunMasks:
         self._relay: Relay | None = None  # sets up keys, if no dealer has made them
         self._votes = options.votes
         self._rehearsed = b""  # digest of the manifest whose holders have compared what they compute
+        self._passed = b""  # the same, and it stays when they are to compare again
         self._clock = clock
         self._tags: dict[int, str] = {}  # worker -> its tags in the last phase that was decoded
         self._tagged = ""  # which phase that was
@@ -123,23 +127,72 @@ class RunMasks:
     ) -> None:
         """Let the holders of each class compare what they compute, before any of them sends a vector.
 
+        They do so again after a round that was lost while nodes refused: they were away before, or differed once.
+
         Raises:
-            RoundFailed: They differ, or too few of them answer. The message names them.
+            RoundFailed: They differ, or too few of them answer. The message names them. If they have passed before,
+                this is a warning, and the round is lost too.
         """
         manifest = self.manifest
         if manifest is None or not manifest.body.rehearsal or self._rehearsed == manifest.digest:
             return
         factory = phase.factory
-        rehearse(
-            replace(phase.plan, number=self._clock() // 1000, tags={}, tagged=""),
-            manifest.body.classes,
-            lambda plan, arrays: factory.for_plan(plan, with_arrays=arrays).messages(nodes, registry, plan.rows),
-            registry,
-            grid,
-            timeout,
-            votes=self._votes,
-        )
-        self._rehearsed = manifest.digest
+        try:
+            rehearse(
+                replace(phase.plan, number=self._clock() // 1000, tags={}, tagged=""),
+                manifest.body.classes,
+                lambda plan, arrays: factory.for_plan(plan, with_arrays=arrays).messages(nodes, registry, plan.rows),
+                registry,
+                grid,
+                timeout,
+                votes=self._votes,
+            )
+        except RoundFailed as error:
+            if self._passed != manifest.digest:
+                raise
+            _log.warning("%s", error)
+            return
+        self._rehearsed = self._passed = manifest.digest
+
+    def compare_first(self, phase: Phase, nodes: Sequence[int], grid: Grid, timeout: float | None) -> Sequence[int]:
+        """Collect the tags of what nodes compute, so that the phase's messages show them and ask for the vectors.
+
+        Nothing is done unless the manifest says agree="always". If too few tags come, the nodes refuse.
+
+        Returns:
+            The nodes to ask for vectors: all that have not refused to compute.
+        """
+        manifest = self.manifest
+        if manifest is None or not manifest.body.always:
+            return nodes
+        plan, factory, registry = phase.plan, phase.factory, phase.registry
+        messages = factory.messages(nodes, registry, plan.rows)
+        found = collect_tags(plan, manifest.body.classes, messages, registry, grid, timeout)
+        phase.replies.rejected += [Rejected(*one) for one in found.rejections]
+        phase.compared = found.wait
+        shown = replace(plan, tags=found.tags, tagged=f"{plan.label} {found.request}")
+        phase.factory = factory.for_plan(shown, with_arrays=False)
+        refused = {node for node, _, _ in found.rejections}
+        return [node for node in nodes if node not in refused] or nodes
+
+    @property
+    def state(self) -> dict[str, Any] | None:
+        """The tags of the last phase, for a checkpoint; None if there are none."""
+        return {"tagged": self._tagged, "tags": {str(w): one for w, one in self._tags.items()}} if self._tags else None
+
+    def resume(self, state: dict[str, Any] | None) -> None:
+        """Restore the tags of the last phase, which would otherwise be shown to nobody.
+
+        Raises:
+            InvalidSetting: They are damaged.
+        """
+        if state is None or self._secure is None:
+            return
+        with self._keeper.reading("tags of masks"):
+            tags = {int(worker): one for worker, one in state["tags"].items()}
+            if not all(isinstance(one, str) for one in (state["tagged"], *tags.values())):
+                raise TypeError("they are no texts")
+            self._tags, self._tagged = tags, state["tagged"]
 
     def with_tags(self, plan: Plan) -> Plan:
         """Returns a plan that shows the holders of each class the tags of the last phase."""
@@ -151,6 +204,8 @@ class RunMasks:
         With votes, those of a phase that was not decoded are left out: a wrong reply and a right one may be all there
         is of a class, and both senders would stop.
         """
+        if not decoded and any(one.rejection.kind == "secure-refused" for one in phase.replies.rejected):
+            self._rehearsed = b""
         best = phase.replies.best
         compared = self.manifest is not None and self.manifest.body.rehearsal and (decoded or not self._votes)
         if compared and isinstance(best, MaskedReplies):

@@ -124,6 +124,7 @@ def test_a_manifest_with_integer_noise_and_the_line_for_the_server(tmp_path: Pat
     start(fractional_repetition(8, 1), keys, privacy=noise)
     told = [call("secure", "check", keys / f"node-{worker}")[1] for worker in range(8)]
     assert sum(f"epsilon {noise.epsilon(1):.3g} at most, delta 1e-05, of a shard" in one for one in told) >= 4
+    summed = ("--noise-multiplier", 4, "--clipping-norm", 2, "--scope", "sum")
     for options, wrong in (
         (("--noise-multiplier", 4), "--noise-multiplier needs --clipping-norm"),
         (("--clipping-norm", 4), "say --noise-multiplier too"),
@@ -131,7 +132,9 @@ def test_a_manifest_with_integer_noise_and_the_line_for_the_server(tmp_path: Pat
             ("--noise-multiplier", 4, "--clipping-norm", 2, "--bound", 1),
             "leave --bound, --clip and --largest-weight out",
         ),
-        (("--noise-multiplier", 4, "--clipping-norm", 2, "--scope", "sum"), "needs an allow-list and a rehearsal"),
+        ((*summed,), "needs a rehearsal or agree='always'"),
+        ((*summed, "--rehearsal", "--first-use"), "--first-use does not go with this body"),
+        ((*summed, "--rehearsal", "--agree-always"), "leave rehearsal= out"),
         (("--noise-multiplier", 4, "--clipping-norm", 2, "--scope", "all"), "scope='all'"),
         ((), "--largest-weight is missing"),
     ):

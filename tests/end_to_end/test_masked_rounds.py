@@ -66,6 +66,15 @@ def test_integer_noise_in_the_simulation_engine(engine: Engine, tmp_path: Path) 
             assert all(one.spend.noise_multiplier == pytest.approx(multiplier) for one in entries)
 
 
+def test_holders_compare_before_each_round_in_the_simulation_engine(engine: Engine, tmp_path: Path) -> None:
+    layout, rounds = {"arrays": [["w", "float64", [5]]], "metrics": {"keys-seen": -1}}, 2
+    told = run(engine, tmp_path, layout, "--largest-weight 6 --bound 4 --agree-always", rounds=rounds)
+    assert [row["train"]["outcome"] for row in told["rows"]] == ["exact"] * rounds
+    updates = [np.random.default_rng(shard).standard_normal(5) for shard in range(NODES)]
+    plain = rounds * np.average(updates, axis=0, weights=np.arange(1, NODES + 1))
+    assert 0 < np.abs(np.array(told["model"]) - plain).max() < 1e-5
+
+
 def test_the_model_is_that_of_plain_flower_up_to_rounding(told: dict[str, Any]) -> None:
     updates = [np.random.default_rng(shard).standard_normal(5) for shard in range(NODES)]
     plain = ROUNDS * np.average(updates, axis=0, weights=np.arange(1, NODES + 1))

@@ -19,7 +19,9 @@ from typer.testing import CliRunner
 
 from fl_gradcode import GradientCoding, VirtualGrid, cyclic_repetition, fractional_repetition
 from fl_gradcode.cli.app import app as command_line
+from fl_gradcode.client.masked_call import check_body
 from fl_gradcode.codes import reed_solomon
+from fl_gradcode.enrolment import agree, make_identity
 from fl_gradcode.errors import InvalidSetting, PrivacyRefused, SecureRefused
 from fl_gradcode.latency import Latency, lognormal
 from fl_gradcode.masking import RoundedSum, discrete_gaussian
@@ -412,8 +414,7 @@ def test_a_killed_server_asks_the_round_again_and_nobody_is_charged_twice(tmp_pa
             "needs fractional repetition",
         ),
         (FRC, {"privacy": SUMMED, **SUM, "cohorts": 2, "min_classes": 2, "colluders": 0}, "there are 2 cohorts"),
-        (FRC, {"privacy": SUMMED, **SUM, "rehearsal": False}, "an allow-list and a rehearsal"),
-        (FRC, {"privacy": SUMMED, **SUM, "identities": ()}, "an allow-list and a rehearsal"),
+        (FRC, {"privacy": SUMMED, **SUM, "rehearsal": False}, "needs a rehearsal or agree='always'"),
         (FRC, {"privacy": IntegerNoise(noise_multiplier=1e4, clipping_norm=2.0**20)}, "do not fit the ring"),
     ],
     ids=str,
@@ -471,6 +472,33 @@ def test_noise_in_the_sum_is_shared_by_the_shards_that_no_colluder_holds(tmp_pat
     assert np.abs(flat(models[1]) - flat(initial_arrays())).max() < 8.0  # 2 sqrt(8 / 6) / 8 is a standard deviation
     with pytest.raises(InvalidSetting, match="hold all 8 shards"):
         body.noise(colluders=4)
+
+
+def test_noise_in_the_sum_with_the_keys_of_a_dealer(tmp_path: Path) -> None:
+    """The same release as with an allow-list; identities that come first are not enough."""
+    body = dealt(tmp_path, SUMMED, rehearsal=True).body
+    assert body.quantiser.noise == make_body(FRC, arrays=ARRAYS, privacy=SUMMED, **SUM).quantiser.noise
+    strategy, models, _ = start(FRC, tmp_path, privacy=SUMMED, rounds=2)
+    assert [row["train"]["outcome"] for row in strategy.ledger.rows] == ["exact"] * 2
+    line = strategy.ledger.rows[-1]["train"]["privacy"]
+    assert line["noise"] == "integer-sum" and line["epsilon"] == pytest.approx(NOISE.epsilon(2))
+    # Eight shards have the sixth part of the variance each, so that a standard deviation is 4 * 2 sqrt(8 / 6) / 8.
+    moved = (flat(models[1]) - flat(initial_arrays())) / (4.0 * 2.0 * math.sqrt(8 / 6) / 8)
+    assert 0.1 < float(np.square(moved).mean()) < 5
+    with pytest.raises(InvalidSetting, match="keys come from a dealer, or with an allow-list"):
+        SecureAggregation(body)
+    node = tmp_path / "node-0"
+    make_identity(node, 0)
+    with pytest.raises(InvalidSetting, match="cannot be agreed to without an allow-list"):
+        agree(node, body.text, None)
+
+
+def test_a_node_takes_no_part_with_noise_in_the_sum_on_first_use(tmp_path: Path) -> None:
+    """Were its body exchanged for one that it would not agree to by itself."""
+    fleet.enrolled(tmp_path, FRC, first_use=True, privacy=NOISE, rehearsal=True, metrics=[], colluders=1)
+    body = make_body(FRC, arrays=ARRAYS, privacy=SUMMED, rehearsal=True, colluders=1)
+    with pytest.raises(SecureRefused, match="cannot be used without an allow-list"):
+        check_body(tmp_path / "node-0", body, {})
 
 
 def test_a_round_whose_keys_may_be_others_after_a_restart_is_not_asked_again(tmp_path: Path) -> None:

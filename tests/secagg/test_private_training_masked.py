@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.serverapp.strategy import FedAvg
 
 from fl_gradcode import GradientCoding, VirtualGrid, fractional_repetition, gradient_coding_mod
-from fl_gradcode.codes import reed_solomon
+from fl_gradcode.codes import GradientCode, reed_solomon
 from fl_gradcode.errors import InvalidSetting, PrivacyRefused, SecureRefused
 from fl_gradcode.latency import Latency, lognormal
 from fl_gradcode.privacy import SPENT, BudgetLedger, CentralNoise, privacy_to_json
@@ -46,6 +46,7 @@ def start(
     tamper: Any = None,
     owner: dict[str, Any] | None = None,
     latency: bool = False,
+    code: GradientCode = FRC,
     **options: Any,
 ) -> tuple[GradientCoding, np.ndarray[Any, Any], Any]:
     """Private rounds, masked or in the clear; returns the strategy, how far the model moved, and the result."""
@@ -58,7 +59,7 @@ def start(
     named: dict[str, Any] = {"privacy": settings(), "run": "r", "give_up_rounds": None, **options}
     if secure is not None:
         named |= {"secure": secure, "send": secure.send}
-    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), FRC, **named)
+    strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), code, **named)
     with InProcessGrid(app or private_app(), 6, node_config=node_config, tamper=tamper) as inner:
         grid = VirtualGrid(inner, Latency(compute=lognormal(1.0, 0.6)), seed=3) if latency else inner
         result = strategy.start(grid, initial(), num_rounds=rounds)

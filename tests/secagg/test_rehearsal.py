@@ -12,8 +12,9 @@ import pytest
 from flwr.app import Error, Message
 
 from fl_gradcode import fractional_repetition
+from fl_gradcode.checkpoints import Checkpoint
 from fl_gradcode.codes import reed_solomon
-from fl_gradcode.errors import RoundFailed, SecureRefused
+from fl_gradcode.errors import InvalidSetting, RoundFailed, SecureRefused
 from fl_gradcode.latency import Latency, constant, lognormal, scaled
 from fl_gradcode.protocol import Plan, Reply, Row
 from tests.conftest import flat
@@ -306,3 +307,95 @@ def test_a_holder_whose_training_fails_once_differs_from_nobody(
         told_by(where, worker, replace(after, tags={fellow: tags[fellow].tags}), rest)
     with pytest.raises(SecureRefused, match="different integers"):
         told_by(tmp_path / str(one), one, replace(after, round=3, tags={two: "00" * 32}), rest)
+
+
+# ---- another rehearsal within a run ----
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_holders_rehearse_again_after_a_round_that_was_lost(
+    tmp_path: Path, lost: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Worker 0 has not rehearsed, and its fellows are away from round 2 on, for so many rounds."""
+    dealt(tmp_path, FRC, **TRIPLES)
+    fellows = [worker for worker in next(one for one in FRC.groups or () if 0 in one) if worker]
+
+    def away(worker: int, plan: Plan) -> bool:
+        return worker in fellows and 1 < plan.round <= 1 + lost
+
+    kinds: list[tuple[int, str]] = []
+
+    def lose(worker: int, message: Message, reply: Message) -> Message:
+        plan = Plan.find_in(message.content)
+        assert plan is not None
+        kinds.append((plan.round, plan.kind))
+        return Message(Error(2, "gone"), reply_to=message) if away(worker, plan) else reply
+
+    def forget(server_round: int) -> None:
+        if server_round == 1:
+            (tmp_path / "node-0" / "comparisons.json").unlink()
+
+    strategy, _, _ = start(FRC, tmp_path, rounds=4, tamper=lose, kill=forget)
+    rows = [row["train"] for row in strategy.ledger.rows]
+    assert [row["outcome"] for row in rows] == ["exact", *["skipped"] * lost, *["exact"] * (3 - lost)]
+    assert {number for number, kind in kinds if kind == "rehearse"} == {1, *range(3, 3 + lost)}
+    assert ("The rehearsal of round 3 failed" in caplog.text) == (lost == 2)
+    assert not any(one["worker"] == 0 for one in rows[-1]["rejected"])
+
+
+# ---- after the server was killed ----
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_tags_that_wait_for_comparison_outlive_the_server(tmp_path: Path) -> None:
+    """In round 2, one of three holders computes something else; the server is killed before the next plan says so."""
+    dealt(tmp_path / "nodes", FRC, **TRIPLES)
+    kept: dict[str, Any] = {"checkpoint": tmp_path / "run.ckpt", "ledger": tmp_path / "ledger.jsonl", "run": None}
+    # All holders are read: the second one differs from the first, and the third one decides.
+    slow = Latency(compute=scaled(constant(1.0), {worker: 1.0 + worker / 100 for worker in range(6)}))
+    options: dict[str, Any] = {"rounds": 3, "votes": 1, "verify": 0, "latency": slow, **kept}
+    turns: list[int] = []
+
+    def update(server_round: int, shard: int) -> Any:
+        turns.extend([server_round] * (shard == 0))
+        wrong = shard == 0 and server_round == 2 and turns.count(2) == 2
+        return update_for(server_round, shard) + np.float32(1e-3 * wrong)
+
+    def kill(server_round: int) -> None:
+        if server_round == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        start(FRC, tmp_path / "nodes", known_app(update), kill=kill, **options)
+    seen: list[tuple[int, Plan, Message]] = []
+
+    def keep(worker: int, message: Message, reply: Message) -> Message:
+        plan = Plan.find_in(message.content)
+        assert plan is not None
+        seen.append((worker, plan, reply))
+        return reply
+
+    strategy, _, _ = start(FRC, tmp_path / "nodes", known_app(update), tamper=keep, **options)
+    rows = [row["train"] for row in strategy.ledger.rows]
+    ((named, _),) = {(one["worker"], one["kind"]) for one in rows[1]["rejected"]}
+    asked = {worker: (plan, reply) for worker, plan, reply in seen if plan.label == "train 3"}
+    assert all(plan.tagged == f"train 2 {rows[1]['secure']['request']}" for plan, _ in asked.values())
+    refusing = {worker for worker, (_, reply) in asked.items() if reply.has_error()}
+    assert refusing == {named} and "different integers" in str(asked[named][1].error.reason)
+    assert rows[-1]["outcome"] == "exact"
+
+
+def test_damaged_tags_in_a_checkpoint_are_told(tmp_path: Path) -> None:
+    dealt(tmp_path / "nodes", FRC, **TRIPLES)
+    kept: dict[str, Any] = {"checkpoint": tmp_path / "run.ckpt", "ledger": tmp_path / "ledger.jsonl", "run": None}
+    start(FRC, tmp_path / "nodes", **kept)
+    checkpoint = Checkpoint(tmp_path / "run.ckpt")
+    saved = checkpoint.load()
+    assert saved is not None and saved.tags is not None
+    for damaged in ({"tags": {"x": ""}, "tagged": ""}, {"tags": {"1": 5}, "tagged": ""}, {"tagged": ""}, {"tags": 3}):
+        checkpoint.save(replace(saved, tags=damaged))
+        with pytest.raises(InvalidSetting, match="damaged .tags of masks"):
+            start(FRC, tmp_path / "nodes", rounds=2, **kept)

@@ -28,8 +28,8 @@ def train(message: Message, context: Context) -> Message:
         waits = notes / f"wait-{server_round}"
         while waits.exists():  # the test takes it away
             time.sleep(0.1)
-    update = np.random.default_rng(shard).standard_normal(5)
-    arrays = ArrayRecord({"w": Array(record["w"].numpy() + update)})
+    model = record["w"].numpy()
+    arrays = ArrayRecord({"w": Array(model + np.random.default_rng(shard).standard_normal(model.size))})
     metrics = MetricRecord({"num-examples": shard + 1, "keys-seen": float("secagg-dir" in context.run_config)})
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 

@@ -26,15 +26,17 @@ def main(grid: Grid, context: Context) -> None:
     folder, nodes, rounds = Path(str(config["folder"])), int(config["nodes"]), int(config["rounds"])
     code = reed_solomon(nodes, 1) if config["code"] == "reed-solomon" else fractional_repetition(nodes, 1)
     noise = float(config["noise-multiplier"])
+    secure = SecureAggregation(folder / "keys" / "secagg-manifest.json")
     strategy = GradientCoding(
         FedAvg(),
         code,
+        send=secure.send,
         privacy=IntegerNoise(noise_multiplier=noise, clipping_norm=2.0) if noise else None,
-        secure=SecureAggregation(folder / "keys" / "secagg-manifest.json"),
+        secure=secure,
         ledger=folder / "ledger.jsonl",
         checkpoint=folder / "run.ckpt",
     )
-    result = strategy.start(grid, ArrayRecord({"w": Array(np.zeros(5))}), num_rounds=rounds)
+    result = strategy.start(grid, ArrayRecord({"w": Array(np.zeros(int(config["size"])))}), num_rounds=rounds)
     model: Any = result.arrays["w"]
     told = {
         "model": model.numpy().tolist(),
