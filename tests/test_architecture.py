@@ -65,7 +65,7 @@ PACKAGES: dict[str, frozenset[str]] = {
     "testing": names("numpy flwr.app flwr.serverapp flwr.clientapp"),
     "cli": names("numpy typer rich matplotlib"),
     # Flower's internals, each with its reason there.
-    "_flower_internals": names("flwr.app flwr.clientapp.mod flwr.supercore"),
+    "_flower_internals": names("numpy flwr.app flwr.clientapp.mod flwr.supercore"),
 }
 #: (file, package): granted to one file. PyTorch and the rest are extras.
 EXTRAS = {

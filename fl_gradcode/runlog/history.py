@@ -197,15 +197,21 @@ class History:
         """Returns the job times as arrays.
 
         A reply that is still owed counts with its seconds so far, if these are more than those of the worker's other
-        jobs in that round. A job is listed in each round in which it is owed, and the entry with most seconds counts.
+        jobs in that round, and than most of its finished jobs of as many shards: less is only how long the worker has
+        been at it. A job is listed in each round in which it is owed, and the entry with most seconds counts.
         """
         done = [one for one in self._timings if not one.owing]
+        finished: dict[tuple[int, float], list[float]] = {}
+        for one in done:
+            finished.setdefault((one.worker, one.shards), []).append(one.seconds)
+        usual = {of: float(np.median(seconds)) for of, seconds in finished.items()}
         longest: dict[tuple[int, int], float] = {}
         for one in done:
             longest[one.round, one.worker] = max(one.seconds, longest.get((one.round, one.worker), -1.0))
         owed: dict[tuple[int, int], Timing] = {}
         for one in self._timings:
-            if one.owing and one.seconds > longest.get((one.round, one.worker), -1.0):
+            least = max(longest.get((one.round, one.worker), -1.0), usual.get((one.worker, one.shards), -1.0))
+            if one.owing and one.seconds > least:
                 owed[one.round, one.worker] = one
         both = [*done, *owed.values()]
         return Jobs(

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
 
-from .._flower_internals import reply_in_process
+from .._flower_internals import mean_of_replies, reply_in_process
 from ..errors import IncompatibleStrategy, InvalidSetting
 from ..grid import ForwardingGrid
 from ..protocol import restore_types, view
@@ -321,7 +320,9 @@ def aggregate(
     if isinstance(decoded, Returned):
         asked = {draft.metadata.dst_node_id: draft for draft in drafts}  # in the order in which it asked
         contents = [decoded.contents[shard] for shard in asked]
-        mean = None if sees == "replies" or why_no_average(strategy) else _mean_of(contents, strategy, kind)
+        weight_key = getattr(strategy, "weighted_by_key", "")
+        averages = sees != "replies" and not why_no_average(strategy)
+        mean = mean_of_replies(contents, weight_key, kind, view) if averages else None
         if mean is not None:
             replies = [reply_in_process(mean, drafts[0])]
         else:
@@ -336,62 +337,3 @@ def aggregate(
     content[arrays_name] = decoded.arrays
     arrays, metrics = strategy.aggregate_train(server_round, [Message(content, reply_to=drafts[0])])
     return None if arrays is None else restore_types(decoded.layout, arrays), metrics
-
-
-def _mean_of(contents: Sequence[RecordDict], strategy: Strategy, kind: str) -> RecordDict | None:
-    """Returns the records of one reply of which a strategy of Flower that averages makes what it makes of all of these.
-
-    It does so to the last bit: these are the operations of Flower's `aggregate_arrayrecords` and
-    `aggregate_metricrecords`, in their order, and the mean of one reply is that reply. They take a third of the time
-    here, since the replies are known to be alike and the headers of their arrays have been read.
-
-    Args:
-        contents: The records of each shard, with the same names, in the order in which the strategy asked for them.
-        strategy: The wrapped strategy.
-        kind: "train" or "evaluate".
-
-    Returns:
-        The records, or None if the strategy may refuse these replies, which it is to say itself.
-    """
-    weight_key = getattr(strategy, "weighted_by_key", "")
-    of_arrays = [name for name, record in contents[0].items() if isinstance(record, ArrayRecord)]
-    of_metrics = [name for name, record in contents[0].items() if isinstance(record, MetricRecord)]
-    if len(contents) < 2 or len(of_metrics) != 1 or (kind == "train" and len(of_arrays) != 1):
-        return None
-    means: dict[str, Any] = {}
-    sums: dict[str, Any] = {}
-    try:
-        metrics: list[Any] = [content[of_metrics[0]] for content in contents]
-        weights = [record[weight_key] for record in metrics]
-        total = sum(weights)
-        shares = [weight / total for weight in weights]
-        if total / total != 1.0:  # not finite
-            return None
-        for record, share in zip(metrics, shares, strict=True):
-            for name, value in record.items():
-                if name == weight_key:
-                    continue
-                own = [one * share for one in value] if isinstance(value, list) else value * share
-                if name not in means:
-                    means[name] = own
-                elif isinstance(value, list):
-                    means[name] = [one + more for one, more in zip(means[name], own, strict=True)]
-                else:
-                    means[name] += own
-        if kind == "train":
-            for content, share in zip(contents, shares, strict=True):
-                arrays: Any = content[of_arrays[0]]
-                for name, array in arrays.items():
-                    values: Any = view(array)
-                    if values.dtype.kind not in "fiub" or array.dtype == "bfloat16":
-                        return None
-                    if name in sums:
-                        sums[name] += values * share
-                    else:
-                        sums[name] = values * share
-        mean = RecordDict({of_metrics[0]: MetricRecord({weight_key: total, **means})})
-        if kind == "train":
-            mean[of_arrays[0]] = ArrayRecord({name: Array(np.asarray(values)) for name, values in sums.items()})
-    except Exception:  # whatever is wrong with the replies, the strategy's own error says it better
-        return None
-    return mean

@@ -219,6 +219,19 @@ def test_gaps_take_the_next_time_and_after_the_last_one_that() -> None:
     assert compute[:, 2].tolist() == [2.5] * 4  # the median of what is known
 
 
+def test_a_job_that_has_just_begun_says_nothing_of_how_long_its_worker_takes() -> None:
+    history = History(2)
+    history.add(
+        [Timing(number, 0, 1, 5.0) for number in (1, 4)] + [Timing(number, 1, 1, 1.0) for number in range(1, 7)]
+    )
+    history.add([Timing(6, 0, 1, 0.5, owing=True)])
+    assert history.tables()[1][:, 0].tolist() == [5.0] * 6
+    history.add([Timing(6, 0, 1, 9.0, owing=True)])  # longer than usual: that is known already
+    assert history.tables()[1][:, 0].tolist() == [5.0, 5.0, 5.0, 5.0, 9.0, 9.0]
+    history.add([Timing(6, 1, 2, 1.5, owing=True)])  # of other loads it says what it says
+    assert history.jobs().seconds.tolist().count(1.5) == 1
+
+
 def test_a_window_forgets_and_nonsense_is_not_learnt() -> None:
     history = History(2, window=2)
     history.add([Timing(number, 0, 1, float(number)) for number in range(1, 6)])
