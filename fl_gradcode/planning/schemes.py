@@ -69,7 +69,8 @@ class Scheme:
             return ""
         kind = self.name.partition(", ")[0]
         if self.shardwise:
-            when = "by the times that the run learns" if self.patience == LEARNED else "if the first one is late"
+            late = "when the first one is late"
+            when = f"{late}, by the times that the run has learned" if self.patience == LEARNED else late
             second = "at once" if self.patience == 0 else when
             what = f"a message asks for one shard, and an idle worker begins a second copy of it {second}"
         elif self.groups:
