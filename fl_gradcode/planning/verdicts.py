@@ -88,9 +88,12 @@ def recommend(lines: Sequence[Line]) -> tuple[Line, str]:
 
 def _others_data(line: Line) -> str:
     others = line.storage - 1
-    whose = "One of them is" if others == 1 else f"{others} of them are"
-    rounding = " This code amplifies rounding errors." if line.scheme.amplifies else ""
-    return f"{whose} the raw data of other workers.{rounding}"
+    whose = (
+        "One of them is the raw data of another worker."
+        if others == 1
+        else f"{others} of them are the raw data of other workers."
+    )
+    return whose + (" This code amplifies rounding errors." if line.scheme.amplifies else "")
 
 
 def weigh(
