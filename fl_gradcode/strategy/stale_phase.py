@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,12 +11,13 @@ import numpy as np
 from flwr.app import ArrayRecord, Message
 from numpy.typing import NDArray
 
+from .._text import numbered
 from ..codes import IncrementalDecoder, may_cover, uncoded
 from ..copies import Copies
 from ..grid import Arrival, Late, Wait
 from ..protocol import Plan, Rejection
 from ..roster import WorkerRegistry
-from ..staleness import UNKNOWN, StalenessRule, UpdateMemory
+from ..staleness import UNKNOWN, Remembered, StalenessRule, UpdateMemory
 from .options import Approximation
 from .phase import Scrutiny
 from .plan_messages import MessageFactory
@@ -25,6 +27,8 @@ from .round_mode import RoundMode
 from .stop_rules import ShardPhase, shard_row
 
 __all__ = ["LateUpdates", "StalePhase"]
+
+_log = logging.getLogger(__name__)
 
 
 class LateUpdates:
@@ -41,6 +45,27 @@ class LateUpdates:
         self.memory, self.rule = memory, rule
         self._phase: tuple[Plan, ArrayRecord | None, list[int]] | None = None
         self._replies: ReplyCollector | None = None
+        self._warned = False
+
+    def warn_of_weight(self, server_round: int, reused: Sequence[Remembered], fresh: float) -> None:
+        """Warn once if last updates with more than half of the weight enter a model.
+
+        Args:
+            server_round: The round.
+            reused: The last updates.
+            fresh: Weight of the updates of this round.
+        """
+        stale = sum(float(one.metrics[0]) for one in reused)
+        if self._warned or not stale > fresh:
+            return
+        self._warned = True
+        _log.warning(
+            "Round %d, train: the last updates of %s enter the model again, with %.0f %% of all weight. Training may "
+            "oscillate where single shards weigh that much: run exact rounds, with staleness=0.",
+            server_round,
+            numbered("shard", [one.shard for one in reused]),
+            100 * stale / (stale + fresh),
+        )
 
     def open(
         self, plan: Plan, before: ArrayRecord | None, shards: Sequence[int], replies: ReplyCollector | None = None
@@ -103,7 +128,7 @@ class StalePhase(ShardPhase):
         mode: RoundMode,
         late_updates: LateUpdates,
     ) -> None:
-        self._memory, self._rule = late_updates.memory, late_updates.rule
+        self._late, self._memory, self._rule = late_updates, late_updates.memory, late_updates.rule
         times, newest = mode.times_of(factory.plan.kind), self._memory.newest
         super().__init__(
             factory, shards, before, registry, scrutiny, patience=mode.patience, times=times, newest=newest
@@ -208,10 +233,11 @@ class StalePhase(ShardPhase):
             return None
         vector = np.zeros(self.code.n, self.code.B.dtype)
         vector[rows] = 1
-        others = [shard for shard, row in self._row.items() if row not in {*rows}]
-        return vector, tuple(
-            StaleUpdate((one.shard,), one.round, one.update, one.metrics, group.key) for one in self._memory.of(others)
-        )
+        others = self._memory.of([shard for shard, row in self._row.items() if row not in {*rows}])
+        assert isinstance(group, ReplyGroup)
+        fresh = sum(float(group.copies[row][1][0]) for row in rows)
+        self._late.warn_of_weight(self.plan.round, others, fresh)
+        return vector, tuple(StaleUpdate((one.shard,), one.round, one.update, one.metrics, group.key) for one in others)
 
     def decode(
         self,

@@ -286,7 +286,7 @@ def test_shards_without_holders_are_used_until_they_are_too_old() -> None:
     assert all(row["train"]["ended"] == "hopeless" for row in rows[4:])
 
 
-def test_updates_of_a_round_without_a_model_are_remembered() -> None:
+def test_updates_of_a_round_without_a_model_are_remembered(caplog: pytest.LogCaptureFixture) -> None:
     """Worker group {0, 2, 4} fails from round 2 to 4, and when it is back, the other group does."""
 
     def breaks(worker: int, message: Message, reply: Message) -> Message:
@@ -300,6 +300,9 @@ def test_updates_of_a_round_without_a_model_are_remembered() -> None:
     outcomes = [row["train"]["outcome"] for row in rows]
     assert outcomes == ["exact", "stale", "stale", "skipped", "stale", "stale", "skipped"]
     assert [(one["shards"], one["round"]) for one in rows[4]["train"]["filled-in"]] == [([j], 4) for j in (1, 3, 5)]
+    told = [record.getMessage() for record in caplog.records if "enter the model again" in record.getMessage()]
+    assert len(told) == 1  # in round 5: shards 0, 2 and 4 weigh less
+    assert told[0].startswith("Round 5, train: the last updates of shards 1, 3 and 5 enter the model again, with 57 %")
     with_models = [row for row, outcome in zip(rows, outcomes, strict=True) if outcome != "skipped"]
     assert np.allclose(flat(result.arrays), expected(with_models, code.k), rtol=0, atol=2e-5)
 
