@@ -273,6 +273,7 @@ class ShardPhase(Phase):
         self._unread: dict[str, int] = {}  # token -> shard
         self._waiting: Counter[int] = Counter()  # shard -> number of its copies that are not read
         self._strange: set[str] = set()  # tokens of replies that are not read, and whose shard is not known
+        self._reads_all = False  # whether all that waits is read next
         self._new: set[int] = set()  # shards that have a copy, none of which is read
         self._sent: dict[int, set[int]] = {}  # node -> shards whose copy came from it
         self._failed: set[int] = set()  # nodes
@@ -347,13 +348,14 @@ class ShardPhase(Phase):
     def copies_lost(self) -> None:
         """Note that copies count no more which counted before."""
         super().copies_lost()
-        self._reopened = True
+        self._reopened = self._reads_all = True  # what waits to be read may be of the same worker
 
     def choose(self, arrivals: Sequence[Arrival], *, final: bool) -> list[Arrival]:
         """Returns the first copy of each shard, once all have one, and then second copies."""
         if self.decided or self.distrusted or self.votes:
             return list(arrivals)  # the phase waits on, to compare what comes
-        if self._strange:
+        if self._strange or self._reads_all:
+            self._reads_all = False
             return list(arrivals)  # only reading these replies tells which shards they hold
         done = self._done()
         if not final and len(done) + len(self._new) < len(self._row):
