@@ -50,7 +50,10 @@ def page(
         "This page compares coding with waiting for all clients, with dropping the slowest, and with asynchronous "
         "training. All schemes meet the same clients, data and delays, on a virtual clock, with the seeds "
         f"{', '.join(map(str, seeds)) or '(none yet)'}. Every number is computed from rows that "
-        "`python -m experiments.compare` wrote."
+        "`python -m experiments.compare` wrote. The server's strategy is FedAvg throughout. With FedAdam for all, "
+        "exact rounds stay ahead where the same clients are always slow, and FedProx or dropping are faster where "
+        "other clients are slow in each round; docs/staleness.md has these times, and what that costs in labels and "
+        "in the worst class."
     )
     return lead, blocks
 
