@@ -153,12 +153,8 @@ class Checkpoint:
                 if type(state["blobs"]) is not int or state["blobs"] != len(archive.infolist()) - 1:
                     raise ValueError("the number of its members")
                 blobs = [archive.read(str(number)) for number in range(state["blobs"])]
-            known = {
-                "memory": None,
-                "average": None,
-                "tags": None,
-                **state["saved"],
-            }  # files of earlier versions lack it
+            later = {"memory": None, "average": None, "tags": None}  # which files of earlier versions lack
+            known = {**later, **state["saved"]}
             saved = Saved(**{entry.name: decode(known[entry.name], blobs) for entry in fields(Saved)})
             _check(saved)
         except InvalidSetting:

@@ -64,7 +64,7 @@ def _of_shares(plan: RoundPlan, read: Source) -> str:
     shares, unsure = plan.shares, read.split.origin == "assumed"
     adaptive = ' If you do not know the share, send="adaptive" decides during the run.' if unsure else ""
     if shares is None:
-        return "With this share for all workers another scheme would be faster." + adaptive
+        return "With this share for all workers another scheme would be recommended." + adaptive
     if (shares.low, shares.high) == (0.0, 1.0):
         return "The verdict holds for every share."
     others = [

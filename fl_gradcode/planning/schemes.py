@@ -74,9 +74,8 @@ class Scheme:
             second = "at once" if self.patience == 0 else when
             what = f"a message asks for one shard, and an idle worker begins a second copy of it {second}"
         elif self.groups:
-            what = "the workers of a group store the same shards, and one of them has to answer"
-            if self.m > 1:
-                what = f"the workers of a group store the same shards, and {self.m} of them answer with a part each"
+            answers = "one of them has to answer" if self.m == 1 else f"{self.m} of them answer with a part each"
+            what = f"the workers of a group store the same shards, and {answers}"
         else:
             what = f"each worker answers with one combination of its shards, and any {self.enough} answers decode"
         return f"{kind[0].upper()}{kind[1:]}: {what}."

@@ -6,6 +6,7 @@ strategy with `send="adaptive"`, can compute how long the same rounds would have
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -65,8 +66,8 @@ class History:
         """Returns the training times of a ledger.
 
         A shard is counted as what a worker owns, one n-th of the data. Runs that were appended to one file follow each
-        other. The first round of a run is left out if at least half of all workers took three times as long in it as
-        in later rounds: then processes were starting, which happens once.
+        other. The first round of a run, or after a resume, is left out if at least half of all workers took three times
+        as long in it as in later rounds: then processes were starting.
 
         Raises:
             InvalidSetting: There is no row, no time, or the rows are of codes for different numbers of workers.
@@ -80,10 +81,12 @@ class History:
             )
         history = cls(sizes.pop())
         before: RoundRow | None = None
-        first, begun = 0, [rows[0].round]
+        first = 0
+        begun: list[int] = []  # rounds in which processes may have been starting
         for row in rows:
             if before is not None and (row.run != before.run or row.round <= before.round):
                 first = max((one.round for one in history._timings), default=0)
+            if row.round == 1 or row.resumed:
                 begun.append(first + row.round)
             before = row
             history.add_row(row, first=first, size=history.n / row.code.k)
@@ -104,7 +107,7 @@ class History:
             if not one.owing:
                 by_round.setdefault(one.round, {}).setdefault(one.worker, []).append(one.seconds / one.shards)
         starts = []
-        for start, end in zip(begun, [*begun[1:], np.inf], strict=True):
+        for start, end in itertools.pairwise([*begun, max(by_round, default=0) + 1]):
             later = [jobs for number, jobs in by_round.items() if start < number < end]
             if len(later) < _LATER:
                 continue

@@ -449,6 +449,7 @@ class Phase(StopRule):
         if vector is None:
             estimate = self.estimate(best, approximation, stale_updates)
             if estimate is None:
+                self.remember(best, used=False)
                 return None
             vector, stale = estimate
         decoded = best.decode(self.code, vector, self.replies.before, stale, noise)
@@ -459,7 +460,7 @@ class Phase(StopRule):
             self.agreed.add(best.key)
         if stale_updates is not None and isinstance(best, ReplyGroup):
             stale_updates.keep(self.code, self.shards, self.plan.round, best, vector)
-        self.remember(best)
+        self.remember(best, used=True)
         return decoded
 
     def estimate(
@@ -476,8 +477,8 @@ class Phase(StopRule):
         known = () if stale_updates is None else stale_updates.for_missing(self.code, self.shards, survivors, group.key)
         return vector, known
 
-    def remember(self, group: Group) -> None:
-        """Note that the replies of a group were used; does nothing by default."""
+    def remember(self, group: Group, *, used: bool) -> None:
+        """Note the replies of a group, which were used or were too few; does nothing by default."""
 
     def mixes_garbage(self, vector: NDArray[Any] | None) -> bool:
         """Returns whether holders of a shard disagree so much that combining their replies makes no sense.

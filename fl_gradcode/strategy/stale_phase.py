@@ -22,7 +22,7 @@ from .options import Approximation
 from .phase import Scrutiny
 from .plan_messages import MessageFactory
 from .replies import Group, ReplyCollector
-from .reply_groups import Decoded, Noise, ReplyGroup, Returned, StaleUpdate, StaleUpdates
+from .reply_groups import ReplyGroup, StaleUpdate, StaleUpdates
 from .round_mode import RoundMode
 from .stop_rules import ShardPhase, shard_row
 
@@ -239,30 +239,16 @@ class StalePhase(ShardPhase):
         self._late.warn_of_weight(self.plan.round, others, fresh)
         return vector, tuple(StaleUpdate((one.shard,), one.round, one.update, one.metrics, group.key) for one in others)
 
-    def decode(
-        self,
-        approximation: Approximation | None = None,
-        stale_updates: StaleUpdates | None = None,
-        noise: Noise | None = None,
-    ) -> Decoded | Returned | None:
-        """Returns the decoded mean, or None; see `Phase`. The updates of a round without one are remembered, too."""
-        decoded = super().decode(approximation, stale_updates, noise)
-        if decoded is None and self.replies.best is not None and not self.failure:
-            self._keep(self.replies.best, used=False)
-        return decoded
-
-    def remember(self, group: Group) -> None:
-        """Remember the updates of this round, which were used."""
-        self._keep(group, used=True)
-        self.ages = self._memory.ages(self.plan.round)
-
-    def _keep(self, group: Group, *, used: bool) -> None:
+    def remember(self, group: Group, *, used: bool) -> None:
+        """Remember the updates of this round, also if there were too few for a model."""
         assert isinstance(group, ReplyGroup)
         for shard, row in self._row.items():
             if row in group.copies:
                 sender = group.senders[row][1]
                 # The layout of updates that were not used replaces no other one.
                 self._memory.keep(shard, self.plan.round, *group.copies[row], group.key, sender=sender, late=not used)
+        if used:
+            self.ages = self._memory.ages(self.plan.round)
 
 
 def _trained_in(label: str) -> int:

@@ -356,7 +356,7 @@ class ShardPhase(Phase):
             return list(arrivals)  # the phase waits on, to compare what comes
         if self._strange or self._reads_all:
             self._reads_all = False
-            return list(arrivals)  # only reading these replies tells which shards they hold
+            return list(arrivals)  # only reading these replies tells which shards they hold, or whether they count
         done = self._done()
         if not final and len(done) + len(self._new) < len(self._row):
             return []

@@ -342,3 +342,12 @@ def test_a_start_needs_later_rounds_and_is_found_in_each_run_of_a_file() -> None
     runs = [row(t, run=run, seconds=slow if t == 1 else usual) for run in ("one", "two") for t in range(1, 6)]
     history = History.of_ledger(typed(runs))
     assert history.rounds == 8 and history.notes[0].startswith("rounds 1 and 6 left out: ")
+
+
+def test_a_slow_round_in_the_middle_of_a_run_is_no_start_unless_it_is_the_first_after_a_resume() -> None:
+    later = [row(t, seconds=(1.0,) * 6) for t in range(8, 13)]
+    assert (
+        History.of_ledger(typed([row(7, seconds=(9.0,) * 6), *later])).rounds == 6
+    )  # status reads the last rows alone
+    resumed = History.of_ledger(typed([row(7, seconds=(9.0,) * 6, resumed=True), *later]))
+    assert resumed.rounds == 5 and resumed.notes[0].startswith("round 7 left out: ")
