@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Callable, Container, Mapping, Sequence
 
+import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
@@ -44,7 +45,8 @@ def first_shards(blocks: Mapping[int, Sequence[int]]) -> dict[int, int]:
         columns = [place_of[shard] for i in workers for shard in sorted(blocks[i])]
         ends = [0, *itertools.accumulate(len(blocks[i]) for i in workers)]
         shape = (len(workers), len(everything))
-        held = csr_array(([True] * len(columns), columns, ends), shape=shape)
+        indices = np.array(columns, np.int32), np.array(ends, np.int32)  # the only ones that SciPy 1.11 matches by
+        held = csr_array(([True] * len(columns), *indices), shape=shape)
         for worker, column in zip(workers, maximum_bipartite_matching(held, perm_type="column"), strict=True):
             if column >= 0:
                 first[worker] = everything[column]
