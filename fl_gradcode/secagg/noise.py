@@ -17,10 +17,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 
-import numpy as np
-
 from ..errors import InvalidSetting
-from ..masking import INTEGERS, Quantiser
+from ..masking import Quantiser
 from ..privacy import DPSGD, CentralNoise, IntegerNoise, Privacy, is_statistic
 from .classes import ShardClasses
 
@@ -137,8 +135,6 @@ def check_noise(
         raise InvalidSetting("integer noise needs clip='norm', since a shard's share in a sum is bounded by its norm.")
     if metrics:
         raise InvalidSetting("with integer noise no metric leaves a node, of training or evaluation: leave them out.")
-    if not _is_repetition(classes):
-        raise InvalidSetting("integer noise needs fractional repetition, where no copies of shards are mixed.")
     if scope == "sum" and not rehearsal:
         raise InvalidSetting(
             "noise with scope='sum' rests on equal integers of all holders of a shard, and needs a rehearsal or "
@@ -190,8 +186,6 @@ def why_not_private(
             "uses that copies of a shard are equal, and independent noise makes them differ, so that their difference "
             "would show noise in clear: say noise='shared'"
         )
-    if not _is_repetition(classes):
-        return "combines with privacy= under fractional_repetition alone, where no copies of shards are mixed"
     if metrics or (evaluation and privacy.in_clients):
         what = "metrics of training" if metrics else "an evaluation"
         return f"has a manifest with {what}, which would leave without noise: leave it out of the layout"
@@ -215,10 +209,3 @@ def why_not_private(
                 f"with `fl-gradcode secure make --clip norm --bound {privacy.clipping_norm:g} --largest-weight 1`"
             )
     return ""
-
-
-def _is_repetition(classes: ShardClasses) -> bool:
-    """Returns whether two shards are computed by the same workers or by none in common, without a prime field."""
-    groups = {tuple(np.flatnonzero(classes.matrix[:, c].any(axis=1)).tolist()) for c in range(len(classes))}
-    workers = [worker for group in groups for worker in group]
-    return classes.ring == INTEGERS and len(workers) == len({*workers})

@@ -1,4 +1,4 @@
-"""Three SuperNodes with integer noise under masks, of which one is killed while it trains."""
+"""Four SuperNodes with integer noise under masks, that compare before each vector; one is killed while it trains."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from experiments.engine import Engine
-from fl_gradcode import fractional_repetition
 from fl_gradcode.cli.app import app as command_line
 from fl_gradcode.privacy import SHARDS_SPENT, BudgetLedger, IntegerNoise
 from fl_gradcode.secagg import read_manifest
@@ -21,8 +20,8 @@ from tests.end_to_end.conftest import prepared
 
 pytestmark = pytest.mark.slow
 APP = Path(__file__).resolve().parent / "apps" / "masked"
-NODES, ROUNDS, SIZE, KILLED = 3, 1, 4000, 2
-CODE = fractional_repetition(NODES, 1)  # all three hold all shards, and send them one by one: each is a class
+NODES, ROUNDS, SIZE, KILLED = 4, 1, 4000, 2
+STRAGGLERS = 2  # three of the four hold each shard, and without one of them two are left: more than half
 NOISE = IntegerNoise(noise_multiplier=4.0, clipping_norm=2.0)
 
 
@@ -36,8 +35,9 @@ def told(folder: Path) -> dict[str, Any]:
     """One node trains until it is killed, so that another one has to answer for its shard."""
     shutil.copytree(APP, folder / "app", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "layout.json").write_text(json.dumps({"arrays": [["w", "float64", [SIZE]]]}))
-    make = f"secure make {folder / 'keys'} --layout {folder / 'layout.json'} -n {NODES} -s 1 --send shards"
-    make += f" --noise-multiplier {NOISE.noise_multiplier} --clipping-norm {NOISE.clipping_norm} --colluders 0"
+    make = f"secure make {folder / 'keys'} --layout {folder / 'layout.json'} -n {NODES} -s {STRAGGLERS}"
+    make += f" --code reed-solomon --agree-always --noise-multiplier {NOISE.noise_multiplier}"
+    make += f" --clipping-norm {NOISE.clipping_norm} --colluders 0"
     found = CliRunner().invoke(command_line, make.split())
     assert found.exit_code == 0, found.output
     notes = [folder / f"notes-{worker}" for worker in range(NODES)]
@@ -58,6 +58,7 @@ def told(folder: Path) -> dict[str, Any]:
             engine.kill_node(KILLED)
 
     config = {"folder": str(folder), "nodes": NODES, "rounds": ROUNDS, "size": SIZE}
+    config |= {"code": "reed-solomon", "stragglers": STRAGGLERS}
     with engine:
         outcome = engine.run(
             folder / "app",
@@ -104,7 +105,7 @@ def test_the_rows_and_the_nodes_say_what_was_spent(told: dict[str, Any], folder:
         for shard in range(NODES):
             spent[worker, shard] = [entry.round for entry in ledger.entries(shard)]
     assert all(rounds in ([], [1]) for rounds in spent.values())
-    assert {shard for (_, shard), rounds in spent.items() if rounds} == {0, 1, 2}
+    assert {shard for (_, shard), rounds in spent.items() if rounds} == {*range(NODES)}
     # What it was killed in the midst of is charged there, and was answered for by another node, which charged it too.
     (unfinished,) = {int(shard) for shard in trained}
     assert spent[KILLED, unfinished] and any(spent[worker, unfinished] for worker in (0, 1))

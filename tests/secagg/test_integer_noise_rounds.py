@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 from fl_gradcode import GradientCoding, VirtualGrid, cyclic_repetition, fractional_repetition
 from fl_gradcode.cli.app import app as command_line
 from fl_gradcode.client.masked_call import check_body
-from fl_gradcode.codes import reed_solomon
 from fl_gradcode.enrolment import agree, make_identity
 from fl_gradcode.errors import InvalidSetting, PrivacyRefused, SecureRefused
 from fl_gradcode.latency import Latency, lognormal
@@ -407,12 +406,6 @@ def test_a_killed_server_asks_the_round_again_and_nobody_is_charged_twice(tmp_pa
     [
         (FRC, {"metrics": [("loss", -1)]}, "no metric leaves a node"),
         (FRC, {"evaluation": [("loss", -1)]}, "no metric leaves a node"),
-        (reed_solomon(6, 1), {}, "needs fractional repetition"),
-        (
-            cyclic_repetition(6, 1, rng=np.random.default_rng(0)),
-            {"sending": "shardwise"},
-            "needs fractional repetition",
-        ),
         (FRC, {"privacy": SUMMED, **SUM, "cohorts": 2, "min_classes": 2, "colluders": 0}, "there are 2 cohorts"),
         (FRC, {"privacy": SUMMED, **SUM, "rehearsal": False}, "needs a rehearsal or agree='always'"),
         (FRC, {"privacy": IntegerNoise(noise_multiplier=1e4, clipping_norm=2.0**20)}, "do not fit the ring"),

@@ -24,7 +24,8 @@ def main(grid: Grid, context: Context) -> None:
     """Run, and write the model, the rows and the metrics."""
     config = context.run_config
     folder, nodes, rounds = Path(str(config["folder"])), int(config["nodes"]), int(config["rounds"])
-    code = reed_solomon(nodes, 1) if config["code"] == "reed-solomon" else fractional_repetition(nodes, 1)
+    family = reed_solomon if config["code"] == "reed-solomon" else fractional_repetition
+    code = family(nodes, int(config["stragglers"]))
     noise = float(config["noise-multiplier"])
     secure = SecureAggregation(folder / "keys" / "secagg-manifest.json")
     strategy = GradientCoding(
