@@ -117,13 +117,14 @@ def _app(*, coded: bool) -> ClientApp:
     return app
 
 
-def costs(scheme: str, n: int, *, rounds: int = _SETTLED + 6, seed: int = 0) -> Cost:
+def costs(scheme: str, n: int, *, rounds: int = 0, seed: int = 0) -> Cost:
     """Returns what a round of a scheme costs with n clients.
 
     Args:
         scheme: One of `SCHEMES`.
         n: Number of clients.
-        rounds: Number of rounds, of which the first four are left out.
+        rounds: Number of rounds, of which the first four are left out; 0 for six more, or for an adaptive run as many
+            as are between two of its decisions.
         seed: Seed of the latencies.
     """
     inner = FedAvg(fraction_evaluate=0.0)
@@ -131,6 +132,7 @@ def costs(scheme: str, n: int, *, rounds: int = _SETTLED + 6, seed: int = 0) -> 
     if scheme != "plain FedAvg":
         send: Any = {"coded vectors": "coded", "one shard a message": "shards", "adaptive": "adaptive"}[scheme]
         strategy = GradientCoding(inner, fractional_repetition(n, _STRAGGLERS), send=send)
+    rounds = rounds or _SETTLED + (16 if scheme == "adaptive" else 6)
     marks: list[tuple[float, float]] = []
     with InProcessGrid(_app(coded=strategy is not inner), n) as clients:
         grid = _Clock(clients, Latency(compute=lognormal(sigma=0.6)), seed=seed)

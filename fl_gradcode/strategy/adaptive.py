@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 _PATIENCES = (0.0, 1.0, 2.0, 4.0)
 _WINDOW = 16  # number of rounds that a replay covers
 _LEAST = 3  # number of rounds needed before the first choice
+_WORKERS = 100  # for each so many workers, decisions are a round further apart, up to the window
 _SETTLE = 6  # leading rounds of a replay that are ignored, because they start with idle nodes
 _RECENT = 5  # all workers must have answered within this many rounds before fewer holders compute a shard
 _BETTER = 0.95  # a new mode must shorten the rounds to at most this fraction
@@ -60,11 +61,13 @@ class AdaptiveModes(ModeChooser):
         code: The code whose shards the workers store, with m = 1, over the reals.
         smaller: Whether a shard may be computed by fewer workers than hold it.
         coded: Whether coded vectors are candidates; if not, every mode sends one shard a message.
-        every: Number of rounds between two decisions.
+        every: Number of rounds between two decisions. With more than 300 workers there are more, up to 16, because the
+            replay of a decision takes the server longer than a round.
     """
 
     def __init__(self, code: GradientCode, *, smaller: bool = True, coded: bool = True, every: int = 3) -> None:
-        self.code, self.smaller, self.coded, self.every = code, smaller, coded, every
+        self.code, self.smaller, self.coded = code, smaller, coded
+        self.every = max(every, min(_WINDOW, code.n // _WORKERS))
         self.mode = self._safe = RoundMode(code, "shards", 2.0)
         #: Mode -> mean duration of a round in seconds, as predicted at the last decision.
         self.predicted: dict[str, float] = {}

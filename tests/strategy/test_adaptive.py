@@ -277,3 +277,8 @@ def test_any_assignment_can_be_run_adaptively() -> None:
     with InProcessGrid(toy_app(), 4) as grid:
         plain = FedAvg(fraction_evaluate=0.0, min_evaluate_nodes=0).start(grid, initial_arrays(), num_rounds=8)
     assert relative(result.arrays, plain.arrays) < 1e-5
+
+
+def test_with_many_workers_it_decides_less_often_since_a_decision_takes_the_server_longer_than_a_round() -> None:
+    every = {n: AdaptiveModes(fractional_repetition(n, 2)).every for n in (12, 300, 999, 1599, 4998)}
+    assert every == {12: 3, 300: 3, 999: 9, 1599: 15, 4998: 16}
