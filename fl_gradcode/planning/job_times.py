@@ -73,7 +73,7 @@ class JobTimes:
         typical = self._typical.get(worker)
         if typical is None:
             return _LONGER * elapsed
-        times, sums, _ = self._tables()
+        times, sums, _ = self._tables() if self._new else self._known
         relative = elapsed / typical
         shorter = bisect.bisect_right(times, relative)
         longer = len(times) - shorter

@@ -32,7 +32,7 @@ __all__ = ["GAIN", "Line", "RoundPlan", "candidates", "make_plan", "spread"]
 # Schemes within 15 % of the fastest get further runs, up to 8 times as many, until their differences are known to 1 %.
 _NEAR, _SURE, _MORE = 1.15, 0.01, 8
 # Of measured rounds, so many jobs are simulated, in a number of rounds between two bounds, in blocks over all of them.
-_JOBS, _SIMULATED, _BLOCK, _BLOCKS = 30_000, (200, 4_000), 20, 100
+_JOBS, _SIMULATED, _BLOCK, _BLOCKS = 20_000, (200, 4_000), 20, 100
 _STALE_RUNS = 8  # runs with which bounded staleness is simulated
 _STALENESS = StalenessRule(3, 0.6, 0.03)  # what `Shards(staleness=3)` sets
 _SHARE_RUNS = 8  # runs with which other shares of compute are tried

@@ -17,7 +17,7 @@ from .simulation import coded_rounds, idle_rounds, steady_rounds
 __all__ = ["Line", "SchemeRuns"]
 
 _IDLE_RUNS = 10  # number of runs for which the idle start is simulated if it has no closed form
-_IDLE_JOBS = 6_000  # jobs of measured rounds for which it is
+_IDLE_JOBS = 3_000  # jobs of measured rounds for which it is
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,9 @@ class ShardQueue:
             copies = self._copies.get(j)
             if not copies:
                 return j, math.inf
-            left = min(times.remaining(other, now - began) for began, other in copies)
+            left = times.remaining(copies[0][1], now - copies[0][0])
+            for began, other in copies[1:]:
+                left = min(left, times.remaining(other, now - began))
             if own is None or times.is_worth(own, left):
                 if left > longest:
                     shard, longest = j, left
