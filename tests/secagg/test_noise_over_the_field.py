@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,22 @@ from flwr.serverapp.strategy import FedAvg
 
 from fl_gradcode import GradientCode, GradientCoding, VirtualGrid, cyclic_repetition
 from fl_gradcode.codes import reed_solomon
-from fl_gradcode.errors import InvalidSetting, SecureRefused
+from fl_gradcode.errors import InvalidSetting, OutOfRange, SecureRefused
 from fl_gradcode.latency import Latency, lognormal
-from fl_gradcode.masking import RoundedSum, discrete_gaussian
+from fl_gradcode.masking import INTEGERS, RoundedSum, discrete_gaussian
 from fl_gradcode.privacy import SHARDS_SPENT, BudgetLedger, CentralNoise, IntegerNoise
-from fl_gradcode.secagg import SecureAggregation, decode, encode, read_manifest, sensitivity
+from fl_gradcode.secagg import (
+    SecureAggregation,
+    ShardClasses,
+    choose_graph,
+    classes_for,
+    counted_shards,
+    decode,
+    encode,
+    leakage,
+    read_manifest,
+    sensitivity,
+)
 from fl_gradcode.secagg.keys import dither_key, noise_key
 from tests.conftest import flat, initial_arrays
 from tests.enrolment import fleet
@@ -109,6 +121,65 @@ def test_an_untrusted_server_costs_a_release_for_each_holder_of_a_shard(tmp_path
             assert all(one.spend.steps == holders for one in ledger.entries(shard))
 
 
+# ---- what a server and colluders learn ----
+
+
+@pytest.mark.parametrize(
+    ("code", "sending", "colluders"),
+    [
+        (reed_solomon(5, 1), "coded", 1),
+        (reed_solomon(5, 2, m=2), "coded", 0),
+        (reed_solomon(6, 2, m=2), "coded", 1),
+        (CYCLIC, "shardwise", 1),
+    ],
+    ids=str,
+)
+def test_a_shard_of_honest_holders_enters_at_most_one_sum_a_holder_whoever_is_asked_what(
+    code: GradientCode, sending: Any, colluders: int
+) -> None:
+    """The server splits the honest workers among requests in every way. Parts of sums count, too: with m = 2, fewer
+    replies than decode may give a combination of the two halves."""
+    classes = classes_for(code, sending)
+    graph, _ = choose_graph(classes, colluders=colluders, min_classes=2)
+    parts = False
+    for number in range(colluders + 1):
+        for colluding in itertools.combinations(range(code.n), number):
+            honest = [i for i in range(code.n) if i not in colluding]
+            known = {c for i in colluding for c in classes.supports[i]}
+            fewest = min(len(classes.holders[c]) for c in range(len(classes)) if c not in known)
+
+            @cache
+            def learnt(asked: tuple[int, ...], colluding: tuple[int, ...] = colluding) -> int:
+                missing = {*range(code.n)} - {*asked} - {*colluding}
+                found = leakage(classes, graph, colluders=colluding, missing=missing)
+                assert found.protects and found.dimensions <= classes.m
+                return found.dimensions
+
+            for requests in itertools.product(range(fewest + 1), repeat=len(honest)):
+                asked = [tuple(i for i, its in zip(honest, requests, strict=True) if its == r) for r in {*requests}]
+                found = [learnt(one) for one in asked]
+                parts = parts or 1 in found
+                assert sum(dimensions > 0 for dimensions in found) <= fewest
+    assert parts
+
+
+def test_no_set_of_colluders_knows_the_noise_of_more_shards_than_are_left_out_of_the_count() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        n, number = random.integers(1, 6, 2).tolist()
+        ends = np.cumsum([0, *random.integers(1, 4, number)]).tolist()
+        members = tuple(tuple(range(*pair)) for pair in itertools.pairwise(ends))
+        given = random.random((n, number)) < random.choice([0.3, 0.6])
+        holders = tuple(tuple(np.flatnonzero(column).tolist()) for column in given.T)
+        classes = ShardClasses(members, given[:, :, None].astype(np.int64), holders, "shardwise", INTEGERS, 0)
+        for colluders in range(n + 1):
+            least = min(
+                classes.k - sum(len(members[c]) for c in {c for i in some for c in classes.supports[i]})
+                for some in itertools.combinations(range(n), colluders)
+            )
+            assert 0 <= counted_shards(classes, colluders) <= least
+
+
 # ---- holders that differ ----
 
 
@@ -134,33 +205,56 @@ def test_replies_of_holders_that_differ_show_a_difference_with_two_noises() -> N
     assert abs(float(signed.std()) / (math.sqrt(2) * sigma) - 1) < 5 / math.sqrt(2 * size)
 
 
-def test_a_holder_whose_training_fails_alone_never_spoils_the_model(tmp_path: Path) -> None:
-    """Its reply fits to nobody's. Without votes a round that used it is lost; a vote outvotes and names it."""
+def test_without_votes_a_reply_that_differs_counts_by_its_share_of_the_sum() -> None:
+    """Training fails at one holder alone, for each holder and shard, whichever replies decode. If its coefficients
+    give it the share a of the shard's sum, that sum is a times its integers and 1 - a times the others'."""
+    code, p, seen = reed_solomon(4, 1), 2**31 - 1, set()
+    manifest = sealed(body_of(code, size=40, metrics=0, colluders=0, privacy=NOISE))
+    classes, results = manifest.body.classes, results_for(manifest.body)
+    limit = manifest.body.quantiser.limit(code.k)
+
+    def reply(worker: int, failed: int | None) -> Any:
+        own = {j: None if j == failed else results[j] for j in code.shards_of(worker)}
+        return encode(keys_of(manifest, worker), REQUEST, own)
+
+    def integers(replies: list[Any]) -> Any:
+        return decode(manifest, replies)[0].integers.astype(object)
+
+    replies = [reply(i, None) for i in range(code.n)]
+    whole = integers(replies)
+    for differs, shard in ((i, j) for i in range(code.n) for j in code.shards_of(i)):
+        failed = integers([reply(i, shard if shard in code.shards_of(i) else None) for i in range(code.n)])
+        sent = [*replies[:differs], reply(differs, shard), *replies[differs + 1 :]]
+        for some in itertools.combinations(range(code.n), code.n - code.s):
+            vector = np.asarray(classes.code.decoding_vector(list(some))).reshape(-1)
+            share = int(vector[differs]) * int(classes.matrix[differs, shard, 0]) % p
+            mixed = (whole + share * (failed - whole)) % p
+            mixed -= p * (mixed > p // 2)
+            if np.abs(mixed).max() > limit:
+                with pytest.raises(OutOfRange):
+                    decode(manifest, [sent[i] for i in some])
+                seen.add("lost")
+            else:
+                assert (integers([sent[i] for i in some]) == mixed).all()
+                seen.add({0: "the others", 1: "its own"}.get(share, "both"))
+    assert seen == {"lost", "the others", "its own", "both"}
+
+
+def test_a_vote_names_a_holder_whose_training_fails_alone(tmp_path: Path) -> None:
     code = reed_solomon(7, 3)  # four holders: one straggler and one that is wrong
-    dealt_noisy(tmp_path / "failing", code)
-    copy_of(tmp_path / "failing", tmp_path / "whole")
-    copy_of(tmp_path / "failing", tmp_path / "voting")
+    dealt_noisy(tmp_path / "whole", code)
+    copy_of(tmp_path / "whole", tmp_path / "voting")
+    calls: list[int] = []
 
-    def failing_once() -> Any:
-        calls: list[int] = []
-
-        def update(server_round: int, shard: int) -> Any:
-            calls.extend([shard] * (shard == 0 and server_round == 1))
-            if len(calls) == 1 and shard == 0 and server_round == 1:
-                raise MemoryError
-            return update_for(server_round, shard)
-
-        return known_app(update)
+    def failing_once(server_round: int, shard: int) -> Any:
+        calls.append(shard)
+        if shard == 0 and calls.count(0) == 1:
+            raise MemoryError
+        return update_for(server_round, shard)
 
     options: dict[str, Any] = {"privacy": NOISE, "verify": 0}
     _, expected, _ = start(code, tmp_path / "whole", **options)
-    strategy, models, _ = start(code, tmp_path / "failing", failing_once(), **options)
-    train = strategy.ledger.rows[0]["train"]
-    if train["outcome"] == "exact":
-        assert (flat(models[1]) == flat(expected[1])).all()
-    else:
-        assert (flat(models[1]) == flat(initial_arrays())).all()
-    strategy, models, _ = start(code, tmp_path / "voting", failing_once(), votes=1, **options)
+    strategy, models, _ = start(code, tmp_path / "voting", known_app(failing_once), votes=1, **options)
     train = strategy.ledger.rows[0]["train"]
     assert train["outcome"] == "exact" and (flat(models[1]) == flat(expected[1])).all()
 
