@@ -41,12 +41,12 @@ def cost_of(task: Task) -> float:
 def order_of(task: Task) -> tuple[Any, ...]:
     """A key to sort tasks by, so that a comparison which is stopped early has whole seeds.
 
-    The models of exact schemes come before baselines, the first problem before others, seed by seed, and what takes
-    long before what does not. Baselines with fewer steps come after those with all.
+    The models of exact schemes come before baselines, and baselines with fewer steps after those with all. Then the
+    first problem comes before others, seed by seed, and what takes long before what does not.
     """
     inexact = task.scheme in INEXACT
     shorter = inexact and STEPS in task.options
-    return inexact, [*PROBLEMS].index(task.problem), shorter, task.seed, -cost_of(task)
+    return inexact, shorter, [*PROBLEMS].index(task.problem), task.seed, -cost_of(task)
 
 
 def tasks_of(
