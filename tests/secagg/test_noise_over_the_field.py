@@ -246,7 +246,7 @@ def test_without_votes_a_reply_that_differs_decides_alone_or_loses_the_sum(code:
 
 def test_a_round_in_which_one_holder_fails_alone_is_its_own_the_others_or_lost(tmp_path: Path) -> None:
     code, shard = reed_solomon(4, 1), 1
-    dealt_noisy(tmp_path / "whole", code)
+    dealt_noisy(tmp_path / "whole", code, headroom=8)  # eleven random entries are in range once in 10^15 runs
     for name in ("failed", *(f"{holder}, {away}" for holder in code.holders_of(shard) for away in range(code.n))):
         copy_of(tmp_path / "whole", tmp_path / name)
 
