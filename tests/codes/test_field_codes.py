@@ -235,6 +235,14 @@ def test_closed_form_and_elimination_find_the_same_sum(n: int, s: int, m: int) -
             assert np.array_equal(renamed.decoding_vector(there), code.decoding_vector(name[there])[name])
 
 
+@pytest.mark.parametrize(("n", "s", "m"), [(7, 3, 1), (12, 4, 2), (20, 6, 3)])
+def test_the_closed_form_is_recognised_and_takes_the_first_replies_that_decode(n: int, s: int, m: int) -> None:
+    """Elimination would take those with the lowest numbers."""
+    code, order = reed_solomon(n, s, m=m), list(range(n))[::-1]
+    used = np.any(code.decoding_vector(order).reshape(n, m), axis=1)
+    assert used.tolist() == [False] * s + [True] * (n - s)
+
+
 @pytest.mark.parametrize("values", [EXTREME, [P - 1], [2**31 - 2**16 - 1]], ids=["extreme", "largest", "low half"])
 @pytest.mark.parametrize("inner", [1, 63, 64, 65, 1000])
 def test_products_are_those_of_python(inner: int, values: list[int]) -> None:
