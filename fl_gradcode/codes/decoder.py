@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._linalg import lstsq, svd
+from ._points import points, powers
 from .encoding_matrix import EXACT, EncodingMatrix, by_group
 from .prime_field import P, PrimeField, matmul_mod, rank_mod, solve_mod
 
-__all__ = ["FieldRule", "IncrementalDecoder", "check_matrix"]
+__all__ = ["FieldRule", "IncrementalDecoder"]
 
 # Relative squared residual of the normal equations below which the exact test is worth its cost.
 _WORTH_TESTING = 1e-6
@@ -348,18 +349,6 @@ class FieldRule:
         return a
 
 
-def check_matrix(n: int, rows: int) -> NDArray[np.int64]:
-    """Returns the matrix C of powers rows - 1 down to 0 of the points 1..n, shape (rows, n), modulo p.
-
-    Any `rows` of its columns are linearly independent.
-    """
-    points = np.arange(1, n + 1, dtype=np.int64)
-    C = np.ones((rows, n), np.int64)
-    for row in range(rows - 2, -1, -1):
-        C[row] = C[row + 1] * points % P
-    return C
-
-
 class _Span:
     """Keeps rows in reduced echelon form, and the rest of the targets that they do not span."""
 
@@ -389,8 +378,8 @@ class _Span:
 
 
 def _has_closed_form(code: EncodingMatrix) -> bool:
-    """Returns whether C B = [blocks of ones, then zeros], where C contains the powers of the points 1..n."""
-    C = check_matrix(code.n, code.s + code.m)
+    """Returns whether C B = [blocks of ones, then zeros], where C contains the powers s + m - 1..0 of the points."""
+    C = powers(points(code.n), code.s + code.m)[::-1]
     product = matmul_mod(C, code.blocks.reshape(code.n, -1))
     expected = np.zeros_like(product)
     expected[: code.m] = _target(code.k, code.m).T
@@ -404,31 +393,30 @@ def _closed_form(code: EncodingMatrix, missing: NDArray[np.int64]) -> NDArray[np
     with e = s + m - l. It vanishes on the missing workers, and it lies in the row space of C with coefficient 1 at
     power e, so that it picks block l.
     """
-    s, m = code.s, code.m
-    points = np.arange(1, code.n + 1, dtype=np.int64)
+    s, m, x = code.s, code.m, points(code.n)
     if m == 1:
         a = np.ones(code.n, np.int64)
-        for t in missing + 1:
-            a = a * (points - t) % P
+        for t in x[missing]:
+            a = a * (x - t) % P
         return a[:, None]
     M = np.zeros(s + 1, np.int64)  # lowest power first
     M[0] = 1
-    for t in missing + 1:
+    for t in x[missing]:
         M[1:], M[0] = (M[:-1] - t * M[1:]) % P, -t * M[0] % P
     columns = np.zeros((code.n, m), np.int64)
     rest = -M[:s] % P  # x^s mod M
     power = np.ones(code.n, np.int64)
     for _ in range(s):
-        power = power * points % P
+        power = power * x % P
     for column in range(m - 1, -1, -1):
         value = np.zeros(code.n, np.int64)
         for coefficient in rest[::-1]:
-            value = (value * points + coefficient) % P
+            value = (value * x + coefficient) % P
         columns[:, column] = (power - value) % P
         if s:
             top = rest[-1]
             rest = (np.concatenate([[0], rest[:-1]]) - top * M[:s]) % P
-        power = power * points % P
+        power = power * x % P
     return columns
 
 

@@ -1,21 +1,22 @@
 """Locates wrong replies under a Reed-Solomon code over a prime field.
 
 Whatever the updates are, each entry of all replies, seen over the workers, is orthogonal to the powers 0, ..., s - 1 of
-the workers' points 1, ..., n. (The decoding equations `C B = (1, 0, ..., 0)` say so: all rows of C but those of the sum
+the workers' points. (The decoding equations `C B = (1, 0, ..., 0)` say so: all rows of C but those of the sum
 vanish on B.) So replies that break this are wrong, and where there are enough of these checks, they say which.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidCode
+from ._points import points, powers
 from .encoding_matrix import EncodingMatrix
-from .prime_field import P, PrimeField, matmul_mod
+from .prime_field import P, PrimeField, inverse, matmul_mod
 
 __all__ = ["locate_wrong_replies", "locates_wrong_replies"]
 
@@ -30,16 +31,7 @@ def locates_wrong_replies(code: EncodingMatrix) -> bool:
 
 def _has_checks(code: EncodingMatrix) -> bool:
     flat = np.asarray(code.blocks, np.int64).reshape(code.n, -1)
-    return not matmul_mod(_powers(range(code.n), code.s), flat).any()
-
-
-def _powers(workers: Sequence[int], count: int) -> NDArray[np.int64]:
-    """Returns the powers 0, ..., count - 1 of the workers' points, shape (count, len(workers))."""
-    points = 1 + np.asarray(workers, np.int64)
-    rows = np.ones((count, len(points)), np.int64)
-    for power in range(1, count):
-        rows[power] = rows[power - 1] * points % P
-    return rows
+    return not matmul_mod(powers(points(code.n), code.s), flat).any()
 
 
 def locate_wrong_replies(
@@ -83,14 +75,15 @@ def locate_wrong_replies(
         )
     if not checks:
         return ()
-    projected = _project(replies, random)
-    scale = _product_of_differences(workers, missing)
-    syndromes = matmul_mod(_powers(list(workers), checks), (projected * scale % P)[:, None])[:, 0].tolist()
+    projected, every = _project(replies, random), points(code.n)
+    x = every[list(workers)]
+    scale = _product_of_differences(x, every[missing])
+    syndromes = matmul_mod(powers(x, checks), (projected * scale % P)[:, None])[:, 0].tolist()
     if not any(syndromes):
         return ()
     locator = _shortest_recurrence(syndromes)
     size = len(locator) - 1
-    wrong = [i for i in workers if _value(locator, pow(i + 1, P - 2, P)) == 0]
+    wrong = [i for i, at in zip(workers, inverse(x).tolist(), strict=True) if _value(locator, at) == 0]
     # The recurrence fits all checks by construction. Errors explain it only if it has as many roots as its length.
     if size > most or len(wrong) != size:
         return None
@@ -123,11 +116,11 @@ def _project(
     return total % P
 
 
-def _product_of_differences(workers: Sequence[int], missing: Collection[int]) -> NDArray[np.int64]:
-    """Returns `prod_t (x_i - x_t)` over the missing workers t, for each worker i: what erasures multiply errors by."""
-    result = np.ones(len(workers), np.int64)
+def _product_of_differences(x: NDArray[np.int64], missing: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Returns `prod_t (x_i - x_t)` over the missing points x_t, for each x_i: what erasures multiply errors by."""
+    result = np.ones_like(x)
     for gone in missing:
-        result = result * ((np.asarray(workers, np.int64) - gone) % P) % P
+        result = result * (x - gone) % P
     return result
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import InvalidCode
+from ._points import points
 from ._validation import as_pattern, check_count, check_holders, check_tolerance
 from .gradient_code import GradientCode
 from .prime_field import P, PrimeField, inverse
@@ -42,9 +43,9 @@ def reed_solomon(
         InvalidCode: A shard has fewer than s + m holders, or an argument is invalid.
 
     References:
-        Halbawi et al. 2017 for m = 1 (here in divided differences, and over a prime field); the universal
-        construction of Jahani-Nezhad and Maddah-Ali 2021 (arXiv 2103.01589), with a Vandermonde matrix, for any
-        assignment.
+        Halbawi et al. 2017 for m = 1 (here in divided differences, over a prime field, and at fixed points without a
+        pattern: see `_points`); the universal construction of Jahani-Nezhad and Maddah-Ali 2021 (arXiv 2103.01589),
+        with a Vandermonde matrix, for any assignment.
     """
     n, s, m = check_count(n, "n"), check_tolerance(s, n), check_count(m, "m")
     if s + m > n:
@@ -61,38 +62,39 @@ def reed_solomon(
             wanted = f"({n}, {'k' if k is None else k})"
             raise InvalidCode(f"The assignment is of shape {held.shape}; n and k ask for {wanted}.")
     check_holders([np.flatnonzero(column).tolist() for column in held.T], s, m)
-    B = np.zeros((n, held.shape[1], m), np.int64)
+    B, x = np.zeros((n, held.shape[1], m), np.int64), points(n)
     for j, column in enumerate(held.T):
-        B[column, j] = _coefficients(1 + np.flatnonzero(column), s + m, m)
+        B[column, j] = _coefficients(x[column], s + m, m)
     return GradientCode(B, s, "Reed-Solomon", numbers=PrimeField(fraction_bits))
 
 
-def _coefficients(points: NDArray[np.int64], rho: int, m: int) -> NDArray[np.int64]:
+def _coefficients(x: NDArray[np.int64], rho: int, m: int) -> NDArray[np.int64]:
     """Returns beta with `C beta^(l) = e_l`, where C contains the powers rho - 1..0 of the points; shape (holders, m).
 
     For rho holders, beta contains the leading coefficients of their Lagrange polynomials. For more holders, it is a
-    weighted mean over all windows of rho consecutive holders, so that every holder gets a coefficient. (Equal weights
-    would cancel at equally spaced points.)
+    weighted mean over all windows of rho consecutive holders, so that every holder gets a coefficient. The weights have
+    no pattern either: equal ones would give holders shares such as 1/2.
     """
-    weights = [pow(7, t * t, P) for t in range(len(points) - rho + 1)]
-    beta = np.zeros((len(points), m), np.int64)
+    base = int(points(1)[0])  # its powers repeat after 357,913,941, and their sums are not 0 before that
+    weights = [pow(base, t, P) for t in range(len(x) - rho + 1)]
+    beta = np.zeros((len(x), m), np.int64)
     for first, weight in enumerate(weights):
-        beta[first : first + rho] += _leading(points[first : first + rho], m) * weight % P
+        beta[first : first + rho] += _leading(x[first : first + rho], m) * weight % P
     return beta % P * pow(sum(weights), P - 2, P) % P
 
 
-def _leading(points: NDArray[np.int64], m: int) -> NDArray[np.int64]:
+def _leading(x: NDArray[np.int64], m: int) -> NDArray[np.int64]:
     """Returns the m leading coefficients of each point's Lagrange polynomial, shape (rho, m)."""
-    rho = len(points)
+    rho = len(x)
     scale = np.ones(rho, np.int64)
     whole = np.zeros(m, np.int64)  # leading coefficients of prod (x - point), highest first
     whole[0] = 1
-    for t in points:
-        apart = points - t
+    for t in x:
+        apart = x - t
         apart[apart == 0] = 1
         scale = scale * (apart % P) % P
         whole[1:] = (whole[1:] - t * whole[:-1]) % P
     columns = np.ones((rho, m), np.int64)
     for column in range(1, m):  # divide by (x - point)
-        columns[:, column] = (whole[column] + points * columns[:, column - 1]) % P
+        columns[:, column] = (whole[column] + x * columns[:, column - 1]) % P
     return columns * inverse(scale)[:, None] % P

@@ -88,9 +88,12 @@ class SecureAggregation:
         found = classes_for(code, pinned.sending)
         same = (found.members, found.ring, found.s) == (pinned.members, pinned.ring, pinned.s)
         if not same or not np.array_equal(found.matrix, pinned.matrix):
+            size = (found.n, found.k, found.s, found.m)
+            alike = size == (pinned.n, pinned.k, pinned.s, pinned.m)
             raise InvalidSetting(
                 f"The manifest was made for another code than {code!r}: it has {pinned.n} workers, {pinned.k} shards, "
-                f"s={pinned.s} and m={pinned.m}. Make a manifest for this code, or pass the manifest's."
+                f"s={pinned.s} and m={pinned.m}{', as this one, but other holders or coefficients' if alike else ''}. "
+                "Make a manifest for this code, or pass the manifest's."
             )
 
 

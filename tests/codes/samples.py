@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from fl_gradcode.codes import (
     GradientCode,
+    P,
+    PrimeField,
     cyclic_mds,
     cyclic_repetition,
     for_assignment,
@@ -19,6 +23,16 @@ PAIRS = [(n, s) for n in range(1, 9) for s in range(n)]
 
 def cyclic(n: int, s: int, seed: int = 1) -> GradientCode:
     return cyclic_repetition(n, s, rng=np.random.default_rng(seed))
+
+
+def at_small_points(n: int, s: int) -> GradientCode:
+    """The Reed-Solomon code at the points 1..n, as versions up to 0.2 made it; s + 1 holders in a row."""
+    B = np.zeros((n, n), np.int64)
+    for j in range(n):
+        held = [(j - t) % n + 1 for t in range(s + 1)]
+        for x in held:
+            B[x - 1, j] = pow(math.prod(x - y for y in held if y != x), -1, P)
+    return GradientCode(B, s, "Reed-Solomon", numbers=PrimeField())
 
 
 def group_mds(n: int, s: int, m: int, k: int | None = None) -> GradientCode:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fl_gradcode.codes import GradientCode, reed_solomon
 from fl_gradcode.codes.prime_field import PrimeField, combine_mod, fold, inverse, lift_mod, matmul_mod, solve_mod
 from fl_gradcode.errors import FlGradcodeError, InvalidCode, NotDecodable, Overflow
+from tests.codes.test_points import second_points
 
 P = 2147483647
 ROOM = 2**30 - 1  # the largest sum that differs from all negative ones
@@ -202,14 +203,14 @@ def test_everyone_who_holds_a_shard_takes_part(n: int, s: int, m: int) -> None:
 
 def test_powers_of_the_points_pick_one_block_of_each_shard(code: GradientCode) -> None:
     rho = code.s + code.m
-    C = np.array([[pow(x, rho - 1 - row, P) for x in range(1, code.n + 1)] for row in range(rho)], object)
+    C = np.array([[pow(x, rho - 1 - row, P) for x in second_points(code.n)[0]] for row in range(rho)], object)
     found = C @ integers(code.blocks).reshape(code.n, -1) % P
     assert (found == np.tile(np.eye(rho, code.m, dtype=int), (1, code.k))).all()
 
 
 @pytest.mark.parametrize(("n", "s"), [(n, s) for n in range(2, 9) for s in range(n)])
 def test_with_m_of_one_it_is_the_divided_difference_code(n: int, s: int) -> None:
-    code, points = reed_solomon(n, s), range(1, n + 1)
+    code, (points, _) = reed_solomon(n, s), second_points(n)
     for i, j in np.argwhere(code.B).tolist():
         held, x = [points[h] for h in code.holders_of(j)], points[i]
         assert code.B[i, j] == pow(math.prod(x - y for y in held if y != x), -1, P)
@@ -232,6 +233,14 @@ def test_closed_form_and_elimination_find_the_same_sum(n: int, s: int, m: int) -
         assert total.tolist() == updates.sum(axis=0).tolist()
         if missing == s:  # n - s rows of that rank: there is no other vector
             assert np.array_equal(renamed.decoding_vector(there), code.decoding_vector(name[there])[name])
+
+
+@pytest.mark.parametrize(("n", "s", "m"), [(7, 3, 1), (12, 4, 2), (20, 6, 3)])
+def test_the_closed_form_is_recognised_and_takes_the_first_replies_that_decode(n: int, s: int, m: int) -> None:
+    """Elimination would take those with the lowest numbers."""
+    code, order = reed_solomon(n, s, m=m), list(range(n))[::-1]
+    used = np.any(code.decoding_vector(order).reshape(n, m), axis=1)
+    assert used.tolist() == [False] * s + [True] * (n - s)
 
 
 @pytest.mark.parametrize("values", [EXTREME, [P - 1], [2**31 - 2**16 - 1]], ids=["extreme", "largest", "low half"])

@@ -21,6 +21,7 @@ from fl_gradcode.placement import Manifest as DataManifest
 from fl_gradcode.privacy import DPSGD, CentralNoise, IntegerNoise, privacy_to_json
 from fl_gradcode.protocol import Plan, Reply, probe_content
 from fl_gradcode.secagg import MANIFEST_FILE, SecureAggregation, deal, make_body
+from tests.codes.samples import at_small_points
 from tests.secagg.rounds import ARRAYS, METRICS, ask, copy_of, dealt, known_app, start
 
 FRC = fractional_repetition(8, 1)
@@ -340,6 +341,10 @@ def test_other_codes_and_sampling_are_refused(tmp_path: Path) -> None:
         GradientCoding(FedAvg(), cyclic_repetition(8, 1, rng=np.random.default_rng(0)), secure=secure)
     with pytest.raises(InvalidSetting, match="another code"):
         GradientCoding(FedAvg(), reed_solomon(8, 1), secure=secure)
+    earlier = secure_of(tmp_path / "earlier", at_small_points(8, 1))
+    GradientCoding(FedAvg(), at_small_points(8, 1), secure=earlier)
+    with pytest.raises(InvalidSetting, match=r"m=1, as this one, but other holders or coefficients\. Make a manifest"):
+        GradientCoding(FedAvg(), reed_solomon(8, 1), secure=earlier)
     with pytest.raises(InvalidSetting, match="Discovered"):
         GradientCoding(FedAvg(), Discovered(8), secure=secure)
     with pytest.raises(InvalidSetting, match=r"fraction_train=0\.5"):

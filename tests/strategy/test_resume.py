@@ -21,9 +21,11 @@ from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYog
 
 from fl_gradcode import GradientCode, GradientCoding, Ledger, VirtualGrid, cyclic_repetition, fractional_repetition
 from fl_gradcode.checkpoints.checkpoint import Checkpoint, Saved
+from fl_gradcode.codes import reed_solomon
 from fl_gradcode.errors import InvalidSetting
 from fl_gradcode.latency import Latency, lognormal, scaled
 from fl_gradcode.testing import InProcessGrid
+from tests.codes.samples import at_small_points
 from tests.conftest import flat, initial_arrays, toy_app
 from tests.strategy.rows import round_row
 
@@ -197,6 +199,16 @@ def test_a_code_with_other_last_bits_is_the_same_code(tmp_path: Path) -> None:
     for other in (cyclic_repetition(6, 2, rng=np.random.default_rng(1)), GradientCode(-code.B, 2, code.name)):
         with pytest.raises(InvalidSetting, match="another code"):
             start(tmp_path, code=other)
+
+
+def test_a_code_of_the_same_size_at_other_points_is_another_code(tmp_path: Path) -> None:
+    """Of a run that an earlier version has begun."""
+    with pytest.raises(Killed):
+        start(tmp_path, FedAvg(), code=at_small_points(6, 1), killed_in=2)
+    with pytest.raises(InvalidSetting, match="another code"):
+        start(tmp_path, FedAvg(), code=reed_solomon(6, 1))
+    start(tmp_path, FedAvg(), code=at_small_points(6, 1))  # the old one still decodes
+    assert rounds_of(tmp_path) == [*range(1, ROUNDS + 1)]
 
 
 def test_a_checkpoint_needs_an_absolute_path_of_a_file(tmp_path: Path) -> None:
