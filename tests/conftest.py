@@ -99,8 +99,14 @@ def update_of(server_round: int, shard: int, size: int) -> NDArray[np.float64]:
     return np.random.default_rng((server_round, shard)).standard_normal(size)
 
 
-def toy_app(mods: Sequence[Any] = (gradient_coding_mod,), train_mods: Sequence[Any] = (), **kwargs: Any) -> ClientApp:
-    """An app whose model moves by `update_of`; shard j has j + 1 examples."""
+def toy_app(
+    mods: Sequence[Any] = (gradient_coding_mod,),
+    train_mods: Sequence[Any] = (),
+    *,
+    examples: Callable[[int], int] = lambda shard: shard + 1,
+    **kwargs: Any,
+) -> ClientApp:
+    """An app whose model moves by `update_of`; shard j has j + 1 examples unless `examples` says otherwise."""
     app = ClientApp(mods=[*mods], **kwargs)
 
     @app.train(mods=[*train_mods])
@@ -113,13 +119,13 @@ def toy_app(mods: Sequence[Any] = (gradient_coding_mod,), train_mods: Sequence[A
             update_of(server_round, shard, sum(a.size for a in old)), np.cumsum([a.size for a in old])[:-1]
         )
         new = [(a + m.reshape(a.shape)).astype(np.float32) for a, m in zip(old, moves, strict=True)]
-        metrics = MetricRecord({"num-examples": shard + 1, "loss": float(shard), "pair": [1.0, float(shard)]})
+        metrics = MetricRecord({"num-examples": examples(shard), "loss": float(shard), "pair": [1.0, float(shard)]})
         return Message(RecordDict({"arrays": ArrayRecord(new), "metrics": metrics}), reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         shard = int(context.node_config["partition-id"])
-        metrics = MetricRecord({"num-examples": shard + 1, "accuracy": shard / 10})
+        metrics = MetricRecord({"num-examples": examples(shard), "accuracy": shard / 10})
         return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
     return app

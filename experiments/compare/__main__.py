@@ -30,6 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     data_dir = str(Path(options.data_dir).expanduser().resolve()) if options.data_dir else ""
     tasks = SUITES[options.suite]()
+    if options.problem:
+        tasks = [task for task in tasks if task.problem == options.problem]
+    if options.seeds:
+        tasks = [task for task in tasks if task.seed in options.seeds]
     store = Store(Path(options.rows).expanduser())
     missing = store.missing(tasks)
     console.print(f"{options.suite}: {len(tasks)} tasks, {len(tasks) - len(missing)} have rows in {store.path}.")
@@ -51,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m experiments.compare", description=__doc__)
     parser.add_argument("--suite", choices=tuple(SUITES), default="quick")
+    parser.add_argument("--problem", choices=tuple(PROBLEMS), help="only this data set and split")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these seeds")
     parser.add_argument("--data-dir", default="", help="folder with the data sets' folders; digits needs none")
     parser.add_argument("--rows", default=str(ROOT / "out" / "compare" / "rows.jsonl"))
     parser.add_argument("--processes", type=int, default=2)

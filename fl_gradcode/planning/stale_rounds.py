@@ -40,6 +40,8 @@ class StaleRounds:
 def stale_rounds(scheme: Scheme, parts: Parts, rule: StalenessRule, *, model_megabytes: float = 0.0) -> RoundTimes:
     """Returns the times of one run with bounded staleness, and the mean age of the updates of each round.
 
+    Shards are taken to weigh the same: where one weighs more than the others together, a run waits for it more often.
+
     Args:
         scheme: A scheme with one shard a message.
         parts: Drawn times of each round.

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 __all__ = ["StalenessRule"]
 
+_HALF = 0.5
+
 
 @dataclass(frozen=True)
 class StalenessRule:
@@ -18,7 +20,8 @@ class StalenessRule:
 
     Attributes:
         bound: Largest age of an update that may be used again.
-        fresh: Least share of the shards that must have an update of this round.
+        fresh: Least share of the shards that must have an update of this round, and least share of the weight (half of it,
+            if `fresh` is more).
         grace: How long to wait on for further updates once there are enough, as a share of the time that the round took
             until the last update came.
 
@@ -39,16 +42,16 @@ class StalenessRule:
         """Returns the earliest round whose updates may be used in a round."""
         return max(1, server_round - self.bound)
 
-    def suffices(self, fresh: int, others: Iterable[int], server_round: int, k: int) -> bool:
-        """Returns whether a round may end.
+    def enough_weight(self, fresh: float, reused: float) -> bool:
+        """Returns whether updates of this round have enough weight beside those that are used again.
+
+        A model that mostly repeats an earlier step overshoots: nobody has computed where it should go from here.
 
         Args:
-            fresh: Number of shards with an update of this round.
-            others: The round of the last known update of each other shard, 0 if there is none.
-            server_round: The round.
-            k: Number of shards.
+            fresh: Weight of the updates of this round.
+            reused: Weight of the others.
         """
-        return fresh >= self.needed(k) and all(version >= self.oldest(server_round) for version in others)
+        return fresh >= min(self.fresh, _HALF) * (fresh + reused) * (1 - 1e-9)
 
     def too_old(self, versions: Iterable[tuple[int, int]], server_round: int) -> Collection[int]:
         """Returns the shards that the round has to wait for, of (shard, round of its last known update)."""

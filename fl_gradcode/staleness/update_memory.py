@@ -167,6 +167,10 @@ class UpdateMemory:
         """Returns the last known updates of shards, which must have one."""
         return [Remembered(j, self.versions[j], self._restored(j), self._metrics[j]) for j in shards]
 
+    def weight(self, shard: int) -> float:
+        """Returns the weight of the last known update of a shard, 0 if there is none."""
+        return float(self._metrics[shard][0]) if shard in self._metrics else 0.0
+
     def ages(self, server_round: int) -> tuple[int, ...]:
         """Returns how many shards have an update of each age: entry a counts those of a rounds ago."""
         ages = [server_round - version for version in self.versions.values()]

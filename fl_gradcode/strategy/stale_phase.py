@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,6 @@ import numpy as np
 from flwr.app import ArrayRecord, Message
 from numpy.typing import NDArray
 
-from .._text import numbered
 from ..codes import IncrementalDecoder, may_cover, uncoded
 from ..copies import Copies
 from ..grid import Arrival, Late, Wait
@@ -28,8 +26,6 @@ from .stop_rules import ShardPhase, shard_row
 
 __all__ = ["LateUpdates", "StalePhase"]
 
-_log = logging.getLogger(__name__)
-
 
 class LateUpdates:
     """Reads replies to earlier rounds of training, and remembers those that are newer than what is known.
@@ -45,27 +41,6 @@ class LateUpdates:
         self.memory, self.rule = memory, rule
         self._phase: tuple[Plan, ArrayRecord | None, list[int]] | None = None
         self._replies: ReplyCollector | None = None
-        self._warned = False
-
-    def warn_of_weight(self, server_round: int, reused: Sequence[Remembered], fresh: float) -> None:
-        """Warn once if last updates with more than half of the weight enter a model.
-
-        Args:
-            server_round: The round.
-            reused: The last updates.
-            fresh: Weight of the updates of this round.
-        """
-        stale = sum(float(one.metrics[0]) for one in reused)
-        if self._warned or not stale > fresh:
-            return
-        self._warned = True
-        _log.warning(
-            "Round %d, train: the last updates of %s enter the model again, with %.0f %% of all weight. Training may "
-            "oscillate where single shards weigh that much: run exact rounds, with staleness=0.",
-            server_round,
-            numbered("shard", [one.shard for one in reused]),
-            100 * stale / (stale + fresh),
-        )
 
     def open(
         self, plan: Plan, before: ArrayRecord | None, shards: Sequence[int], replies: ReplyCollector | None = None
@@ -151,8 +126,11 @@ class StalePhase(ShardPhase):
         if group is None or len(rows) < self._rule.needed(len(self._row)) or not self._memory.knows(group.key):
             return False
         there = {*rows}
-        others = (self._memory.versions.get(shard, 0) for shard, row in self._row.items() if row not in there)
-        return self._rule.suffices(len(there), others, self.plan.round, len(self._row))
+        others = [shard for shard, row in self._row.items() if row not in there]
+        if self._rule.too_old(((shard, self._memory.versions.get(shard, 0)) for shard in others), self.plan.round):
+            return False
+        fresh = sum(_weight_in(group, row) for row in there)
+        return self._rule.enough_weight(fresh, sum(map(self._memory.weight, others)))
 
     @property
     def linger_until(self) -> float | None:  # type: ignore[override]
@@ -196,8 +174,19 @@ class StalePhase(ShardPhase):
         too_old = {*self._rule.too_old(lacking, self.plan.round)}
         if too_old and not may_cover(too_old, missing, min(strangers, len(missing))):
             return True
-        more = sum(sorted((len(shards - possible) for shards in missing), reverse=True)[:strangers])
-        return len(possible) + more < self._rule.needed(len(self._row))
+        more = [shards - possible for shards in missing]
+        number = len(possible) + _largest(map(len, more), strangers)
+        if number < self._rule.needed(len(self._row)):
+            return True
+        weights = {shard: self._weight_of(shard) for shard in self._row}
+        weight = sum(weights[shard] for shard in possible)
+        weight += _largest((sum(weights[shard] for shard in shards) for shards in more), strangers)
+        return not self._rule.enough_weight(weight, sum(weights.values()) - weight)
+
+    def _weight_of(self, shard: int) -> float:
+        """Returns the weight of a shard's update of this round, or else of its last known one."""
+        group, row = self.replies.best, self._row[shard]
+        return _weight_in(group, row) if group and row in group.copies else self._memory.weight(shard)
 
     def restarted(self, node: int) -> None:
         """Release the shard that a restarted node was working on, and allow new work for the node."""
@@ -234,9 +223,6 @@ class StalePhase(ShardPhase):
         vector = np.zeros(self.code.n, self.code.B.dtype)
         vector[rows] = 1
         others = self._memory.of([shard for shard, row in self._row.items() if row not in {*rows}])
-        assert isinstance(group, ReplyGroup)
-        fresh = sum(float(group.copies[row][1][0]) for row in rows)
-        self._late.warn_of_weight(self.plan.round, others, fresh)
         return vector, tuple(StaleUpdate((one.shard,), one.round, one.update, one.metrics, group.key) for one in others)
 
     def remember(self, group: Group, *, used: bool) -> None:
@@ -249,6 +235,16 @@ class StalePhase(ShardPhase):
                 self._memory.keep(shard, self.plan.round, *group.copies[row], group.key, sender=sender, late=not used)
         if used:
             self.ages = self._memory.ages(self.plan.round)
+
+
+def _weight_in(group: Group, row: int) -> float:
+    assert isinstance(group, ReplyGroup)
+    return float(group.copies[row][1][0])
+
+
+def _largest(numbers: Iterable[float], how_many: int) -> float:
+    """Returns the sum of the largest ones."""
+    return sum(sorted(numbers, reverse=True)[:how_many])
 
 
 def _trained_in(label: str) -> int:

@@ -39,7 +39,7 @@ def test_times_and_ages_are_those_of_a_run(law: str, send: Shards) -> None:
     n, s, rounds = 8, 3, 40
     logging.disable(logging.WARNING)
     strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), fractional_repetition(n, s), send=send, verify=0)
-    with InProcessGrid(toy_app(), n) as clients:
+    with InProcessGrid(toy_app(examples=lambda shard: 1), n) as clients:
         strategy.start(VirtualGrid(clients, LAWS[law], seed=4), initial_arrays(), num_rounds=rounds)
     rows = [row["train"] for row in strategy.ledger.rows]
     told, rule = [row["ages"] for row in rows], send.rule
