@@ -20,8 +20,8 @@ class StalenessRule:
 
     Attributes:
         bound: Largest age of an update that may be used again.
-        fresh: Least share of the shards that must have an update of this round, and least share of the weight (half of it,
-            if `fresh` is more).
+        fresh: Least share of the shards that must have an update of this round, and least share of the weight, of
+            which half is enough.
         grace: How long to wait on for further updates once there are enough, as a share of the time that the round took
             until the last update came.
 

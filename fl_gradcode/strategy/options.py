@@ -88,8 +88,8 @@ class Shards:
             start at once. With "learned", they start by the times that the run has learned of its workers: first of the
             shard whose copy is expected to take longest, and once that is 0.6 times what the free node takes.
         staleness: Largest age of an update that is used again, in rounds. 0 is exact.
-        fresh: Least share of the shards that must have an update of this round, and least share of the weight (half of it,
-            if `fresh` is more).
+        fresh: Least share of the shards that must have an update of this round, and least share of the weight, of
+            which half is enough.
         grace: How long to wait on for further updates once there are enough, as a share of the round's time so far.
         store: Where the last updates are kept: "" for memory, "float16" for half of the memory, or the absolute path of
             a new file that is mapped into memory; see `UpdateMemory`.

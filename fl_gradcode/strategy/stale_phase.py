@@ -15,7 +15,7 @@ from ..copies import Copies
 from ..grid import Arrival, Late, Wait
 from ..protocol import Plan, Rejection
 from ..roster import WorkerRegistry
-from ..staleness import UNKNOWN, Remembered, StalenessRule, UpdateMemory
+from ..staleness import UNKNOWN, StalenessRule, UpdateMemory
 from .options import Approximation
 from .phase import Scrutiny
 from .plan_messages import MessageFactory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from flwr.serverapp.strategy import FedAdam
 
 from experiments import sooner
+from experiments.compare import __main__ as compare
 from experiments.compare.asynchronous import semi_asynchronous
 from experiments.compare.runs import run
 from experiments.compare.store import Store, Task
@@ -88,3 +90,13 @@ def test_the_suite_has_new_seeds_and_treats_all_schemes_alike() -> None:
         assert {dict(task.options).get("adam") for task in main if task.scheme == scheme} == {None, 0.03}
         assert {dict(task.options).get("steps") for task in main if task.scheme == scheme} == {None, 0.6}
         assert all(AVERAGE in task.options for task in main if task.scheme == scheme)
+
+
+def test_a_part_of_a_suite_can_be_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--suite", "sooner", "--rows", str(tmp_path / "rows.jsonl"), "--data-dir", str(tmp_path / "none")]
+    counts = []
+    for part in ([], ["--problem", "adult"], ["--problem", "adult", "--seeds", "10", "11"]):
+        assert compare.main([*arguments, *part]) == 2  # there are no data
+        counts.append(int(re.search(r"sooner: (\d+) tasks", capsys.readouterr().out)[1]))  # type: ignore[index]
+    adult = sum(task.problem == "adult" for task in SUITES["sooner"]())
+    assert counts == [len(SUITES["sooner"]()), adult, adult * 2 // 5]
