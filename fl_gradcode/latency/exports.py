@@ -126,6 +126,7 @@ def measured_rounds(name: str, table: Array, workers: Sequence[str] = (), notes:
             f"The trace {name} has {table[row, column]} at row {row}, column {column}; it must be {bound}."
         )
     there = np.isfinite(table) & (table > 0)
+    _refuse_growing(name, table)
     if not there.any():
         raise InvalidSetting(f"The trace {name} has no time above 0, and no job is that short.")
     rounds, worker = np.nonzero(there)
@@ -138,6 +139,18 @@ def measured_rounds(name: str, table: Array, workers: Sequence[str] = (), notes:
         who = listed([_called(int(i), workers) for i in silent], 4)
         raise InvalidSetting(f"The trace {name} has no time above 0 of worker {who}: leave the column out.")
     return Measured(name, jobs, tuple(workers), n == 1, None, tuple(told))
+
+
+def _refuse_growing(name: str, table: Array) -> None:
+    """Refuses columns of an array that count rounds, add up, or tell when."""
+    if len(table) < _FEW:
+        return
+    for column, values in enumerate(table.T):
+        if (np.diff(values) > 0).all() or is_time_of_day(float(values[0])):
+            raise InvalidSetting(
+                f"The trace {name} has column {column}, which only grows or tells when ({values[0]:.10g}, "
+                f"{values[1]:.10g}, ...): give how long each job took, and leave a column of rounds out."
+            )
 
 
 def _said_of_zeros(zeros: NDArray[np.int64], workers: Sequence[str]) -> list[str]:

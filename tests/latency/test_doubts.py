@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fl_gradcode.latency import read_measured
+from fl_gradcode.errors import InvalidSetting
+from fl_gradcode.latency import measured_rounds, read_measured
 from tests.latency.test_exports import refusal, times_of
 
 ROUNDS, WORKERS = 12, 5
@@ -210,6 +211,14 @@ WRONG = {
 def test_what_misleads_is_named(name: str, tmp_path: Path) -> None:
     text, sentence = WRONG[name]
     assert sentence in refusal(write(tmp_path / "t.csv", text))
+
+
+@pytest.mark.parametrize(
+    "table", [np.column_stack([np.arange(ROUNDS), TIMES]), TIMES.cumsum(axis=0), 1.7e9 + 30 * TIMES.cumsum(axis=0)]
+)
+def test_arrays_that_count_or_add_up_are_refused(table: np.ndarray) -> None:
+    with pytest.raises(InvalidSetting, match=r"t\.npz has column 0, which only grows or tells when"):
+        measured_rounds("t.npz", table)
 
 
 def test_failed_jobs_have_no_time(tmp_path: Path) -> None:
