@@ -310,14 +310,16 @@ def refuse_clocks(sheet: Sheet, at: int, seconds: Array, rounds: Array | None, u
 
 def refuse_grouped(sheet: Sheet, cells: Sequence[str], at: int, unit: float | None) -> None:
     """Refuses 1.234 as a number of milliseconds, where it may be a thousand of them."""
-    if unit is None or unit >= 1 or sheet.decimal_comma or sheet.separated_by_commas:
+    if unit is None or unit >= 1 or sheet.separated_by_commas:
         return
     known = [cell.strip() for cell in cells if cell.strip().lower() not in MISSING]
-    grouped = [cell for cell in known if re.fullmatch(r"[1-9]\d{0,2}\.\d{3}", cell)]
+    mark = "," if sheet.decimal_comma else "."
+    grouped = [cell for cell in known if re.fullmatch(rf"[1-9]\d{{0,2}}[{mark}]\d{{3}}", cell)]
     if grouped and all(cell in grouped or re.fullmatch(r"\d{1,3}", cell) for cell in {*known}):
         row = next(row for row, cell in enumerate(cells) if cell.strip() == grouped[0])
+        whole, _, rest = grouped[0].partition(mark)
         raise InvalidSetting(
             f"The trace {sheet.name} has {grouped[0]!r} in line {sheet.lines[row]}, {column_of(sheet, at)}, which may "
-            f"be {grouped[0].replace('.', '')} or {float(grouped[0]):g}: write numbers without thousands separators, "
+            f"be {whole}{rest} or {whole}.{rest}: write numbers without thousands separators, "
             "or give seconds."
         )

@@ -121,7 +121,7 @@ def read_sheet(path: str | Path) -> Sheet:
     head = _cells(file.name, [comment], separator)[0] if comment else []
     # Most files have no comma inside a cell, and need no look at each of them.
     inside = '"' in text if separator == "," else "," in text
-    comma = inside and _decimal_comma(file.name, rows, numbers)
+    comma = inside and _decimal_comma(file.name, rows, numbers, separator)
     notes = [f"cells are separated by {_SEPARATORS.get(separator, 'spaces')}"] if separator != "," else []
     notes += ["numbers have decimal commas"] if comma else []
     header: list[str] = []
@@ -234,8 +234,11 @@ def _cells(name: str, lines: list[str], separator: str) -> list[list[str]]:
     return rows
 
 
-def _decimal_comma(name: str, rows: list[list[str]], numbers: list[int]) -> bool:
-    """Returns whether numbers have decimal commas; both signs in one file, and 1,234 alone, are refused."""
+def _decimal_comma(name: str, rows: list[list[str]], numbers: list[int], separator: str) -> bool:
+    """Returns whether numbers have decimal commas; both signs in one file are refused, and so is 1,234 alone.
+
+    Between semicolons, 1,234 is a decimal: programs separate cells by them because commas are in numbers already.
+    """
     comma = point = either = None
     for row, line in zip(rows, numbers, strict=True):
         for column, cell in enumerate(row, 1):
@@ -259,14 +262,14 @@ def _decimal_comma(name: str, rows: list[list[str]], numbers: list[int]) -> bool
             f"The trace {name} has {printable(cell)!r} in line {line}, column {column}, and "
             f"{printable(point[2])!r} in line {point[0]}, column {point[1]}: decimals have commas or points, not both."
         )
-    if either and not comma:
+    if either and not comma and separator != ";":
         line, column, cell = either
         whole, _, rest = cell.strip().partition(",")
         raise InvalidSetting(
             f"The trace {name} has {printable(cell)!r} in line {line}, column {column}, which may be {whole}{rest} or "
             f"{whole}.{rest}: write numbers without thousands separators, and decimals with points."
         )
-    return comma is not None
+    return found is not None
 
 
 def _is_header(rows: list[list[str]], comma: bool) -> bool:

@@ -58,6 +58,9 @@ RIGHT = {
     + "".join(f" {t} | {i} | {x} \n" for t, i, x in JOBS)
     + f"({len(JOBS)} rows)\n",
     "Markdown": "| round | worker | seconds |\n|---|---|---|\n" + "".join(f"| {t} | {i} | {x} |\n" for t, i, x in JOBS),
+    "three digits behind a German comma": sheet(
+        ["Runde", "Knoten", "Sekunden"], ((t, i, f"{x:.3f}".replace(".", ",")) for t, i, x in JOBS), ";"
+    ),
     "R's write.table": '"round" "worker" "seconds"\n'
     + "".join(f'"{k + 1}" {t} "w{i}" {x}\n' for k, (t, i, x) in enumerate(JOBS)),
     "R's write.table with commas": '"round","worker","seconds"\n'
@@ -108,6 +111,10 @@ WRONG = {
     ),
     "German thousands": (
         sheet(["round", "worker", "duration_ms"], ((t, i, f"{x:,}".replace(",", ".")) for t, i, x in GROUPED), ";"),
+        f"in line 2, column 'duration_ms', which may be {GROUPED[0][2]} or",
+    ),
+    "German milliseconds that may be grouped": (
+        sheet(["round", "worker", "duration_ms"], ((t, i, f"{x:,}") for t, i, x in GROUPED), ";"),
         f"in line 2, column 'duration_ms', which may be {GROUPED[0][2]} or",
     ),
     "a million": ('a,b\n"1,234,567",2\n3,4\n', "has '1,234,567' in line 2, column 1: write numbers without thousands"),
