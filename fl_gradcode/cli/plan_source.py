@@ -207,6 +207,9 @@ def _of_jobs(
             f"worker {who} stopped answering after round {last}; it is planned with its last time, but waiting for all "
             "would never end if it is gone",
         )
+    for worker, first in tables.late:
+        who = printable(names[worker], 40) if names else str(worker)
+        notes = (*notes, f"worker {who} answered in round {first} first; before, it is planned with its first time")
     middle, usual = float(np.median(fixed)), float(np.median(fixed + compute))
     _check_transfer(told, moved, middle)
     # The transfer is a share of the part that does not grow with the shards, since a slow moment slows it down as well.

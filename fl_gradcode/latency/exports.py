@@ -18,16 +18,41 @@ from numpy.typing import NDArray
 
 from .._text import listed, printable
 from ..errors import InvalidSetting
-from .column_names import Heading, heading_of, is_time_of_day, not_a_worker, odd_one_out
+from .column_names import (
+    Heading,
+    have_one_form,
+    heading_of,
+    is_time_of_day,
+    not_a_worker,
+    numbers_rows,
+    odd_one_out,
+    unit_of,
+)
+from .doubts import (
+    column_of,
+    refuse_clocks,
+    refuse_durations,
+    refuse_grouped,
+    refuse_jobs_without_names,
+    refuse_labels,
+    refuse_no_times,
+    refuse_parts,
+    refuse_round_times,
+    refuse_rounds_as_columns,
+    refuse_shards,
+    refuse_split_decimals,
+    refuse_texts,
+    refuse_totals_of_workers,
+)
 from .jobs import Jobs
+from .repeats import by_clock, failed, rounds_of_runs, same_jobs, training, varying_examples
 from .sheets import MISSING, Sheet, is_number, number_of, read_sheet
 
 __all__ = ["Measured", "measured_rounds", "read_measured"]
 
 _MOST = 1e15  # of seconds, rounds and shards: more is no measured number, and overflows in sums of squares
 _FEW = 10  # rows from which on a column that only grows is no coincidence
-_PHASES = frozenset({"kind", "phase", "type", "task", "stage", "event", "messagetype"})
-_TRAINING = frozenset({"train", "fit", "training", "trained", "fitres", "fitins"})
+_UNIT_COLUMNS = frozenset({"unit", "units", "timeunit", "einheit", "unite", "unidad"})
 
 Array = NDArray[np.float64]
 
@@ -81,7 +106,7 @@ def read_measured(path: str | Path) -> Measured:
     sheet = read_sheet(path)
     headings = [heading_of(name) for name in sheet.header]
     words = {heading.meaning for heading in headings}
-    if headings and ("worker" in words or ("seconds" in words and len(headings) > 1 and not _wide(headings))):
+    if headings and ("worker" in words or ("seconds" in words and len(headings) > 1 and not _wide(sheet, headings))):
         return _of_jobs(sheet, headings)
     return _of_rounds(sheet, headings)
 
@@ -96,11 +121,12 @@ def measured_rounds(name: str, table: Array, workers: Sequence[str] = (), notes:
     bad = np.argwhere((table < 0) | (table > _MOST) & (table < math.inf))
     if len(bad):
         row, column = (int(x) for x in bad[0])
-        bound = "at least 0" if table[row, column] < 0 else f"at most {_MOST:g}"
+        bound = "at least 0, or NaN if the job never came back" if table[row, column] < 0 else f"at most {_MOST:g}"
         raise InvalidSetting(
             f"The trace {name} has {table[row, column]} at row {row}, column {column}; it must be {bound}."
         )
     there = np.isfinite(table) & (table > 0)
+    _refuse_growing(name, table)
     if not there.any():
         raise InvalidSetting(f"The trace {name} has no time above 0, and no job is that short.")
     rounds, worker = np.nonzero(there)
@@ -113,6 +139,18 @@ def measured_rounds(name: str, table: Array, workers: Sequence[str] = (), notes:
         who = listed([_called(int(i), workers) for i in silent], 4)
         raise InvalidSetting(f"The trace {name} has no time above 0 of worker {who}: leave the column out.")
     return Measured(name, jobs, tuple(workers), n == 1, None, tuple(told))
+
+
+def _refuse_growing(name: str, table: Array) -> None:
+    """Refuses columns of an array that count rounds, add up, or tell when."""
+    if len(table) < _FEW:
+        return
+    for column, values in enumerate(table.T):
+        if (np.diff(values) > 0).all() or is_time_of_day(float(values[0])):
+            raise InvalidSetting(
+                f"The trace {name} has column {column}, which only grows or tells when ({values[0]:.10g}, "
+                f"{values[1]:.10g}, ...): give how long each job took, and leave a column of rounds out."
+            )
 
 
 def _said_of_zeros(zeros: NDArray[np.int64], workers: Sequence[str]) -> list[str]:
@@ -137,31 +175,22 @@ def _of_jobs(sheet: Sheet, headings: list[Heading]) -> Measured:
     renamed = [f"{printable(sheet.header[at], 40)} is {word}" for word, at in place.items() if sheet.header[at] != word]
     if renamed:
         notes.append("columns: " + ", ".join(renamed))
+    sheet, unused = training(sheet, headings, unused, notes)
     rows = list(zip(*sheet.rows, strict=True))
-    for at in list(unused):
-        if headings[at].plain in _PHASES:
-            training = [cell.strip().lower() in _TRAINING for cell in rows[at]]
-            if any(training) and not all(training):
-                notes.append(f"{training.count(False)} jobs that are no training are left out")
-                sheet = replace(
-                    sheet,
-                    rows=[row for row, use in zip(sheet.rows, training, strict=True) if use],
-                    lines=[line for line, use in zip(sheet.lines, training, strict=True) if use],
-                )
-                rows = list(zip(*sheet.rows, strict=True))
-                unused.remove(at)
-    if unused:
-        notes.append(
-            f"not used: {printable(listed([sheet.header[at] or 'a column without a name' for at in unused], 5))}"
-        )
+    lost = failed(sheet, headings, rows, unused, notes)
+    unit = _unit_of_jobs(sheet, headings, rows, place["seconds"], unused)
+    refuse_parts(sheet, headings, place["seconds"], unused)
+    refuse_totals_of_workers(sheet, place["worker"], rows[place["worker"]])
     values = {}
     for word, at in place.items():
         if word != "worker":
             values[word] = _numbers(sheet, rows[at], at, missing=word in ("seconds", "computing"))
-    seconds = values["seconds"]
+    refuse_grouped(sheet, rows[place["seconds"]], place["seconds"], unit)
+    seconds = np.where(lost, np.nan, values["seconds"])
     lines = np.array(sheet.lines)
-    _refuse_clocks(sheet, place["seconds"], seconds, values.get("round"))
+    refuse_clocks(sheet, place["seconds"], seconds, values.get("round"), unit)
     names, worker = _workers(sheet, rows[place["worker"]], place["worker"])
+    again = np.zeros(len(worker), dtype=bool)
     if "round" in values:
         whole = values["round"] % 1 == 0
         if not whole.all():
@@ -169,21 +198,33 @@ def _of_jobs(sheet: Sheet, headings: list[Heading]) -> Measured:
             raise InvalidSetting(
                 f"The trace {sheet.name} has round {values['round'][at]:g} in line {lines[at]}; rounds are whole."
             )
-        rounds = values["round"].astype(np.int64)
+        rounds = rounds_of_runs(sheet, headings, rows, unused, worker, values["round"].astype(np.int64), names, notes)
+        again = same_jobs(sheet, rows, unused, worker, rounds, names, notes)
     else:
         # The first job of each worker is of the first round, and so on; a job without a time counts as well.
-        order = np.argsort(worker, kind="stable")
+        order = by_clock(sheet, rows, unused, notes)
+        order = np.argsort(worker, kind="stable") if order is None else order[np.argsort(worker[order], kind="stable")]
         start = np.searchsorted(worker[order], worker[order])
         rounds = np.empty(len(worker), dtype=np.int64)
         rounds[order] = np.arange(len(worker)) - start + 1
         if np.bincount(worker).max() > 1:
             notes.append("no column of rounds: the k-th job of a worker is taken as that of round k")
+    if unused:
+        notes.append(
+            f"not used: {printable(listed([sheet.header[at] or 'a column without a name' for at in unused], 5))}"
+        )
     shards = values.get("shards", np.ones(len(seconds)))
-    unit, computing = headings[place["seconds"]].unit, np.full(len(seconds), np.nan)
+    if "shards" in values:
+        refuse_shards(sheet, place["shards"], shards, len(names))
+    refuse_round_times(
+        sheet, place["seconds"], worker, rounds, np.where(seconds > 0, seconds, np.nan), loads=bool(np.ptp(shards) > 0)
+    )
+    notes += varying_examples(sheet, headings, rows, unused, worker)
+    computing = np.full(len(seconds), np.nan)
     if "computing" in values:
         own = headings[place["computing"]].unit
         computing = values["computing"] * ((own or 1.0) / (unit or 1.0) if own != unit and own and unit else 1.0)
-    there = np.isfinite(seconds) & (seconds > 0)
+    there = np.isfinite(seconds) & (seconds > 0) & ~again
     empty = int(np.isnan(seconds).sum())
     if empty:
         notes.append(f"{empty} of {len(seconds)} jobs have no time: they never came back")
@@ -214,6 +255,28 @@ def _of_jobs(sheet: Sheet, headings: list[Heading]) -> Measured:
     return Measured(sheet.name, jobs, tuple(names), False, unit, tuple(notes))
 
 
+def _unit_of_jobs(
+    sheet: Sheet, headings: list[Heading], rows: Sequence[Sequence[str]], at: int, unused: list[int]
+) -> float | None:
+    """Returns the seconds of the unit that the column's name says, or a column of units."""
+    unit = headings[at].unit
+    for other in list(unused):
+        if headings[other].plain not in _UNIT_COLUMNS:
+            continue
+        stated = {cell.strip().lower() for cell in rows[other]}
+        known = {unit_of(text) for text in stated}
+        if known == {None}:
+            continue
+        unused.remove(other)
+        if len(known) > 1 or (unit is not None and known != {unit}):
+            raise InvalidSetting(
+                f"The trace {sheet.name} has units {printable(listed(sorted(stated), 4), 60)} in "
+                f"{column_of(sheet, other)}: give all times in one unit."
+            )
+        unit = known.pop()
+    return unit
+
+
 def _columns_of_jobs(sheet: Sheet, headings: list[Heading]) -> tuple[dict[str, int], list[int]]:
     """Returns the place of each quantity's column, and the places of columns that mean none."""
     place: dict[str, int] = {}
@@ -229,31 +292,21 @@ def _columns_of_jobs(sheet: Sheet, headings: list[Heading]) -> tuple[dict[str, i
         if first:
             place[word] = first[0]
     missing = [word for word in ("worker", "seconds") if word not in place]
+    if "worker" in place and "seconds" in missing:
+        refuse_rounds_as_columns(sheet, numbers=True)
     if missing:
         raise InvalidSetting(
             f"The trace {sheet.name} has columns {printable(', '.join(sheet.header), 200)} and lacks "
             f"{' and '.join(missing)}: a table of jobs needs worker and seconds, and may have round, shards and "
-            "computing."
+            f"computing.{_less(headings)}"
         )
     return place, [at for at in range(len(headings)) if at not in place.values()]
 
 
-def _refuse_clocks(sheet: Sheet, at: int, seconds: Array, rounds: Array | None) -> None:
-    """Refuses a column of seconds that tells when, and not how long."""
-    known = seconds[np.isfinite(seconds)]
-    name = printable(repr(sheet.header[at]) if sheet.header else str(at + 1), 40)
-    if len(known) and is_time_of_day(float(np.median(known))):
-        raise InvalidSetting(
-            f"The trace {sheet.name} has {known[0]:.10g} in line {sheet.lines[0]}, column {name}, which is a date in "
-            "seconds since 1970: give how long each job took, not when."
-        )
-    if len(known) < _FEW:
-        return
-    if (np.diff(known) > 0).all() and (rounds is None or (np.diff(rounds) >= 0).all()):
-        raise InvalidSetting(
-            f"The trace {sheet.name} has column {name}, which only grows ({known[0]:g}, {known[1]:g}, ... "
-            f"{known[-1]:g}): it tells when, or the table is sorted by it. Give how long each job took, round by round."
-        )
+def _less(headings: list[Heading]) -> str:
+    """Returns what to do with columns that tell when jobs began and ended."""
+    plain = {heading.plain.removesuffix("ms").removesuffix("time") for heading in headings}
+    return " Give the end less the start as seconds." if {"start", "end"} <= plain else ""
 
 
 def _workers(sheet: Sheet, cells: Sequence[str], at: int) -> tuple[list[str], NDArray[np.int64]]:
@@ -277,7 +330,22 @@ def _workers(sheet: Sheet, cells: Sequence[str], at: int) -> tuple[list[str], ND
                     f"numbers.{why}"
                 )
             name = name.split(".")[0]
+            if int(name) > 2**53:
+                raise InvalidSetting(
+                    f"The trace {sheet.name} has worker {printable(cell.strip())} in line "
+                    f"{sheet.lines[cells.index(cell)]}: a number so large has lost digits where it was stored with "
+                    "decimals. Export the ids as text."
+                )
         clean[cell] = name
+    alike: dict[str | int, str] = {}
+    for name in sorted({*clean.values()}):
+        other = alike.setdefault(int(name) if numeric else name.casefold(), name)
+        if other != name:
+            first, second = sorted((other, name))
+            raise InvalidSetting(
+                f"The trace {sheet.name} has workers {printable(repr(first), 40)} and {printable(repr(second), 40)} in "
+                f"{column_of(sheet, at)}: write each worker's name in one way."
+            )
     names = sorted({*clean.values()}, key=int if numeric else _natural)
     if len(names) > 100_000:
         raise InvalidSetting(
@@ -291,9 +359,7 @@ def _workers(sheet: Sheet, cells: Sequence[str], at: int) -> tuple[list[str], ND
 def _natural(name: str) -> list[tuple[int, int, str]]:
     """Returns a key that sorts w9 before w10."""
     return [
-        (0, int(part), "") if part.isdigit() else (1, 0, part)
-        for part in re.findall(r"\d+|\D+", name)
-        if part.isascii()
+        (0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in re.findall(r"[0-9]+|[^0-9]+", name)
     ]
 
 
@@ -310,6 +376,7 @@ def _numbers(sheet: Sheet, cells: Sequence[str], at: int, *, missing: bool) -> A
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         bounds = f"at most {_MOST:g}" if values[row] > _MOST else "at least 0"
+        bounds += ", or empty if the job never came back" if missing and values[row] < 0 else ""
         raise InvalidSetting(
             f"The trace {sheet.name} has {_column(sheet, at)} {values[row]:g} in line {sheet.lines[row]}; it must be "
             f"{bounds}."
@@ -341,11 +408,12 @@ def _column(sheet: Sheet, at: int) -> str:
 # Tables of rounds
 
 
-def _wide(headings: list[Heading]) -> bool:
+def _wide(sheet: Sheet, headings: list[Heading]) -> bool:
     """Returns whether a column called time stands beside columns of workers, and is a clock."""
     seconds = [heading for heading in headings if heading.meaning == "seconds"]
-    others = [heading for heading in headings if not heading.meaning and not not_a_worker(heading.plain)]
-    return all(heading.plain in ("time", "elapsed") for heading in seconds) and len(others) > 1
+    others = [at for at, heading in enumerate(headings) if not heading.meaning and not not_a_worker(heading.plain)]
+    clocks = all(heading.plain in ("time", "elapsed") for heading in seconds)
+    return len(others) > 1 and (clocks or have_one_form([sheet.header[at] for at in others]))
 
 
 def _of_rounds(sheet: Sheet, headings: list[Heading]) -> Measured:
@@ -353,15 +421,26 @@ def _of_rounds(sheet: Sheet, headings: list[Heading]) -> Measured:
     columns = list(zip(*sheet.rows, strict=True))
     width = len(columns)
     if not headings and width > 1:
-        _refuse_split_decimals(sheet)
+        refuse_split_decimals(sheet)
+    refuse_rounds_as_columns(sheet)
     words = headings or [heading_of("")] * width
     left: list[int] = []
     single = width == 1
     for at, heading in enumerate(words):
         named = bool(headings) and not single and not_a_worker(heading.plain)
         clock = bool(headings) and not single and heading.meaning == "seconds"
-        if named or clock or (not single and _is_dates(columns[at])):
+        dates = not single and _is_dates(columns[at])
+        extreme = bool(headings) and re.sub("__(MIN|MAX)$", "", sheet.header[at]) in {*sheet.header} - {
+            sheet.header[at]
+        }
+        if dates and not (named or clock) and (at > 0 or have_one_form(sheet.header[:2])):
+            refuse_durations(sheet, at, columns[at])
+        if named and not dates and numbers_rows(heading.plain):
+            refuse_labels(sheet, at, columns[at])
+        if named or clock or dates or extreme:
             left.append(at)
+        elif headings:
+            refuse_texts(sheet, at, columns[at])
     values: dict[int, Array] = {
         at: _numbers(sheet, columns[at], at, missing=True) for at in range(width) if at not in left
     }
@@ -374,29 +453,30 @@ def _of_rounds(sheet: Sheet, headings: list[Heading]) -> Measured:
             f"The trace {sheet.name} has columns {printable(', '.join(sheet.header), 200)}, and none of them is a "
             "worker's: give one column for each worker, or a table of jobs with worker and seconds."
         )
-    for at in _summaries(values):
+    refuse_jobs_without_names(sheet, columns, left, values)
+    for at in _summaries(sheet, values):
         left.append(at)
         del values[at]
-    if left:
-        others = listed([_named(sheet, at) for at in sorted(left)], 5)
-        notes.append(f"no worker: {others} (counts rounds, tells the time or sums up)")
     names = [sheet.header[at] for at in values] if sheet.header else []
+    odd = odd_one_out(names) if len(names) > 1 else None
+    if odd is not None:
+        raise InvalidSetting(
+            f"The trace {sheet.name} has a column {printable(repr(odd[0]), 40)} beside {printable(odd[1], 40)} and "
+            "others of that form: if it is a worker, name it likewise; otherwise leave it out."
+        )
+    refuse_no_times(sheet, columns, values)
+    if left:
+        others = listed([column_of(sheet, at) for at in sorted(left)], 5)
+        notes.append(f"no worker: {others} (counts rounds, tells the time or sums up)")
     unit = None
-    if len(values) > 1 and names:
-        odd = odd_one_out(names)
-        if odd is not None:
-            raise InvalidSetting(
-                f"The trace {sheet.name} has a column {printable(repr(odd), 40)} beside {printable(names[0], 40)} and "
-                "others of that form: if it is a worker, name it likewise; otherwise leave it out."
-            )
-        if len({*names}) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise InvalidSetting(f"The trace {sheet.name} has two columns called {printable(repr(twice), 40)}.")
+    if len(values) > 1 and len({*names}) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidSetting(f"The trace {sheet.name} has two columns called {printable(repr(twice), 40)}.")
     if len(values) == 1:
         at = next(iter(values))
         unit = words[at].unit
         times = values[at]
-        _refuse_clocks(sheet, at, times, None)
+        refuse_clocks(sheet, at, times, None, unit)
         missing = int(np.isnan(times).sum())
         if missing:
             notes.append(f"{missing} of {len(times)} cells are empty and left out")
@@ -406,19 +486,22 @@ def _of_rounds(sheet: Sheet, headings: list[Heading]) -> Measured:
     empty = int(np.isnan(table).sum())
     if empty:
         notes.append(f"{empty} of {table.size} cells have no time: those jobs never came back")
-    units = {words[at].unit for at in values} if headings else {None}
+    units = {words[at].unit: at for at in values} if headings else {None: 0}
+    if len(units) > 1:
+        first, second, *_ = units.values()
+        raise InvalidSetting(
+            f"The trace {sheet.name} has {column_of(sheet, first)} and {column_of(sheet, second)}, which are of "
+            "different units: give all times in one unit."
+        )
     found = measured_rounds(sheet.name, table, names, notes)
-    return replace(found, unit=units.pop()) if len(units) == 1 else found
-
-
-def _refuse_split_decimals(sheet: Sheet) -> None:
-    """Refuses "1,03" where a comma separates cells: the part behind it is no whole number of seconds."""
-    for row, line in zip(sheet.rows, sheet.lines, strict=True):
-        if all(cell.strip().isdigit() for cell in row) and any(re.fullmatch(r"0\d+", cell.strip()) for cell in row[1:]):
-            raise InvalidSetting(
-                f"The trace {sheet.name} has {printable(','.join(row), 40)} in line {line}: a number that begins with "
-                "0 is the end of a decimal. Separate columns by semicolons, or write decimal points."
-            )
+    found = replace(found, unit=units.popitem()[0])
+    for at in left:
+        if headings and words[at].meaning == "round" and all(cell.strip().isdigit() for cell in columns[at]):
+            number = np.array(columns[at], dtype=np.float64)
+            if number.max() <= _MOST and (np.diff(number) > 0).all():  # rounds are called as the file calls them
+                rounds = number.astype(np.int64)[found.jobs.round - 1]
+                return replace(found, jobs=replace(found.jobs, round=rounds))
+    return found
 
 
 def _is_dates(cells: Sequence[str]) -> bool:
@@ -445,27 +528,35 @@ def _counts_up(column: Array, *, other: list[Array], sheet: Sheet, at: int) -> b
         return True  # rounds in blocks: 0, 0, 1, 1 would be jobs, but 1, 2, 4, 5 leaves rounds out
     if len(column) >= _FEW and (steps > 0).all():
         raise InvalidSetting(
-            f"The trace {sheet.name} has {_named(sheet, at)}, which only grows ({column[0]:g}, {column[1]:g}, ... "
+            f"The trace {sheet.name} has {column_of(sheet, at)}, which only grows ({column[0]:g}, {column[1]:g}, ... "
             f"{column[-1]:g}): it is no worker's time for a round. Leave it out, or give times instead of totals."
         )
     return False
 
 
-def _summaries(values: dict[int, Array]) -> list[int]:
+def _summaries(sheet: Sheet, values: dict[int, Array]) -> list[int]:
     """Returns the columns that are the maximum, mean, minimum or sum of all others in each row."""
     if len(values) < 4 or len(next(iter(values.values()))) < 3:
         return []
-    found = []
-    for at in (*list(values)[-3:], next(iter(values))):
-        others = np.stack([column for i, column in values.items() if i != at and i not in found])
-        if np.isnan(others).any() or np.isnan(values[at]).any() or not (np.ptp(others, axis=0) > 0).all():
+    found: list[int] = []
+    for at in (*reversed([*values][-3:]), next(iter(values))):
+        beside = [i for i in values if i != at and i not in found]
+        if sheet.header and have_one_form([sheet.header[at], sheet.header[beside[0]]]):
+            continue  # a worker by its name, who is always the first or the last
+        others = np.stack([values[i] for i in beside])
+        if not np.ptp(values[at]) > 0 or np.isnan(others).any() or not (np.ptp(others, axis=0) > 0).all():
             continue
+        rounded = _rounded_by(values[at])
         for summary in (np.max, np.mean, np.sum, np.median, np.min):
-            if np.allclose(values[at], summary(others, axis=0), rtol=1e-5, atol=0) and at not in found:
+            if np.allclose(values[at], summary(others, axis=0), rtol=1e-5, atol=rounded) and at not in found:
                 found.append(at)
     return found
 
 
-def _named(sheet: Sheet, at: int) -> str:
-    name = sheet.header[at] if sheet.header else ""
-    return f"column {printable(repr(name), 40)}" if name else f"column {at + 1}"
+def _rounded_by(column: Array) -> float:
+    """Returns half of the last decimal place of a column, where that is small beside its spread; otherwise 0."""
+    for places in range(7):
+        if np.allclose(column, np.round(column, places), rtol=0, atol=1e-9):
+            half = 0.501 * 10.0**-places
+            return half if half < 0.02 * float(column.std()) else 0.0
+    return 0.0

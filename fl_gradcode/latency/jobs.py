@@ -84,12 +84,14 @@ class JobTables:
         missing: Number of pairs of a round and a worker without a time, which take the worker's next known time, or its
             last one.
         stopped: Worker -> the last round that it answered, for workers that answered none of the last rounds.
+        late: Worker -> the first round that it answered, for workers that answered none of the first rounds.
     """
 
     fixed: Array
     compute: Array
     missing: int
     stopped: tuple[tuple[int, int], ...]
+    late: tuple[tuple[int, int], ...] = ()
 
 
 def split_of(jobs: Jobs, *, given: float | None = None, rng: np.random.Generator | None = None) -> Split:
@@ -192,15 +194,29 @@ def job_tables(jobs: Jobs, split: Split) -> JobTables:
         np.divide(np.bincount(at, weights=values, minlength=cells), counts, out=mean, where=counts > 0)
         tables.append(mean.reshape(len(rounds), jobs.n))
     seen = counts.reshape(len(rounds), jobs.n) > 0
-    last = np.where(seen.any(axis=0), len(rounds) - 1 - np.argmax(seen[::-1], axis=0), -1)
-    # A worker that answers seldom has not stopped: its silence must be long beside its own pauses.
-    stopped = []
-    for worker in map(int, np.flatnonzero(last < len(rounds) - max(_GONE, len(rounds) // 10))):
+    stopped, late = _silent(seen[::-1]), _silent(seen)
+    return JobTables(
+        _filled(tables[0], seen),
+        _filled(tables[1], seen),
+        int((~seen).sum()),
+        tuple((worker, int(rounds[::-1][row])) for worker, row in stopped),
+        tuple((worker, int(rounds[row])) for worker, row in late),
+    )
+
+
+def _silent(seen: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Returns the workers without an answer in the first rows, and the first row of an answer of each.
+
+    A worker that answers seldom is not one of them: its silence must be long beside its own pauses.
+    """
+    first = np.argmax(seen, axis=0)
+    found = []
+    for worker in map(int, np.flatnonzero(seen.any(axis=0) & (first >= max(_GONE, len(seen) // 10)))):
         rows = np.flatnonzero(seen[:, worker])
         pause = int(np.diff(rows).max()) if len(rows) > 1 else 0
-        if last[worker] >= 0 and len(rounds) - 1 - last[worker] > 2 * pause:
-            stopped.append((worker, int(rounds[last[worker]])))
-    return JobTables(_filled(tables[0], seen), _filled(tables[1], seen), int((~seen).sum()), tuple(stopped))
+        if first[worker] > 2 * pause:
+            found.append((worker, int(first[worker])))
+    return found
 
 
 def _filled(table: Array, seen: NDArray[np.bool_]) -> Array:

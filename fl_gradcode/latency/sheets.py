@@ -23,6 +23,11 @@ _SAMPLE = 50  # lines that tell which separator is used
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+([eE][+-]?\d+)?\s*")
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(\.\d{3})+,\d+\s*|[+-]?\d{1,3}(,\d{3})+\.\d+\s*")
 _FLOWER = re.compile(r"\[ROUND \d+(/\d+)?\]|(aggregate|configure)_(fit|train)|Starting Flower|Run finished \d+ round")
+_EITHER = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}\s*")  # 1,234: a decimal comma, or a thousands separator
+_GROUPS = re.compile(r"[+-]?\d{1,3}(,\d{3}){2,}\s*")  # 1,234,567
+_FRAME = re.compile(
+    r"(?=.*[|+])[|+\-=:\s]*-{3,}[|+\-=:\s]*|\(\d+ rows?\)|\d+ rows? in set.*"
+)  # as SQL and Markdown draw
 _FINISHED = re.compile(r"Run finished (\d+) round\S* in ([\d.]+)\s*s")
 
 
@@ -36,6 +41,7 @@ class Sheet:
         rows: The other lines, each with as many cells as the first.
         lines: Number of each row's line in the file, from 1.
         decimal_comma: Whether numbers are written with a decimal comma.
+        separated_by_commas: Whether commas separate the cells.
         notes: How the file was read, where that is not plain.
     """
 
@@ -44,6 +50,7 @@ class Sheet:
     rows: list[list[str]]
     lines: list[int]
     decimal_comma: bool
+    separated_by_commas: bool
     notes: tuple[str, ...]
 
 
@@ -99,18 +106,22 @@ def read_sheet(path: str | Path) -> Sheet:
             comment = bare.lstrip("#").strip() if not lines else comment
         elif not lines and re.fullmatch(r"sep=.", bare, re.IGNORECASE):
             stated = bare[-1]
+        elif bare[-1] in "-+|):" and _FRAME.fullmatch(bare):
+            continue
         else:
             lines.append(line)
             numbers.append(number)
     if not lines:
         raise InvalidSetting(f"The trace {file.name} has no rows of times; each row is one round.")
     _refuse_a_log(file.name, text)
+    if all(line.strip().startswith("|") and line.strip().endswith("|") for line in lines):
+        lines = [line.strip().strip("|") for line in lines]
     separator = stated or _separator(lines[:_SAMPLE])
     rows = _cells(file.name, lines, separator)
     head = _cells(file.name, [comment], separator)[0] if comment else []
     # Most files have no comma inside a cell, and need no look at each of them.
     inside = '"' in text if separator == "," else "," in text
-    comma = inside and _decimal_comma(file.name, rows, numbers)
+    comma = inside and _decimal_comma(file.name, rows, numbers, separator)
     notes = [f"cells are separated by {_SEPARATORS.get(separator, 'spaces')}"] if separator != "," else []
     notes += ["numbers have decimal commas"] if comma else []
     header: list[str] = []
@@ -121,8 +132,14 @@ def read_sheet(path: str | Path) -> Sheet:
         notes.append("the header stands in a comment")
     if not rows:
         raise InvalidSetting(f"The trace {file.name} has no rows of times; each row is one round.")
+    # R writes names of rows, and none above them.
+    named = separator == " " or all(line.lstrip().startswith('"') for line in lines)
+    longer = len(header) > 1 and all(len(row) == len(header) + 1 for row in rows)
+    if named and longer and any(row[-1].strip() for row in rows):
+        header = ["", *header]
     rows = _even(file.name, header, rows, numbers)
-    return Sheet(file.name, [cell.strip() for cell in header], rows, numbers, comma, tuple(notes))
+    _refuse_second_header(file.name, header, rows, numbers, comma)
+    return Sheet(file.name, [cell.strip() for cell in header], rows, numbers, comma, separator == ",", tuple(notes))
 
 
 def _text_of(file: Path) -> str:
@@ -133,6 +150,7 @@ def _text_of(file: Path) -> str:
                 content = packed.read(LARGEST + 1)
             if len(content) > LARGEST:
                 raise InvalidSetting(f"The trace {file.name} holds more than {LARGEST} bytes.")
+        _refuse_other_kinds(file.name, content)
         encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
         text = content.decode(encoding)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -146,6 +164,20 @@ def _text_of(file: Path) -> str:
     if "\0" in text:
         raise InvalidSetting(f"The trace {file.name} cannot be read as text: it has null bytes. Save it as UTF-8.")
     return text
+
+
+def _refuse_other_kinds(name: str, content: bytes) -> None:
+    """Refuses files whose first signs show that they are of another kind, whatever their name says."""
+    begin = content[:64].removeprefix(b"\xef\xbb\xbf").lstrip()
+    for signs, what in (
+        ((b"PK\x03\x04", b"\xd0\xcf\x11\xe0"), "an Excel sheet or a zip file: save the sheet as CSV"),
+        ((b"PAR1", b"\x93NUMPY", b"SQLite format"), "a binary file: write it as CSV"),
+        ((b"{", b"["), "JSON: write it as CSV, with a header and one row for each job or round"),
+        ((b"<",), "a web page or XML: save the table as CSV"),
+    ):
+        # Names of columns may be in brackets or braces, as Prometheus writes series.
+        if begin.startswith(signs) and not re.match(rb"[{\[](?!\s*[\"{\[\d])", begin):
+            raise InvalidSetting(f"The trace {name} is not a table of text, but looks like {what}.")
 
 
 def _refuse_a_log(name: str, text: str) -> None:
@@ -172,18 +204,27 @@ def _separator(lines: list[str]) -> str:
     for separator in ("\t", ";"):
         if all(separator in line for line in lines):
             return separator
-    if not any("," in line for line in lines) and all(
-        len(line.split()) > 1 and all(is_number(cell) for cell in line.split()) for line in lines[1:]
-    ):
-        words = len(lines[0].split())
-        if len(lines) > 1 and words == len(lines[1].split()):
+    if len(lines) > 1 and not any("," in line for line in lines):
+        rows = [_of_spaces(line) for line in lines]
+        width = len(rows[1])
+        # The names of rows, which R and pandas write, have no name themselves.
+        even = len(rows[0]) in (width, width - 1) and len(rows[0]) > 1 and all(len(row) == width for row in rows[1:])
+        if even and all(any(map(is_number, row)) for row in rows[1:]):
             return " "
-    return ","
+    return _separator(lines[1:]) if len(lines) > 2 and "," not in lines[0] else ","  # below a title
+
+
+def _of_spaces(line: str) -> list[str]:
+    """Returns the cells of a line that are separated by one or several spaces, some of them in quotes."""
+    try:
+        return next(csv.reader([line.strip()], delimiter=" ", skipinitialspace=True), [])
+    except csv.Error:
+        return line.split()
 
 
 def _cells(name: str, lines: list[str], separator: str) -> list[list[str]]:
     if separator == " ":
-        return [line.split() for line in lines]
+        return [_of_spaces(line) for line in lines]
     try:
         rows = list(csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=False))
     except csv.Error as error:
@@ -193,27 +234,42 @@ def _cells(name: str, lines: list[str], separator: str) -> list[list[str]]:
     return rows
 
 
-def _decimal_comma(name: str, rows: list[list[str]], numbers: list[int]) -> bool:
-    """Returns whether numbers have decimal commas; both signs in one file are refused."""
-    comma = point = None
+def _decimal_comma(name: str, rows: list[list[str]], numbers: list[int], separator: str) -> bool:
+    """Returns whether numbers have decimal commas; both signs in one file are refused, and so is 1,234 alone.
+
+    Between semicolons, 1,234 is a decimal: programs separate cells by them because commas are in numbers already.
+    """
+    comma = point = either = None
     for row, line in zip(rows, numbers, strict=True):
         for column, cell in enumerate(row, 1):
             if "," in cell:
-                if _THOUSANDS.fullmatch(cell.strip()):
+                bare = cell.strip()
+                if _THOUSANDS.fullmatch(bare) or _GROUPS.fullmatch(bare):
                     raise InvalidSetting(
                         f"The trace {name} has {printable(cell)!r} in line {line}, column {column}: write numbers "
                         "without thousands separators."
                     )
-                if comma is None and _DECIMAL_COMMA.fullmatch(cell.strip()):
+                if _EITHER.fullmatch(bare):
+                    either = either or (line, column, cell)
+                elif comma is None and _DECIMAL_COMMA.fullmatch(bare):
                     comma = line, column, cell
             elif point is None and "." in cell and is_number(cell):
                 point = line, column, cell
-    if comma and point:
+    found = comma or either
+    if found and point:
+        line, column, cell = found
         raise InvalidSetting(
-            f"The trace {name} has {printable(comma[2])!r} in line {comma[0]}, column {comma[1]}, and "
+            f"The trace {name} has {printable(cell)!r} in line {line}, column {column}, and "
             f"{printable(point[2])!r} in line {point[0]}, column {point[1]}: decimals have commas or points, not both."
         )
-    return comma is not None
+    if either and not comma and separator != ";":
+        line, column, cell = either
+        whole, _, rest = cell.strip().partition(",")
+        raise InvalidSetting(
+            f"The trace {name} has {printable(cell)!r} in line {line}, column {column}, which may be {whole}{rest} or "
+            f"{whole}.{rest}: write numbers without thousands separators, and decimals with points."
+        )
+    return found is not None
 
 
 def _is_header(rows: list[list[str]], comma: bool) -> bool:
@@ -242,7 +298,7 @@ def _is_header(rows: list[list[str]], comma: bool) -> bool:
 #: Words that stand for a job without a time, in lower case.
 MISSING = frozenset(
     {"", "nan", "na", "n/a", "#n/a", "<na>", "null", "none", "-", "--", "?", "inf", "+inf", "infinity", "timeout",
-     "failed", "failure", "error", "dropped"}
+     "failed", "failure", "error", "dropped", "timed out", "n.a.", "\u2013", "\u2014"}
 )  # fmt: skip
 
 
@@ -255,6 +311,11 @@ def _even(name: str, header: list[str], rows: list[list[str]], numbers: list[int
     if lengths == {width}:
         return rows
     at, row = next((at, row) for at, row in enumerate(rows) if len(row) != width)
+    if len(header) == 1 and len(lengths) == 1:
+        raise InvalidSetting(
+            f"The trace {name} has one cell in its first line, {printable(repr(header[0]), 60)}, and {len(row)} in "
+            f"line {numbers[at]}: leave a title out, and name each column."
+        )
     what = f"the header has {width}" if header else f"line {numbers[0]} has {width}"
     comma = " If its commas are decimal, separate the columns by semicolons." if any("," in x for x in row) else ""
     two = all(re.fullmatch(r"\d+", cell.strip()) for cell in row)
@@ -263,3 +324,33 @@ def _even(name: str, header: list[str], rows: list[list[str]], numbers: list[int
         f"The trace {name} has a row of {len(row)} cells in line {numbers[at]}, and {what}; each worker or quantity is "
         f"a column.{comma}"
     )
+
+
+def _refuse_second_header(
+    name: str, header: list[str], rows: list[list[str]], numbers: list[int], comma: bool
+) -> None:  # fmt: skip
+    """Refuses names of columns that stand in two lines, and a header that comes again."""
+    if not header:
+        return
+    again = next((at for at, row in enumerate(rows) if row == header), None)
+    if again is not None:
+        raise InvalidSetting(
+            f"The trace {name} has its header again in line {numbers[again]}: give each run in a file of its own, or "
+            "leave that line out and number the rounds on."
+        )
+
+    def is_text(cell: str) -> bool:
+        return bool(cell.strip()) and cell.strip().lower() not in MISSING and not is_number(cell, decimal_comma=comma)
+
+    sample = rows[1:_SAMPLE]
+    names = [
+        at
+        for at, cell in enumerate(rows[0])
+        if is_text(cell) and sample and sum(is_text(row[at]) for row in sample) <= 0.1 * len(sample)
+        and any(is_number(row[at], decimal_comma=comma) for row in sample)
+    ]  # fmt: skip
+    if len(names) > 1:
+        raise InvalidSetting(
+            f"The trace {name} has {printable(repr(rows[0][names[0]].strip()), 40)} in line {numbers[0]}, above "
+            "numbers, as in the line before: the names of the columns must stand in one line."
+        )

@@ -123,7 +123,7 @@ def _array_of(file: Path, key: str | None) -> NDArray[np.float64]:
     if chosen not in table:
         names = printable(", ".join(table), 200)
         raise InvalidSetting(f"The trace {file.name} has arrays {names}: name one of them as key.")
-    if table[chosen].dtype.kind not in "fiub":
+    if table[chosen].dtype.kind not in "fiu":
         kind = table[chosen].dtype
         raise InvalidSetting(f"The array {printable(chosen)} of {file.name} is not of numbers, but of {kind}.")
     return np.asarray(table[chosen], dtype=np.float64)

@@ -251,6 +251,15 @@ def test_missing_jobs_are_said_and_who_stopped_is_named(tmp_path: Path) -> None:
     assert any(note.startswith("worker node-7 stopped answering after round 0") for note in notes)
 
 
+def test_who_came_late_and_which_jobs_failed_is_said(tmp_path: Path) -> None:
+    rows = [(t, i, "ok") for t in range(30) for i in range(6) if i != 4 or t >= 12]
+    rows = [(t, i, "failed" if (t, i) in ((3, 1), (20, 2)) else state) for t, i, state in rows]
+    text = "".join(f"{t},w{i},{1 + (7 * t + 3 * i) % 11 / 50},{state}\n" for t, i, state in rows)
+    notes = as_json(write(tmp_path / "t.csv", "round,worker,seconds,status\n" + text), *QUICK)["notes"]
+    assert "2 jobs failed by column 'status', and count as without a time" in notes
+    assert "worker w4 answered in round 12 first; before, it is planned with its first time" in notes
+
+
 def test_few_rounds_cannot_tell_and_many_can(tmp_path: Path) -> None:
     table = np.ones((4, 6))
     table[2, 3] = 9.0

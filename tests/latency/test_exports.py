@@ -237,6 +237,13 @@ def test_a_worker_that_stopped_is_named_and_one_with_pauses_is_not() -> None:
     assert (tables.fixed + tables.compute == 1).all()
 
 
+def test_a_worker_that_came_late_is_named(tmp_path: Path) -> None:
+    jobs = "".join(f"{t},{i},{1 + 0.01 * t * i}\n" for t in range(30) for i in range(3) if i != 2 or t >= 12)
+    known = read_measured(write(tmp_path / "t.csv", "round,worker,seconds\n" + jobs)).jobs
+    tables = job_tables(known, split_of(known))
+    assert tables.late == ((2, 12),) and not tables.stopped and tables.missing == 12
+
+
 def test_a_gap_takes_the_next_time_of_its_worker() -> None:
     known = Jobs(
         2,
