@@ -7,9 +7,11 @@ no worker.
 
 from __future__ import annotations
 
+import gc
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -103,12 +105,27 @@ def read_measured(path: str | Path) -> Measured:
         InvalidSetting: The file cannot be read, or not be understood. The sentence names the file, and the line, column
             and value where one is to blame.
     """
-    sheet = read_sheet(path)
-    headings = [heading_of(name) for name in sheet.header]
-    words = {heading.meaning for heading in headings}
-    if headings and ("worker" in words or ("seconds" in words and len(headings) > 1 and not _wide(sheet, headings))):
-        return _of_jobs(sheet, headings)
-    return _of_rounds(sheet, headings)
+    with _no_garbage_collected():
+        sheet = read_sheet(path)
+        headings = [heading_of(name) for name in sheet.header]
+        words = {heading.meaning for heading in headings}
+        if headings and (
+            "worker" in words or ("seconds" in words and len(headings) > 1 and not _wide(sheet, headings))
+        ):
+            return _of_jobs(sheet, headings)
+        return _of_rounds(sheet, headings)
+
+
+@contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    """Pauses the collection of garbage: with a million rows in memory, to look for it takes as long as to read them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def measured_rounds(name: str, table: Array, workers: Sequence[str] = (), notes: Sequence[str] = ()) -> Measured:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import math
 import re
@@ -256,3 +257,10 @@ def test_a_gap_takes_the_next_time_of_its_worker() -> None:
     tables = job_tables(known, split_of(known, given=0.0))
     assert tables.fixed.tolist() == [[1, 2], [3, 5], [4, 5]]
     assert re.match(r"0\.00 \(given\)", split_of(known, given=0.0).told())
+
+
+def test_garbage_is_collected_again_after_a_table_was_read_or_refused(tmp_path: Path) -> None:
+    assert gc.isenabled()
+    times_of(write(tmp_path / "t.csv", "a,b\n1.5,2.5\n1.25,3.5\n"))
+    refusal(write(tmp_path / "u.csv", "a,b\n1.5,2.5,3\n"))
+    assert gc.isenabled()
