@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -42,9 +42,6 @@ from .run_masks import SIMULATED, RunMasks
 from .stale_phase import LateUpdates, StalePhase
 from .stop_rules import open_phase
 from .wrapped import ShardGrid, aggregate, arrays_key_of, common_content, why_no_average
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Run"]
 
@@ -108,7 +105,6 @@ class Run:
         self.late_updates = None if rule is None else LateUpdates(UpdateMemory(code.k, store), rule)
         self._told_memory = False
         self.average = None if options.average is None else ModelAverage(options.average)
-        self._weight_key = str(getattr(strategy, "weighted_by_key", "num-examples"))
         self._holdings, self._told_lacking = holdings, ""
         self._drafts: list[Message] = []
         self._outage_timeout = 0.0  # seconds that a phase waits for nodes while too few are connected
@@ -286,7 +282,7 @@ class Run:
     def _new_phase(self, kind: Kind, server_round: int, mode: RoundMode) -> Phase:
         """Returns a phase over the shards that the wrapped strategy sampled."""
         drafts, options = self._drafts, self.options
-        content = common_content(drafts)
+        content = common_content(drafts, self.code.k)
         shards = sorted({message.metadata.dst_node_id for message in drafts})
         code = mode.code.restrict(shards)
         as_returned = mode.send == "shards" and options.sees != "mean" and not options.only_mean
@@ -309,7 +305,7 @@ class Run:
             run=self.name,
             server_round=server_round,
             kind=kind,
-            weight_key=self._weight_key,
+            weight_key=str(getattr(self.strategy, "weighted_by_key", "num-examples")),  # it may change it
             arrays_key=arrays_key,
             privacy=account.text if account else "",
             releases=account.releases(server_round, shards) if account else None,

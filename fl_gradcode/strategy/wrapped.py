@@ -7,6 +7,7 @@ Later the strategy gets one ordinary reply for each sampled shard, or a single o
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -51,6 +52,8 @@ _AVERAGES = (
 )
 #: What they make of the metrics if the user passes no function.
 _MEAN_OF_METRICS = flower.FedAvg().train_metrics_aggr_fn
+#: A method of theirs that decides which replies are averaged.
+_OF_EACH_REPLY = ("_check_and_log_replies",)
 #: Flower's strategies that wrap another strategy to add differential privacy.
 PRIVACY_WRAPPERS = (
     flower.DifferentialPrivacyClientSideFixedClipping,
@@ -180,8 +183,10 @@ def check_bounds(strategy: Strategy, k: int) -> None:
 
 def why_no_average(strategy: Strategy) -> str:
     """Returns what makes a strategy more than a weighted mean of the replies, or an empty string if it is one."""
-    for method in ("aggregate_train", "aggregate_evaluate"):
-        owner = next(kind for kind in type(strategy).__mro__ if method in vars(kind))
+    for method in ("aggregate_train", "aggregate_evaluate", *_OF_EACH_REPLY):
+        if not hasattr(strategy, method):
+            continue
+        owner = next((kind for kind in type(strategy).__mro__ if method in vars(kind)), None)
         if owner not in _AVERAGES or method in vars(strategy):
             return f"aggregates replies by its own {method}()"
     for kind in ("train", "evaluate"):
@@ -252,13 +257,35 @@ class ShardGrid(ForwardingGrid):
         return list(self.push_messages(messages))  # type: ignore[arg-type]
 
 
-def common_content(drafts: Sequence[Message]) -> RecordDict:
+def common_content(drafts: Sequence[Message], k: int) -> RecordDict:
     """Returns the content that all messages of the wrapped strategy share.
 
     Raises:
-        IncompatibleStrategy: The contents differ between shards, but a worker trains several shards from one message.
+        IncompatibleStrategy: The contents or types differ between shards, but a worker trains several shards from one
+            message; or a shard gets two messages, or is none of the k that the strategy sees.
     """
-    first = drafts[0].content
+    first, kind = drafts[0].content, drafts[0].metadata.message_type
+    times = Counter(draft.metadata.dst_node_id for draft in drafts)
+    if not times.keys() <= {*range(k)}:
+        stranger = next(node for node in times if not 0 <= node < k)
+        raise IncompatibleStrategy(
+            f"The wrapped strategy sends a message to node {stranger}, and sees the code's k={k} shards as its nodes: "
+            f"choose among grid.get_node_ids(), which are 0 to {k - 1}."
+        )
+    if len(times) < len(drafts):
+        twice, number = times.most_common(1)[0]
+        raise IncompatibleStrategy(
+            f"The wrapped strategy sends {number} messages to shard {twice}, and a round has one update of each shard: "
+            "sample shards without replacement, or let its aggregation count a reply several times."
+        )
+    other = next((draft for draft in drafts if draft.metadata.message_type != kind), None)
+    if other is not None:
+        raise IncompatibleStrategy(
+            f"The wrapped strategy sends a message of type {other.metadata.message_type!r} to shard "
+            f"{other.metadata.dst_node_id}, and one of type {kind!r} to shard {drafts[0].metadata.dst_node_id}. A "
+            "worker trains several shards from one message, so all must be of one type; let clients choose by "
+            "server-round or partition-id instead."
+        )
     for draft in drafts[1:]:
         same = draft.content is first or (
             draft.content.keys() == first.keys() and all(draft.content[key] == first[key] for key in first)
