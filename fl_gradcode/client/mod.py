@@ -66,7 +66,7 @@ from ..protocol import (
 from .file_watch import watching_files
 from .held_shards import SECAGG_DIR, held_by, refuse_other_shards, secagg_folder, secagg_named, told_by
 from .recording_config import RecordingConfig
-from .trained_shard import TrainedShard, read_reply
+from .trained_shard import TrainedShard, check_answer, read_reply
 
 __all__ = ["LEGACY_CLIENT", "RecordingConfig", "gradient_coding_mod"]
 
@@ -222,6 +222,7 @@ class _CodedCall:
             if self.seconds and 0 < self.plan.give_up_after < time.monotonic() - started:
                 return self._answer("gave-up")
             reply, read_partition = self._call_user(shard)
+            check_answer(reply, self.plan.kind, shard)
             if reply.has_error():
                 return Message(reply.error, reply_to=self.message)
             if not read_partition and not self.plan.allow_fixed_data:

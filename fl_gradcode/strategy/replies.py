@@ -32,6 +32,7 @@ from ..protocol import (
     Reply,
     all_finite,
     difference_between,
+    difference_of_names,
     last_line,
     names_of,
     payload_encoding,
@@ -126,7 +127,7 @@ def _difference(one: Group, other: Group) -> str:
     if isinstance(one, ReplyGroup) and isinstance(other, ReplyGroup):
         mine, theirs = one.reply, other.reply
         return difference_between(mine.layout, mine.metrics_layout, theirs.layout, theirs.metrics_layout, whose)
-    return f"its records, {one.key}, differ from {whose}, {other.key}"
+    return difference_of_names(one.key, other.key, whose)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,7 @@ class ReplyCollector:
         agreed: Layouts with which earlier rounds of the run were decoded.
         votes: Number of wrong replies that may be among the holders of each shard.
         masks: The manifest by which replies are masked; None if they are not.
+        adds_up: What of the records of several replies is added up, where they come as returned; see `names_of`.
 
     Attributes:
         asked: Nodes that are to be asked in this phase; some may still owe a reply to an earlier one.
@@ -204,8 +206,9 @@ class ReplyCollector:
         agreed: AgreedLayouts | None = None,
         votes: int = 0,
         masks: Manifest | None = None,
+        adds_up: Collection[str] = (),
     ) -> None:
-        self._masks = masks
+        self._masks, self._adds_up = masks, adds_up
         self._votes, self._by_unit = votes, votes > 0 and code.groups is not None and code.m == 1
         self._agreement = _Agreement(plan, before)
         self.asked: set[int] = set()
@@ -387,7 +390,7 @@ class ReplyCollector:
         """Take the records of a shard as they came; a second copy is only compared."""
         content = Reply.remove_from(message.content)
         try:
-            key = names_of(content, self.plan.weight_key)
+            key = names_of(content, self.plan.weight_key, self._adds_up)
             if self.before is not None:
                 check_records(content, self.before)
             apart = self.copies.add_records(reply, content)

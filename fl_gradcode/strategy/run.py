@@ -41,7 +41,7 @@ from .round_mode import ModeChooser, RoundMode
 from .run_masks import SIMULATED, RunMasks
 from .stale_phase import LateUpdates, StalePhase
 from .stop_rules import open_phase
-from .wrapped import ShardGrid, aggregate, arrays_key_of, common_content, why_no_average
+from .wrapped import ShardGrid, added_up, aggregate, arrays_key_of, common_content, why_no_average
 
 __all__ = ["Run"]
 
@@ -320,7 +320,8 @@ class Run:
         self._masks.check_model(before)
         ttl = time_to_live(self.timeout, self._slowest)
         factory = MessageFactory(plan, content, message_type=drafts[0].metadata.message_type, ttl=ttl)
-        scrutiny = Scrutiny(self._comparisons, compares, self._agreed, options.votes, self._masks.manifest)
+        masks, adds_up = self._masks.manifest, added_up(self.strategy, kind)
+        scrutiny = Scrutiny(self._comparisons, compares, self._agreed, options.votes, masks, adds_up)
         registry, late_updates = self.registry.copy(), self.late_updates
         if late_updates is not None and kind == "train":
             self._tell_memory(late_updates.memory, before)

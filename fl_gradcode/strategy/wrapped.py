@@ -26,6 +26,7 @@ from .reply_groups import Decoded, Returned
 __all__ = [
     "PRIVACY_WRAPPERS",
     "ShardGrid",
+    "added_up",
     "aggregate",
     "arrays_key_of",
     "check_bounds",
@@ -61,14 +62,11 @@ PRIVACY_WRAPPERS = (
     flower.DifferentialPrivacyClientSideAdaptiveClipping,
     flower.DifferentialPrivacyServerSideAdaptiveClipping,
 )
+#: Flower's strategies that stack the arrays of all replies.
+_STACK = (flower.Krum, flower.MultiKrum, flower.Bulyan, flower.FedMedian, flower.FedTrimmedAvg, flower.QFedAvg)
 #: Flower's strategies for which a mean is not enough, whatever the user says.
 _NEED_REPLIES = (
-    flower.Krum,
-    flower.MultiKrum,
-    flower.Bulyan,
-    flower.FedMedian,
-    flower.FedTrimmedAvg,
-    flower.QFedAvg,
+    *_STACK,
     flower.FedXgbBagging,
     flower.FedXgbCyclic,
     *PRIVACY_WRAPPERS,
@@ -193,6 +191,19 @@ def why_no_average(strategy: Strategy) -> str:
         if getattr(strategy, f"{kind}_metrics_aggr_fn", _MEAN_OF_METRICS) is not _MEAN_OF_METRICS:
             return f"has a {kind}_metrics_aggr_fn of its own"
     return ""
+
+
+def added_up(strategy: Strategy, kind: str) -> frozenset[str]:
+    """Returns what a strategy adds up of several replies, so that it has to be alike in all of them; see `names_of`.
+
+    Flower's strategies add up or stack arrays of one name, and the numbers of metrics. What a strategy of the user's
+    does with its replies is not known: it may want lists of different lengths.
+    """
+    owner = next((its for its in type(strategy).__mro__ if f"aggregate_{kind}" in vars(its)), None)
+    if owner not in (*_AVERAGES, *_STACK) or f"aggregate_{kind}" in vars(strategy):
+        return frozenset()
+    metrics = getattr(strategy, f"{kind}_metrics_aggr_fn", None) is _MEAN_OF_METRICS
+    return frozenset({"arrays", "metrics"} if metrics else {"arrays"})
 
 
 def check_what_it_sees(strategy: Strategy, options: Options) -> None:
