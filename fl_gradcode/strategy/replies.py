@@ -368,7 +368,7 @@ class ReplyCollector:
             return Rejection(kind, f"unusable vectors: {last_line(str(error))}")
         if float(metrics[0]) < 0 and min(map(min, self.plan.rows[reply.worker].coefficients), default=0.0) >= 0:
             return Rejection("wrong-weight", f"its {self.plan.weight_key!r} is {float(metrics[0]):g}, below zero")
-        if wrong := self.copies.wrong_figures(reply, update, square):
+        if wrong := self.copies.wrong_figures(reply, update, metrics, square):
             return Rejection("wrong-figures", wrong)
         apart = self.copies.add(reply, update, metrics, square)
         self._note_spent(reply)

@@ -14,10 +14,10 @@ from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 from fl_gradcode import Discovered, GradientCoding, VirtualGrid, codes, fractional_repetition
-from fl_gradcode.codes import GradientCode
+from fl_gradcode.codes import GradientCode, P
 from fl_gradcode.errors import RoundFailed
 from fl_gradcode.latency import Latency, Law
-from fl_gradcode.protocol import UPDATE, Plan, Reply, is_probe
+from fl_gradcode.protocol import UPDATE, Plan, Reply, is_probe, payload_encoding
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import initial_arrays, relative, run_plain, toy_app
 
@@ -166,6 +166,43 @@ def test_false_figures_do_not_veto_rounds(code: GradientCode, figures: Any) -> N
     outcomes = [row["train"]["outcome"] for row in strategy.ledger.rows]
     assert outcomes == ["exact"] * 4 and is_honest(result, code.k)
     assert {one["worker"] for one in rejected(strategy)} == {3}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        codes.cyclic_repetition(6, 2, rng=np.random.default_rng(0)),
+        fractional_repetition(6, 2, m=2),
+        codes.reed_solomon(6, 2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("of", ["the sum", "a shard too"])
+def test_a_false_weight_is_noticed_where_the_code_mixes_shards(code: GradientCode, of: str) -> None:
+    """Its update is right. The sum of weights divides all updates, so the model would take a step of another length."""
+
+    def lie(message: Message, reply: Message) -> Message:
+        figures, plan = said(reply)["figures"], Plan.find_in(message.content)
+        if UPDATE not in reply.content or plan is None or plan.kind != "train":
+            return reply
+        record = reply.content.array_records[UPDATE]
+        metrics = np.array(record["metrics"].numpy())
+        if of == "the sum":
+            metrics[0] += 1000
+        else:
+            encoding = payload_encoding(plan.fraction_bits, plan.k)
+            first, *_ = plan.rows[3].coefficients
+            metrics += encoding.add_metrics(None, np.array([1000.0, 0.0, 0.0, 0.0]), first[:1])
+            metrics = metrics if plan.fraction_bits is None else metrics % P
+            figures[0][-1] += 1000
+        record["metrics"] = Array(metrics)
+        return say(reply, figures=figures)
+
+    result, strategy = run(code, by(3, lie), first=3, nodes=code.n)
+    assert [row["train"]["outcome"] for row in strategy.ledger.rows][1:] == ["exact"] * 3
+    assert {one["worker"] for one in rejected(strategy)} == {3}
+    if of == "the sum":
+        assert is_honest(result, code.k) and "wrong-figures" in {one["kind"] for one in rejected(strategy)}
 
 
 # Layouts
