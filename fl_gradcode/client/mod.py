@@ -236,10 +236,15 @@ class _CodedCall:
             try:
                 before = self.arrays[self.plan.arrays_key] if self.plan.arrays_key else None
                 # No variable holds the result: its update must be gone when the next shard is trained.
-                self.encoder.add(
-                    _protected(read_reply(content, self.plan, shard, before, self.privacy), self.plan, self.privacy),
-                    coefficients,
-                )
+                with np.errstate(
+                    all="ignore"
+                ):  # the app may have set it to raise; the server rejects what is not finite
+                    self.encoder.add(
+                        _protected(
+                            read_reply(content, self.plan, shard, before, self.privacy), self.plan, self.privacy
+                        ),
+                        coefficients,
+                    )
             except (ValueError, Overflow) as error:
                 raise UnsuitableApp(f"Shard {shard}, {self.plan.label}: {str(error).rstrip('.')}.") from error
         return self._answer("coded", row.shards)
@@ -405,8 +410,7 @@ class _Encoder:
         figures: tuple[float, ...] | None = None
         if self._plan.arrays_key:
             update = result.update
-            with np.errstate(all="ignore"):  # the server rejects an update that is not finite, and says why
-                update *= update.dtype.type(metrics[0])
+            update *= update.dtype.type(metrics[0])
             self._update, figures = self._encoding.add_update(
                 self._update,
                 update,

@@ -79,7 +79,7 @@ def all_finite(values: NDArray[np.floating]) -> bool:
 
 def sum_of_squares(values: NDArray[np.floating]) -> float:
     """Returns the sum of squares in the dtype of the vector; infinity or NaN if it overflows or an entry is none."""
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         return float(np.dot(values, values))
 
 

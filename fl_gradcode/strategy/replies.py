@@ -273,7 +273,10 @@ class ReplyCollector:
 
     def read(self, node: int, reply: Message | None, failure: str) -> Rejection | None:
         """Read one reply; returns None if it counts, else the rejection."""
-        rejection = Rejection("no-reply", failure or "no reply came") if reply is None else self._examine(node, reply)
+        with np.errstate(all="ignore"):  # the server's app may have set it to raise; what is not finite is looked for
+            rejection = (
+                Rejection("no-reply", failure or "no reply came") if reply is None else self._examine(node, reply)
+            )
         if rejection is not None:
             self.rejected.append(Rejected(node, self.registry.named(node), rejection))
             if reply is None or reply.has_error():

@@ -372,14 +372,14 @@ class Run:
                 phase.offer(Arrival("", reply.metadata.src_node_id, 0.0), reply, 0.0)
         kind = phase.plan.kind
         began = time.perf_counter()
-        phase.settle()
+        with np.errstate(all="ignore"):  # the server's app may have set it to raise
+            phase.settle()
         self.registry = phase.registry  # the phase has updated its copy
-        apart = self._apart(phase)
-        if apart and self.options.on_disagreement != "warn":
-            decoded = None
-        else:
+        apart, decoded = self._apart(phase), None
+        if not apart or self.options.on_disagreement == "warn":
             stale_updates = self.stale_updates.get(kind)
-            decoded = phase.decode(self.options.approximation, stale_updates, self._noise(server_round, phase))
+            with np.errstate(all="ignore"):
+                decoded = phase.decode(self.options.approximation, stale_updates, self._noise(server_round, phase))
         entry = report.phase_row(phase, decoded, self.account, decoding=time.perf_counter() - began)
         entry = self._masks.marked(entry)
         self._note(kind, entry)  # noted before anything below can raise, so that the row tells what happened
