@@ -126,7 +126,11 @@ def _difference(one: Group, other: Group) -> str:
     whose = "most other replies'"
     if isinstance(one, ReplyGroup) and isinstance(other, ReplyGroup):
         mine, theirs = one.reply, other.reply
-        return difference_between(mine.layout, mine.metrics_layout, theirs.layout, theirs.metrics_layout, whose)
+        names, its_names = (mine.arrays_name, mine.metrics_name), (theirs.arrays_name, theirs.metrics_name)
+        return (
+            difference_between(mine.layout, mine.metrics_layout, theirs.layout, theirs.metrics_layout, whose)
+            or f"its records are named {names}, and {whose} {its_names}"
+        )
     return difference_of_names(one.key, other.key, whose)  # type: ignore[arg-type]
 
 

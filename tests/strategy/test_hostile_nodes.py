@@ -347,6 +347,23 @@ def test_texts_of_a_client_reach_neither_disk_nor_log_uncut(
     assert not {"\x1b", "\x07", "\u202e", "\r"} & {*raw} and "\n2029" not in raw
 
 
+@pytest.mark.parametrize("numbers", [range(6, 100_000), [10**4000]], ids=["many", "large"])
+def test_shards_that_a_node_makes_up_are_named_shortly(numbers: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def lie(message: Message, reply: Message) -> Message:
+        return say(reply, holds=[[j, ""] for j in numbers])
+
+    _, strategy = run(Discovered(k=6, s=1), by(5, lie), config=_holds, rounds=2)
+    assert [row["train"]["outcome"] for row in strategy.ledger.rows] == ["exact"] * 2
+    assert "Worker 5's shard" in caplog.text and len(caplog.text) < 2_000
+
+
+@pytest.mark.parametrize("name", ["arrays_name", "metrics_name"])
+def test_a_reply_is_not_outvoted_without_a_reason(name: str) -> None:
+    _, strategy = run(fractional_repetition(6, 1), by(0, lambda message, reply: say(reply, **{name: "mine"})))
+    (reason, *_) = (one["reason"] for one in rejected(strategy) if one["kind"] == "outvoted")
+    assert reason.startswith("its records are named (") and "'mine'" in reason
+
+
 def test_a_version_s_text_is_cut_and_escaped(tmp_path: Any) -> None:
     def lie(message: Message, reply: Message) -> Message:
         record = reply.content.config_records[REPLY]
