@@ -261,7 +261,8 @@ def _rounded(values: NDArray[np.generic], dtype: np.dtype[np.generic]) -> NDArra
         return whole >= 1
     limits = np.iinfo(dtype.name)  # a mean of values of this dtype lies within its limits, up to rounding
     inside = np.clip(whole, limits.min, limits.max)
-    return np.where(whole >= float(limits.max), limits.max, inside.astype(dtype)).astype(dtype)
+    with np.errstate(invalid="ignore"):  # no float is the largest int64, so the next one is replaced
+        return np.where(whole >= float(limits.max), limits.max, inside.astype(dtype)).astype(dtype)
 
 
 def _to_bfloat16(values: NDArray[np.generic]) -> Array:

@@ -100,6 +100,22 @@ def test_counters_are_rounded_back_to_their_type(dtype: str) -> None:
     assert result["steps"].shape == ()
 
 
+def test_the_ends_of_an_integer_s_range_come_back_without_a_warning() -> None:
+    """A warning is an error in tests, and where an app has said `np.seterr(all="raise")`."""
+    ends = np.array([2**63 - 1, -(2**63)])
+
+    def train(message: Message, context: Context) -> Message:
+        int(context.node_config["partition-id"])
+        content: Any = message.content
+        records = {"m": content["model"], "n": MetricRecord({"num-examples": 1})}
+        return Message(RecordDict(records), reply_to=message)
+
+    app = ClientApp(mods=[gradient_coding_mod])
+    app.train()(train)
+    strategy = FedAvg(fraction_evaluate=0.0, arrayrecord_key="model")
+    assert (run(ArrayRecord({"w": Array(ends)}), app, strategy)["w"].numpy() == ends).all()
+
+
 def test_booleans_are_decided_by_the_majority() -> None:
     def returned(new: dict[str, Array]) -> dict[str, Array]:
         return {**new, "mask": Array(np.array([True, False]))}
