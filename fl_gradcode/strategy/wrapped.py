@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import Strategy
 from .._flower_internals import mean_of_replies, reply_in_process
 from ..errors import IncompatibleStrategy, InvalidSetting
 from ..grid import ForwardingGrid
-from ..protocol import restore_types, view
+from ..protocol import difference_of_names, names_of, restore_types, view
 from .options import Options, Shards
 from .reply_groups import Decoded, Returned
 
@@ -335,6 +335,17 @@ def arrays_key_of(strategy: Strategy, content: RecordDict, *, several: bool = Fa
     )
 
 
+def _odd_one(contents: Mapping[int, RecordDict], weight_key: str) -> str:
+    """Returns which shard's records look unlike most others', or an empty string if none or most do."""
+    forms = {shard: names_of(content, weight_key, {"arrays", "metrics"}) for shard, content in contents.items()}
+    usual, number = Counter(forms.values()).most_common(1)[0]
+    odd = [shard for shard, form in forms.items() if form != usual]
+    if not odd or 2 * number <= len(forms):
+        return ""
+    what = difference_of_names(forms[odd[0]], usual, "most others'")
+    return f"the reply for shard {odd[0]} is unlike most: {what}"
+
+
 def aggregate(
     strategy: Strategy,
     kind: str,
@@ -354,6 +365,8 @@ def aggregate(
         decoded: A mean, which it gets as one ordinary reply; or the records of each shard, which it gets as one reply
             for each of its messages, from the node that the message was for.
         sees: "replies" if it gets each shard's reply even if it only averages them, which is done for it otherwise.
+
+    Whatever the strategy raises is raised. If one shard's records are unlike most others', a warning says whose.
     """
     if isinstance(decoded, Returned):
         asked = {draft.metadata.dst_node_id: draft for draft in drafts}  # in the order in which it asked
@@ -365,9 +378,15 @@ def aggregate(
             replies = [reply_in_process(mean, drafts[0])]
         else:
             replies = [reply_in_process(*one) for one in zip(contents, asked.values(), strict=True)]
-        if kind == "evaluate":
-            return None, strategy.aggregate_evaluate(server_round, replies)
-        return strategy.aggregate_train(server_round, replies)
+        try:
+            if kind == "evaluate":
+                return None, strategy.aggregate_evaluate(server_round, replies)
+            return strategy.aggregate_train(server_round, replies)
+        except Exception as error:
+            if odd := _odd_one(decoded.contents, weight_key):
+                name = f"{type(strategy).__name__}.aggregate_{kind}()"
+                _log.warning("Round %d: %s raised %s, and %s.", server_round, name, type(error).__name__, odd)
+            raise
     arrays_name, metrics_name = decoded.names
     content = RecordDict({metrics_name: decoded.metrics})
     if decoded.arrays is None:

@@ -95,6 +95,27 @@ def test_one_reply_of_another_shape_ends_no_run_and_is_not_broadcast(odd: str, i
     assert any("its entry" in one["reason"] for row in strategy.ledger.rows for one in row["train"]["rejected"])
 
 
+def test_a_strategy_of_ones_own_that_fails_for_one_odd_reply_says_whose(caplog: pytest.LogCaptureFixture) -> None:
+    """It may want lists of different lengths, so that nothing is outvoted for it."""
+
+    class Saving(FedAvg):
+        def aggregate_train(self, server_round: int, replies: Any) -> Any:
+            return super().aggregate_train(server_round, replies)
+
+    def tamper(worker: int, message: Message, answer: Message) -> Message:
+        if "arrays" in answer.content and worker == 1:
+            _ODD["a shape that does not"](answer.content)
+        return answer
+
+    strategy = GradientCoding(Saving(), fractional_repetition(4, 0), send="shards")
+    with InProcessGrid(toy_app(), 4, tamper=tamper) as grid, pytest.raises(ValueError, match="broadcast"):
+        strategy.start(grid, initial_arrays(), num_rounds=1)
+    (text,) = (one for one in caplog.messages if "unlike most" in one)
+    assert re.match(
+        r"Round 1: Saving.aggregate_train\(\) raised ValueError, and the reply for shard 1 .*'0' .* \[7\]", text
+    )
+
+
 @pytest.mark.parametrize("weight", [0, 1e308])
 def test_weights_without_a_mean_skip_the_round(weight: float, caplog: pytest.LogCaptureFixture) -> None:
     strategy = GradientCoding(FedAvg(fraction_evaluate=0.0), fractional_repetition(4, 1), send="shards")
