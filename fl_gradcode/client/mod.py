@@ -66,7 +66,7 @@ from ..protocol import (
 from .file_watch import watching_files
 from .held_shards import SECAGG_DIR, held_by, refuse_other_shards, secagg_folder, secagg_named, told_by
 from .recording_config import RecordingConfig
-from .trained_shard import TrainedShard, read_reply
+from .trained_shard import TrainedShard, check_answer, read_reply
 
 __all__ = ["LEGACY_CLIENT", "RecordingConfig", "gradient_coding_mod"]
 
@@ -222,6 +222,7 @@ class _CodedCall:
             if self.seconds and 0 < self.plan.give_up_after < time.monotonic() - started:
                 return self._answer("gave-up")
             reply, read_partition = self._call_user(shard)
+            check_answer(reply, self.plan.kind, shard)
             if reply.has_error():
                 return Message(reply.error, reply_to=self.message)
             if not read_partition and not self.plan.allow_fixed_data:
@@ -235,10 +236,15 @@ class _CodedCall:
             try:
                 before = self.arrays[self.plan.arrays_key] if self.plan.arrays_key else None
                 # No variable holds the result: its update must be gone when the next shard is trained.
-                self.encoder.add(
-                    _protected(read_reply(content, self.plan, shard, before, self.privacy), self.plan, self.privacy),
-                    coefficients,
-                )
+                with np.errstate(
+                    all="ignore"
+                ):  # the app may have set it to raise; the server rejects what is not finite
+                    self.encoder.add(
+                        _protected(
+                            read_reply(content, self.plan, shard, before, self.privacy), self.plan, self.privacy
+                        ),
+                        coefficients,
+                    )
             except (ValueError, Overflow) as error:
                 raise UnsuitableApp(f"Shard {shard}, {self.plan.label}: {str(error).rstrip('.')}.") from error
         return self._answer("coded", row.shards)
@@ -404,8 +410,7 @@ class _Encoder:
         figures: tuple[float, ...] | None = None
         if self._plan.arrays_key:
             update = result.update
-            with np.errstate(all="ignore"):  # the server rejects an update that is not finite, and says why
-                update *= update.dtype.type(metrics[0])
+            update *= update.dtype.type(metrics[0])
             self._update, figures = self._encoding.add_update(
                 self._update,
                 update,

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
+from ..errors import UnsuitableApp
 from ..privacy import DPSGD, Privacy, Spent, spent_by
 from ..protocol import Layout, Plan, flatten_update
 
-__all__ = ["TrainedShard", "read_reply"]
+__all__ = ["TrainedShard", "check_answer", "read_reply"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,25 @@ class TrainedShard:
     update: NDArray[np.floating]
     metrics: MetricRecord
     spent: Spent | None
+
+
+def check_answer(answer: object, kind: str, shard: int) -> None:
+    """Check that the app's function returned a message.
+
+    Args:
+        answer: What it returned.
+        kind: "train" or "evaluate".
+        shard: Number of the shard.
+
+    Raises:
+        UnsuitableApp: It returned something else.
+    """
+    if not isinstance(answer, Message):
+        what = "None" if answer is None else f"a {type(answer).__name__}"
+        raise UnsuitableApp(
+            f"{kind}() returned {what} for shard {shard}; it must return a Message, such as "
+            "Message(RecordDict({...}), reply_to=message)."
+        )
 
 
 def read_reply(

@@ -94,7 +94,9 @@ class Copies:
         if self._sketcher is not None:
             self._sketcher.close()
 
-    def wrong_figures(self, reply: Reply, update: NDArray[Any], square: float | None = None) -> str:
+    def wrong_figures(
+        self, reply: Reply, update: NDArray[Any], metrics: NDArray[Any], square: float | None = None
+    ) -> str:
         """Returns what is wrong with the figures by which a reply describes its shards, or an empty string."""
         if not self.plan.figures or not self.plan.arrays_key:
             return ""
@@ -105,6 +107,8 @@ class Copies:
         coefficients = self.plan.rows[reply.worker].coefficients
         if not self._encoding.add_up(update, coefficients, reply.figures):
             return "the figures by which it describes its shards do not add up to its vector"
+        if not self._encoding.weighs(metrics, coefficients, reply.figures):
+            return f"the weights of its shards do not add up to its {self.plan.weight_key!r}"
         return ""
 
     def add(
@@ -133,10 +137,10 @@ class Copies:
 
     def _sketch_in(self, figures: tuple[float, ...]) -> Sketch:
         """Returns the sketch that a client's figures stand for."""
-        if self.plan.fraction_bits is not None or not self.plan.arrays_key or len(figures) < 2:
+        if self.plan.fraction_bits is not None or not self.plan.arrays_key or len(figures) < 3:
             return Sketch(None, figures)  # every bit has to agree
-        norm, rounding, *sums = figures
-        return Sketch(norm, tuple(sums), rounding=min(abs(rounding), _MOST_ROUNDING * abs(norm)))
+        norm, rounding, *sums, weight = figures
+        return Sketch(norm, tuple(sums), weight, rounding=min(abs(rounding), _MOST_ROUNDING * abs(norm)))
 
     def add_records(self, reply: Reply, content: RecordDict) -> float | None:
         """Compare the records of a shard with another holder's; returns the difference, or None without another."""
@@ -179,9 +183,9 @@ class Copies:
             if reply.shards != known.shards and not (len(reply.shards) == 1 and reply.shards[0] in known.shards):
                 return None
             update: NDArray[Any] = view(record[ARRAYS]).reshape(-1) if ARRAYS in record else view(record[METRICS])[:0]
-            if self.wrong_figures(reply, update):
-                return None
             metrics = view(record[METRICS]).reshape(-1)
+            if self.wrong_figures(reply, update, metrics):
+                return None
             if update.dtype.kind == "f" and not math.isfinite(sum_of_squares(update) + float(metrics[0])):
                 return None  # not a number: it would not have been used
             return self.add(reply, update, metrics)

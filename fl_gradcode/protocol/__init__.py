@@ -58,7 +58,7 @@ if TYPE_CHECKING:
         report_key,
     )
     from .rejection import Rejection, RejectionKind, last_line, rejection_of, with_kind
-    from .returned import NotFiniteRecord, names_of
+    from .returned import NotFiniteRecord, difference_of_names, names_of, shape_named
     from .sketch import Sketch, Sketcher, rounding_of
 
 __all__ = [
@@ -91,6 +91,7 @@ __all__ = [
     "content_bytes",
     "counters_in",
     "difference_between",
+    "difference_of_names",
     "encode_row",
     "flatten_metrics",
     "flatten_update",
@@ -114,6 +115,7 @@ __all__ = [
     "restore_types",
     "round_of",
     "rounding_of",
+    "shape_named",
     "size_of",
     "sum_of_squares",
     "view",
@@ -194,7 +196,9 @@ __getattr__, __dir__ = lazy_names(
         ],
         "returned": [
             "NotFiniteRecord",
+            "difference_of_names",
             "names_of",
+            "shape_named",
         ],
         "sketch": [
             "Sketch",

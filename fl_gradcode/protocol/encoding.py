@@ -6,6 +6,7 @@ Client and server use the same kind of `PayloadEncoding`, because both make it f
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ _HASHED = 4
 # Number of entries that fit a core's cache together with the scratch arrays; a multiple of the signs' period.
 _CACHED = 1 << 16
 _P = np.uint32(P)
+_ROUNDING = 1e-9  # relative: how far a sum of weights may be from the weights
 
 
 class PayloadEncoding(Protocol):
@@ -55,7 +57,16 @@ class PayloadEncoding(Protocol):
         """Returns the total with one more shard's weight and weighted metrics."""
 
     def with_metrics(self, figures: tuple[float, ...] | None, metrics: NDArray[np.float64]) -> tuple[float, ...]:
-        """Returns the figures of an update (None when evaluating), extended to the metrics if they must agree too."""
+        """Returns the figures of an update (None when evaluating) with its weight, and a hash of the metrics if needed.
+
+        The metrics must agree if one that differs affects other numbers. The weight always does, and is the last figure
+        of an update.
+        """
+
+    def weighs(
+        self, metrics: NDArray[Any], coefficients: Sequence[Sequence[float]], figures: Sequence[Sequence[float]]
+    ) -> bool:
+        """Returns whether the weights in the figures of a reply's shards add up to the one in its coded metrics."""
 
     def add_up(
         self, vector: NDArray[Any], coefficients: Sequence[Sequence[float]], figures: Sequence[Sequence[float]]
@@ -103,15 +114,22 @@ class FloatEncoding:
         return encode_row(total, metrics, tuple(coefficients))
 
     def with_metrics(self, figures: tuple[float, ...] | None, metrics: NDArray[np.float64]) -> tuple[float, ...]:
-        """Returns the figures unchanged, because a metric that differs affects no other number."""
-        return figures or ()
+        """Returns the figures with the weight; any other metric that differs affects no other number."""
+        return (*figures, float(metrics[0])) if figures else ()
+
+    def weighs(
+        self, metrics: NDArray[Any], coefficients: Sequence[Sequence[float]], figures: Sequence[Sequence[float]]
+    ) -> bool:
+        """Returns whether the weights in the figures of a reply's shards add up to the one in its coded metrics."""
+        parts = [mine[0] * described[-1] for mine, described in zip(coefficients, figures, strict=True)]
+        return abs(math.fsum(parts) - float(metrics[0])) <= _ROUNDING * math.fsum(map(abs, parts))
 
     def add_up(
         self, vector: NDArray[Any], coefficients: Sequence[Sequence[float]], figures: Sequence[Sequence[float]]
     ) -> bool:
         """Returns whether the figures of a reply's shards are those of updates that add up to its coded vector."""
-        wanted = {2 + SUMS * len(mine) for mine in coefficients}
-        return {*map(len, figures)} == wanted and add_up(vector, coefficients, figures)
+        wanted = {3 + SUMS * len(mine) for mine in coefficients}
+        return {*map(len, figures)} == wanted and add_up(vector, coefficients, [one[:-1] for one in figures])
 
     def sent(self, total: NDArray[Any]) -> NDArray[Any]:
         """Returns the total unchanged."""
@@ -172,7 +190,20 @@ class FixedPointEncoding:
     def with_metrics(self, figures: tuple[float, ...] | None, metrics: NDArray[np.float64]) -> tuple[float, ...]:
         """Returns the figures with a hash of both, since metrics that differ in one bit decode to a random number."""
         both = hashlib.sha256(repr((figures, (np.rint(metrics * 2.0**_FRACTION) + 0.0).tolist())).encode())
-        return (*_numbers(both), *(figures or ())[_HASHED:])
+        return (*_numbers(both), *figures[_HASHED:], float(metrics[0])) if figures else _numbers(both)
+
+    def weighs(
+        self, metrics: NDArray[Any], coefficients: Sequence[Sequence[float]], figures: Sequence[Sequence[float]]
+    ) -> bool:
+        """Returns whether the weights in the figures of a reply's shards add up to the one in its coded metrics."""
+        expected = [0] * _DIGITS
+        try:
+            for mine, described in zip(coefficients, figures, strict=True):
+                digits = _digits_of(described[-1])
+                expected = [x + int(mine[0]) * digit for x, digit in zip(expected, digits, strict=True)]
+        except Overflow:
+            return False
+        return [x % P for x in expected] == [int(x) % P for x in metrics[:_DIGITS]]
 
     def add_up(
         self, vector: NDArray[Any], coefficients: Sequence[Sequence[float]], figures: Sequence[Sequence[float]]
@@ -180,7 +211,7 @@ class FixedPointEncoding:
         """Returns whether the figures of a reply's shards are those of updates that add up to its coded vector."""
         expected = [0] * SUMS
         for mine, of_shard in zip(coefficients, figures, strict=True):
-            if len(of_shard) != _HASHED + SUMS * len(mine):
+            if len(of_shard) != _HASHED + SUMS * len(mine) + 1:
                 return False
             for block, coefficient in enumerate(mine):
                 sums = of_shard[_HASHED + SUMS * block : _HASHED + SUMS * (block + 1)]
@@ -230,14 +261,7 @@ class FixedPointEncoding:
         """
         digits = np.empty((len(metrics), _DIGITS))
         for row, value in zip(digits, metrics.tolist(), strict=True):
-            scaled = value * 2.0**_FRACTION
-            if not abs(scaled) < 2.0 ** (_DIGITS * _BITS):
-                raise Overflow(
-                    f"A weighted metric is {value:g}; a code over a prime field carries finite ones below "
-                    f"{2.0 ** (_DIGITS * _BITS - _FRACTION):.2g}."
-                )
-            size, sign = abs(round(scaled)), 1 if value >= 0 else -1
-            row[:] = [sign * ((size >> _BITS * place) % 2**_BITS) for place in range(_DIGITS)]
+            row[:] = _digits_of(value)
         whole = digits.reshape(-1)
         length = -(-whole.size // len(coefficients))
         if total is None:
@@ -266,6 +290,22 @@ class FixedPointEncoding:
         rows = whole[: len(whole) // _DIGITS * _DIGITS].reshape(-1, _DIGITS)
         sums = [sum(int(digit) << _BITS * place for place, digit in enumerate(row)) for row in rows]
         return np.array([total / 2**_FRACTION for total in sums])
+
+
+def _digits_of(value: float) -> list[int]:
+    """Returns the digits of a metric, the lowest first, all with its sign.
+
+    Raises:
+        Overflow: It is too large or not finite.
+    """
+    scaled = value * 2.0**_FRACTION
+    if not abs(scaled) < 2.0 ** (_DIGITS * _BITS):
+        raise Overflow(
+            f"A weighted metric is {value:g}; a code over a prime field carries finite ones below "
+            f"{2.0 ** (_DIGITS * _BITS - _FRACTION):.2g}."
+        )
+    size, sign = abs(round(scaled)), 1 if value >= 0 else -1
+    return [sign * ((size >> _BITS * place) % 2**_BITS) for place in range(_DIGITS)]
 
 
 def _add_times(

@@ -25,6 +25,7 @@ __all__ = [
     "MetricsLayout",
     "all_finite",
     "as_array",
+    "check_whole_numbers",
     "counters_in",
     "difference_between",
     "encode_row",
@@ -46,6 +47,7 @@ MetricsLayout = tuple[tuple[str, int, bool], ...]
 
 _BFLOAT16 = "bfloat16"
 _LEAST_WEIGHT = 1e-30
+_LARGEST_WHOLE = 2**63
 # Number of entries that fit a core's cache.
 _CACHED = 1 << 17
 _FEW = 256  # entries that are looked at sooner than NumPy's warnings are switched off and on
@@ -77,7 +79,7 @@ def all_finite(values: NDArray[np.floating]) -> bool:
 
 def sum_of_squares(values: NDArray[np.floating]) -> float:
     """Returns the sum of squares in the dtype of the vector; infinity or NaN if it overflows or an entry is none."""
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         return float(np.dot(values, values))
 
 
@@ -132,6 +134,16 @@ def counters_in(layout: Layout) -> Iterator[slice]:
         start = stop
 
 
+def _kind_of(dtype: str) -> str:
+    """Returns NumPy's letter for the kind of a dtype; "V", as of raw bytes, for one that NumPy cannot name."""
+    if dtype == _BFLOAT16:
+        return "f"
+    try:
+        return np.dtype(dtype).kind
+    except TypeError:  # a record's fields, or a type of a library of its own
+        return "V"
+
+
 def flatten_update(before: Mapping[str, Array], after: dict[str, Array]) -> tuple[Layout, NDArray[np.floating]]:
     """Returns the layout of `after` and the flat update `after - before`, shape (d,).
 
@@ -153,7 +165,7 @@ def flatten_update(before: Mapping[str, Array], after: dict[str, Array]) -> tupl
                 f"train() returned {name!r} with shape {tuple(array.shape)}; the server sent "
                 f"{tuple(before[name].shape)}"
             )
-        if array.dtype != _BFLOAT16 and np.dtype(array.dtype).kind not in "fiub":
+        if _kind_of(array.dtype) not in "fiub":
             raise ValueError(f"{name!r} has dtype {array.dtype}; only real numbers can be averaged")
         layout.append((name, array.dtype, tuple(int(x) for x in array.shape)))
     dtype = wire_dtype(tuple(layout))
@@ -249,7 +261,8 @@ def _rounded(values: NDArray[np.generic], dtype: np.dtype[np.generic]) -> NDArra
         return whole >= 1
     limits = np.iinfo(dtype.name)  # a mean of values of this dtype lies within its limits, up to rounding
     inside = np.clip(whole, limits.min, limits.max)
-    return np.where(whole >= float(limits.max), limits.max, inside.astype(dtype)).astype(dtype)
+    with np.errstate(invalid="ignore"):  # no float is the largest int64, so the next one is replaced
+        return np.where(whole >= float(limits.max), limits.max, inside.astype(dtype)).astype(dtype)
 
 
 def _to_bfloat16(values: NDArray[np.generic]) -> Array:
@@ -259,12 +272,29 @@ def _to_bfloat16(values: NDArray[np.generic]) -> Array:
     return Array(_BFLOAT16, payload.shape, payload.stype, payload.data)
 
 
+def check_whole_numbers(metrics: MetricRecord) -> None:
+    """Refuse whole numbers of more than 64 bits, which Flower cannot send and no float may be able to hold.
+
+    Raises:
+        ValueError: There is one. The message says under which name.
+    """
+    for name, value in metrics.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and not -_LARGEST_WHOLE <= number < _LARGEST_WHOLE:
+                raise ValueError(
+                    f"its metric {name!r} is a whole number of {number.bit_length()} bits; Flower sends at most 63 and "
+                    "a sign"
+                )
+
+
 def flatten_metrics(metrics: MetricRecord, weight_key: str) -> tuple[MetricsLayout, NDArray[np.float64]]:
     """Returns the layout, and one float64 vector of the weight w and then w times each metric.
 
     Raises:
-        ValueError: The weight is missing, a list, not finite, negative, or too small for float32.
+        ValueError: The weight is missing, a list, not finite, negative, or too small for float32; or a whole number is
+            larger than Flower can send.
     """
+    check_whole_numbers(metrics)
     if weight_key not in metrics:
         raise ValueError(f"the reply's metrics lack {weight_key!r}, the number of examples, which weighs them")
     weight = metrics[weight_key]

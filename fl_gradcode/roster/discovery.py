@@ -7,7 +7,7 @@ import time
 
 from flwr.app import Message
 
-from .._text import numbered
+from .._text import listed, numbered, printable
 from ..errors import RoundFailed, UnsuitableApp, VersionMismatch
 from ..grid import SETTLED, Arrival, EarlyStopGrid, StopRule, Wait
 from ..protocol import Reply, probe_content, rejection_of
@@ -19,6 +19,7 @@ __all__ = ["discover"]
 _log = logging.getLogger(__name__)
 _GRACE = 3.0  # seconds to wait for further answers once every shard has enough holders
 _LEAST_TTL = 600.0
+_MOST_OF_A_LIST = 200  # characters of the shards that a node reports, which may be many and large numbers
 
 
 def discover(grid: EarlyStopGrid, holdings: Holdings, registry: WorkerRegistry, timeout: float) -> None:
@@ -52,13 +53,13 @@ def discover(grid: EarlyStopGrid, holdings: Holdings, registry: WorkerRegistry, 
     if wrong:
         worker, shards = next(iter(wrong.items()))
         _log.warning(
-            "Worker %d's shards %s do not count: they do not exist, %s.%s",
+            "Worker %d's shards [%s] do not count: they do not exist, %s.%s",
             worker,
-            shards,
+            printable(listed(shards), _MOST_OF_A_LIST),
             "or their data differ from the other holders'"
             if holdings.required is None
             else "or their data differ from the manifest, or the node reports only numbers (use shards-dir)",
-            f" The same applies to workers {[*wrong][1:]}." if len(wrong) > 1 else "",
+            f" The same applies to {numbered('worker', [*wrong][1:])}." if len(wrong) > 1 else "",
         )
     if holdings.code() is None:
         reasons = "; ".join(sorted(set(rule.reasons))[:3])

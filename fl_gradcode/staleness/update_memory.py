@@ -65,7 +65,7 @@ class UpdateMemory:
         self._under_way: dict[int, int] | None = None  # shard -> newest round in flight
         self._key: _Key = ()  # layout of all updates
         self._updates: dict[int, NDArray[Any]] = {}
-        self._scales: dict[int, NDArray[np.float32]] = {}
+        self._scales: dict[int, NDArray[np.floating]] = {}
         self._metrics: dict[int, NDArray[np.float64]] = {}
         self._senders: dict[int, int] = {}
         self._file: int | None = None  # descriptor
@@ -181,7 +181,10 @@ class UpdateMemory:
             # A scale for each block, so that nothing overflows, and large entries spoil their neighbours alone.
             starts = np.arange(0, update.size, _BLOCK)
             largest = np.maximum.reduceat(np.abs(update), starts) if update.size else np.zeros(0)
-            scales = np.where((largest > 0) & np.isfinite(largest), largest, 1).astype(np.float32)
+            fitting = np.where((largest > 0) & np.isfinite(largest), largest, 1)
+            scales: NDArray[np.floating] = fitting.astype(np.float64)
+            if update.dtype.itemsize <= 4:  # float32 holds neither 1e50 nor 1e-50
+                scales = fitting.astype(np.float32)
             self._scales[shard] = scales
             self._updates[shard] = (update / _spread(scales, update.size)).astype(np.float16)
         elif self._file is None:
@@ -209,7 +212,7 @@ class UpdateMemory:
 
     def _restored(self, shard: int) -> NDArray[Any]:
         kept, scales = self._updates[shard], self._scales.get(shard)
-        return kept if scales is None else kept.astype(np.float32) * _spread(scales, kept.size)
+        return kept if scales is None else kept.astype(scales.dtype) * _spread(scales, kept.size)
 
     def state(self) -> dict[str, Any]:
         """Returns what a checkpoint has to hold, as plain values and arrays."""
@@ -242,15 +245,18 @@ class UpdateMemory:
             self._metrics[shard] = np.asarray(metrics, np.float64)
             if scales is None:
                 self._store(shard, update)
-            elif len(scales) != -(-update.size // _BLOCK):
+                continue
+            if not isinstance(scales, np.ndarray) or scales.dtype not in (np.float32, np.float64):
+                raise ValueError("a last update with scales that are no floats")
+            if len(scales) != -(-update.size // _BLOCK):
                 raise ValueError("a last update with scales of another length")
             elif self.store == FLOAT16:
-                self._updates[shard], self._scales[shard] = update, np.asarray(scales, np.float32)
+                self._updates[shard], self._scales[shard] = update, scales
             else:
-                self._store(shard, update.astype(np.float32) * _spread(np.asarray(scales, np.float32), update.size))
+                self._store(shard, update.astype(scales.dtype) * _spread(scales, update.size))
 
 
-def _spread(scales: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+def _spread(scales: NDArray[np.floating], size: int) -> NDArray[np.floating]:
     """Returns the scale of each entry."""
     return np.repeat(scales, _BLOCK)[:size]
 

@@ -25,7 +25,7 @@ from ..privacy import Privacy
 from ..roster import Discovered, Holdings, WorkerRegistry, discover
 from ..runlog import Ledger
 from .app_checks import refuse_wrappers
-from .options import Adaptive, Approximation, Coded, Options, Shards, send_of
+from .options import Adaptive, Approximation, Coded, Options, Shards, check_start, send_of
 from .resume import ResumedRounds, RunKeeper, fingerprint_of, request_of
 from .run import Run
 from .wrapped import check_bounds, check_full_participation, check_staleness, check_strategy, check_what_it_sees
@@ -85,7 +85,8 @@ class GradientCoding(Strategy):
             With `reed_solomon`, the code's checks locate the wrong replies. Of the code's s stragglers, s - 2e are
             left. Without votes, whoever answers first for a shard decides on its update.
         allow_fixed_data: Accept an app that does not choose its data by `partition-id`.
-        on_round_end: Called with (round, current arrays, ledger row) after each round. It is called again for a round
+        on_round_end: Called with (round, current arrays, ledger row) after each round. What it changes in the record of
+            arrays does not reach the model. It is called again for a round
             that is repeated because the server was killed right after it.
         checkpoint: Absolute path of a file that stores the run after each round. If the file exists, `start` resumes
             from it with the same run name, model, state of the wrapped strategy, ledger and privacy account
@@ -256,7 +257,9 @@ class GradientCoding(Strategy):
                 `on_undecodable="raise"`, `give_up_rounds` rounds in succession made no model, or holders of a shard
                 disagreed under `on_disagreement="raise"`.
             UnsuitableApp: The clients lack the mod, or do not choose their data by `partition-id`.
+            InvalidSetting: The model is no ArrayRecord, or the number of rounds or the timeout is none.
         """
+        check_start(initial_arrays, num_rounds, timeout)
         early_stop = grid if isinstance(grid, EarlyStopGrid) else EarlyStopGrid(grid)
         isolate_flower_random()
         speak_through_flower()
@@ -331,7 +334,7 @@ class GradientCoding(Strategy):
         _, metrics = run.aggregate(server_round, replies)
         row = self._close_row()
         if self.on_round_end is not None:
-            self.on_round_end(server_round, self._arrays, row)
+            self.on_round_end(server_round, ArrayRecord(dict(self._arrays)), row)
         run.keeper.note("evaluate_metrics_clientapp", server_round, metrics)
         if not self._central:
             run.keep(self._arrays, server_round)

@@ -13,7 +13,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
 from numpy.typing import NDArray
 
-from ..protocol import Layout, difference_between, view
+from ..protocol import Layout, difference_between, shape_named, view
 
 __all__ = ["AgreedLayouts", "check_layout", "check_records", "unlike_plain", "unlike_sent"]
 
@@ -83,10 +83,14 @@ def unlike_plain(key: object, before: ArrayRecord | None, weight_key: str) -> st
         weight_key: The metric that holds the number of examples.
     """
     assert isinstance(key, tuple)
-    arrays = [{*names} for _, kind, names in key if kind == "ArrayRecord"]
-    metrics = [names for _, kind, names in key if kind == "MetricRecord"]
-    if arrays != ([] if before is None else [{*before}]):
+    arrays = [dict(zip(names, forms, strict=True)) for _, kind, names, forms in key if kind == "ArrayRecord"]
+    metrics = [names for _, kind, names, _ in key if kind == "MetricRecord"]
+    if [{*names} for names in arrays] != ([] if before is None else [{*before}]):
         return "the arrays differ from the server's"
+    for name, array in () if before is None else before.items():
+        form, sent = arrays[0][name], shape_named(array.shape)
+        if form and form != sent:
+            return f"its array {name!r} is {form}, and the server's is {sent}"
     return (
         "" if len(metrics) == 1 and weight_key in metrics[0] else "there is not one record of metrics with the weight"
     )

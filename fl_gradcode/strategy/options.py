@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from flwr.app import ArrayRecord
+
 from ..averaging import ModelAverage
 from ..codes import GradientCode, PrimeField, locates_wrong_replies
 from ..errors import InvalidSetting
@@ -17,7 +19,7 @@ from ..staleness import FLOAT16, StalenessRule
 if TYPE_CHECKING:
     from ..secagg import SecureAggregation
 
-__all__ = ["Adaptive", "Approximation", "Coded", "Options", "Send", "Shards", "can_fill_in", "send_of"]
+__all__ = ["Adaptive", "Approximation", "Coded", "Options", "Send", "Shards", "can_fill_in", "check_start", "send_of"]
 
 _POLICIES = ("skip", "approximate", "raise")
 _ON_DISAGREEMENT = ("warn", "skip", "raise")
@@ -385,3 +387,22 @@ class Options:
     def policy(self) -> str:
         """The policy for undecodable rounds as a word: "skip", "approximate" or "raise"."""
         return "approximate" if isinstance(self.on_undecodable, Approximation) else self.on_undecodable
+
+
+def check_start(initial_arrays: object, num_rounds: object, timeout: object) -> None:
+    """Check what a run is started with.
+
+    Raises:
+        InvalidSetting: The model is no ArrayRecord, the number of rounds no whole number, or the timeout neither None
+            nor a number of at least 0 (no clock passes NaN, so a phase would wait for ever).
+    """
+    if not isinstance(initial_arrays, ArrayRecord):
+        raise InvalidSetting(
+            f"initial_arrays is a {type(initial_arrays).__name__}: pass an ArrayRecord, such as "
+            "ArrayRecord(model.state_dict()) or ArrayRecord(list_of_numpy_arrays)."
+        )
+    if isinstance(num_rounds, bool) or not hasattr(num_rounds, "__index__"):
+        raise InvalidSetting(f"num_rounds={num_rounds!r}: pass a whole number, such as num_rounds=3.")
+    number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+    if timeout is not None and not (number and timeout >= 0):  # type: ignore[operator]
+        raise InvalidSetting(f"timeout={timeout!r}: pass seconds of at least 0, or None to wait without a limit.")

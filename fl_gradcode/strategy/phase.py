@@ -57,6 +57,7 @@ class Scrutiny:
         agreed: Layouts with which earlier rounds of the run were decoded.
         votes: Number of wrong replies that may be among the holders of each shard, which are then located.
         masks: The manifest by which replies are masked; None if they are not.
+        adds_up: What of the records of several replies the strategy adds up, if it gets them: "arrays", "metrics".
     """
 
     comparisons: Comparisons
@@ -64,6 +65,7 @@ class Scrutiny:
     agreed: AgreedLayouts = field(default_factory=AgreedLayouts)
     votes: int = 0
     masks: Manifest | None = None
+    adds_up: frozenset[str] = frozenset()
 
 
 class LateReader(Protocol):
@@ -141,6 +143,7 @@ class Phase(StopRule):
             agreed=self.agreed,
             votes=self.votes,
             masks=scrutiny.masks,
+            adds_up=scrutiny.adds_up,
         )
         self.collected = False
         self.wait = Wait()
@@ -434,8 +437,12 @@ class Phase(StopRule):
             return None
         if isinstance(best, ReturnedReplies):
             returned = best.gather(self.shards)
-            if returned is not None:
-                self.agreed.add(best.key)
+            if returned is None:
+                return None
+            if "metrics" in self.scrutiny.adds_up and (wrong := returned.no_mean(self.plan.weight_key)):
+                self.failure = wrong
+                return None
+            self.agreed.add(best.key)
             return returned
         vector = best.decoder.vector()
         if self.mixes_garbage(vector):

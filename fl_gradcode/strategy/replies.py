@@ -32,6 +32,7 @@ from ..protocol import (
     Reply,
     all_finite,
     difference_between,
+    difference_of_names,
     last_line,
     names_of,
     payload_encoding,
@@ -125,8 +126,12 @@ def _difference(one: Group, other: Group) -> str:
     whose = "most other replies'"
     if isinstance(one, ReplyGroup) and isinstance(other, ReplyGroup):
         mine, theirs = one.reply, other.reply
-        return difference_between(mine.layout, mine.metrics_layout, theirs.layout, theirs.metrics_layout, whose)
-    return f"its records, {one.key}, differ from {whose}, {other.key}"
+        names, its_names = (mine.arrays_name, mine.metrics_name), (theirs.arrays_name, theirs.metrics_name)
+        return (
+            difference_between(mine.layout, mine.metrics_layout, theirs.layout, theirs.metrics_layout, whose)
+            or f"its records are named {names}, and {whose} {its_names}"
+        )
+    return difference_of_names(one.key, other.key, whose)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -186,6 +191,7 @@ class ReplyCollector:
         agreed: Layouts with which earlier rounds of the run were decoded.
         votes: Number of wrong replies that may be among the holders of each shard.
         masks: The manifest by which replies are masked; None if they are not.
+        adds_up: What of the records of several replies is added up, where they come as returned; see `names_of`.
 
     Attributes:
         asked: Nodes that are to be asked in this phase; some may still owe a reply to an earlier one.
@@ -204,8 +210,9 @@ class ReplyCollector:
         agreed: AgreedLayouts | None = None,
         votes: int = 0,
         masks: Manifest | None = None,
+        adds_up: Collection[str] = (),
     ) -> None:
-        self._masks = masks
+        self._masks, self._adds_up = masks, adds_up
         self._votes, self._by_unit = votes, votes > 0 and code.groups is not None and code.m == 1
         self._agreement = _Agreement(plan, before)
         self.asked: set[int] = set()
@@ -270,7 +277,10 @@ class ReplyCollector:
 
     def read(self, node: int, reply: Message | None, failure: str) -> Rejection | None:
         """Read one reply; returns None if it counts, else the rejection."""
-        rejection = Rejection("no-reply", failure or "no reply came") if reply is None else self._examine(node, reply)
+        with np.errstate(all="ignore"):  # the server's app may have set it to raise; what is not finite is looked for
+            rejection = (
+                Rejection("no-reply", failure or "no reply came") if reply is None else self._examine(node, reply)
+            )
         if rejection is not None:
             self.rejected.append(Rejected(node, self.registry.named(node), rejection))
             if reply is None or reply.has_error():
@@ -365,7 +375,7 @@ class ReplyCollector:
             return Rejection(kind, f"unusable vectors: {last_line(str(error))}")
         if float(metrics[0]) < 0 and min(map(min, self.plan.rows[reply.worker].coefficients), default=0.0) >= 0:
             return Rejection("wrong-weight", f"its {self.plan.weight_key!r} is {float(metrics[0]):g}, below zero")
-        if wrong := self.copies.wrong_figures(reply, update, square):
+        if wrong := self.copies.wrong_figures(reply, update, metrics, square):
             return Rejection("wrong-figures", wrong)
         apart = self.copies.add(reply, update, metrics, square)
         self._note_spent(reply)
@@ -387,7 +397,7 @@ class ReplyCollector:
         """Take the records of a shard as they came; a second copy is only compared."""
         content = Reply.remove_from(message.content)
         try:
-            key = names_of(content, self.plan.weight_key)
+            key = names_of(content, self.plan.weight_key, self._adds_up)
             if self.before is not None:
                 check_records(content, self.before)
             apart = self.copies.add_records(reply, content)

@@ -269,8 +269,8 @@ class ReplyGroup(HeldReplies[tuple[NDArray[Any], NDArray[Any]]]):
         vectors = [*(self.copies[i][1] for i in used), *(old.metrics for old in stale)]
         # Metrics are never divided into m blocks: their first column of coefficients decodes them.
         metrics = self.encoding.restored(code.numbers.decode(vectors, coefficients[:, :1], order=order))
-        if not 0 < metrics[0] < np.inf:
-            return f"the decoded {weight_key!r} is {metrics[0]:g}, and a mean needs a positive, finite one"
+        if wrong := _no_weight(weight_key, metrics[0]):
+            return wrong
         weight, record = rebuild_metrics(self.reply.metrics_layout, metrics, whole=self.whole)
         arrays = None
         if before is not None:
@@ -411,6 +411,17 @@ class Returned:
     vector: NDArray[Any]
     used: tuple[int, ...]
 
+    def no_mean(self, weight_key: str) -> str:
+        """Returns why the records have no weighted mean, or an empty string; what lacks a weight is not looked at."""
+        weights = [
+            record.get(weight_key)
+            for content in self.contents.values()
+            for record in content.values()
+            if isinstance(record, MetricRecord)
+        ]
+        numbers = [float(weight) for weight in weights if isinstance(weight, (int, float))]
+        return _no_weight(weight_key, sum(numbers)) if len(numbers) == len(self.contents) else ""
+
 
 class ReturnedReplies(HeldReplies[RecordDict]):
     """Replies whose records have the same names, by the shard's place among the sampled ones."""
@@ -423,6 +434,13 @@ class ReturnedReplies(HeldReplies[RecordDict]):
         contents = {shard: self.copies[row] for row, shard in enumerate(shards)}
         used = {self.senders[row][1] for row in range(len(shards))}
         return Returned(contents, vector, tuple(sorted(used)))
+
+
+def _no_weight(weight_key: str, weight: float) -> str:
+    """Returns why a sum of weights makes no mean, or an empty string if it does."""
+    if 0 < weight < np.inf:
+        return ""
+    return f"the decoded {weight_key!r} is {weight:g}, and a mean needs a positive, finite one"
 
 
 def _no_mean(code: GradientCode, vector: NDArray[Any], filled: int) -> str:

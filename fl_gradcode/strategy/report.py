@@ -107,7 +107,7 @@ def why_undecodable(phase: Phase, entry: PhaseRow) -> str:
     )
     return (
         f"Round {phase.plan.round}, {phase.plan.kind}: {what}, from "
-        f"{len(entry.answered)} of {len(phase.participants)} workers{_failed_everywhere(phase, entry)}{reasons}"
+        f"{len({*entry.answered})} of {len(phase.participants)} workers{_failed_everywhere(phase, entry)}{reasons}"
     )
 
 

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -41,10 +41,7 @@ from .round_mode import ModeChooser, RoundMode
 from .run_masks import SIMULATED, RunMasks
 from .stale_phase import LateUpdates, StalePhase
 from .stop_rules import open_phase
-from .wrapped import ShardGrid, aggregate, arrays_key_of, common_content, why_no_average
-
-if TYPE_CHECKING:
-    pass
+from .wrapped import ShardGrid, added_up, aggregate, arrays_key_of, common_content, why_no_average
 
 __all__ = ["Run"]
 
@@ -108,7 +105,6 @@ class Run:
         self.late_updates = None if rule is None else LateUpdates(UpdateMemory(code.k, store), rule)
         self._told_memory = False
         self.average = None if options.average is None else ModelAverage(options.average)
-        self._weight_key = str(getattr(strategy, "weighted_by_key", "num-examples"))
         self._holdings, self._told_lacking = holdings, ""
         self._drafts: list[Message] = []
         self._outage_timeout = 0.0  # seconds that a phase waits for nodes while too few are connected
@@ -286,7 +282,7 @@ class Run:
     def _new_phase(self, kind: Kind, server_round: int, mode: RoundMode) -> Phase:
         """Returns a phase over the shards that the wrapped strategy sampled."""
         drafts, options = self._drafts, self.options
-        content = common_content(drafts)
+        content = common_content(drafts, self.code.k)
         shards = sorted({message.metadata.dst_node_id for message in drafts})
         code = mode.code.restrict(shards)
         as_returned = mode.send == "shards" and options.sees != "mean" and not options.only_mean
@@ -309,7 +305,7 @@ class Run:
             run=self.name,
             server_round=server_round,
             kind=kind,
-            weight_key=self._weight_key,
+            weight_key=str(getattr(self.strategy, "weighted_by_key", "num-examples")),  # it may change it
             arrays_key=arrays_key,
             privacy=account.text if account else "",
             releases=account.releases(server_round, shards) if account else None,
@@ -324,7 +320,8 @@ class Run:
         self._masks.check_model(before)
         ttl = time_to_live(self.timeout, self._slowest)
         factory = MessageFactory(plan, content, message_type=drafts[0].metadata.message_type, ttl=ttl)
-        scrutiny = Scrutiny(self._comparisons, compares, self._agreed, options.votes, self._masks.manifest)
+        masks, adds_up = self._masks.manifest, added_up(self.strategy, kind)
+        scrutiny = Scrutiny(self._comparisons, compares, self._agreed, options.votes, masks, adds_up)
         registry, late_updates = self.registry.copy(), self.late_updates
         if late_updates is not None and kind == "train":
             self._tell_memory(late_updates.memory, before)
@@ -375,14 +372,14 @@ class Run:
                 phase.offer(Arrival("", reply.metadata.src_node_id, 0.0), reply, 0.0)
         kind = phase.plan.kind
         began = time.perf_counter()
-        phase.settle()
+        with np.errstate(all="ignore"):  # the server's app may have set it to raise
+            phase.settle()
         self.registry = phase.registry  # the phase has updated its copy
-        apart = self._apart(phase)
-        if apart and self.options.on_disagreement != "warn":
-            decoded = None
-        else:
+        apart, decoded = self._apart(phase), None
+        if not apart or self.options.on_disagreement == "warn":
             stale_updates = self.stale_updates.get(kind)
-            decoded = phase.decode(self.options.approximation, stale_updates, self._noise(server_round, phase))
+            with np.errstate(all="ignore"):
+                decoded = phase.decode(self.options.approximation, stale_updates, self._noise(server_round, phase))
         entry = report.phase_row(phase, decoded, self.account, decoding=time.perf_counter() - began)
         entry = self._masks.marked(entry)
         self._note(kind, entry)  # noted before anything below can raise, so that the row tells what happened

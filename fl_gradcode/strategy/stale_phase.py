@@ -71,7 +71,8 @@ class LateUpdates:
             assert isinstance(group, ReplyGroup)
             for row, (update, metrics) in group.copies.items():
                 sender = group.senders[row][1]
-                self.memory.keep(shards[row], asked, update, metrics, group.key, sender=sender, late=True)
+                with np.errstate(all="ignore"):
+                    self.memory.keep(shards[row], asked, update, metrics, group.key, sender=sender, late=True)
         if self._replies is not None:
             self._replies.learn_from_late(replies)
         return rejection

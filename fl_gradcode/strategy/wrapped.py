@@ -7,7 +7,8 @@ Later the strategy gets one ordinary reply for each sampled shard, or a single o
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
@@ -18,13 +19,14 @@ from flwr.serverapp.strategy import Strategy
 from .._flower_internals import mean_of_replies, reply_in_process
 from ..errors import IncompatibleStrategy, InvalidSetting
 from ..grid import ForwardingGrid
-from ..protocol import restore_types, view
+from ..protocol import difference_of_names, names_of, restore_types, view
 from .options import Options, Shards
 from .reply_groups import Decoded, Returned
 
 __all__ = [
     "PRIVACY_WRAPPERS",
     "ShardGrid",
+    "added_up",
     "aggregate",
     "arrays_key_of",
     "check_bounds",
@@ -51,6 +53,8 @@ _AVERAGES = (
 )
 #: What they make of the metrics if the user passes no function.
 _MEAN_OF_METRICS = flower.FedAvg().train_metrics_aggr_fn
+#: A method of theirs that decides which replies are averaged.
+_OF_EACH_REPLY = ("_check_and_log_replies",)
 #: Flower's strategies that wrap another strategy to add differential privacy.
 PRIVACY_WRAPPERS = (
     flower.DifferentialPrivacyClientSideFixedClipping,
@@ -58,14 +62,11 @@ PRIVACY_WRAPPERS = (
     flower.DifferentialPrivacyClientSideAdaptiveClipping,
     flower.DifferentialPrivacyServerSideAdaptiveClipping,
 )
+#: Flower's strategies that stack the arrays of all replies.
+_STACK = (flower.Krum, flower.MultiKrum, flower.Bulyan, flower.FedMedian, flower.FedTrimmedAvg, flower.QFedAvg)
 #: Flower's strategies for which a mean is not enough, whatever the user says.
 _NEED_REPLIES = (
-    flower.Krum,
-    flower.MultiKrum,
-    flower.Bulyan,
-    flower.FedMedian,
-    flower.FedTrimmedAvg,
-    flower.QFedAvg,
+    *_STACK,
     flower.FedXgbBagging,
     flower.FedXgbCyclic,
     *PRIVACY_WRAPPERS,
@@ -180,14 +181,29 @@ def check_bounds(strategy: Strategy, k: int) -> None:
 
 def why_no_average(strategy: Strategy) -> str:
     """Returns what makes a strategy more than a weighted mean of the replies, or an empty string if it is one."""
-    for method in ("aggregate_train", "aggregate_evaluate"):
-        owner = next(kind for kind in type(strategy).__mro__ if method in vars(kind))
+    for method in ("aggregate_train", "aggregate_evaluate", *_OF_EACH_REPLY):
+        if not hasattr(strategy, method):
+            continue
+        owner = next((kind for kind in type(strategy).__mro__ if method in vars(kind)), None)
         if owner not in _AVERAGES or method in vars(strategy):
             return f"aggregates replies by its own {method}()"
     for kind in ("train", "evaluate"):
         if getattr(strategy, f"{kind}_metrics_aggr_fn", _MEAN_OF_METRICS) is not _MEAN_OF_METRICS:
             return f"has a {kind}_metrics_aggr_fn of its own"
     return ""
+
+
+def added_up(strategy: Strategy, kind: str) -> frozenset[str]:
+    """Returns what a strategy adds up of several replies, so that it has to be alike in all of them; see `names_of`.
+
+    Flower's strategies add up or stack arrays of one name, and the numbers of metrics. What a strategy of the user's
+    does with its replies is not known: it may want lists of different lengths.
+    """
+    owner = next((its for its in type(strategy).__mro__ if f"aggregate_{kind}" in vars(its)), None)
+    if owner not in (*_AVERAGES, *_STACK) or f"aggregate_{kind}" in vars(strategy):
+        return frozenset()
+    metrics = getattr(strategy, f"{kind}_metrics_aggr_fn", None) is _MEAN_OF_METRICS
+    return frozenset({"arrays", "metrics"} if metrics else {"arrays"})
 
 
 def check_what_it_sees(strategy: Strategy, options: Options) -> None:
@@ -252,13 +268,35 @@ class ShardGrid(ForwardingGrid):
         return list(self.push_messages(messages))  # type: ignore[arg-type]
 
 
-def common_content(drafts: Sequence[Message]) -> RecordDict:
+def common_content(drafts: Sequence[Message], k: int) -> RecordDict:
     """Returns the content that all messages of the wrapped strategy share.
 
     Raises:
-        IncompatibleStrategy: The contents differ between shards, but a worker trains several shards from one message.
+        IncompatibleStrategy: The contents or types differ between shards, but a worker trains several shards from one
+            message; or a shard gets two messages, or is none of the k that the strategy sees.
     """
-    first = drafts[0].content
+    first, kind = drafts[0].content, drafts[0].metadata.message_type
+    times = Counter(draft.metadata.dst_node_id for draft in drafts)
+    if not times.keys() <= {*range(k)}:
+        stranger = next(node for node in times if not 0 <= node < k)
+        raise IncompatibleStrategy(
+            f"The wrapped strategy sends a message to node {stranger}, and sees the code's k={k} shards as its nodes: "
+            f"choose among grid.get_node_ids(), which are 0 to {k - 1}."
+        )
+    if len(times) < len(drafts):
+        twice, number = times.most_common(1)[0]
+        raise IncompatibleStrategy(
+            f"The wrapped strategy sends {number} messages to shard {twice}, and a round has one update of each shard: "
+            "sample shards without replacement, or let its aggregation count a reply several times."
+        )
+    other = next((draft for draft in drafts if draft.metadata.message_type != kind), None)
+    if other is not None:
+        raise IncompatibleStrategy(
+            f"The wrapped strategy sends a message of type {other.metadata.message_type!r} to shard "
+            f"{other.metadata.dst_node_id}, and one of type {kind!r} to shard {drafts[0].metadata.dst_node_id}. A "
+            "worker trains several shards from one message, so all must be of one type; let clients choose by "
+            "server-round or partition-id instead."
+        )
     for draft in drafts[1:]:
         same = draft.content is first or (
             draft.content.keys() == first.keys() and all(draft.content[key] == first[key] for key in first)
@@ -297,6 +335,17 @@ def arrays_key_of(strategy: Strategy, content: RecordDict, *, several: bool = Fa
     )
 
 
+def _odd_one(contents: Mapping[int, RecordDict], weight_key: str) -> str:
+    """Returns which shard's records look unlike most others', or an empty string if none or most do."""
+    forms = {shard: names_of(content, weight_key, {"arrays", "metrics"}) for shard, content in contents.items()}
+    usual, number = Counter(forms.values()).most_common(1)[0]
+    odd = [shard for shard, form in forms.items() if form != usual]
+    if not odd or 2 * number <= len(forms):
+        return ""
+    what = difference_of_names(forms[odd[0]], usual, "most others'")
+    return f"the reply for shard {odd[0]} is unlike most: {what}"
+
+
 def aggregate(
     strategy: Strategy,
     kind: str,
@@ -316,6 +365,8 @@ def aggregate(
         decoded: A mean, which it gets as one ordinary reply; or the records of each shard, which it gets as one reply
             for each of its messages, from the node that the message was for.
         sees: "replies" if it gets each shard's reply even if it only averages them, which is done for it otherwise.
+
+    Whatever the strategy raises is raised. If one shard's records are unlike most others', a warning says whose.
     """
     if isinstance(decoded, Returned):
         asked = {draft.metadata.dst_node_id: draft for draft in drafts}  # in the order in which it asked
@@ -327,9 +378,15 @@ def aggregate(
             replies = [reply_in_process(mean, drafts[0])]
         else:
             replies = [reply_in_process(*one) for one in zip(contents, asked.values(), strict=True)]
-        if kind == "evaluate":
-            return None, strategy.aggregate_evaluate(server_round, replies)
-        return strategy.aggregate_train(server_round, replies)
+        try:
+            if kind == "evaluate":
+                return None, strategy.aggregate_evaluate(server_round, replies)
+            return strategy.aggregate_train(server_round, replies)
+        except Exception as error:
+            if odd := _odd_one(decoded.contents, weight_key):
+                name = f"{type(strategy).__name__}.aggregate_{kind}()"
+                _log.warning("Round %d: %s raised %s, and %s.", server_round, name, type(error).__name__, odd)
+            raise
     arrays_name, metrics_name = decoded.names
     content = RecordDict({metrics_name: decoded.metrics})
     if decoded.arrays is None:

@@ -62,7 +62,7 @@ def test_shards_that_do_not_count_are_named_with_what_to_do(caplog: pytest.LogCa
     held = dict.fromkeys(range(3), "0,1,7")
     manifest = Manifest(2, tuple(Shard(j, f"shard-{j}", None, 1, f"{j:064x}") for j in range(2)))
     for digests, told in (
-        (None, "other holders'. The same applies to workers [1, 2]."),
+        (None, "other holders'. The same applies to workers 1 and 2."),
         (manifest, "(use shards-dir)"),
     ):
         caplog.clear()

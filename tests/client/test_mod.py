@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -246,6 +246,21 @@ def test_what_train_does_to_its_message_does_not_reach_the_next_shard() -> None:
     assert relative(result.arrays, initial_arrays()) == 0
 
 
+#: A dtype of a library of its own, which NumPy cannot name.
+FLOAT8 = Array("float8_e4m3fn", (3, 2), "numpy.ndarray", Array(np.zeros((3, 2), np.uint8)).data)
+
+
+@pytest.mark.parametrize(("returned", "what"), [(None, "None"), ({}, "a dict"), (RecordDict(), "a RecordDict")])
+@pytest.mark.parametrize("send", ["coded", "shards"])
+def test_a_function_that_returns_no_message_is_told_so(returned: Any, what: str, send: Any) -> None:
+    def train(message: Message, context: Context) -> Message:
+        int(context.node_config["partition-id"])
+        return cast(Message, returned)
+
+    with pytest.raises(UnsuitableApp, match=rf"train\(\) returned {what} for shard \d; it must return a Message"):
+        start(app_of(train), n=2, s=0, send=send)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -257,6 +272,13 @@ def test_what_train_does_to_its_message_does_not_reach_the_next_shard() -> None:
         (lambda r: r.content["arrays"].update({"new": Array(np.zeros(1))}), "named 'new' that the server did not send"),
         (lambda r: r.content["arrays"].update({"0": Array(np.zeros(3))}), r"shape \(3,\); the server sent \(3, 2\)"),
         (lambda r: r.content["arrays"].update({"0": Array(np.zeros((3, 2), complex))}), "only real numbers"),
+        (lambda r: r.content["arrays"].update({"0": Array(np.zeros((3, 2), [("a", "f4")]))}), "only real numbers"),
+        (lambda r: r.content["arrays"].update({"0": FLOAT8}), "'0' has dtype float8_e4m3fn; only real numbers"),
+        (lambda r: r.content["metrics"].update({"num-examples": 10**400}), "'num-examples' is a whole number of 1329"),
+        (
+            lambda r: r.content["metrics"].update({"steps": [1, 2**63]}),
+            "'steps' is a whole number of 64 bits; Flower sends at most 63 and a sign",
+        ),
     ],
 )
 def test_a_reply_that_cannot_be_coded_is_told_in_one_sentence(change: Any, sentence: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -111,9 +112,33 @@ def test_figures_add_up_and_wrong_ones_do_not(name: str, size: int) -> None:
         assert encoding.add_up(sent, rows, figures)
         for shard in range(len(figures)):
             wrong = [*figures]
-            wrong[shard] = (*wrong[shard][:-1], wrong[shard][-1] + (1 if bits else 10 * abs(wrong[shard][0])))
+            *most, last, weight = wrong[shard]
+            wrong[shard] = (*most, last + (1 if bits else 10 * abs(most[0])), weight)
             assert not encoding.add_up(sent, rows, wrong)
             assert not encoding.add_up(sent, rows, [one[:-1] for one in figures])
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_weights_add_up_and_wrong_ones_do_not(name: str) -> None:
+    code = CODES[name]
+    bits = code.numbers.fraction_bits if isinstance(code.numbers, PrimeField) else None
+    encoding = payload_encoding(bits, code.k)
+    columns = list(code.shards_of(1))
+    rows = [tuple(row) for row in code.B[1, columns].reshape(len(columns), code.m).tolist()]
+    metrics, figures = None, []
+    for number, coefficients in enumerate(rows):
+        weighted = np.array([10.25 + number, -3.0 * number])
+        metrics = encoding.add_metrics(metrics, weighted, coefficients[:1])
+        _, described = encoding.add_update(None, np.ones(7, np.float32), coefficients, describe=True)
+        figures.append(encoding.with_metrics(described, weighted))
+    assert metrics is not None
+    assert encoding.weighs(metrics, rows, figures)
+    for number, weight in itertools.product(range(len(rows)), (0.0, 11.0, -10.25, 1e13, 1e300)):
+        wrong = [(*one[:-1], weight) if number == i else one for i, one in enumerate(figures)]
+        assert encoding.weighs(metrics, rows, wrong) == (weight == 10.25 + number)
+    other = metrics.copy()
+    other[0] += 1
+    assert not encoding.weighs(other, rows, figures)
 
 
 def test_copies_of_records_differ_by_their_updates_and_not_by_the_model() -> None:

@@ -231,12 +231,12 @@ def coded_reply(message: Message, worker: int) -> Message:
     if plan.fraction_bits is None:
         noise: Any = np.resize(rng.standard_normal(drawn, dtype=np.float32), length)
         sums, beginning = folded_sums(noise, np.float64), (float(np.linalg.norm(noise)), 0.0)
-        figures = [tuple(number * x for x in (*beginning, *(m * [*sums]))) for number in times]
+        figures = [(*(number * x for x in (*beginning, *(m * [*sums]))), 1.0) for number in times]
         noise *= np.float32(factor)
     else:
         whole = rng.integers(0, 1000, drawn)
         sums = folded_sums(np.resize(whole, length), np.int64)
-        figures = [(float(number),) * 4 + tuple(float(number * x % P) for x in sums) for number in times]
+        figures = [(float(number),) * 4 + tuple(float(number * x % P) for x in sums) + (1.0,) for number in times]
         noise = np.resize((whole * int(factor) % P).astype(np.uint32), length)
     reply = Reply(
         run=plan.run,

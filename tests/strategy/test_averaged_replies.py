@@ -34,13 +34,23 @@ ARRAYS: dict[str, Callable[[np.random.Generator], Any]] = {
 
 
 class Watched(FedAvg):
-    """Notes how many replies it was given; what it makes of them is FedAvg's."""
+    """Notes how many replies it was given; what it makes of them is FedAvg's.
+
+    It overrides no method: one that overrides what is counted here would get all replies.
+    """
 
     seen = 0
 
-    def _check_and_log_replies(self, replies: Iterable[Message], *args: Any, **kwargs: Any) -> Any:
-        self.seen = len(list(replies))
-        return super()._check_and_log_replies(replies, *args, **kwargs)
+    def __getattribute__(self, name: str) -> Any:
+        method = super().__getattribute__(name)
+        if name != "_check_and_log_replies":
+            return method
+
+        def counting(replies: Iterable[Message], *args: Any, **kwargs: Any) -> Any:
+            self.seen = len(list(replies))
+            return method(replies, *args, **kwargs)
+
+        return counting
 
 
 def contents_of(arrays: Callable[[np.random.Generator], Any], seed: int = 0) -> dict[int, Any]:

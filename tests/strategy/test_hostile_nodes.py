@@ -14,10 +14,10 @@ from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 from fl_gradcode import Discovered, GradientCoding, VirtualGrid, codes, fractional_repetition
-from fl_gradcode.codes import GradientCode
+from fl_gradcode.codes import GradientCode, P
 from fl_gradcode.errors import RoundFailed
 from fl_gradcode.latency import Latency, Law
-from fl_gradcode.protocol import UPDATE, Plan, Reply, is_probe
+from fl_gradcode.protocol import UPDATE, Plan, Reply, is_probe, payload_encoding
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import initial_arrays, relative, run_plain, toy_app
 
@@ -168,6 +168,43 @@ def test_false_figures_do_not_veto_rounds(code: GradientCode, figures: Any) -> N
     assert {one["worker"] for one in rejected(strategy)} == {3}
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        codes.cyclic_repetition(6, 2, rng=np.random.default_rng(0)),
+        fractional_repetition(6, 2, m=2),
+        codes.reed_solomon(6, 2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("of", ["the sum", "a shard too"])
+def test_a_false_weight_is_noticed_where_the_code_mixes_shards(code: GradientCode, of: str) -> None:
+    """Its update is right. The sum of weights divides all updates, so the model would take a step of another length."""
+
+    def lie(message: Message, reply: Message) -> Message:
+        figures, plan = said(reply)["figures"], Plan.find_in(message.content)
+        if UPDATE not in reply.content or plan is None or plan.kind != "train":
+            return reply
+        record = reply.content.array_records[UPDATE]
+        metrics = np.array(record["metrics"].numpy())
+        if of == "the sum":
+            metrics[0] += 1000
+        else:
+            encoding = payload_encoding(plan.fraction_bits, plan.k)
+            first, *_ = plan.rows[3].coefficients
+            metrics += encoding.add_metrics(None, np.array([1000.0, 0.0, 0.0, 0.0]), first[:1])
+            metrics = metrics if plan.fraction_bits is None else metrics % P
+            figures[0][-1] += 1000
+        record["metrics"] = Array(metrics)
+        return say(reply, figures=figures)
+
+    result, strategy = run(code, by(3, lie), first=3, nodes=code.n)
+    assert [row["train"]["outcome"] for row in strategy.ledger.rows][1:] == ["exact"] * 3
+    assert {one["worker"] for one in rejected(strategy)} == {3}
+    if of == "the sum":
+        assert is_honest(result, code.k) and "wrong-figures" in {one["kind"] for one in rejected(strategy)}
+
+
 # Layouts
 
 
@@ -308,6 +345,23 @@ def test_texts_of_a_client_reach_neither_disk_nor_log_uncut(
     assert path.stat().st_size < 12_000 and len(caplog.text) < 20_000
     raw = path.read_text() + caplog.text
     assert not {"\x1b", "\x07", "\u202e", "\r"} & {*raw} and "\n2029" not in raw
+
+
+@pytest.mark.parametrize("numbers", [range(6, 100_000), [10**4000]], ids=["many", "large"])
+def test_shards_that_a_node_makes_up_are_named_shortly(numbers: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def lie(message: Message, reply: Message) -> Message:
+        return say(reply, holds=[[j, ""] for j in numbers])
+
+    _, strategy = run(Discovered(k=6, s=1), by(5, lie), config=_holds, rounds=2)
+    assert [row["train"]["outcome"] for row in strategy.ledger.rows] == ["exact"] * 2
+    assert "Worker 5's shard" in caplog.text and len(caplog.text) < 2_000
+
+
+@pytest.mark.parametrize("name", ["arrays_name", "metrics_name"])
+def test_a_reply_is_not_outvoted_without_a_reason(name: str) -> None:
+    _, strategy = run(fractional_repetition(6, 1), by(0, lambda message, reply: say(reply, **{name: "mine"})))
+    (reason, *_) = (one["reason"] for one in rejected(strategy) if one["kind"] == "outvoted")
+    assert reason.startswith("its records are named (") and "'mine'" in reason
 
 
 def test_a_version_s_text_is_cut_and_escaped(tmp_path: Any) -> None:

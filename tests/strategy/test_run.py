@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from fl_gradcode.privacy.run_account import RunAccount
 from fl_gradcode.strategy.options import Options
 from fl_gradcode.strategy.plan_messages import make_plan
 from fl_gradcode.testing import InProcessGrid
-from tests.conftest import initial_arrays, toy_app
+from tests.conftest import initial_arrays, relative, toy_app
 
 CODE = fractional_repetition(6, 1)
 # The worker whose reply is read first, so that it is read at all.
@@ -121,3 +122,40 @@ def test_a_loop_of_ones_own_may_call_a_strategy_that_was_not_started(code: Gradi
     assert arrays is not None
     for ours, theirs in zip(arrays.to_numpy_ndarrays(), plain.to_numpy_ndarrays(), strict=True):
         assert np.abs(ours - theirs).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"initial_arrays": [np.zeros(3)]}, "initial_arrays is a list: pass an ArrayRecord"),
+        ({"initial_arrays": None}, "initial_arrays is a NoneType: pass an ArrayRecord"),
+        ({"num_rounds": "2"}, "num_rounds='2': pass a whole number"),
+        ({"num_rounds": 1.5}, "num_rounds=1.5: pass a whole number"),
+        ({"timeout": math.nan}, "timeout=nan: pass seconds of at least 0, or None"),
+        ({"timeout": -1}, "timeout=-1: pass seconds of at least 0, or None"),
+        ({"timeout": "60"}, "timeout='60': pass seconds of at least 0, or None"),
+    ],
+)
+def test_what_no_run_can_be_started_with_is_told_before_the_first_message(
+    settings: dict[str, Any], sentence: str
+) -> None:
+    strategy = GradientCoding(FedAvg(), fractional_repetition(4, 1))
+    with InProcessGrid(toy_app(), 4) as grid, pytest.raises(InvalidSetting, match=sentence):
+        strategy.start(grid, **{"initial_arrays": initial_arrays(), "num_rounds": 1, **settings})
+    assert grid.calls == [0] * 4
+
+
+def test_what_a_function_of_the_round_s_end_does_to_its_arrays_does_not_reach_the_model() -> None:
+    def spoiling(number: int, arrays: ArrayRecord, row: dict[str, Any]) -> None:
+        for name in [*arrays]:
+            arrays[name].data = b""
+        arrays.clear()
+        row.clear()
+
+    results = []
+    for function in (None, spoiling):
+        strategy = GradientCoding(FedAvg(), fractional_repetition(4, 1), on_round_end=function)
+        with InProcessGrid(toy_app(), 4) as grid:
+            results.append(strategy.start(grid, initial_arrays(), num_rounds=3).arrays)
+        assert [row["train"]["outcome"] for row in strategy.ledger.rows] == ["exact"] * 3
+    assert relative(*results) == 0

@@ -28,6 +28,7 @@ from fl_gradcode.errors import IncompatibleStrategy, InvalidSetting, RoundFailed
 from fl_gradcode.latency import Latency, Law, lognormal, pareto, scaled, shifted_exponential
 from fl_gradcode.privacy import CentralNoise
 from fl_gradcode.runlog import RoundRow
+from fl_gradcode.staleness import UpdateMemory
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import flat, initial_arrays, toy_app, update_of
 from tests.strategy.test_bad_replies import with_update
@@ -190,6 +191,20 @@ def test_updates_may_be_kept_in_half_the_memory_or_in_a_file(store: str, tmp_pat
     atol = 2e-5 if store == "file" else 12 * 8 * 2.0**-11 * 4
     assert np.allclose(flat(result.arrays), expected(rows, code.k), rtol=0, atol=atol)
     assert [*tmp_path.iterdir()] == []  # nothing is left of the file, and nobody else can open it
+
+
+@pytest.mark.parametrize("size", [1e-60, 1e50])
+@pytest.mark.parametrize("kept", ["float16", ""])
+def test_half_the_memory_holds_updates_of_any_size(size: float, kept: str) -> None:
+    """Updates of a float64 model may be too small or too large for a float32 scale."""
+    memory = UpdateMemory(2, "float16")
+    update = size * np.random.default_rng(0).standard_normal(1500)
+    memory.keep(1, 3, update, np.ones(1), ("layout",), sender=0)
+    other = UpdateMemory(2, kept)
+    other.restore(memory.state())
+    for one in (memory, other):
+        (last,) = one.of([1])
+        assert np.abs(last.update - update).max() < 2.0**-11 * np.abs(update).max()
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_the_first_round(tmp_path: Path) -> None:

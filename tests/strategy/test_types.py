@@ -65,12 +65,55 @@ def test_floats_keep_their_dtype(dtype: str) -> None:
     assert np.allclose(result["w"].numpy().astype(float), 5 + MEAN, rtol=1e-3 if dtype == "float16" else 1e-6)
 
 
+@pytest.mark.parametrize("code", [fractional_repetition(4, 1), cyclic_repetition(4, 1, rng=np.random.default_rng(0))])
+@pytest.mark.parametrize(("dtype", "step"), [("float32", 1e-41), ("float64", 1e-200)])
+def test_an_app_that_makes_numpy_raise_trains_on_what_underflows(dtype: str, step: float, code: Any) -> None:
+    """`np.seterr(all="raise")` finds NaN in an app's own arithmetic; squares of small updates underflow in ours."""
+
+    def train(message: Message, context: Context) -> Message:
+        np.seterr(all="raise")
+        content: Any = message.content
+        shard = int(context.node_config["partition-id"])
+        with np.errstate(all="ignore"):
+            new = content["m"]["w"].numpy() + np.asarray(step * (shard + 1), dtype)
+        metrics = MetricRecord({"num-examples": 3})
+        return Message(RecordDict({"m": ArrayRecord({"w": Array(new)}), "n": metrics}), reply_to=message)
+
+    app = ClientApp(mods=[gradient_coding_mod])
+    app.train()(train)
+    before = np.seterr(all="raise")
+    try:
+        strategy = GradientCoding(FedAvg(fraction_evaluate=0.0, arrayrecord_key="m"), code)
+        with InProcessGrid(app, 4) as grid:
+            result = strategy.start(grid, ArrayRecord({"w": Array(np.zeros(3, dtype))}), num_rounds=1)
+    finally:
+        np.seterr(**before)
+    assert strategy.ledger.rows[0]["train"]["outcome"] == "exact"
+    assert np.allclose(result.arrays["w"].numpy() / step, 2.5, rtol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", ["int64", "int32", "uint8"])
 def test_counters_are_rounded_back_to_their_type(dtype: str) -> None:
     result = run(ArrayRecord({"w": Array(np.zeros(2, np.float32)), "steps": Array(np.asarray(7, dtype))}))
     assert result["steps"].dtype == dtype
     assert result["steps"].numpy() == round(7 + MEAN)
     assert result["steps"].shape == ()
+
+
+def test_the_ends_of_an_integer_s_range_come_back_without_a_warning() -> None:
+    """A warning is an error in tests, and where an app has said `np.seterr(all="raise")`."""
+    ends = np.array([2**63 - 1, -(2**63)])
+
+    def train(message: Message, context: Context) -> Message:
+        int(context.node_config["partition-id"])
+        content: Any = message.content
+        records = {"m": content["model"], "n": MetricRecord({"num-examples": 1})}
+        return Message(RecordDict(records), reply_to=message)
+
+    app = ClientApp(mods=[gradient_coding_mod])
+    app.train()(train)
+    strategy = FedAvg(fraction_evaluate=0.0, arrayrecord_key="model")
+    assert (run(ArrayRecord({"w": Array(ends)}), app, strategy)["w"].numpy() == ends).all()
 
 
 def test_booleans_are_decided_by_the_majority() -> None:

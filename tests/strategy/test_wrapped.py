@@ -12,7 +12,7 @@ from flwr.serverapp.strategy import FedAvg
 from fl_gradcode import GradientCoding, Ledger, fractional_repetition
 from fl_gradcode.errors import IncompatibleStrategy, InvalidSetting
 from fl_gradcode.testing import InProcessGrid
-from tests.conftest import initial_arrays, toy_app
+from tests.conftest import initial_arrays, relative, run_plain, toy_app
 
 CODE = fractional_repetition(6, 2)
 
@@ -61,6 +61,63 @@ def test_contents_that_differ_between_shards_are_refused() -> None:
 
     with InProcessGrid(toy_app(), 6) as grid, pytest.raises(IncompatibleStrategy, match="sends other content to shard"):
         GradientCoding(Personal(), CODE).start(grid, initial_arrays(), num_rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("case", "sentence"),
+    [
+        ("the first shard twice", "sends 2 messages to shard"),
+        ("two types", "of type 'train.other' to shard"),
+        ("nodes of its own", "message to node 106, and sees the code's k=6 shards as its nodes"),
+    ],
+)
+@pytest.mark.parametrize("send", ["coded", "shards"])
+def test_messages_that_one_message_to_a_worker_cannot_stand_for_are_refused(
+    case: str, sentence: str, send: Any
+) -> None:
+    """Plain Flower trains a client twice if it is asked twice, and calls the function of each message's own type."""
+
+    class Odd(FedAvg):
+        def configure_train(self, server_round: int, arrays: Any, config: Any, grid: Any) -> Any:
+            first, *others = super().configure_train(server_round, arrays, config, grid)
+            node, content = first.metadata.dst_node_id, first.content
+            if case == "two types":
+                return [Message(content, dst_node_id=node, message_type="train.other"), *others]
+            again = Message(content, dst_node_id=node if "twice" in case else 106, message_type="train")
+            return [first, again, *others]
+
+    strategy = GradientCoding(Odd(), CODE, send=send)
+    with InProcessGrid(toy_app(), 6) as grid, pytest.raises(IncompatibleStrategy, match=sentence):
+        strategy.start(grid, initial_arrays(), num_rounds=1)
+
+
+def test_a_strategy_that_chooses_replies_in_a_helper_of_flower_s_needs_each_of_them() -> None:
+    class Choosing(FedAvg):
+        def _check_and_log_replies(self, replies: Any, is_train: bool, validate: bool = True) -> Any:
+            good, bad = super()._check_and_log_replies(replies, is_train, validate)
+            if is_train:
+                good = [one for one in good if float(one.content.metric_records["metrics"]["loss"]) < 4]  # type: ignore[arg-type]
+            return good, bad
+
+    with pytest.raises(IncompatibleStrategy, match=r"its own _check_and_log_replies\(\).*send='shards'"):
+        GradientCoding(Choosing(), CODE)
+    with InProcessGrid(toy_app(), 6) as grid:
+        coded = GradientCoding(Choosing(), CODE, send="shards").start(grid, initial_arrays(), num_rounds=2)
+    assert relative(coded.arrays, run_plain(toy_app(), 6, Choosing(), rounds=2).arrays) < 1e-6
+
+
+@pytest.mark.parametrize("send", ["coded", "shards"])
+def test_a_strategy_may_change_what_it_weighs_by(send: Any) -> None:
+    class Changing(FedAvg):
+        def configure_train(self, server_round: int, arrays: Any, config: Any, grid: Any) -> Any:
+            self.weighted_by_key = "loss" if server_round % 2 else "num-examples"
+            return super().configure_train(server_round, arrays, config, grid)
+
+    strategy = GradientCoding(Changing(fraction_evaluate=0.0), CODE, send=send)
+    with InProcessGrid(toy_app(), 6) as grid:
+        coded = strategy.start(grid, initial_arrays(), num_rounds=2)
+    plain = run_plain(toy_app(), 6, Changing(fraction_evaluate=0.0), rounds=2)
+    assert relative(coded.arrays, plain.arrays) < 1e-6
 
 
 def test_a_strategy_that_sends_by_itself_is_refused() -> None:
