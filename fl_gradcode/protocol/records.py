@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 #: Version of the records' format. It changes with every change of a plan or a reply that the other side would misread.
-PROTOCOL = 6
+PROTOCOL = 7
 _MOST_OF_A_NAME = 100  # letters
 _MOST_OF_A_VERSION = 40
 _MOST_OF_A_DIGEST = 64
