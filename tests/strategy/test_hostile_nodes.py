@@ -18,6 +18,7 @@ from fl_gradcode.codes import GradientCode, P
 from fl_gradcode.errors import RoundFailed
 from fl_gradcode.latency import Latency, Law
 from fl_gradcode.protocol import UPDATE, Plan, Reply, is_probe, payload_encoding
+from fl_gradcode.protocol.records import PROTOCOL
 from fl_gradcode.testing import InProcessGrid
 from tests.conftest import initial_arrays, relative, run_plain, toy_app
 
@@ -367,7 +368,7 @@ def test_a_reply_is_not_outvoted_without_a_reason(name: str) -> None:
 def test_a_version_s_text_is_cut_and_escaped(tmp_path: Any) -> None:
     def lie(message: Message, reply: Message) -> Message:
         record = reply.content.config_records[REPLY]
-        record["protocol"], record["version"] = 7, "\x1b[2J\r\n" + "V" * BIG
+        record["protocol"], record["version"] = PROTOCOL + 1, "\x1b[2J\r\n" + "V" * BIG
         return reply
 
     path = tmp_path / "ledger.jsonl"
