@@ -29,6 +29,7 @@ __all__ = [
     "counters_in",
     "difference_between",
     "encode_row",
+    "first_difference",
     "flatten_metrics",
     "flatten_update",
     "rebuild_arrays",
@@ -94,14 +95,27 @@ def difference_between(
         whose: The other reply, such as "shard 3's".
     """
     kinds = [("array", _arrays(one), _arrays(other)), ("metric", _metrics(one_metrics), _metrics(other_metrics))]
-    for what, mine, theirs in kinds:
-        for name in sorted({*mine, *theirs}):
-            if name not in theirs:
-                return f"its {what} {name!r} is not among {whose}"
-            if name not in mine:
-                return f"it lacks the {what} {name!r}, which is among {whose}"
-            if mine[name] != theirs[name]:
-                return f"its {what} {name!r} is {mine[name]}, and {whose} is {theirs[name]}"
+    found = (first_difference(what + " {!r}", mine, theirs, whose) for what, mine, theirs in kinds)
+    return next(filter(None, found), "")
+
+
+def first_difference(called: str, mine: Mapping[str, str], theirs: Mapping[str, str], whose: str) -> str:
+    """Returns a sentence part about the first name in which two replies differ, or an empty string.
+
+    Args:
+        called: What a name stands for, such as "array {!r}".
+        mine: What the reply that the sentence is about has by each name, in words.
+        theirs: The same of the reply that it is compared with.
+        whose: The other reply, such as "shard 3's".
+    """
+    for name in sorted({*mine, *theirs}):
+        what = called.format(name)
+        if name not in theirs:
+            return f"its {what} is not among {whose}"
+        if name not in mine:
+            return f"it lacks the {what}, which is among {whose}"
+        if mine[name] != theirs[name]:
+            return f"its {what} is {mine[name]}, and {whose} is {theirs[name]}"
     return ""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
-from .packing import all_finite, check_whole_numbers, view
+from .packing import all_finite, check_whole_numbers, first_difference, view
 
 __all__ = ["NotFiniteRecord", "difference_of_names", "names_of", "shape_named"]
 
@@ -70,27 +70,15 @@ def difference_of_names(one: _Names, other: _Names, whose: str) -> str:
         other: What it returned for the reply that it is compared with.
         whose: The other reply, such as "shard 3's".
     """
-    records, theirs = _records(one), _records(other)
-    for name in sorted({*records, *theirs}):
-        if name not in theirs:
-            return f"its record {name!r} is not among {whose}"
-        if name not in records:
-            return f"it lacks the record {name!r}, which is among {whose}"
-        (kind, entries), (its_kind, its_entries) = records[name], theirs[name]
-        if kind != its_kind:
-            return f"its record {name!r} is of type {kind}, and {whose} is of type {its_kind}"
-        for key in sorted({*entries, *its_entries}):
-            if key not in its_entries:
-                return f"its entry {key!r} of {name!r} is not among {whose}"
-            if key not in entries:
-                return f"it lacks the entry {key!r} of {name!r}, which is among {whose}"
-            if entries[key] != its_entries[key]:
-                return f"its entry {key!r} of {name!r} is {entries[key]}, and {whose} is {its_entries[key]}"
+    kinds, theirs = ({name: f"of type {kind}" for name, kind, _, _ in names} for names in (one, other))
+    if wrong := first_difference("record {!r}", kinds, theirs, whose):
+        return wrong
+    for (name, _, keys, forms), (_, _, its_keys, its_forms) in zip(one, other, strict=True):  # both in their order
+        entries, its = dict(zip(keys, forms, strict=True)), dict(zip(its_keys, its_forms, strict=True))
+        called = "entry {!r} of " + repr(name).replace("{", "{{").replace("}", "}}")
+        if wrong := first_difference(called, entries, its, whose):
+            return wrong
     return ""
-
-
-def _records(names: _Names) -> dict[str, tuple[str, dict[str, str]]]:
-    return {name: (kind, dict(zip(keys, forms, strict=True))) for name, kind, keys, forms in names}
 
 
 class NotFiniteRecord(ValueError):
